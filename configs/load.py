@@ -1,0 +1,119 @@
+"""From a YAML file and ``--section.field value`` overrides to a typed configuration."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be used; the message lists every error in it."""
+
+
+def load_config(schema: type[Config], file: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """Read ``file``, apply overrides such as ``["--train.learning_rate", "1e-4"]`` and validate.
+
+    Raises:
+        ConfigError: with all errors at once, each with its key, what was expected and what was got.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = _read(Path(file))
+    for key, value in _pairs(overrides or []):
+        _put(values, key.split("."), value)
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(schema, detail) for detail in error.errors()]
+        source = f"{file}" if file is not None else "the command line"
+        raise ConfigError(f"{source} has {len(lines)} error{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
+
+
+def to_yaml(config: BaseModel) -> str:
+    """Return the effective configuration, defaults included, as YAML."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML as people write it: ``2e-5`` is a number, ``off`` is a word, and a key written twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ConfigError(f"line {node.start_mark.line + 1}: key {twice[0]!r} is written twice in one section")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist; the shipped ones are under configs/")
+    try:
+        values = yaml.load(path.read_text(), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections and keys, but holds {type(values).__name__}")
+    return values
+
+
+def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
+    pairs, rest = [], list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise ConfigError(f"unexpected argument {flag!r}; overrides are written --section.field value")
+        key, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"override --{key} has no value; write --{key} VALUE")
+            value = rest.pop(0)
+        pairs.append((key, yaml.load(value, Loader=_Loader)))
+    return pairs
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override --{'.'.join(path)}: {part!r} is no section")
+    values[path[-1]] = value
+
+
+def _explain(schema: type[BaseModel], detail: Any) -> str:
+    path = [str(part) for part in detail["loc"]]
+    key = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        known = _fields(schema, path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"  {key}: unknown key; {hint}"
+    if detail["type"] == "missing":
+        return f"  {key}: missing; it must be set"
+    return f"  {key}: {detail['msg'][0].lower() + detail['msg'][1:]}, got {detail['input']!r}"
+
+
+def _fields(schema: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = schema.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        schema = annotation
+    return list(schema.model_fields)

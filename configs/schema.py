@@ -1,0 +1,124 @@
+"""Every option there is, with its type, default and meaning. Unknown keys are errors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """Base of all sections: strict keys, nothing converted silently, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Section):
+    """Which model, and how it is loaded."""
+
+    path: str = Field(description="folder or hub id of a Hugging Face VLM checkpoint")
+    revision: str | None = Field(None, description="hub revision; None is the default branch")
+    dtype: DType = Field("bfloat16", description="dtype of all weights while running")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel of the LLM")
+    template: Literal["model", "vicuna_v1"] = Field(
+        "model", description="conversation template: the model's own, or LLaVA-1.5's vicuna v1"
+    )
+    square: Literal["processor", "pad"] = Field(
+        "processor", description="make pictures square as the processor does, or pad them first as LLaVA-1.5 does"
+    )
+
+
+class PruningConfig(Section):
+    """Which pruner, and how many visual tokens it keeps."""
+
+    pruner: str = Field("identity", description="a name from `prunetune list pruners`")
+    keep: int | float | str = Field("100%", description='budget per item: 64, 0.111 or "11.1%"')
+    options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
+    position_policy: Literal["compact", "original"] = Field("compact", description="positions of the kept tokens")
+
+
+class DataConfig(Section):
+    """Which samples the projector is recalibrated on."""
+
+    recipe: str = Field(description="a name from `prunetune list recipes`, or the path of a recipe YAML")
+    file: str | None = Field(
+        None, description="data file of recipes that read one, for example llava_v1_5_mix665k.json"
+    )
+    image_root: str | None = Field(None, description="folder that the image paths of the data file are relative to")
+    max_samples: int | None = Field(None, ge=1, description="use this many samples, drawn by the seed; None is all")
+    seed: int = Field(0, description="seed of the subset")
+    max_missing: float = Field(0.01, ge=0, le=1, description="largest share of samples whose image file may be missing")
+
+
+class TrainConfig(Section):
+    """Optimization. Defaults are PrismPrune's: LLaVA-1.5's fine-tuning settings at 2e-5, the projector alone."""
+
+    learning_rate: float = Field(2e-5, gt=0)
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(-1, ge=-1, description="stop after this many optimizer steps; -1 is no limit")
+    batch_size: int = Field(16, ge=1, description="samples per device and step")
+    accumulation: int = Field(1, ge=1, description="steps whose gradients are added up before an update")
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+    max_length: int = Field(2048, ge=8, description="longest sequence in tokens, before pruning")
+    seed: int = 42
+    deepspeed: str = Field("zero2", description="zero2, zero3, or the path of a DeepSpeed JSON")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute the LLM's activations; the tower is never touched"
+    )
+    save_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints")
+    log_steps: int = Field(1, ge=1)
+    workers: int = Field(2, ge=0, description="data loading processes per device")
+    trainable: list[str] | None = Field(
+        None, description="modules that train; None is the family's projector. Anything else but the projector stops"
+    )
+    resume: Literal["auto", "never"] = Field("auto", description="go on from the last checkpoint in the output folder")
+
+
+class TrackingConfig(Section):
+    """Where numbers go beside the JSONL log, which is always written."""
+
+    wandb: Literal["off", "auto", "offline", "online"] = Field(
+        "off", description="auto is online with a W&B key and offline without; online stops without a key"
+    )
+    project: str = "prunetune"
+    name: str | None = Field(None, description="run name; None is the output folder's name")
+
+
+class RecalibrateConfig(Section):
+    """Recalibrate the projector of one model for one pruner and budget."""
+
+    model: ModelConfig
+    pruning: PruningConfig
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    output: str = Field(description="folder for the adapter, checkpoints, logs and the effective config")
+    devices: int | None = Field(
+        None, ge=1, description="how many devices `prunetune recalibrate` launches; None is all"
+    )
+
+
+class EvaluateConfig(Section):
+    """Run one arm on the named tasks."""
+
+    model: ModelConfig
+    pruning: PruningConfig = PruningConfig()
+    adapter: str | None = Field(None, description="folder of a recalibrated projector; None is training-free")
+    tasks: list[str] = Field(description="names from `prunetune list tasks`")
+    limit: int | None = Field(None, ge=1, description="first items of every task only")
+    batch_size: int = Field(1, ge=1, description="scores shift with it in half precision, so it is in the manifest")
+    max_new_tokens: int = Field(128, ge=1)
+    tracking: TrackingConfig = TrackingConfig()
+    output: str = Field(description="folder for results.jsonl, manifest.json and the effective config")
+
+    @field_validator("tasks")
+    @classmethod
+    def _some_task(cls, tasks: list[str]) -> list[str]:
+        if not tasks or len(set(tasks)) != len(tasks):
+            raise ValueError("name at least one task, and each only once")
+        return tasks

@@ -1,0 +1,82 @@
+"""Opening pictures: from a folder, or drawn by the tiny world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image, UnidentifiedImageError
+
+from data_recipes.sample import DataError
+from data_recipes.shapes_world import render, sample_scene
+
+
+class ImageOpener(Protocol):
+    """Turns a sample's image reference into a picture."""
+
+    def exists(self, reference: str) -> bool:
+        """Return whether the picture is there, without decoding it."""
+        ...
+
+    def open(self, reference: str, sample_id: str) -> Image.Image:
+        """Return the RGB picture; raises DataError naming the sample if it can't."""
+        ...
+
+
+class FolderImages:
+    """Pictures below a root folder.
+
+    Raises:
+        DataError: if the root is not set or not a folder.
+    """
+
+    def __init__(self, root: str | Path | None) -> None:
+        if root is None:
+            raise DataError(
+                "this recipe reads image files; set data.image_root to the folder that holds vg/, gqa/, ..."
+            )
+        if not Path(root).is_dir():
+            raise DataError(f"data.image_root {str(root)!r} is not a folder")
+        self.root = Path(root)
+
+    def exists(self, reference: str) -> bool:
+        """Return whether the file is there."""
+        return (self.root / reference).is_file()
+
+    def open(self, reference: str, sample_id: str) -> Image.Image:
+        """Return the decoded RGB picture."""
+        path = self.root / reference
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except FileNotFoundError:
+            raise DataError(f"sample {sample_id!r}: image {path} is missing") from None
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise DataError(
+                f"sample {sample_id!r}: image {path} can't be decoded ({error}); replace the file or remove the sample"
+            ) from error
+
+
+class SceneImages:
+    """Pictures of the tiny world; a reference is ``scene:SEED``."""
+
+    def exists(self, reference: str) -> bool:
+        """Return whether the reference names a scene."""
+        kind, _, seed = reference.partition(":")
+        return kind == "scene" and seed.isdigit()
+
+    def open(self, reference: str, sample_id: str) -> Image.Image:
+        """Draw the scene."""
+        if not self.exists(reference):
+            raise DataError(f"sample {sample_id!r}: {reference!r} is no scene of the tiny world (scene:SEED)")
+        return Image.fromarray(render(sample_scene(int(reference.partition(":")[2]))))
+
+
+def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """Return the picture centred on a square of ``color``, as LLaVA-1.5 prepares its images."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

@@ -1,0 +1,39 @@
+"""One training or evaluation sample, and the errors that bad data raise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+class DataError(ValueError):
+    """Data that can't be used; the message names the file or sample and what to do."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer; the answer is None in a prompt."""
+
+    question: str
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation about at most one picture; ``image`` is a reference that the recipe's opener understands."""
+
+    id: str
+    source: str
+    image: str | None
+    turns: tuple[Turn, ...]
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the sample as a row of a `datasets.Dataset`."""
+        turns = [{"question": turn.question, "answer": turn.answer} for turn in self.turns]
+        return {"id": self.id, "source": self.source, "image": self.image, "turns": turns}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Sample:
+        """Return the sample of a row."""
+        turns = tuple(Turn(turn["question"], turn["answer"]) for turn in row["turns"])
+        return cls(row["id"], row["source"], row["image"], turns)

@@ -1,0 +1,31 @@
+"""The tiny world: procedural scenes with questions that imitate VG, GQA and TextVQA.
+
+A scene is an integer seed. ``sample_scene(seed)`` places 3 to 5 shapes, and mostly a two-digit number, on a
+3 x 3 board; ``render`` draws it at 84 x 84 px; ``ask`` poses eight questions with one-phrase answers.
+"""
+
+from data_recipes.shapes_world.questions import Question, ask, vocabulary
+from data_recipes.shapes_world.scene import (
+    CELL_PIXELS,
+    IMAGE_PIXELS,
+    PATCH_PIXELS,
+    SPLITS,
+    Scene,
+    render,
+    sample_scene,
+    split_seeds,
+)
+
+__all__ = [
+    "CELL_PIXELS",
+    "IMAGE_PIXELS",
+    "PATCH_PIXELS",
+    "SPLITS",
+    "Question",
+    "Scene",
+    "ask",
+    "render",
+    "sample_scene",
+    "split_seeds",
+    "vocabulary",
+]

@@ -1,0 +1,201 @@
+"""Scenes of the tiny world: sampling, drawing, and which patch shows what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+IMAGE_PIXELS = 84
+CELL_PIXELS = 28
+PATCH_PIXELS = 7
+PATCHES_PER_SIDE = IMAGE_PIXELS // PATCH_PIXELS  # 12, so 144 visual tokens
+
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "center", "right")
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+SIZES = ("small", "large")
+PALETTE = {
+    "red": (215, 45, 45),
+    "green": (45, 165, 60),
+    "blue": (55, 85, 230),
+    "yellow": (235, 220, 60),
+    "purple": (150, 60, 195),
+    "orange": (245, 140, 35),
+    "cyan": (60, 210, 220),
+    "white": (240, 240, 240),
+}
+COLORS = tuple(PALETTE)
+
+# Disjoint ranges of scene seeds. `test` is read only by final measurements, never while a recipe is being chosen.
+SPLITS = {
+    "pretrain": range(10_000_000),
+    "validation": range(10_000_000, 11_000_000),
+    "recalibration": range(20_000_000, 21_000_000),
+    "test": range(30_000_000, 31_000_000),
+}
+_WORLD = 84_07  # mixed into every scene's seed, so that scene 0 is not numpy's well-worn seed 0
+_NUMBER_CHANCE = 0.85
+_RADIUS = {"small": (5.0, 6.2), "large": (10.0, 12.0)}
+_JITTER = 1.2
+
+_FONT = {
+    0: "01110 10001 10011 10101 11001 10001 01110",
+    1: "00100 01100 00100 00100 00100 00100 01110",
+    2: "01110 10001 00001 00010 00100 01000 11111",
+    3: "11111 00010 00100 00010 00001 10001 01110",
+    4: "00010 00110 01010 10010 11111 00010 00010",
+    5: "11111 10000 11110 00001 00001 10001 01110",
+    6: "00110 01000 10000 11110 10001 10001 01110",
+    7: "11111 00001 00010 00100 01000 01000 01000",
+    8: "01110 10001 10001 01110 10001 10001 01110",
+    9: "01110 10001 10001 01111 00001 00010 01100",
+}
+_GLYPHS = {
+    d: np.kron(np.array([[int(c) for c in row] for row in rows.split()]), np.ones((2, 2))).astype(bool)
+    for d, rows in _FONT.items()
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One coloured shape. ``cell`` is 0..8 in raster order; ``center`` and ``radius`` are pixels."""
+
+    cell: int
+    color: str
+    shape: str
+    size: str
+    center: tuple[float, float]
+    radius: float
+
+
+@dataclass(frozen=True)
+class Number:
+    """A two-digit number; ``corner`` is the top-left pixel (row, column) of its 14 x 28 px box."""
+
+    cell: int
+    color: str
+    digits: tuple[int, int]
+    corner: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything about one picture that a question can ask for."""
+
+    seed: int
+    shapes: tuple[Shape, ...]
+    number: Number | None
+
+
+def place(cell: int) -> tuple[str, str]:
+    """Return the words for a cell, for example ``("top", "left")``."""
+    return ROWS[cell // 3], COLUMNS[cell % 3]
+
+
+def split_seeds(split: str, count: int, start: int = 0) -> range:
+    """Return ``count`` scene seeds of a split.
+
+    Raises:
+        ValueError: if the split is unknown or has fewer scenes than asked for.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown scene split {split!r}; there are {', '.join(SPLITS)}")
+    seeds = SPLITS[split][start : start + count]
+    if len(seeds) < count:
+        raise ValueError(f"split {split!r} has {len(SPLITS[split])} scenes; {count} from {start} were asked for")
+    return seeds
+
+
+def sample_scene(seed: int) -> Scene:
+    """Draw the scene that belongs to ``seed``; the same seed gives the same scene on every machine."""
+    rng = np.random.default_rng([_WORLD, seed])
+    cells = rng.permutation(9)
+    count = int(rng.integers(3, 6))
+    pairs = rng.permutation(len(COLORS) * len(SHAPES))[:count]  # no two shapes share both colour and form
+    shapes = []
+    for cell, pair in zip(cells[:count].tolist(), pairs.tolist(), strict=True):
+        size = SIZES[int(rng.integers(2))]
+        low, high = _RADIUS[size]
+        jitter = rng.uniform(-_JITTER, _JITTER, 2)
+        row, column = divmod(cell, 3)
+        center = (row * CELL_PIXELS + 13.5 + jitter[0], column * CELL_PIXELS + 13.5 + jitter[1])
+        shapes.append(
+            Shape(
+                cell,
+                COLORS[pair // len(SHAPES)],
+                SHAPES[pair % len(SHAPES)],
+                size,
+                center,
+                float(rng.uniform(low, high)),
+            )
+        )
+    number = None
+    if rng.random() < _NUMBER_CHANCE:
+        cell = int(cells[count])
+        row, column = divmod(cell, 3)
+        nudge = rng.integers(-1, 2, 2)
+        corner = (row * CELL_PIXELS + 7 + int(nudge[0]), column * CELL_PIXELS + int(nudge[1]))
+        digits = (int(rng.integers(10)), int(rng.integers(10)))
+        number = Number(cell, COLORS[int(rng.integers(len(COLORS)))], digits, corner)
+    return Scene(seed, tuple(shapes), number)
+
+
+def _shape_mask(shape: Shape, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return which of the pixels ``rows x columns`` the shape covers, as a boolean grid."""
+    dy = rows[:, None] - shape.center[0]
+    dx = columns[None, :] - shape.center[1]
+    r = shape.radius
+    if shape.shape == "circle":
+        return dx**2 + dy**2 <= r**2
+    if shape.shape == "square":
+        return np.maximum(abs(dx), abs(dy)) <= 0.88 * r
+    if shape.shape == "triangle":
+        return (abs(dx) <= 0.58 * (dy + r)) & (dy <= 0.85 * r)
+    if shape.shape == "diamond":
+        return abs(dx) + abs(dy) <= 1.1 * r
+    if shape.shape == "cross":
+        return (np.minimum(abs(dx), abs(dy)) <= 0.3 * r) & (np.maximum(abs(dx), abs(dy)) <= r)
+    distance = dx**2 + dy**2  # ring
+    return (distance <= r**2) & (distance >= (0.55 * r) ** 2)
+
+
+def _digit_boxes(number: Number) -> list[tuple[int, int, int]]:
+    """Return ``(digit, top, left)`` of the two 14 x 10 px glyphs."""
+    top, left = number.corner
+    return [(digit, top, left + 2 + 14 * index) for index, digit in enumerate(number.digits)]
+
+
+def object_masks(scene: Scene) -> list[np.ndarray]:
+    """Return one boolean (84, 84) mask per drawn thing: the shapes, then the first and the second digit."""
+    masks = []
+    for shape in scene.shapes:
+        mask = np.zeros((IMAGE_PIXELS, IMAGE_PIXELS), dtype=bool)
+        row, column = (CELL_PIXELS * part for part in divmod(shape.cell, 3))
+        span = np.arange(CELL_PIXELS)
+        mask[row : row + CELL_PIXELS, column : column + CELL_PIXELS] = _shape_mask(shape, row + span, column + span)
+        masks.append(mask)
+    if scene.number is not None:
+        for digit, top, left in _digit_boxes(scene.number):
+            mask = np.zeros((IMAGE_PIXELS, IMAGE_PIXELS), dtype=bool)
+            mask[top : top + 14, left : left + 10] = _GLYPHS[digit]
+            masks.append(mask)
+    return masks
+
+
+def render(scene: Scene) -> np.ndarray:
+    """Draw the scene as ``uint8`` pixels (84, 84, 3); deterministic in the scene's seed."""
+    rng = np.random.default_rng([_WORLD, scene.seed, 1])
+    coarse = rng.normal(0, 5, (12, 12, 1)).repeat(7, 0).repeat(7, 1)
+    image = rng.uniform(70, 105) + coarse + rng.normal(0, 3, (IMAGE_PIXELS, IMAGE_PIXELS, 1)) + np.zeros(3)
+    colors = [shape.color for shape in scene.shapes] + ([scene.number.color] * 2 if scene.number else [])
+    for mask, color in zip(object_masks(scene), colors, strict=True):
+        image[mask] = np.array(PALETTE[color]) + rng.uniform(-10, 10, 3)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def patch_cover(scene: Scene) -> np.ndarray:
+    """Return for each drawn thing the share of each patch it covers, ``float64`` (things, 144), raster order."""
+    masks = np.stack(object_masks(scene)).astype(float)
+    side = PATCHES_PER_SIDE
+    return masks.reshape(-1, side, PATCH_PIXELS, side, PATCH_PIXELS).mean((2, 4)).reshape(len(masks), -1)

@@ -1,0 +1,1 @@
+"""Running arms on tasks, and comparing dense, training-free and tuned."""

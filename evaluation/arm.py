@@ -1,0 +1,194 @@
+"""One arm: a model, a pruner, a projector and tasks, run into results.jsonl and manifest.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from configs import EvaluateConfig, to_yaml
+from data_recipes import Formatter, Sample, Turn
+from evaluation.tasks import Item, Task, TaskError, get_task
+from evaluation.tasks.base import items_hash
+from pruning import PrunedModel, PruningSpec
+from pruning.checkpoint import checkpoint_folder, frozen_hash, load_model, projector_state, tensor_hash
+
+RESULTS, MANIFEST = "results.jsonl", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The items of one task, in their fixed batches."""
+
+    task: Task
+    batches: list[list[Item]]
+
+
+def evaluate(config: EvaluateConfig, device: str | None = None) -> Path:
+    """Run one arm and return its folder; a run that was killed goes on where its last whole batch ended.
+
+    Batches are cut the same way in every run, so an interrupted run and an uninterrupted one write the same results.
+
+    Raises:
+        TaskError: if the folder holds results of another configuration, naming the field.
+        CheckpointError, PruningError, DataError: for weights, pruners or pictures that can't work.
+    """
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    works = [_work(name, config.limit, config.batch_size) for name in config.tasks]
+    model, processor = load_model(
+        **config.model.model_dump(include={"path", "revision", "dtype", "attention"}), adapter=config.adapter
+    )
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pruned = PrunedModel(model, PruningSpec(**config.pruning.model_dump()))
+    manifest = _manifest(config, works, pruned)
+    done = _resume(output, manifest)
+    (output / "config.yaml").write_text(to_yaml(config))
+
+    total, before, began = sum(len(batch) for work in works for batch in work.batches), len(done), time.monotonic()
+    with (
+        (output / RESULTS).open("a") as results,
+        torch.inference_mode(),
+        tqdm(total=total, initial=before, desc=output.name, unit="item", dynamic_ncols=True, mininterval=1.0) as bar,
+    ):
+        for work in works:
+            formatter = Formatter(processor, work.task.images(), config.model.template, config.model.square)
+            for batch in work.batches:
+                if (work.task.name, batch[0].id) not in done:
+                    rows = list(_answers(pruned, formatter, work.task, batch, config.max_new_tokens))
+                    results.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                    results.flush()
+                    bar.update(len(batch))
+    seconds = time.monotonic() - began
+    rows = read_results(output)
+    kept = [row["kept"] for row in rows]
+    manifest |= {
+        "complete": True,
+        "kept_tokens": {"mean": sum(kept) / len(kept), "min": min(kept), "max": max(kept)},
+        "items_per_second": round((total - before) / seconds, 2) if total > before else None,
+    }
+    _write_json(output / MANIFEST, manifest)
+    return output
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Return an arm's rows."""
+    return [json.loads(line) for line in (folder / RESULTS).read_text().splitlines()]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return an arm's manifest; raises TaskError if the folder is no finished arm."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise TaskError(f"{folder} is no evaluated arm: {MANIFEST} is missing; run prunetune evaluate first")
+    manifest = json.loads(path.read_text())
+    if not manifest.get("complete"):
+        raise TaskError(f"the arm in {folder} is not finished; run the same prunetune evaluate again, it goes on")
+    return manifest
+
+
+def _work(name: str, limit: int | None, batch_size: int) -> Work:
+    task = get_task(name)
+    items = task.items()[:limit]
+    return Work(task, [items[start : start + batch_size] for start in range(0, len(items), batch_size)])
+
+
+def _answers(pruned: PrunedModel, formatter: Formatter, task: Task, batch: list[Item], new: int) -> Iterator[dict]:
+    """Generate the answers of one batch and score them."""
+    samples = [Sample(item.id, item.source, item.image, (Turn(item.question, None),)) for item in batch]
+    inputs = {name: tensor.to(pruned.model.device) for name, tensor in formatter.prompt_batch(samples).items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(pruned.model.dtype)
+    tokens = pruned.generate(**inputs, max_new_tokens=new, do_sample=False)
+    texts = formatter.processor.batch_decode(tokens, skip_special_tokens=True)
+    assert pruned.last is not None  # generate has just run
+    for item, text, count in zip(batch, texts, pruned.last.kept, strict=True):
+        prediction = text.strip()
+        yield {
+            "task": task.name,
+            "id": item.id,
+            "source": item.source,
+            "image": item.image,
+            "question": item.question,
+            "answer": item.answer,
+            "prediction": prediction,
+            "score": task.score(prediction, item),
+            "kept": count,
+        }
+
+
+def _manifest(config: EvaluateConfig, works: list[Work], pruned: PrunedModel) -> dict[str, Any]:
+    """Return everything that decides an arm's numbers."""
+    folder = checkpoint_folder(config.model.path, config.model.revision)
+    return {
+        "format": 1,
+        "complete": False,
+        "model": config.model.model_dump(),
+        "frozen_hash": frozen_hash(folder, pruned.family.projectors),
+        "projector": {"adapter": config.adapter, "hash": tensor_hash(projector_state(pruned.model))},
+        "pruning": config.pruning.model_dump(),
+        "tasks": {
+            work.task.name: {
+                "items": sum(len(batch) for batch in work.batches),
+                "hash": items_hash([item for batch in work.batches for item in batch]),
+                "protocol": work.task.protocol,
+                "prompt": work.task.prompt,
+            }
+            for work in works
+        },
+        "batch_size": config.batch_size,
+        "max_new_tokens": config.max_new_tokens,
+        "device": torch.cuda.get_device_name() if pruned.model.device.type == "cuda" else platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def _resume(output: Path, manifest: dict[str, Any]) -> set[tuple[str, str]]:
+    """Return the (task, id) pairs that are done, cutting off a batch that was being written when the run was killed.
+
+    Raises:
+        TaskError: if the folder belongs to another configuration.
+    """
+    path, results = output / MANIFEST, output / RESULTS
+    if not path.exists():
+        results.unlink(missing_ok=True)
+        _write_json(path, manifest)
+        return set()
+    old = json.loads(path.read_text())
+    changed = [key for key, value in manifest.items() if key != "complete" and old.get(key) != value]
+    if changed:
+        raise TaskError(
+            f"{output} holds an arm that differs in {', '.join(changed)}; choose another output folder or "
+            "delete this one"
+        )
+    if not results.exists():
+        return set()
+    whole, size = [], manifest["batch_size"]
+    for line in results.read_text().splitlines():
+        try:
+            whole.append(json.loads(line))
+        except json.JSONDecodeError:  # the line that was being written
+            break
+    kept: list[dict] = []
+    for name, task in manifest["tasks"].items():
+        rows = [row for row in whole if row["task"] == name]
+        full = len(rows) if len(rows) == task["items"] else len(rows) // size * size
+        kept += rows[:full]
+    partial = results.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    os.replace(partial, results)
+    return {(row["task"], row["id"]) for row in kept}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)

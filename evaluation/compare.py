@@ -1,0 +1,235 @@
+"""Dense, training-free and tuned arms in one table, with paired intervals; refuses arms that can't be compared."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.arm import read_manifest, read_results
+from evaluation.tasks import TaskError
+
+RESAMPLES = 10_000
+# What may differ between arms of one table. Within a tuned arm and its training-free twin only the projector may.
+_ARM = {"projector", "pruning", "kept_tokens", "items_per_second"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A finished evaluation: manifest, scores (M,) and picture (M,) of every item in order."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    sources: np.ndarray
+    images: np.ndarray
+    scores: np.ndarray
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is pruned and the projector is the base's."""
+        return self.manifest["pruning"]["pruner"] == "identity" and not self.tuned
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the projector comes from a recalibration."""
+        return self.manifest["projector"]["adapter"] is not None
+
+    @property
+    def label(self) -> str:
+        """Method, options that are set, and whether it is tuned."""
+        pruning = self.manifest["pruning"]
+        options = ", ".join(f"{key}={value}" for key, value in pruning["options"].items())
+        name = "dense" if pruning["pruner"] == "identity" else pruning["pruner"]
+        return f"{name}{f' ({options})' if options else ''}{' + tuned projector' if self.tuned else ''}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; accuracies in percent, ``gain`` is tuned minus training-free in points."""
+
+    label: str
+    kept: float
+    per_source: dict[str, float]
+    overall: float
+    interval: tuple[float, float]
+    relative: float | None
+    gain: float | None
+    gain_interval: tuple[float, float] | None
+
+
+def read_arm(folder: str | Path) -> Arm:
+    """Read a finished arm; raises TaskError if it is missing, unfinished or short of rows."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    rows = read_results(folder)
+    expected = sum(task["items"] for task in manifest["tasks"].values())
+    if len(rows) != expected:
+        raise TaskError(f"{folder} has {len(rows)} results, its manifest says {expected}; evaluate it again")
+    many = len(manifest["tasks"]) > 1
+    sources = [f"{row['task']}/{row['source']}" if many else row["source"] for row in rows]
+    return Arm(
+        folder,
+        manifest,
+        np.array(sources),
+        np.array([row["image"] for row in rows]),
+        np.array([row["score"] for row in rows], dtype=float),
+    )
+
+
+def check_comparable(arms: list[Arm]) -> None:
+    """Check that the arms answered the same questions on the same frozen weights in the same way.
+
+    Raises:
+        TaskError: naming the first field that differs, or a tuned arm without its training-free twin.
+    """
+    first = arms[0]
+    for arm in arms[1:]:
+        for key in sorted({*first.manifest, *arm.manifest} - _ARM):
+            one, other = first.manifest.get(key), arm.manifest.get(key)
+            if one != other:
+                raise TaskError(
+                    f"{first.folder} and {arm.folder} differ in {_deepest(key, one, other)}; arms may "
+                    "differ in the projector and the pruning only"
+                )
+    for arm in arms:
+        if arm.tuned and _twin(arm, arms) is None:
+            others = [other for other in arms if not other.tuned and not other.dense]
+            near = next((o for o in others if _pruner(o) == _pruner(arm)), None)
+            what = _deepest("pruning", near.manifest["pruning"], arm.manifest["pruning"]) if near else "pruning"
+            raise TaskError(
+                f"the tuned arm {arm.folder} has no training-free arm with the same pruning: {what} differs; "
+                "evaluate the same configuration without adapter and compare with that"
+            )
+
+
+def compare(folders: list[str | Path], seed: int = 0) -> list[Row]:
+    """Return the rows of the comparison: dense first, then by budget and method, tuned below its twin.
+
+    Args:
+        folders: finished arms.
+        seed: seed of the bootstrap, which resamples pictures, since questions about one picture hang together.
+
+    Raises:
+        TaskError: if the arms can't be compared.
+    """
+    arms = [read_arm(folder) for folder in folders]
+    if not arms:
+        raise TaskError("name at least one evaluated arm")
+    check_comparable(arms)
+    dense = next((arm for arm in arms if arm.dense), None)
+    rows = []
+    for arm in sorted(arms, key=_place):
+        twin = _twin(arm, arms) if arm.tuned else None
+        rows.append(
+            Row(
+                label=arm.label,
+                kept=arm.manifest["kept_tokens"]["mean"],
+                per_source={str(s): 100 * arm.scores[arm.sources == s].mean() for s in np.unique(arm.sources)},
+                overall=100 * arm.scores.mean(),
+                interval=bootstrap_interval(arm.scores, arm.images, seed),
+                relative=100 * arm.scores.mean() / dense.scores.mean() if dense is not None else None,
+                gain=100 * (arm.scores - twin.scores).mean() if twin is not None else None,
+                gain_interval=bootstrap_interval(arm.scores - twin.scores, arm.images, seed)
+                if twin is not None
+                else None,
+            )
+        )
+    return rows
+
+
+def bootstrap_interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean of ``values`` (M,) in percent, by resampling clusters (M,)."""
+    _, owner = np.unique(clusters, return_inverse=True)
+    sums, counts = np.bincount(owner, weights=values), np.bincount(owner)
+    draws = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
+    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    low, high = np.percentile(100 * means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def to_markdown(rows: list[Row]) -> str:
+    """Return the table as Markdown."""
+    header, body = _cells(rows)
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def to_csv(rows: list[Row]) -> str:
+    """Return the table as CSV with plain numbers."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    sources = list(rows[0].per_source)
+    writer.writerow(
+        [
+            "arm",
+            "kept_tokens",
+            *sources,
+            "overall",
+            "overall_low",
+            "overall_high",
+            "relative_to_dense",
+            "tuned_minus_training_free",
+            "gain_low",
+            "gain_high",
+        ]
+    )
+    for row in rows:
+        gain = row.gain_interval or (None, None)
+        values = [
+            row.kept,
+            *(row.per_source[s] for s in sources),
+            row.overall,
+            *row.interval,
+            row.relative,
+            row.gain,
+            *gain,
+        ]
+        writer.writerow([row.label, *("" if value is None else f"{value:.4f}" for value in values)])
+    return text.getvalue()
+
+
+def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    sources = list(rows[0].per_source)
+    header = ["arm", "visual tokens", *sources, "overall", "95 % interval", "of dense", "tuned - training-free"]
+    body = []
+    for row in rows:
+        gain = ""
+        if row.gain is not None and row.gain_interval is not None:
+            gain = f"**{row.gain:+.1f}** [{row.gain_interval[0]:+.1f}, {row.gain_interval[1]:+.1f}]"
+        body.append(
+            [
+                row.label,
+                f"{row.kept:g}",
+                *(f"{row.per_source[s]:.1f}" for s in sources),
+                f"{row.overall:.1f}",
+                f"[{row.interval[0]:.1f}, {row.interval[1]:.1f}]",
+                f"{row.relative:.1f} %" if row.relative is not None else "",
+                gain,
+            ]
+        )
+    return header, body
+
+
+def _pruner(arm: Arm) -> str:
+    return arm.manifest["pruning"]["pruner"]
+
+
+def _twin(arm: Arm, arms: list[Arm]) -> Arm | None:
+    """Return the arm that differs from a tuned one in the projector alone."""
+    return next((a for a in arms if not a.tuned and a.manifest["pruning"] == arm.manifest["pruning"]), None)
+
+
+def _place(arm: Arm) -> tuple:
+    return (not arm.dense, -arm.manifest["kept_tokens"]["mean"], _pruner(arm), arm.tuned)
+
+
+def _deepest(key: str, one: Any, other: Any) -> str:
+    """Return the path of the first difference with both values."""
+    while isinstance(one, dict) and isinstance(other, dict):
+        part = next(name for name in sorted({*one, *other}) if one.get(name) != other.get(name))
+        key, one, other = f"{key}.{part}", one.get(part), other.get(part)
+    return f"{key} ({one!r} and {other!r})"

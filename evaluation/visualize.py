@@ -1,0 +1,65 @@
+"""Which tokens each method keeps of some pictures, drawn over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from configs import ModelConfig
+from data_recipes import Formatter, Sample, Turn
+from evaluation.pictures import kept_overlay
+from evaluation.tasks import TaskError, get_task
+from pruning import PrunedModel, PruningSpec
+from pruning.checkpoint import load_model
+
+
+def visualize(config: ModelConfig, specs: list[PruningSpec], task: str, count: int, output: Path) -> list[Path]:
+    """Write one PNG per picture with a panel per method, for the first ``count`` pictures of a task.
+
+    Args:
+        config: the model.
+        specs: pruners and budgets, one panel each.
+        task: a benchmark whose pictures are shown.
+        count: how many pictures.
+        output: folder of the PNG files.
+
+    Raises:
+        TaskError: if the visual tokens of this model form no grid.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    model, processor = load_model(**config.model_dump(include={"path", "revision", "dtype", "attention"}))
+    benchmark = get_task(task)
+    formatter = Formatter(processor, benchmark.images(), config.template, config.square)
+    references = list(dict.fromkeys(item.image for item in benchmark.items()))[:count]
+    written = []
+    for number, reference in enumerate(references):
+        sample = Sample(reference, task, reference, (Turn("", None),))
+        inputs = formatter.prompt_batch([sample])
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)  # type: ignore[arg-type]
+        panels: dict[str, np.ndarray] = {}
+        grid = None
+        for spec in specs:
+            with torch.inference_mode():
+                pruned = PrunedModel(model, spec).prepare(inputs)
+            assert pruned.selection is not None and pruned.encoded is not None  # there is a picture
+            grid = pruned.encoded.tokens.grid
+            positions = pruned.selection.of(0).cpu().numpy()
+            panels[f"{spec.pruner}, {len(positions)}"] = positions
+        if grid is None:
+            raise TaskError("the visual tokens of this model form no grid, so they can't be drawn over the picture")
+        path = output / f"kept_{number:02d}.png"
+        kept_overlay(_seen(inputs["pixel_values"][0], processor), panels, grid).save(path)
+        written.append(path)
+    return written
+
+
+def _seen(pixels: Any, processor: Any) -> Image.Image:
+    """Return the picture as the vision tower saw it, from normalised pixels (3, H, W)."""
+    mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
+    deviation = torch.tensor(processor.image_processor.image_std)[:, None, None]
+    picture = (pixels.float().cpu() * deviation + mean).clamp(0, 1)
+    return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())

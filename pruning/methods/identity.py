@@ -1,0 +1,33 @@
+"""Keep every token: the dense arm, run through the same code as every other arm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from pruning.registry import register_pruner
+from pruning.types import PruningError, Selection, VisualTokens
+
+
+@register_pruner("identity", paper="the unpruned model")
+@dataclass(frozen=True)
+class Identity:
+    """Keep all N tokens; the outputs are bit-identical to the stock model's."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Return all positions.
+
+        Raises:
+            PruningError: if the budget is below N, which this method can't honour.
+        """
+        if keep != tokens.count:
+            raise PruningError(
+                f"identity keeps all {tokens.count} visual tokens, the budget says {keep}; "
+                'use keep: "100%" or another pruner'
+            )
+        positions = torch.arange(tokens.count, device=tokens.features.device)
+        return Selection(positions.expand(len(tokens.features), -1))

@@ -1,0 +1,167 @@
+"""The plug: one function that rewrites a model's inputs, so that the stock model runs on fewer visual tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruning.budget import Budget, check_budget, resolve_budget
+from pruning.families.base import Encoded, family_of
+from pruning.registry import build_pruner
+from pruning.sequence import placeholder_runs, shorten
+from pruning.types import Pruner, PruningError, Selection
+
+
+@dataclass(frozen=True)
+class PruningSpec:
+    """What to prune with, as a configuration says it.
+
+    Attributes:
+        pruner: a name from ``prunetune list pruners``.
+        keep: budget per image (per crop where the family has crops): 64, 0.111 or "11.1%".
+        options: the method's own hyperparameters.
+        position_policy: "compact" (LLaVA-style re-indexing) or "original".
+    """
+
+    pruner: str = "identity"
+    keep: Budget = "100%"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    position_policy: str = "compact"
+
+    def build(self) -> Pruner:
+        """Return the pruner; raises PruningError for an unknown name, option or budget."""
+        check_budget(self.keep)
+        return build_pruner(self.pruner, self.options)
+
+
+@dataclass
+class Pruned:
+    """Rewritten inputs, and what became of the images.
+
+    Attributes:
+        inputs: keyword arguments for the stock model.
+        selection: what the pruner kept of each item; None without images.
+        encoded: the items; None without images.
+        kept: how many visual tokens of each image reach the LLM, images in reading order.
+    """
+
+    inputs: dict[str, Any]
+    selection: Selection | None = None
+    encoded: Encoded | None = None
+    kept: list[int] = field(default_factory=list)
+
+
+class PrunedModel:
+    """A stock Hugging Face model and the pruner in front of its LLM.
+
+    The model itself is not changed. ``prepare`` rewrites inputs; ``forward`` and ``generate`` call the stock model on
+    them; ``attach`` lets a trainer call the model as usual.
+
+    Args:
+        model: a conditional-generation model (under PEFT: ``peft_model.get_base_model()``).
+        spec: pruner, budget and position policy.
+    """
+
+    def __init__(self, model: nn.Module, spec: PruningSpec) -> None:
+        self.model: Any = model
+        self.spec = spec
+        self.family = family_of(model)
+        self.pruner = spec.build()
+        self.last: Pruned | None = None
+        self._prepared = False
+
+    def prepare(self, inputs: Mapping[str, Any], padding_side: str = "right") -> Pruned:
+        """Encode the images, prune, and return inputs for the stock model.
+
+        Args:
+            inputs: what the processor returned, ``attention_mask`` (B, L) included.
+            padding_side: where the shortened rows are padded.
+
+        Raises:
+            PruningError: if placeholders and images disagree, the mask is missing or the budget does not fit.
+        """
+        inputs = {key: value for key, value in inputs.items() if value is not None}
+        if inputs.get("attention_mask") is None:
+            raise PruningError(
+                "pruned inputs need a 2-D attention_mask: without it, gaps in the positions are read "
+                "as several packed sequences; call the processor with padding=True"
+            )
+        if "pixel_values" not in inputs:
+            return self._without_images(inputs)
+        encoded = self.family.encode(self.model, inputs, self.pruner.needs)
+        selection = self.pruner(encoded.tokens, resolve_budget(self.spec.keep, encoded.tokens.count))
+        images = encoded.keep_of(selection)
+        runs = placeholder_runs(inputs["input_ids"], self.model.config.image_token_id, encoded.lengths)
+        kept = inputs["input_ids"] != self.model.config.image_token_id
+        for (row, run), (positions, _) in zip(runs, images, strict=True):
+            kept[row, run[positions]] = True
+        rewritten = shorten(inputs, kept, self.spec.position_policy, padding_side)
+        return self._with_features(rewritten, encoded, [features for _, features in images], selection)
+
+    def _with_features(
+        self, inputs: dict[str, Any], encoded: Encoded, features: list[Tensor], selection: Selection | None
+    ) -> Pruned:
+        for name in self.family.drop:
+            inputs.pop(name, None)
+        output = copy.copy(encoded.output)
+        output.pooler_output = features
+        inputs["mm_encoder_outputs"] = {"image": output}
+        return Pruned(inputs, selection, encoded, [len(rows) for rows in features])
+
+    def _without_images(self, inputs: dict[str, Any]) -> Pruned:
+        """Pass text through; in training, send zero tokens of a blank image along so that gradients and ranks agree."""
+        if not (self.model.training and torch.is_grad_enabled()):
+            return Pruned(inputs)
+        encoded = self.family.encode(self.model, self.family.blank(self.model), frozenset())
+        assert encoded.tokens.projected is not None  # every family fills it
+        return self._with_features(dict(inputs), encoded, [encoded.tokens.projected[0, :0]], None)
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the stock model on pruned inputs and return its output; ``labels`` are shortened with the rest."""
+        with self._running(self.prepare(inputs)) as pruned:
+            return self.model(**pruned.inputs)
+
+    def generate(self, **inputs: Any) -> Tensor:
+        """Generate from pruned inputs and return the new tokens only, (B, T).
+
+        ``inputs`` may hold generation options (``max_new_tokens`` and so on); they pass through to the stock method.
+        """
+        with torch.no_grad(), self._running(self.prepare(inputs, padding_side="left")) as pruned:
+            output = self.model.generate(**pruned.inputs)
+        return output[:, pruned.inputs["input_ids"].shape[1] :]
+
+    @contextmanager
+    def attach(self) -> Iterator[PrunedModel]:
+        """While open, ``model(**processor_output)`` prunes by itself: for trainers that call the model."""
+        handle = self.model.register_forward_pre_hook(self._hook, with_kwargs=True)
+        try:
+            yield self
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _running(self, pruned: Pruned) -> Iterator[Pruned]:
+        self.last, self._prepared = pruned, True
+        try:
+            yield pruned
+        finally:
+            self._prepared = False
+
+    def _hook(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if self._prepared:
+            return None
+        if args:
+            raise PruningError("a model with an attached pruner takes keyword arguments only")
+        if kwargs.get("mm_encoder_outputs"):
+            raise PruningError(
+                "these images were encoded before the pruner saw them, so the run would be unpruned; "
+                "generate with PrunedModel.generate instead of model.generate"
+            )
+        self.last = self.prepare(kwargs)
+        return (), self.last.inputs

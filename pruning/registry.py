@@ -1,0 +1,99 @@
+"""Which pruning methods exist. A method is one file in ``pruning/methods/`` that registers one frozen dataclass."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pruning.types import SIGNALS, Pruner, PruningError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: the class that holds its options, and what ``prunetune list pruners`` says of it."""
+
+    name: str
+    paper: str
+    pruner: type[Pruner]
+    merges: bool = False
+    exact: bool = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals the method reads beside the features."""
+        return self.pruner.needs
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register_pruner(name: str, *, paper: str, merges: bool = False, exact: bool = True) -> Callable[[Any], Any]:
+    """Register a frozen dataclass as the method ``name``.
+
+    Args:
+        name: lower-case name of the command line.
+        paper: the paper, with its arXiv number where there is one.
+        merges: whether the selection carries merged features.
+        exact: False for a reconstruction without reference code.
+
+    Raises:
+        PruningError: if the name is taken or not lower-case, the class is no frozen dataclass, or it needs an
+            unknown signal.
+    """
+
+    def register(pruner: Any) -> Any:
+        if name != name.lower() or not name.isidentifier():
+            raise PruningError(f"a method's name is a lower-case identifier, got {name!r}")
+        if name in _METHODS:
+            raise PruningError(
+                f"two methods are called {name!r}: {_METHODS[name].pruner.__module__} and "
+                f"{pruner.__module__}; rename one"
+            )
+        parameters = getattr(pruner, "__dataclass_params__", None)
+        if parameters is None or not parameters.frozen:
+            raise PruningError(f"{pruner.__name__} must be a frozen dataclass: its fields are the method's options")
+        unknown = set(pruner.needs) - SIGNALS
+        if unknown:
+            raise PruningError(f"{name} needs unknown signals {sorted(unknown)}; there are {sorted(SIGNALS)}")
+        _METHODS[name] = Method(name, paper, pruner, merges, exact)
+        return pruner
+
+    return register
+
+
+def methods() -> Mapping[str, Method]:
+    """Return all methods by name, alphabetically; importing every file of ``pruning/methods/`` once."""
+    import pruning.methods as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"pruning.methods.{module.name}")
+    return dict(sorted(_METHODS.items()))
+
+
+def build_pruner(name: str, options: Mapping[str, Any] | None = None) -> Pruner:
+    """Return the method ``name`` with ``options`` (fields of its dataclass; the rest are the paper's defaults).
+
+    Raises:
+        PruningError: for an unknown method or option, with the nearest valid name.
+    """
+    known = methods()
+    if name not in known:
+        raise PruningError(f"unknown pruner {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    pruner = known[name].pruner
+    valid = [field.name for field in fields(pruner)]  # type: ignore[arg-type]
+    for option in options or {}:
+        if option not in valid:
+            raise PruningError(
+                f"pruner {name!r} has no option {option!r}{nearest(option, valid)}; it has {', '.join(valid) or 'none'}"
+            )
+    return pruner(**(options or {}))
+
+
+def nearest(name: str, valid: Any) -> str:
+    """Return ``", did you mean 'x'?"`` for the nearest of ``valid``, or nothing."""
+    close = difflib.get_close_matches(str(name), list(valid), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,150 @@
+"""The ``prunetune`` command line: reads arguments, calls one function, prints where the results are."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
+
+
+def command(name: str, about: str) -> Callable[[Callable[[list[str]], None]], Callable[[list[str]], None]]:
+    """Register a subcommand."""
+
+    def register(function: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+        COMMANDS[name] = (function, about)
+        return function
+
+    return register
+
+
+@command("demo", "the whole story on the bundled tiny VLM: prune, recalibrate, compare (CPU, minutes)")
+def demo(arguments: list[str]) -> None:
+    """Run the demo."""
+    from scripts.demo import run_demo
+
+    parser = argparse.ArgumentParser("prunetune demo")
+    parser.add_argument("--quick", action="store_true", help="fewer scenes and training samples: at most 2 minutes")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    options = parser.parse_args(arguments)
+    run_demo(options.output, quick=options.quick)
+
+
+@command("recalibrate", "launch DeepSpeed to recalibrate a projector: --config FILE.yaml [--section.field value]")
+def recalibrate(arguments: list[str]) -> None:
+    """Launch the trainer on all or ``devices`` devices."""
+    from scripts.launch import launch_recalibration
+
+    file, overrides = _config_and_overrides(arguments)
+    sys.exit(launch_recalibration(file, overrides))
+
+
+@command("evaluate", "run one arm on tasks: --config FILE.yaml [--section.field value]")
+def evaluate(arguments: list[str]) -> None:
+    """Evaluate one arm."""
+    from configs import EvaluateConfig, load_config, to_yaml
+    from scripts.tracked import tracked_evaluate
+
+    file, overrides = _config_and_overrides(arguments)
+    config = load_config(EvaluateConfig, file, overrides)
+    print(to_yaml(config))
+    print(f"results: {tracked_evaluate(config)}")
+
+
+@command("compare", "one table of dense, training-free and tuned arms: RUN RUN ... [--output DIR]")
+def compare(arguments: list[str]) -> None:
+    """Compare evaluated arms."""
+    from configs import TrackingConfig
+    from scripts.tracked import tracked_compare
+
+    parser = argparse.ArgumentParser("prunetune compare")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders written by prunetune evaluate")
+    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder of the table and the plot")
+    parser.add_argument("--wandb", choices=["off", "auto", "offline", "online"], default="off")
+    options = parser.parse_args(arguments)
+    print(tracked_compare(options.runs, options.output, TrackingConfig(wandb=options.wandb)))
+    print(f"table.md, table.csv, plot.png: {options.output}")
+
+
+@command("export", "merge a recalibrated projector into a full stock checkpoint")
+def export(arguments: list[str]) -> None:
+    """Export a merged checkpoint."""
+    from pruning.checkpoint import export_merged, load_model
+
+    parser = argparse.ArgumentParser("prunetune export")
+    parser.add_argument("--model", required=True, help="folder or hub id of the base")
+    parser.add_argument("--revision")
+    parser.add_argument("--adapter", required=True, help="the adapter folder of a recalibration")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    model, processor = load_model(options.model, options.revision, options.dtype, adapter=options.adapter)
+    export_merged(model, processor, options.output)
+    print(f"stock checkpoint and mm_projector.bin: {options.output}")
+
+
+@command("visualize", "draw the tokens that methods keep over pictures")
+def visualize(arguments: list[str]) -> None:
+    """Draw kept tokens."""
+    from configs import ModelConfig
+    from evaluation.visualize import visualize as draw
+    from pruning import PruningSpec
+
+    parser = argparse.ArgumentParser("prunetune visualize")
+    parser.add_argument("--model", default="assets/tiny_vlm")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--pruners", nargs="+", default=["fastervlm", "vispruner", "prismprune", "divprune"])
+    parser.add_argument("--keep", type=int, default=16)
+    parser.add_argument("--task", default="tiny_world_validation")
+    parser.add_argument("--count", type=int, default=4)
+    parser.add_argument("--output", type=Path, default=Path("runs/visualize"))
+    options = parser.parse_args(arguments)
+    specs = [PruningSpec(name, options.keep) for name in options.pruners]
+    config = ModelConfig(path=options.model, dtype=options.dtype)
+    for path in draw(config, specs, options.task, options.count, options.output):
+        print(path)
+
+
+@command("list", "what there is: pruners, families, recipes or tasks")
+def list_what(arguments: list[str]) -> None:
+    """List what can be named in a configuration."""
+    from scripts.listing import LISTS
+
+    parser = argparse.ArgumentParser("prunetune list")
+    parser.add_argument("what", choices=sorted(LISTS))
+    print(LISTS[parser.parse_args(arguments).what]())
+
+
+def _config_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    options, overrides = parser.parse_known_args(arguments)
+    return options.config, overrides
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a subcommand; errors of the user's making end with their message alone."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in COMMANDS:
+        lines = [f"  {name:<12} {about}" for name, (_, about) in COMMANDS.items()]
+        usage = "usage: prunetune COMMAND [...]\n\n" + "\n".join(lines)
+        known = not arguments or arguments[0] in ("-h", "--help")
+        print(usage) if known else sys.exit(f"error: unknown command {arguments[0]!r}\n\n{usage}")
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from configs import ConfigError
+    from data_recipes import DataError
+    from evaluation.tasks import TaskError
+    from pruning import PruningError
+
+    try:
+        COMMANDS[arguments[0]][0](arguments[1:])
+    except (ConfigError, DataError, PruningError, TaskError) as error:  # anything else is a bug and shows where it is
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Where ``evaluation``'s results meet ``train``'s tracking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from configs import EvaluateConfig, TrackingConfig
+from evaluation.arm import evaluate, read_results
+from evaluation.compare import Row, compare, to_csv, to_markdown
+from evaluation.pictures import plot_rows
+from train.tracking import Tracker
+
+
+def tracked_evaluate(config: EvaluateConfig) -> Path:
+    """Run one arm; its accuracy per source and overall goes to the log and to W&B."""
+    tracker = Tracker(config.tracking, Path(config.output), config.model_dump())
+    folder = evaluate(config)
+    scores: dict[str, list[float]] = {"overall": []}
+    for row in read_results(folder):
+        scores["overall"].append(row["score"])
+        scores.setdefault(f"{row['task']}/{row['source']}", []).append(row["score"])
+    tracker.log({name: round(100 * sum(values) / len(values), 4) for name, values in scores.items()})
+    tracker.close()
+    return folder
+
+
+def tracked_compare(runs: list[Path], output: Path, tracking: TrackingConfig) -> str:
+    """Write table.md, table.csv and plot.png to ``output``, send them to W&B when asked, and return the table."""
+    rows: list[Row] = compare([*runs])
+    output.mkdir(parents=True, exist_ok=True)
+    markdown = to_markdown(rows)
+    (output / "table.md").write_text(markdown)
+    (output / "table.csv").write_text(to_csv(rows))
+    plot_rows(rows, output / "plot.png")
+    if tracking.wandb != "off":
+        tracker = Tracker(tracking, output, {"runs": [str(run) for run in runs]})
+        header, *body = [line.split(",") for line in to_csv(rows).splitlines()]
+        tracker.log_table("comparison", header, body)
+        tracker.log_image("plot", output / "plot.png")
+        tracker.close()
+    return markdown

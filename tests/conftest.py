@@ -1,0 +1,73 @@
+"""Small models and data that every test can use; nothing here reaches for a hub or a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_recipes import Formatter, Sample, Turn
+from data_recipes.images import SceneImages
+from train.tiny_vlm.model import build_llava, build_processor, build_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_VLM = ROOT / "assets" / "tiny_vlm"
+GOLDEN = ROOT.parent / "shared" / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return build_processor(build_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def untrained_folder(tmp_path_factory, processor):
+    """A stock checkpoint of the tiny architecture with random float32 weights, saved as a user would have it."""
+    folder = tmp_path_factory.mktemp("untrained")
+    torch.manual_seed(1)
+    model = build_llava(len(processor.tokenizer))
+    with torch.no_grad():  # livelier than the initialisation, so that attention and answers differ between inputs
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name:
+                parameter.mul_(3)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(untrained_folder):
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration.from_pretrained(untrained_folder).eval()
+
+
+@pytest.fixture
+def formatter(processor):
+    return Formatter(processor, SceneImages())
+
+
+def scene_sample(seed: int, question="what number is shown ?", answer="4 7") -> Sample:
+    return Sample(f"s{seed}", "vg", f"scene:{seed}", (Turn(question, answer),))
+
+
+@pytest.fixture
+def samples():
+    return [
+        scene_sample(10_000_001),
+        scene_sample(10_000_002, "where is the red circle ?", "top left"),
+        scene_sample(10_000_003, "describe the bottom right .", "large blue square"),
+    ]

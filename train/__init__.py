@@ -1,0 +1,1 @@
+"""Recalibration of projectors, and the training of the bundled tiny VLM."""

@@ -1,0 +1,108 @@
+"""What happens around the optimizer steps: numbers, a progress bar, and the mark of a complete checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from train.tracking import Tracker
+
+COMPLETE = "complete.json"
+
+
+class NumbersCallback(TrainerCallback):
+    """Logs loss, speed and ETA, draws the progress bar, and stops on a loss that is no number."""
+
+    def __init__(self, tracker: Tracker | None, samples_per_step: int) -> None:
+        self.tracker = tracker
+        self.samples_per_step = samples_per_step
+        self.bar: tqdm | None = None
+        self.began = 0.0
+        self.first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock and the bar."""
+        self.began, self.first_step = time.monotonic(), state.global_step
+        if self.tracker is not None:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="recalibrate",
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=1.0,
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Advance the bar."""
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one row of numbers.
+
+        Raises:
+            FloatingPointError: if the loss is NaN or infinite; nothing is saved after it.
+        """
+        logs = logs or {}
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(
+                f"the loss became {logs['loss']} at step {state.global_step}; the last checkpoint in "
+                f"{args.output_dir} is untouched. Lower train.learning_rate, or use bfloat16 or float32"
+            )
+        taken = max(1, state.global_step - self.first_step)
+        speed = taken / (time.monotonic() - self.began)
+        numbers = {
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": _number(logs.get("grad_norm")),
+            "epoch": logs.get("epoch"),
+            "samples_per_second": round(speed * self.samples_per_step, 2),
+            "eta_seconds": round((state.max_steps - state.global_step) / speed, 1),
+        }
+        if self.tracker is not None:
+            self.tracker.log(numbers, step=state.global_step)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {numbers['samples_per_second']:.0f} samples/s")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class CompleteCheckpointCallback(TrainerCallback):
+    """Marks a checkpoint once every rank has written its part; only marked ones are resumed from."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the mark."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            partial = folder / f"{COMPLETE}.partial"
+            partial.write_text(json.dumps({"step": state.global_step, "settings": self.settings}))
+            partial.rename(folder / COMPLETE)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

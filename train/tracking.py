@@ -1,0 +1,125 @@
+"""Where a run's numbers go: a JSONL file always, Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from configs import ConfigError, TrackingConfig
+
+
+class Tracker:
+    """Appends rows to ``log.jsonl`` and mirrors them to W&B.
+
+    Args:
+        config: the tracking section.
+        folder: the run's output folder; W&B's offline files go below it.
+        settings: the effective configuration, stored with the W&B run.
+
+    Raises:
+        ConfigError: if W&B is to be online and there is no key.
+    """
+
+    def __init__(self, config: TrackingConfig, folder: Path, settings: dict[str, Any]) -> None:
+        self.path = folder / "log.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run = self._start(config, folder, settings) if config.wandb != "off" else None
+
+    @property
+    def run_id(self) -> str | None:
+        """The W&B run's id, if there is one."""
+        return self.run.id if self.run is not None else None
+
+    def log(self, row: dict[str, Any], step: int | None = None) -> None:
+        """Append one row; a number that W&B can plot is sent there as well."""
+        if step is not None:
+            row = {"step": step, **row}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.run is not None:
+            self.run.log({key: value for key, value in row.items() if key != "step"}, step=step)
+
+    def log_table(self, name: str, columns: Sequence[str | int], rows: list[list[Any]]) -> None:
+        """Send a table to W&B."""
+        if self.run is not None:
+            import wandb
+
+            self.run.log({name: wandb.Table(columns=list(columns), data=rows)})
+
+    def log_image(self, name: str, path: Path) -> None:
+        """Send a picture to W&B."""
+        if self.run is not None:
+            import wandb
+
+            self.run.log({name: wandb.Image(str(path))})
+
+    def close(self) -> None:
+        """Finish the W&B run."""
+        if self.run is not None:
+            self.run.finish()
+
+    def _start(self, config: TrackingConfig, folder: Path, settings: dict[str, Any]) -> Any:
+        import wandb
+
+        mode = wandb_mode(config.wandb)
+        options: dict[str, Any] = {
+            "project": config.project,
+            "name": config.name or folder.name,
+            "dir": str(folder),
+            "config": settings,
+        }
+        id_file = folder / "wandb_id.txt"
+        if id_file.exists():
+            options |= {"id": id_file.read_text().strip(), "resume": "allow"}
+        try:
+            run = wandb.init(mode=mode, **options)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            print(
+                f"W&B can't be reached ({error}); this run goes on offline. "
+                f"Send it later with: wandb sync {folder}/wandb/offline-run-*",
+                flush=True,
+            )
+            run = wandb.init(mode="offline", **options)
+        id_file.write_text(run.id)
+        return run
+
+
+def wandb_mode(wanted: str) -> Literal["online", "offline"]:
+    """Return the mode W&B starts in; "auto" is online with a key and offline, with a notice, without.
+
+    Raises:
+        ConfigError: for "online" without a key.
+    """
+    if wanted == "offline" or os.environ.get("WANDB_MODE") == "offline":
+        return "offline"
+    if has_wandb_key():
+        return "online"
+    if wanted == "online":
+        raise ConfigError(
+            "tracking.wandb is online, but there is no W&B key; set WANDB_API_KEY or run `wandb login`, "
+            "or use tracking.wandb: offline"
+        )
+    print(
+        "W&B: no key found (WANDB_API_KEY or `wandb login`), so this run is tracked offline; "
+        "send it later with `wandb sync`",
+        flush=True,
+    )
+    return "offline"
+
+
+def has_wandb_key() -> bool:
+    """Return whether there is a W&B key, in the environment or where ``wandb login`` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

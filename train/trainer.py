@@ -1,0 +1,141 @@
+"""The thin layer over Hugging Face Trainer and DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from configs import ConfigError, RecalibrateConfig, TrainConfig
+from data_recipes import Formatter, RecipeData, Sample
+from pruning import PrunedModel
+from train.callbacks import COMPLETE
+
+DEEPSPEED_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
+
+
+class SampleDataset(Dataset):
+    """A recipe's samples as a map-style dataset; pictures are opened when a batch is built."""
+
+    def __init__(self, data: RecipeData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.data[index]
+
+
+class RecalibrationTrainer(Trainer):
+    """Hugging Face Trainer on a model whose forward pass is pruned by an attached :class:`PrunedModel`."""
+
+    def __init__(self, pruned: PrunedModel, formatter: Formatter, data: RecipeData, **kwargs: Any) -> None:
+        self.pruned = pruned
+        super().__init__(data_collator=formatter.training_batch, train_dataset=SampleDataset(data), **kwargs)
+        self.model_accepts_loss_kwargs = False  # the stock loss is a mean over the batch's supervised tokens
+
+
+def training_arguments(config: RecalibrateConfig, output: Path, total_steps: int) -> TrainingArguments:
+    """Return Trainer's arguments for our options; DeepSpeed's JSON is filled in from them where it says "auto"."""
+    train = config.train
+    on_cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(output),
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu else None,
+        deepspeed=str(deepspeed_file(train.deepspeed)),
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=round(train.warmup_ratio * total_steps),
+        max_grad_norm=train.max_grad_norm,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps,
+        bf16=config.model.dtype == "bfloat16",
+        fp16=config.model.dtype == "float16",
+        tf32=None if on_cpu else True,
+        seed=train.seed,
+        data_seed=train.seed,
+        logging_steps=train.log_steps,
+        logging_nan_inf_filter=False,  # a NaN must be seen, not replaced by the last good loss
+        save_steps=train.save_steps,
+        save_total_limit=2,
+        dataloader_num_workers=train.workers,
+        dataloader_pin_memory=not on_cpu,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def deepspeed_file(name: str) -> Path:
+    """Return the DeepSpeed JSON of a shipped name or of a path.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    for path in (DEEPSPEED_FOLDER / f"{name}.json", Path(name)):
+        if path.is_file():
+            return path
+    raise ConfigError(f"train.deepspeed: {name!r} is neither zero2, zero3 nor the path of a DeepSpeed JSON")
+
+
+def steps_in_total(train: TrainConfig, samples: int, world_size: int) -> int:
+    """Return the number of optimizer steps of the whole run."""
+    if train.max_steps > 0:
+        return train.max_steps
+    per_rank = -(-samples // world_size)
+    batches = -(-per_rank // train.batch_size)
+    return max(1, round(train.epochs * max(1, batches // train.accumulation)))
+
+
+def last_complete_checkpoint(output: Path, settings: dict[str, Any]) -> Path | None:
+    """Return the newest checkpoint that every rank finished, or None.
+
+    Raises:
+        ConfigError: if it was written under other settings, naming them.
+    """
+    marks = sorted(output.glob(f"checkpoint-*/{COMPLETE}"), key=lambda path: int(path.parent.name.split("-")[1]))
+    if not marks:
+        return None
+    written = json.loads(marks[-1].read_text())["settings"]
+    changed = [key for key in settings if written.get(key) != settings[key]]
+    if changed:
+        raise ConfigError(
+            f"{marks[-1].parent} was written with other settings for {', '.join(changed)}; use another "
+            "output folder, or set train.resume to never to start over"
+        )
+    return marks[-1].parent
+
+
+def gathered_projector(peft_model: PeftModel) -> dict[str, Tensor]:
+    """Return the trained tensors by their name in the unwrapped model, on every rank, also under ZeRO-3."""
+    trained = {n: p for n, p in peft_model.get_base_model().named_parameters() if p.requires_grad}
+    sharded = any(hasattr(parameter, "ds_id") for parameter in trained.values())
+    if sharded:
+        from deepspeed.zero import GatheredParameters
+
+        context: Any = GatheredParameters(list(trained.values()))
+    else:
+        context = nullcontext()
+    with context:
+        return {
+            name.replace(".modules_to_save.default", ""): parameter.detach().cpu().clone()
+            for name, parameter in trained.items()
+        }
+
+
+def frozen_shards(peft_model: PeftModel) -> dict[str, Tensor]:
+    """Return every frozen tensor, or this rank's piece of it under ZeRO-3: what must be the same before and after."""
+    model = peft_model.get_base_model()
+    return {name: getattr(p, "ds_tensor", p).data for name, p in model.named_parameters() if not p.requires_grad}
