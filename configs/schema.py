@@ -37,6 +37,10 @@ class PruningConfig(Section):
     keep: int | float | str = Field("100%", description='budget per item: 64, 0.111 or "11.1%"')
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
     position_policy: Literal["compact", "original"] = Field("compact", description="positions of the kept tokens")
+    newline: Literal["rows", "all", "none"] = Field(
+        "rows",
+        description="row-end tokens that stay, in families that have them: of rows with kept tokens, all or none",
+    )
 
 
 class DataConfig(Section):

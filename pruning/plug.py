@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pruning.budget import Budget, check_budget, resolve_budget
-from pruning.families.base import Encoded, family_of
+from pruning.families.base import NEWLINE_POLICIES, Encoded, family_of
 from pruning.registry import build_pruner
-from pruning.sequence import placeholder_runs, shorten
+from pruning.sequence import POSITION_POLICIES, placeholder_runs, shorten
 from pruning.types import Pruner, PruningError, Selection
 
 
@@ -27,16 +27,24 @@ class PruningSpec:
         keep: budget per image (per crop where the family has crops): 64, 0.111 or "11.1%".
         options: the method's own hyperparameters.
         position_policy: "compact" (LLaVA-style re-indexing) or "original".
+        newline: which row-end tokens stay where the family has them: those of "rows" with kept tokens, "all" or "none".
     """
 
     pruner: str = "identity"
     keep: Budget = "100%"
     options: Mapping[str, Any] = field(default_factory=dict)
     position_policy: str = "compact"
+    newline: str = "rows"
 
     def build(self) -> Pruner:
-        """Return the pruner; raises PruningError for an unknown name, option or budget."""
+        """Return the pruner; raises PruningError for an unknown name, option, budget or policy."""
         check_budget(self.keep)
+        for name, value, known in (
+            ("position_policy", self.position_policy, POSITION_POLICIES),
+            ("newline", self.newline, NEWLINE_POLICIES),
+        ):
+            if value not in known:
+                raise PruningError(f"{name} is one of {', '.join(known)}, got {value!r}")
         return build_pruner(self.pruner, self.options)
 
 
@@ -96,7 +104,7 @@ class PrunedModel:
             return self._without_images(inputs)
         encoded = self.family.encode(self.model, inputs, self.pruner.needs)
         selection = self.pruner(encoded.tokens, resolve_budget(self.spec.keep, encoded.tokens.count))
-        images = encoded.keep_of(selection)
+        images = encoded.keep_of(selection, self.spec.newline)
         runs = placeholder_runs(inputs["input_ids"], self.model.config.image_token_id, encoded.lengths)
         kept = inputs["input_ids"] != self.model.config.image_token_id
         for (row, run), (positions, _) in zip(runs, images, strict=True):

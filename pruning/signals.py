@@ -26,6 +26,17 @@ def record_input(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
+def record_output(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the output of every call of ``module`` while the context is open."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def record_cls_attention(attention: nn.Module | None) -> Iterator[list[Tensor]]:
     """Collect [CLS]-to-patch attention (B, H, N) of every call of a ViT self-attention; None collects nothing.
 

@@ -34,8 +34,10 @@ def test_keep_all_is_bit_identical_to_stock(model, formatter, samples, spec):
         else:
             assert torch.equal(ours.logits, stock.logits)
             assert torch.equal(ours.loss, stock.loss)
-        assert torch.equal(pruned.generate(**prompts, max_new_tokens=5, min_new_tokens=5, do_sample=False),
-                           greedy(model, prompts)[:, prompts["input_ids"].shape[1] :])
+        assert torch.equal(
+            pruned.generate(**prompts, max_new_tokens=5, min_new_tokens=5, do_sample=False),
+            greedy(model, prompts)[:, prompts["input_ids"].shape[1] :],
+        )
 
 
 @every_spec
@@ -49,7 +51,8 @@ def test_pruned_equals_full_length_run_with_dropped_tokens_masked(model, formatt
         ours = model(**prepared.inputs)
         run = (batch["input_ids"][0] == 4).nonzero()[:, 0]
         kept = run[prepared.selection.of(0)]
-        features = model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True).pooler_output[0].clone()
+        encoded = model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
+        features = encoded.pooler_output[0].clone()
         if prepared.selection.merged is not None:
             merged = model.model.multi_modal_projector(prepared.selection.merged[0])
             features[prepared.selection.of(0)] = merged
@@ -86,8 +89,11 @@ def test_several_images_in_one_row_keep_their_own_tokens(model, processor, sampl
     bare = formatter.training_batch([Sample("t", "text", None, samples[1].turns)])
     rows = [torch.cat([one["input_ids"][0], two["input_ids"][0]]), bare["input_ids"][0], three["input_ids"][0]]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(),
-              "pixel_values": torch.cat([b["pixel_values"] for b in (one, two, three)])}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "pixel_values": torch.cat([b["pixel_values"] for b in (one, two, three)]),
+    }
     pruned = PrunedModel(model, PruningSpec("divprune", 16))
     with torch.no_grad():
         together = pruned.prepare(inputs)

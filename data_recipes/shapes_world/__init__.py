@@ -4,7 +4,7 @@ A scene is an integer seed. ``sample_scene(seed)`` places 3 to 5 shapes, and mos
 3 x 3 board; ``render`` draws it at 84 x 84 px; ``ask`` poses eight questions with one-phrase answers.
 """
 
-from data_recipes.shapes_world.questions import Question, ask, vocabulary
+from data_recipes.shapes_world.questions import Question, ask, drill, vocabulary
 from data_recipes.shapes_world.scene import (
     CELL_PIXELS,
     IMAGE_PIXELS,
@@ -24,6 +24,7 @@ __all__ = [
     "Question",
     "Scene",
     "ask",
+    "drill",
     "render",
     "sample_scene",
     "split_seeds",

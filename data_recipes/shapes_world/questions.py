@@ -49,6 +49,27 @@ def ask(scene: Scene) -> list[Question]:
     return [*vg, *gqa, *(_NUMBER[kind](scene.number) for kind in text_kinds if scene.number is not None)]
 
 
+def drill(scene: Scene) -> list[Question]:
+    """Pose twelve questions that exercise every way of looking something up; the tiny VLM's own training uses them.
+
+    Among the eight questions of :func:`ask`, few can be answered only by finding a *shape*, and a small model that
+    has learned to find things by colour never learns the rest. Here a third of the questions has to be answered so.
+    """
+    rng = np.random.default_rng([scene.seed, 5])
+    counts = Counter(shape.shape for shape in scene.shapes)
+    alone = [shape for shape in scene.shapes if counts[shape.shape] == 1]
+    questions = [Question("gqa", "color", f"what color is the {s.shape} ?", s.color) for s in alone[:3]]
+    for kind in ("where", "where", "exist", "exist", "size", "shape", "count"):
+        question = _GQA[kind](scene, rng)
+        questions += [question] if question is not None else []
+    if scene.number is not None:
+        questions += [_NUMBER[kind](scene.number) for kind in rng.permutation(list(_NUMBER))[:2].tolist()]
+    order = rng.permutation(len(scene.shapes)).tolist()
+    while len(questions) < 12:
+        questions.append(_describe(scene, order[len(questions) % len(order)]))
+    return questions[:12]
+
+
 def _describe(scene: Scene, index: int) -> Question:
     shape = scene.shapes[index]
     return Question(

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from pruning.types import PruningError, Selection, VisualTokens
 
+NEWLINE_POLICIES = ("rows", "all", "none")
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -22,13 +24,14 @@ class Encoded:
         output: what ``get_image_features`` returned; its ``pooler_output`` holds the projected tokens.
         tokens: the items the pruner sees: images, or the crops of all images.
         lengths: placeholders per image, in the order the images appear in the batch.
-        keep_of: maps a selection to each image's kept ``(positions in its placeholder run (K,), features (K, D))``.
+        keep_of: maps a selection and a newline policy to each image's kept
+            ``(positions in its placeholder run (K,), features (K, D))``.
     """
 
     output: Any
     tokens: VisualTokens
     lengths: list[int]
-    keep_of: Callable[[Selection], list[tuple[Tensor, Tensor]]]
+    keep_of: Callable[[Selection, str], list[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)

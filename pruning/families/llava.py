@@ -31,7 +31,7 @@ def encode(model: nn.Module, inputs: Mapping[str, Any], needs: frozenset[str]) -
         grid=patch_grid(model, projected.shape[1]),
     )
 
-    def keep_of(selection: Selection) -> list[tuple[Tensor, Tensor]]:
+    def keep_of(selection: Selection, newline: str) -> list[tuple[Tensor, Tensor]]:
         kept = project_kept(selection, tokens, base.multi_modal_projector)
         return [(selection.of(image), kept[image]) for image in range(len(kept))]
 

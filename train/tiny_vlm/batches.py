@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from data_recipes.shapes_world import Scene, ask, render, sample_scene
+from data_recipes.shapes_world import Question, Scene, render, sample_scene
 from data_recipes.shapes_world.scene import COLORS, SHAPES, SIZES, patch_cover, place
 from train.tiny_vlm.model import EOS, PAD
 
@@ -72,11 +72,11 @@ def _things(scene: Scene) -> list[dict]:
     return things
 
 
-def question_batch(scenes: list[Scene], tokenizer: PreTrainedTokenizerFast) -> QuestionBatch:
-    """Return the scenes' questions as ``question ASSISTANT: answer</s>`` with loss on the answer only."""
+def question_batch(questions: list[list[Question]], tokenizer: PreTrainedTokenizerFast) -> QuestionBatch:
+    """Return equally many questions per scene as ``question ASSISTANT: answer</s>`` with loss on the answer only."""
     rows = []
-    for scene in scenes:
-        for question in ask(scene):
+    for asked in questions:
+        for question in asked:
             prompt = tokenizer.encode(f"{question.text} ASSISTANT:", add_special_tokens=False)
             answer = [*tokenizer.encode(question.answer, add_special_tokens=False), EOS]
             rows.append((prompt + answer, [IGNORE] * len(prompt) + answer))
@@ -84,7 +84,7 @@ def question_batch(scenes: list[Scene], tokenizer: PreTrainedTokenizerFast) -> Q
     ids = torch.tensor([ids + [PAD] * (length - len(ids)) for ids, _ in rows])
     labels = torch.tensor([labels + [IGNORE] * (length - len(labels)) for _, labels in rows])
     prefix = torch.tensor(tokenizer.encode("<s>USER:", add_special_tokens=False))
-    return QuestionBatch(prefix, ids.view(len(scenes), -1, length), labels.view(len(scenes), -1, length))
+    return QuestionBatch(prefix, ids.view(len(questions), -1, length), labels.view(len(questions), -1, length))
 
 
 def captions(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[str], list[str], Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from data_recipes.shapes_world import ask
+from data_recipes.shapes_world import ask, drill
 from train.tiny_vlm.batches import SceneBatch, captions, question_batch, scene_batch
 from train.tiny_vlm.losses import PatchHeads, alignment_loss, answer_logits, contrastive_loss, tower_features
 from train.tiny_vlm.model import build_clip, build_llava, build_tokenizer
@@ -31,11 +31,11 @@ class Stage:
 
 
 STAGES = (
-    Stage("tower", 1100, lr=1.5e-3, tower_lr=1.5e-3),
-    Stage("connect", 1500, lr=1.5e-3, align=(0.5, 0.1)),
-    Stage("unfreeze", 800, lr=1.0e-3, tower_lr=5e-4, align=(0.1, 0.0)),
-    Stage("keep_rate", 1000, lr=1.0e-3, tower_lr=3e-4, keep_low=0.5),
-    Stage("ground", 250, lr=1.0e-3),
+    Stage("tower", 1050, lr=1.5e-3, tower_lr=1.5e-3),
+    Stage("connect", 1800, lr=1.5e-3, align=(0.5, 0.1)),
+    Stage("unfreeze", 600, lr=1.0e-3, tower_lr=4e-4, align=(0.1, 0.0)),
+    Stage("keep_rate", 850, lr=1.0e-3, tower_lr=3e-4, keep_low=0.5),
+    Stage("ground", 200, lr=1.0e-3),
 )
 
 
@@ -96,7 +96,9 @@ def stage_loss(models: TinyModels, stage: Stage, seeds: range, progress: float) 
         kept = torch.from_numpy(
             rng.random((len(batch.scenes), visual.shape[1])).argsort(1).argsort(1) < rates * visual.shape[1]
         )
-    logits, targets = answer_logits(models.llava, visual, kept, question_batch(batch.scenes, models.tokenizer))
+    logits, targets = answer_logits(
+        models.llava, visual, kept, question_batch([drill(scene) for scene in batch.scenes], models.tokenizer)
+    )
     loss = nn.functional.cross_entropy(logits, targets)
     seen = {"answer": loss.item(), "right": (logits.argmax(-1) == targets).float().mean().item()}
     weight = stage.align[0] + (stage.align[1] - stage.align[0]) * progress
@@ -134,7 +136,7 @@ def dense_accuracy(models: TinyModels, batches: Iterator[range], kept_share: flo
     for seeds in batches:
         batch = scene_batch(seeds, models.tokenizer)
         visual = models.llava.model.multi_modal_projector(tower_features(models.clip.vision_model, batch.pixels))
-        questions = question_batch(batch.scenes, models.tokenizer)
+        questions = question_batch([ask(scene) for scene in batch.scenes], models.tokenizer)
         order = np.random.default_rng([seeds.start, 4]).random(visual.shape[:2]).argsort(1).argsort(1)
         kept = torch.from_numpy(order < round(kept_share * visual.shape[1]))
         logits, targets = answer_logits(models.llava, visual, kept, questions)

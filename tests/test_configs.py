@@ -1,0 +1,120 @@
+"""Configuration: strict, all errors at once, nearest names, overrides, and shipped files that all load."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from configs import ConfigError, EvaluateConfig, RecalibrateConfig, load_config, to_yaml
+from data_recipes.recipe import read_recipe
+from evaluation.tasks import get_task
+from pruning import PruningSpec
+from train.trainer import deepspeed_file
+
+RECALIBRATE = sorted((ROOT / "configs" / "recalibrate").glob("*.yaml"))
+EVALUATE = sorted((ROOT / "configs" / "evaluate").glob("*.yaml"))
+
+
+def write(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    return tmp_path / "c.yaml"
+
+
+GOOD = "model: {path: m}\npruning: {pruner: divprune, keep: 16}\ndata: {recipe: tiny_world}\noutput: o\n"
+
+
+@pytest.mark.parametrize("path", RECALIBRATE, ids=lambda p: p.stem)
+def test_shipped_recalibrations_load_and_name_real_things(path):
+    config = load_config(RecalibrateConfig, path)
+    PruningSpec(**config.pruning.model_dump()).build()
+    read_recipe(config.data.recipe)
+    assert deepspeed_file(config.train.deepspeed).is_file()
+    header = path.read_text().split("model:")[0]
+    assert f"--config configs/recalibrate/{path.name}" in header and "Hardware:" in header and "Cost:" in header
+    if "llava1" in path.name:
+        world = 8 * config.train.batch_size * config.train.accumulation
+        assert world == 128 and config.train.learning_rate == 2e-5 and config.train.epochs == 1
+        budget = int(path.stem.rsplit("_", 1)[1])
+        assert config.pruning.keep == (budget if "llava15" in path.name else budget // 5)
+
+
+def test_every_published_budget_is_there():
+    names = {path.stem for path in RECALIBRATE}
+    wanted = {f"llava15_{size}_prismprune_{keep}" for size in ("7b", "13b") for keep in (128, 64, 32)}
+    wanted |= {f"llava16_{size}_prismprune_{keep}" for size in ("7b", "13b") for keep in (640, 320, 160)}
+    assert wanted <= names
+
+
+@pytest.mark.parametrize("path", EVALUATE, ids=lambda p: p.stem)
+def test_shipped_evaluations_load(path):
+    config = load_config(EvaluateConfig, path)
+    assert [get_task(name).name for name in config.tasks] == config.tasks
+
+
+def test_defaults_are_the_papers(tmp_path):
+    train = load_config(RecalibrateConfig, write(tmp_path, GOOD)).train
+    assert (train.learning_rate, train.epochs, train.schedule, train.warmup_ratio, train.weight_decay) == (
+        2e-5, 1.0, "cosine", 0.03, 0.0)  # fmt: skip
+    assert not train.gradient_checkpointing
+
+
+def test_all_errors_are_shown_at_once_with_the_nearest_name(tmp_path):
+    path = write(tmp_path, "model: {path: m, dtyp: float32}\npruning: {prunr: divprune}\n"
+                           "train: {learning_rate: fast, lerning_rat: 1.0}\noutput: o\n")  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        load_config(RecalibrateConfig, path)
+    text = str(error.value)
+    assert "5 errors" in text
+    assert "model.dtyp: unknown key; did you mean 'dtype'?" in text
+    assert "pruning.prunr: unknown key; did you mean 'pruner'?" in text
+    assert "train.lerning_rat: unknown key; did you mean 'learning_rate'?" in text
+    assert "train.learning_rate: input should be a valid number, got 'fast'" in text
+    assert "data: missing" in text
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("- a\n- b\n", "must hold sections and keys, but holds list"),
+    ("a: [\n", "not valid YAML"),
+    (GOOD + "output: twice\n", "'output' is written twice"),
+])  # fmt: skip
+def test_files_that_are_no_configuration(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(RecalibrateConfig, write(tmp_path, text))
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigError, match="nowhere.yaml does not exist"):
+        load_config(RecalibrateConfig, Path("nowhere.yaml"))
+
+
+def test_overrides_reach_any_key_and_are_validated(tmp_path):
+    path = write(tmp_path, GOOD)
+    config = load_config(RecalibrateConfig, path, ["--train.learning_rate", "1e-4", "--pruning.keep=50%",
+                                                   "--tracking.wandb", "off", "--train.bf16", "1"][:-2])  # fmt: skip
+    assert config.train.learning_rate == 1e-4 and config.pruning.keep == "50%" and config.tracking.wandb == "off"
+    with pytest.raises(ConfigError, match="train.learning_rat: unknown key; did you mean 'learning_rate'"):
+        load_config(RecalibrateConfig, path, ["--train.learning_rat", "1"])
+    with pytest.raises(ConfigError, match="has no value"):
+        load_config(RecalibrateConfig, path, ["--output"])
+    with pytest.raises(ConfigError, match="unexpected argument 'x'"):
+        load_config(RecalibrateConfig, path, ["x"])
+    with pytest.raises(ConfigError, match="is no section"):
+        load_config(RecalibrateConfig, path, ["--output.a", "x"])
+
+
+def test_the_effective_configuration_loads_again(tmp_path):
+    config = load_config(RecalibrateConfig, write(tmp_path, GOOD), ["--tracking.wandb", "offline"])
+    assert load_config(RecalibrateConfig, write(tmp_path, to_yaml(config))) == config
+    assert yaml.safe_load(to_yaml(config))["train"]["learning_rate"] == 2e-5
+
+
+def test_an_unknown_deepspeed_name_is_answered():
+    with pytest.raises(ConfigError, match="'zero9' is neither zero2, zero3"):
+        deepspeed_file("zero9")
+
+
+def test_tasks_must_be_named_once(tmp_path):
+    path = write(tmp_path, "model: {path: m}\noutput: o\ntasks: [a, a]\n")
+    with pytest.raises(ConfigError, match="each only once"):
+        load_config(EvaluateConfig, path)

@@ -1,0 +1,259 @@
+"""The LLaVA reader, the tiny world and the formatting, on small files in the real formats."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import scene_sample
+from PIL import Image
+
+from data_recipes import DataError, Formatter, Sample, Turn, load_recipe
+from data_recipes.formatting import TEMPLATE_FOLDER
+from data_recipes.images import FolderImages, SceneImages, pad_to_square
+from data_recipes.llava_json import read_llava_json
+from data_recipes.shapes_world import SPLITS, ask, render, sample_scene, vocabulary
+from data_recipes.shapes_world.scene import patch_cover, place
+
+# Records as llava_v1_5_mix665k.json has them: string and integer ids, multi-turn, the prefixes, a text-only one.
+RECORDS = [
+    {"id": "VG_100K_2/3", "image": "vg/VG_100K_2/3.jpg", "conversations": [
+        {"from": "human", "value": "<image>\nwhere is the red circle ?"}, {"from": "gpt", "value": "top left"},
+        {"from": "human", "value": "what number is shown ?"}, {"from": "gpt", "value": "4 7"}]},
+    {"id": "2354786", "image": "gqa/images/2354786.jpg", "conversations": [
+        {"from": "human", "value": "is there a blue ring ?\n<image>"}, {"from": "gpt", "value": "yes"}]},
+    {"id": "0011e7c3", "image": "textvqa/train_images/0011e7c3.jpg", "conversations": [
+        {"from": "human", "value": "<image>\nwhat is the first digit ?"}, {"from": "gpt", "value": "7"}]},
+    {"id": "33471", "image": "coco/train2017/000000033471.jpg", "conversations": [
+        {"from": "human", "value": "<image>\nwhat color is the ring ?"}, {"from": "gpt", "value": "red"}]},
+    {"id": 7, "model": "", "conversations": [
+        {"from": "human", "value": "how many shapes are there ?"}, {"from": "gpt", "value": "three"}]},
+    {"id": "VG_100K_2/3", "image": "vg/VG_100K_2/3.jpg", "conversations": [
+        {"from": "human", "value": "<image>\ndescribe the top left ."}, {"from": "gpt", "value": "large red circle"}]},
+]  # fmt: skip
+
+
+@pytest.fixture
+def mix(tmp_path):
+    """A LLaVA-format file and its pictures; the COCO one is missing, as in real life."""
+    (tmp_path / "mix.json").write_text(json.dumps(RECORDS))
+    for number, record in enumerate(RECORDS):
+        if "image" in record and not record["image"].startswith("coco"):
+            path = tmp_path / "images" / record["image"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+    return tmp_path
+
+
+def load(mix, **options):
+    options = {"file": str(mix / "mix.json"), "image_root": str(mix / "images")} | options
+    return load_recipe("vg_textvqa_gqa", **options)
+
+
+def test_the_papers_subset_is_filtered_by_image_prefix_and_keeps_file_order(mix):
+    data = load(mix)
+    assert data.counts == {"gqa": 1, "textvqa": 1, "vg": 2}
+    assert [data[i].id for i in range(len(data))] == ["VG_100K_2/3", "2354786", "0011e7c3", "VG_100K_2/3#2"]
+    assert data[0].turns == (Turn("where is the red circle ?", "top left"), Turn("what number is shown ?", "4 7"))
+    assert data[1].turns == (Turn("is there a blue ring ?", "yes"),)
+
+
+def test_the_content_hash_follows_the_content(mix):
+    first = load(mix)
+    assert first.content_hash == load(mix).content_hash
+    RECORDS[2]["conversations"][1]["value"] = "8"
+    try:
+        (mix / "mix.json").write_text(json.dumps(RECORDS))
+        assert load(mix).content_hash != first.content_hash
+    finally:
+        RECORDS[2]["conversations"][1]["value"] = "7"
+
+
+def test_a_subset_is_seeded(mix):
+    ids = [[s.id for s in (load(mix, max_samples=2, seed=seed)[i] for i in range(2))] for seed in range(8)]
+    assert ids[0] == [load(mix, max_samples=2, seed=0)[i].id for i in range(2)]
+    assert len({tuple(pair) for pair in ids}) > 1
+
+
+def test_missing_pictures_are_counted_and_too_many_stop(mix):
+    (mix / "images" / "gqa/images/2354786.jpg").unlink()
+    with pytest.raises(
+        DataError, match=r"1 of 4 samples miss their image file \(gqa/images/2354786.jpg.*max_missing=1"
+    ):
+        load(mix)
+    data = load(mix, max_missing=0.3)
+    assert len(data) == 3 and data.missing == ["gqa/images/2354786.jpg"]
+
+
+def test_missing_file_and_image_root_say_what_to_set(mix):
+    with pytest.raises(DataError, match=r"nothing.json does not exist; set data.file"):
+        load(mix, file=str(mix / "nothing.json"))
+    with pytest.raises(DataError, match="reads a data file; set data.file"):
+        load(mix, file=None)
+    with pytest.raises(DataError, match="set data.image_root"):
+        load(mix, image_root=None)
+    with pytest.raises(DataError, match="is not a folder"):
+        load(mix, image_root=str(mix / "no"))
+    with pytest.raises(DataError, match="unknown recipe 'vg_gqa'; there are tiny_world, vg_textvqa_gqa"):
+        load_recipe("vg_gqa")
+
+
+def test_a_corrupt_picture_names_the_sample(mix):
+    (mix / "images" / "gqa/images/2354786.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    data = load(mix)
+    with pytest.raises(DataError, match=r"sample '2354786'.*2354786.jpg can't be decoded"):
+        data.images.open(data[1].image, data[1].id)
+
+
+@pytest.mark.parametrize(("record", "message"), [
+    ({"id": "a", "image": "vg/1.jpg", "conversations": [{"from": "human", "value": "hi"},
+                                                        {"from": "gpt", "value": "x"}]},
+     "record 0: 0 <image> placeholders, but 1 picture"),
+    ({"id": "a", "image": "vg/1.jpg", "conversations": [{"from": "human", "value": "<image> hi"}]}, "got 1 messages"),
+    ({"id": "a", "image": "vg/1.jpg", "conversations": [{"from": "gpt", "value": "<image> hi"},
+                                                        {"from": "human", "value": ""}]},
+     "expected 'human' and 'gpt'"),
+    ({"id": "a", "image": "flickr/1.jpg", "conversations": []}, "starts with none of"),
+    ({"id": "a", "image": "vg/1.jpg"}, "list `conversations`"),
+])  # fmt: skip
+def test_malformed_records_are_named(tmp_path, record, message):
+    (tmp_path / "mix.json").write_text(json.dumps([record]))
+    with pytest.raises(DataError, match=message):
+        read_llava_json(tmp_path / "mix.json", ["vg", "gqa"])
+    (tmp_path / "mix.json").write_text("[{")
+    with pytest.raises(DataError, match="not valid JSON"):
+        read_llava_json(tmp_path / "mix.json", ["vg"])
+
+
+@pytest.mark.parametrize("template", ["model", "vicuna_v1"])
+def test_supervised_text_is_exactly_the_answers(mix, processor, template):
+    data = load(mix)
+    formatter = Formatter(processor, data.images, template, square="pad")
+    samples = [data[i] for i in range(len(data))]
+    batch = formatter.training_batch(samples)
+    for row, sample in enumerate(samples):
+        supervised = batch["labels"][row][batch["labels"][row] != -100]
+        expected = " ".join(f"{turn.answer} </s>" for turn in sample.turns)
+        assert processor.tokenizer.decode(supervised) == expected
+        assert (batch["input_ids"][row] == 4).sum() == 144
+        assert (batch["labels"][row][batch["input_ids"][row] == 4] == -100).all()
+    assert batch["pixel_values"].shape == (4, 3, 84, 84)
+
+
+def test_vicuna_v1_renders_as_llava_does(processor):
+    template = (TEMPLATE_FOLDER / "vicuna_v1.jinja").read_text()
+    text = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    messages = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
+    ]
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+    )
+    rendered = processor.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert rendered == f"<s>{system}USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT:"
+
+
+def test_prompts_end_where_the_answer_begins_and_leak_nothing(processor):
+    formatter = Formatter(processor, SceneImages())
+    sample = scene_sample(10_000_001)
+    prompt = formatter.prompt_batch([Sample("a", "vg", sample.image, (Turn(sample.turns[0].question, None),))])
+    training = formatter.training_batch([sample])
+    length = prompt["input_ids"].shape[1]
+    assert torch.equal(prompt["input_ids"], training["input_ids"][:, :length])
+    assert (training["labels"][:, :length] == -100).all() and (training["labels"][:, length:] != -100).all()
+
+
+def test_prompts_are_padded_left_and_training_rows_right(processor, samples):
+    formatter = Formatter(processor, SceneImages())
+    assert (formatter.prompt_batch(samples)["attention_mask"][:, -1] == 1).all()
+    batch = formatter.training_batch(samples)
+    assert (batch["attention_mask"][:, 0] == 1).all() and (batch["attention_mask"] == 0).any()
+
+
+def test_truncation_never_cuts_a_picture_and_counts_what_lost_its_answer(processor):
+    sample = scene_sample(10_000_001, question="what number is shown ? " * 10, answer="4 7")
+    whole = Formatter(processor, SceneImages()).training_batch([sample])["input_ids"].shape[1]
+    with pytest.raises(DataError, match="would cut its picture apart"):
+        Formatter(processor, SceneImages(), max_length=100).training_batch([sample])
+    formatter = Formatter(processor, SceneImages(), max_length=whole - 1)
+    batch = formatter.training_batch([sample])
+    assert batch["labels"][batch["labels"] != -100].shape == (2,) and formatter.unsupervised == []
+    formatter = Formatter(processor, SceneImages(), max_length=whole - 10)
+    assert (formatter.training_batch([sample])["labels"] == -100).all() and formatter.unsupervised == [sample.id]
+
+
+def test_a_template_without_assistant_marks_is_refused(processor):
+    class Unmarked:
+        chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+    with pytest.raises(DataError, match="generation"):
+        Formatter(Unmarked(), SceneImages())
+
+
+def test_pad_to_square_centres_the_picture():
+    square = pad_to_square(Image.new("RGB", (4, 2), (9, 9, 9)), (1, 2, 3))
+    assert square.size == (4, 4)
+    assert np.asarray(square)[:, 0].tolist() == [[1, 2, 3], [9, 9, 9], [9, 9, 9], [1, 2, 3]]
+
+
+def test_a_missing_picture_is_named(tmp_path):
+    with pytest.raises(DataError, match="sample 'x'.*a.png is missing"):
+        FolderImages(tmp_path).open("a.png", "x")
+
+
+# ---- the tiny world --------------------------------------------------------------------------------------------
+
+
+def test_scenes_are_the_same_everywhere_and_splits_are_disjoint():
+    assert sample_scene(5) == sample_scene(5) and sample_scene(5) != sample_scene(6)
+    assert render(sample_scene(30_000_000)).sum() == render(sample_scene(30_000_000)).sum()
+    ranges = sorted((r.start, r.stop) for r in SPLITS.values())
+    assert all(a[1] <= b[0] for a, b in pairwise(ranges))
+
+
+def test_every_answer_is_true_of_its_scene_and_in_the_vocabulary():
+    words = set(vocabulary())
+    for seed in range(200):
+        scene = sample_scene(seed)
+        questions = ask(scene)
+        assert len(questions) == 8
+        for q in questions:
+            assert set(q.text.split()) <= words and set(q.answer.split()) <= words
+            asked = q.text.split()
+            if q.kind == "where":
+                (shape,) = [s for s in scene.shapes if (s.color, s.shape) == (asked[3], asked[4])]
+                assert q.answer.split() == list(place(shape.cell))
+            elif q.kind == "exist":
+                present = any((s.color, s.shape) == (asked[3], asked[4]) for s in scene.shapes)
+                assert q.answer == ("yes" if present else "no")
+                assert asked[3] in {s.color for s in scene.shapes} and asked[4] in {s.shape for s in scene.shapes}
+            elif q.kind == "describe":
+                (shape,) = [s for s in scene.shapes if list(place(s.cell)) == asked[2:4]]
+                assert q.answer == f"{shape.size} {shape.color} {shape.shape}"
+
+
+def test_a_blind_guess_stays_below_a_quarter():
+    """Majority answer per question text, learned on 2,000 scenes, scored on 500 others."""
+    from collections import Counter, defaultdict
+
+    votes = defaultdict(Counter)
+    for seed in range(2000):
+        for q in ask(sample_scene(seed)):
+            votes[q.text][q.answer] += 1
+    asked = [q for seed in range(2000, 2500) for q in ask(sample_scene(seed))]
+    right = sum(bool(votes[q.text]) and votes[q.text].most_common(1)[0][0] == q.answer for q in asked)
+    assert 0.10 < right / len(asked) <= 0.25
+
+
+def test_patch_cover_says_where_things_are():
+    scene = sample_scene(3)
+    cover = patch_cover(scene).reshape(-1, 12, 12)
+    for shape, grid in zip(scene.shapes, cover, strict=False):
+        row, column = divmod(shape.cell, 3)
+        inside = grid[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].sum()
+        assert inside == pytest.approx(grid.sum()) and inside > 0
