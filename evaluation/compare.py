@@ -131,7 +131,9 @@ def compare(folders: list[str | Path], seed: int = 0) -> list[Row]:
                 per_source={str(s): 100 * arm.scores[arm.sources == s].mean() for s in np.unique(arm.sources)},
                 overall=100 * arm.scores.mean(),
                 interval=bootstrap_interval(arm.scores, arm.images, seed),
-                relative=100 * arm.scores.mean() / dense.scores.mean() if dense is not None else None,
+                relative=100 * arm.scores.mean() / dense.scores.mean()
+                if dense is not None and dense.scores.any()
+                else None,
                 gain=100 * (arm.scores - twin.scores).mean() if twin is not None else None,
                 gain_interval=bootstrap_interval(arm.scores - twin.scores, arm.images, seed)
                 if twin is not None

@@ -84,7 +84,12 @@ def wrap_projector(model: nn.Module, modules: list[str] | None = None) -> PeftMo
         CheckpointError: if a module does not exist, with the family's own names.
     """
     family = family_of(model)
-    wanted = list(modules or family.projectors)
+    wanted = list(family.projectors if modules is None else modules)
+    if not wanted:
+        raise CheckpointError(
+            f"nothing would train: the list of trainable modules is empty; leave it unset to train the projector "
+            f"({', '.join(family.projectors)})"
+        )
     names = {name for name, _ in model.named_modules()}
     absent = [w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names)]
     if absent:

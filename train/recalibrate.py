@@ -19,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 from configs import ConfigError, RecalibrateConfig, load_config, to_yaml
 from data_recipes import DataError, Formatter, RecipeData, load_recipe
 from pruning import PrunedModel, PruningError, PruningSpec
-from pruning.checkpoint import checkpoint_folder, frozen_hash, load_model, tensor_hash, wrap_projector, write_adapter
+from pruning.checkpoint import checkpoint_folder, load_model, wrap_projector, write_adapter
+from pruning.checkpoint import frozen_hash as stored_hash
 from pruning.families import family_of
 from train.callbacks import CompleteCheckpointCallback, NumbersCallback
 from train.freeze import freeze_all_but_projector
@@ -27,7 +28,8 @@ from train.record import run_record
 from train.tracking import Tracker
 from train.trainer import (
     RecalibrationTrainer,
-    frozen_shards,
+    drop_frozen_from_state_dict,
+    frozen_hash,
     gathered_projector,
     last_complete_checkpoint,
     steps_in_total,
@@ -78,16 +80,16 @@ def recalibrate(config: RecalibrateConfig) -> Path:
         args=training_arguments(config, output, steps),
         callbacks=[numbers, CompleteCheckpointCallback(settings)],
     )  # fmt: skip
-    before = tensor_hash(frozen_shards(peft_model)) if _whole(peft_model) else None
+    before = frozen_hash(peft_model)
+    drop_frozen_from_state_dict(peft_model)
     with pruned.attach():
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    after = tensor_hash(frozen_shards(peft_model)) if _whole(peft_model) else None
-    if before != after:
+    if frozen_hash(peft_model) != before:
         raise RuntimeError("a frozen weight changed during training; the adapter is not written. Please report this")
 
     tensors = gathered_projector(peft_model)
     if chief:
-        base = frozen_hash(checkpoint_folder(config.model.path, config.model.revision), family_of(model).projectors)
+        base = stored_hash(checkpoint_folder(config.model.path, config.model.revision), family_of(model).projectors)
         record = run_record(config, data, base, tensors, trainer.state.global_step, tracker)
         write_adapter(output / "adapter", tensors, peft_model, record)
         _report_unsupervised(formatter)
@@ -110,11 +112,6 @@ def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[s
         "train": train,
         "ranks": world,
     }
-
-
-def _whole(peft_model: Any) -> bool:
-    """Return whether every frozen weight lies on this rank in one piece and can be compared."""
-    return not any(hasattr(parameter, "ds_id") for parameter in peft_model.parameters())
 
 
 def _checkpoint_language_model(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from configs import ConfigError, RecalibrateConfig, TrainConfig
 from data_recipes import Formatter, RecipeData, Sample
 from pruning import PrunedModel
+from pruning.checkpoint import tensor_hash
 from train.callbacks import COMPLETE
 
 DEEPSPEED_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
@@ -121,21 +123,38 @@ def last_complete_checkpoint(output: Path, settings: dict[str, Any]) -> Path | N
 def gathered_projector(peft_model: PeftModel) -> dict[str, Tensor]:
     """Return the trained tensors by their name in the unwrapped model, on every rank, also under ZeRO-3."""
     trained = {n: p for n, p in peft_model.get_base_model().named_parameters() if p.requires_grad}
-    sharded = any(hasattr(parameter, "ds_id") for parameter in trained.values())
-    if sharded:
-        from deepspeed.zero import GatheredParameters
-
-        context: Any = GatheredParameters(list(trained.values()))
-    else:
-        context = nullcontext()
-    with context:
+    with _whole(list(trained.values())):
         return {
             name.replace(".modules_to_save.default", ""): parameter.detach().cpu().clone()
             for name, parameter in trained.items()
         }
 
 
-def frozen_shards(peft_model: PeftModel) -> dict[str, Tensor]:
-    """Return every frozen tensor, or this rank's piece of it under ZeRO-3: what must be the same before and after."""
-    model = peft_model.get_base_model()
-    return {name: getattr(p, "ds_tensor", p).data for name, p in model.named_parameters() if not p.requires_grad}
+def frozen_hash(peft_model: PeftModel) -> str:
+    """Return a SHA-256 of every frozen tensor, which must be the same before and after; all ranks call this."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(peft_model.get_base_model().named_parameters()):
+        if not parameter.requires_grad:
+            with _whole([parameter]):
+                digest.update(tensor_hash({name: parameter}).encode())
+    return digest.hexdigest()
+
+
+def drop_frozen_from_state_dict(peft_model: PeftModel) -> None:
+    """Keep frozen weights out of checkpoints; DeepSpeed alone forgets those that are tied under a second name."""
+
+    def hook(module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                state.pop(prefix + name, None)
+
+    peft_model.register_state_dict_post_hook(hook)
+
+
+def _whole(parameters: list[Any]) -> Any:
+    """Return a context in which parameters that ZeRO-3 holds in pieces are whole on every rank."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters(parameters)

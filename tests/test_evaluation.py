@@ -1,0 +1,230 @@
+"""Arms and their comparison: resumable to the same rows, honest intervals, and no table of unlike arms."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import EvaluateConfig, load_config
+from evaluation import arm as arm_module
+from evaluation.arm import evaluate, read_results
+from evaluation.compare import bootstrap_interval, compare, to_csv, to_markdown
+from evaluation.pictures import kept_overlay, plot_rows
+from evaluation.tasks import TaskError, get_task
+from evaluation.visualize import visualize
+from pruning import PruningSpec
+from pruning.checkpoint import frozen_hash, load_model, wrap_projector, write_adapter
+from train.trainer import gathered_projector
+
+
+@pytest.fixture
+def settings(untrained_folder, tmp_path):
+    def make(name, *overrides):
+        base = ["--model.path", str(untrained_folder), "--model.dtype", "float32", "--tasks", "[tiny_world_validation]",
+                "--limit", "24", "--batch_size", "8", "--max_new_tokens", "3",
+                "--output", str(tmp_path / name)]  # fmt: skip
+        return load_config(EvaluateConfig, None, [*base, *overrides])
+
+    return make
+
+
+DIVPRUNE = ("--pruning.pruner", "divprune", "--pruning.keep", "16")
+
+
+@pytest.fixture
+def adapter(untrained_folder, tmp_path):
+    model, _ = load_model(str(untrained_folder))
+    peft_model = wrap_projector(model)
+    tensors = {name: tensor * -1 for name, tensor in gathered_projector(peft_model).items()}
+    record = {"base_model": "", "frozen_hash": frozen_hash(untrained_folder, ("multi_modal_projector",))}
+    write_adapter(tmp_path / "adapter", tensors, peft_model, record)
+    return str(tmp_path / "adapter")
+
+
+def test_rows_carry_what_a_reader_needs(settings):
+    folder = evaluate(settings("arm", *DIVPRUNE))
+    rows = read_results(folder)
+    assert [row["id"] for row in rows] == [item.id for item in get_task("tiny_world_validation").items()[:24]]
+    assert {row["kept"] for row in rows} == {16} and {row["source"] for row in rows} == {"vg", "gqa", "textvqa"}
+    assert all(row["score"] == float(row["prediction"].split() == row["answer"].split()) for row in rows)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["complete"] and manifest["kept_tokens"] == {"mean": 16.0, "min": 16, "max": 16}
+    assert {"frozen_hash", "projector", "pruning", "tasks", "batch_size", "model", "versions"} <= manifest.keys()
+
+
+def test_an_interrupted_arm_goes_on_to_the_same_results(settings, monkeypatch):
+    whole = (evaluate(settings("whole", *DIVPRUNE)) / "results.jsonl").read_text()
+    real, calls = arm_module._answers, []
+
+    def dies_in_the_third_batch(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    config = settings("interrupted", *DIVPRUNE)
+    monkeypatch.setattr(arm_module, "_answers", dies_in_the_third_batch)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config)
+    results = arm_module.Path(config.output) / "results.jsonl"
+    assert len(results.read_text().splitlines()) == 16
+    lines = whole.splitlines(keepends=True)
+    results.write_text("".join(lines[:19]) + lines[19][:30])  # killed inside a batch, inside a line
+    with pytest.raises(TaskError, match="not finished"):
+        compare([config.output])
+    assert (evaluate(config) / "results.jsonl").read_text() == whole
+    assert len(calls) == 3 + 1
+
+
+def test_a_finished_arm_is_not_run_again(settings, monkeypatch):
+    config = settings("arm", *DIVPRUNE)
+    evaluate(config)
+    monkeypatch.setattr(arm_module, "_answers", lambda *_: pytest.fail("ran again"))
+    evaluate(config)
+
+
+def test_a_folder_of_another_configuration_is_refused(settings):
+    evaluate(settings("arm", *DIVPRUNE))
+    with pytest.raises(TaskError, match=r"differs in pruning"):
+        evaluate(settings("arm", "--pruning.pruner", "divprune", "--pruning.keep", "17"))
+
+
+@pytest.fixture
+def arms(settings, adapter):
+    return {
+        "dense": evaluate(settings("dense")),
+        "free": evaluate(settings("free", *DIVPRUNE)),
+        "tuned": evaluate(settings("tuned", *DIVPRUNE, "--adapter", adapter)),
+    }
+
+
+def rescore(folder, scores):
+    rows = read_results(folder)
+    for row, score in zip(rows, scores, strict=True):
+        row["score"] = float(score)
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_compare_computes_what_its_columns_say(arms):
+    rng = np.random.default_rng(0)
+    scores = {name: rng.random(24) < p for name, p in (("dense", 0.9), ("free", 0.4), ("tuned", 0.7))}
+    for name, values in scores.items():
+        rescore(arms[name], values)
+    rows = compare([arms["tuned"], arms["free"], arms["dense"]])
+    assert [row.label for row in rows] == ["dense", "divprune", "divprune + tuned projector"]
+    dense, free, tuned = rows
+    sources = np.array([row["source"] for row in read_results(arms["dense"])])
+    for row, name in ((dense, "dense"), (free, "free"), (tuned, "tuned")):
+        assert row.overall == pytest.approx(100 * scores[name].mean())
+        assert row.relative == pytest.approx(100 * scores[name].mean() / scores["dense"].mean())
+        for source, value in row.per_source.items():
+            assert value == pytest.approx(100 * scores[name][sources == source].mean())
+    assert tuned.gain == pytest.approx(100 * (scores["tuned"].mean() - scores["free"].mean()))
+    assert tuned.gain_interval[0] < tuned.gain < tuned.gain_interval[1]
+    assert free.gain is None and dense.kept == 144 and tuned.kept == 16
+    table = to_markdown(rows)
+    assert table.count("\n") == 5 and f"**{tuned.gain:+.1f}**" in table
+    parsed = list(csv.DictReader(to_csv(rows).splitlines()))
+    assert float(parsed[2]["tuned_minus_training_free"]) == pytest.approx(tuned.gain, abs=1e-4)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"batch_size": 4}, r"differ in batch_size \(8 and 4\)"),
+    ({"frozen_hash": "x"}, "differ in frozen_hash"),
+    ({"max_new_tokens": 9}, "differ in max_new_tokens"),
+    ({"model": {"dtype": "bfloat16"}}, r"differ in model.dtype \('float32' and 'bfloat16'\)"),
+    ({"versions": {"torch": "1"}}, "differ in versions.torch"),
+])  # fmt: skip
+def test_compare_refuses_arms_that_differ_and_names_the_field(arms, change, message):
+    path = arms["tuned"] / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for key, value in change.items():
+        manifest[key] = {**manifest[key], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(TaskError, match=message):
+        compare([arms["dense"], arms["free"], arms["tuned"]])
+
+
+def test_compare_refuses_other_items_and_a_tuned_arm_without_its_twin(arms, settings, adapter):
+    other = evaluate(settings("limit", *DIVPRUNE, "--limit", "16"))
+    with pytest.raises(TaskError, match=r"tasks.tiny_world_validation.hash|tasks.tiny_world_validation.items"):
+        compare([arms["dense"], other])
+    tuned = evaluate(settings("tuned9", "--pruning.pruner", "divprune", "--pruning.keep", "9", "--adapter", adapter))
+    with pytest.raises(
+        TaskError, match=r"no training-free arm with the same pruning: pruning.keep \(16 and 9\) differs"
+    ):
+        compare([arms["free"], tuned])
+    with pytest.raises(TaskError, match="no evaluated arm"):
+        compare([arms["free"].parent / "nothing"])
+
+
+def test_compare_refuses_an_arm_that_lost_rows(arms):
+    lines = (arms["free"] / "results.jsonl").read_text().splitlines(keepends=True)
+    (arms["free"] / "results.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(TaskError, match="has 23 results, its manifest says 24"):
+        compare([arms["dense"], arms["free"]])
+
+
+def test_the_interval_resamples_whole_pictures():
+    """Against a bootstrap written as loops, and wider than one that takes questions for independent."""
+    rng = np.random.default_rng(3)
+    clusters = np.repeat(np.arange(40), 8)
+    values = (rng.random(40)[clusters] > 0.5).astype(float)  # all questions of a picture stand or fall together
+    low, high = bootstrap_interval(values, clusters)
+    means = []
+    for _ in range(4000):
+        chosen = rng.integers(0, 40, 40)
+        means.append(100 * np.mean([values[clusters == c].mean() for c in chosen]))
+    assert low == pytest.approx(np.percentile(means, 2.5), abs=1.5)
+    assert high == pytest.approx(np.percentile(means, 97.5), abs=1.5)
+    apart = bootstrap_interval(values, np.arange(320))
+    assert high - low > 2 * (apart[1] - apart[0])
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(60):
+        truth = rng.random(100) * 0.6 + 0.2
+        values = (rng.random((100, 8)) < truth[:, None]).astype(float).ravel()
+        low, high = bootstrap_interval(values, np.repeat(np.arange(100), 8))
+        hits += low <= 50 <= high
+    assert hits >= 51  # 95 % of 60 is 57; fewer than 51 has probability below 1 %
+
+
+def test_the_plot_shows_every_arm(arms, tmp_path):
+    plot_rows(compare(list(arms.values())), tmp_path / "plot.png")
+    picture = np.asarray(Image.open(tmp_path / "plot.png").convert("RGB"))
+    assert picture.shape[0] > 300 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
+def test_the_overlay_lights_exactly_the_kept_patches():
+    white = Image.new("RGB", (84, 84), (255, 255, 255))
+    strip = np.asarray(kept_overlay(white, {"half": np.arange(72), "none": np.array([], dtype=int)}, (12, 12)))
+    dark = (strip == 51).all(-1)
+    assert dark.mean() > 0.1
+    columns = np.flatnonzero(dark.any(0))
+    half, none = columns[columns < strip.shape[1] * 2 // 3], columns[columns >= strip.shape[1] * 2 // 3]
+    assert dark[:, none].sum() == pytest.approx(2 * dark[:, half].sum(), rel=0.05)
+
+
+def test_visualize_writes_one_picture_per_scene(untrained_folder, tmp_path):
+    config = load_config(EvaluateConfig, None, ["--model.path", str(untrained_folder), "--model.dtype", "float32",
+                                                "--tasks", "[tiny_world]", "--output", "x"]).model  # fmt: skip
+    specs = [PruningSpec("fastervlm", 16), PruningSpec("divprune", 16)]
+    paths = visualize(config, specs, "tiny_world_validation", 2, tmp_path)
+    assert [p.name for p in paths] == ["kept_00.png", "kept_01.png"]
+    assert Image.open(paths[0]).size[0] > 2 * Image.open(paths[0]).size[1]
+
+
+def test_unknown_tasks_are_answered_with_the_nearest():
+    with pytest.raises(TaskError, match="did you mean 'tiny_world'"):
+        get_task("tiny_word")
+
+
+def test_an_adapter_folder_may_move(arms, tmp_path):
+    shutil.move(arms["tuned"], tmp_path / "elsewhere")
+    assert len(compare([arms["free"], tmp_path / "elsewhere"])) == 2

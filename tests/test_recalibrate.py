@@ -1,0 +1,189 @@
+"""Recalibration through the DeepSpeed launcher on two CPU ranks, as users start it."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
+
+from configs import ConfigError, TrackingConfig, TrainConfig
+from pruning.checkpoint import load_model, projector_state, tensor_hash
+from scripts.launch import launch_environment, launch_line
+from train.callbacks import NumbersCallback
+from train.tracking import Tracker, wandb_mode
+from train.trainer import steps_in_total
+
+STEPS = 6
+
+
+def arguments(model, output, *more):
+    return ["--config", "configs/recalibrate/tiny_divprune_16.yaml",
+            "--model.path", str(model), "--output", str(output),
+            "--data.max_samples", "96", "--train.batch_size", "4", "--train.max_steps", str(STEPS),
+            "--train.save_steps", "3", "--tracking.wandb", "off", *more]  # fmt: skip
+
+
+def environment():
+    return {**launch_environment(2), "OMP_NUM_THREADS": "1"}
+
+
+def run(model, output, *more):
+    done = subprocess.run(launch_line(2, arguments(model, output, *more)), env=environment(), cwd=ROOT, text=True,
+                          capture_output=True, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def losses(output):
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def whole(untrained_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "run"
+    return output, run(untrained_folder, output, "--tracking.wandb", "offline")
+
+
+def test_the_run_says_what_is_frozen_and_what_trains(whole):
+    _, printed = whole
+    assert "[FROZEN]    vision_tower" in printed and "[FROZEN]    language_model" in printed
+    assert [line.split()[1] for line in printed.splitlines() if "[TRAINABLE]" in line] == ["multi_modal_projector"]
+
+
+def test_the_log_has_every_step_and_w_and_b_is_offline(whole):
+    output, _ = whole
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["samples_per_second"] > 0 and row["eta_seconds"] >= 0 and row["grad_norm"] > 0 for row in rows)
+    assert rows[0]["learning_rate"] == pytest.approx(5e-3) and rows[-1]["learning_rate"] < 1e-3
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert list((output / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_the_adapter_changes_the_projector_and_records_the_run(whole, untrained_folder):
+    output, _ = whole
+    base, tuned = (
+        load_model(str(untrained_folder))[0],
+        load_model(str(untrained_folder), adapter=str(output / "adapter"))[0],
+    )
+    after = tuned.state_dict()
+    changed = {n for n, t in base.state_dict().items() if tensor_hash({"": t}) != tensor_hash({"": after[n]})}
+    assert changed == set(projector_state(base))
+    record = json.loads((output / "adapter" / "prunetune.json").read_text())
+    assert record["pruning"]["pruner"] == "divprune" and record["pruning"]["keep"] == 16 and record["step"] == STEPS
+    assert record["data"]["samples"] == 96 and len(record["data"]["hash"]) == 64 and record["train"]["seed"] == 42
+    assert {"torch", "transformers", "peft", "deepspeed"} <= record["versions"].keys() and record["wandb_run"]
+    assert record["projector_hash"] == tensor_hash(projector_state(tuned))
+
+
+def test_checkpoints_hold_nothing_frozen(whole):
+    output, _ = whole
+    folder = output / f"checkpoint-{STEPS}"
+    assert all("multi_modal_projector" in name for name in load_file(folder / "adapter_model.safetensors"))
+    state = torch.load(next(folder.glob("global_step*/mp_rank_00_model_states.pt")), weights_only=False)
+    assert state["module"] and all("modules_to_save.default" in name for name in state["module"])
+
+
+def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_projector(whole, untrained_folder, tmp_path):
+    output = tmp_path / "killed"
+    line = launch_line(2, arguments(untrained_folder, output))
+    process = subprocess.Popen(line, env=environment(), cwd=ROOT, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not (output / "checkpoint-3" / "complete.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None, "the first checkpoint never came"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for folder in output.glob("checkpoint-[4-9]"):  # if it was faster than the kill
+        (folder / "complete.json").unlink(missing_ok=True)
+    assert not (output / "adapter").exists()
+    printed = run(untrained_folder, output)
+    assert f"resuming from {output / 'checkpoint-3'}" in printed
+    assert losses(output) == losses(whole[0])
+    mine, theirs = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (output, whole[0]))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_zero3_trains_to_the_same_projector_as_zero2(whole, untrained_folder, tmp_path):
+    output = tmp_path / "zero3"
+    run(untrained_folder, output, "--train.deepspeed", "zero3", "--train.gradient_checkpointing", "true")
+    assert losses(output) == pytest.approx(losses(whole[0]), rel=1e-4)
+    mine, theirs = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (output, whole[0]))
+    for name in theirs:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_resuming_under_other_settings_is_refused(whole, untrained_folder):
+    line = launch_line(2, arguments(untrained_folder, whole[0], "--train.learning_rate", "1e-3"))
+    done = subprocess.run(line, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300)
+    assert done.returncode != 0
+    assert "was written with other settings for train" in done.stdout + done.stderr
+
+
+def test_prunetune_recalibrate_stops_before_launching_on_a_wrong_key(tmp_path):
+    line = [sys.executable, "-m", "scripts.prunetune", "recalibrate", *arguments("m", tmp_path), "--train.lr", "1"]
+    done = subprocess.run(line, cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 1 and "train.lr: unknown key" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- the parts that need no launch -----------------------------------------------------------------------------
+
+
+class _Arguments:
+    output_dir = "o"
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops(loss):
+    callback = NumbersCallback(None, 8)
+    with pytest.raises(FloatingPointError, match="the loss became (nan|inf) at step 7; the last checkpoint in o"):
+        callback.on_log(_Arguments(), TrainerState(global_step=7), TrainerControl(), logs={"loss": loss})
+
+
+@pytest.mark.parametrize(("samples", "world", "batch", "accumulation", "epochs", "steps"),
+                         [(24000, 2, 64, 1, 1, 188), (180510, 8, 16, 1, 1, 1411), (100, 2, 10, 2, 2, 4)])  # fmt: skip
+def test_total_steps(samples, world, batch, accumulation, epochs, steps):
+    train = TrainConfig(batch_size=batch, accumulation=accumulation, epochs=float(epochs))
+    assert steps_in_total(train, samples, world) == steps
+
+
+def test_w_and_b_online_without_a_key_says_what_to_do(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="no W&B key; set WANDB_API_KEY or run `wandb login`"):
+        wandb_mode("online")
+    assert wandb_mode("auto") == "offline" and "no key found" in capsys.readouterr().out
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode("online") == "online" and wandb_mode("auto") == "online" and wandb_mode("offline") == "offline"
+
+
+def test_an_unreachable_w_and_b_does_not_stop_the_run(monkeypatch, tmp_path, capsys):
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    real = wandb.init
+
+    def unreachable(mode, **options):
+        if mode == "online":
+            raise wandb.errors.CommError("no route to host")
+        return real(mode=mode, **options)
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    tracker = Tracker(TrackingConfig(wandb="online"), tmp_path, {})
+    tracker.log({"loss": 1.0}, step=1)
+    tracker.close()
+    assert "goes on offline" in capsys.readouterr().out
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 1, "loss": 1.0}
