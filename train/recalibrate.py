@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ if __name__ == "__main__":  # the launcher starts this file by its path; imports
 
 import deepspeed
 import torch
+from peft import PeftModel
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -23,7 +25,7 @@ from pruning.checkpoint import checkpoint_folder, load_model, wrap_projector, wr
 from pruning.checkpoint import frozen_hash as stored_hash
 from pruning.families import family_of
 from train.callbacks import CompleteCheckpointCallback, NumbersCallback
-from train.freeze import freeze_all_but_projector
+from train.freeze import FrozenReport, freeze_all_but_projector
 from train.record import run_record
 from train.tracking import Tracker
 from train.trainer import (
@@ -34,7 +36,30 @@ from train.trainer import (
     last_complete_checkpoint,
     steps_in_total,
     training_arguments,
+    use_plain_collectives_on_cpu,
 )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a recalibration starts from: the configuration, the data, this rank, and a checkpoint to go on from."""
+
+    config: RecalibrateConfig
+    data: RecipeData
+    rank: int
+    world: int
+    settings: dict[str, Any]
+    resume: Path | None
+
+    @property
+    def output(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.output)
+
+    @property
+    def chief(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
 
 
 def recalibrate(config: RecalibrateConfig) -> Path:
@@ -46,60 +71,83 @@ def recalibrate(config: RecalibrateConfig) -> Path:
         ConfigError, PruningError, DataError: for options, checkpoints or data that can't work.
         RuntimeError: if a frozen weight changed.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    chief, output = rank == 0, Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    set_seed(config.train.seed)
-    if not chief:
-        transformers_logging.set_verbosity_error()
-
-    spec = PruningSpec(**config.pruning.model_dump())
-    spec.build()  # a wrong name or option stops here, before anything is loaded
-    data = load_recipe(config.data.recipe, **config.data.model_dump(exclude={"recipe"}))
-    settings = _settings(config, data, world)
-    resume = last_complete_checkpoint(output, settings) if config.train.resume == "auto" else None
-    tracker = Tracker(config.tracking, output, config.model_dump()) if chief else None
-
+    run = start(config)
+    tracker = Tracker(config.tracking, run.output, config.model_dump()) if run.chief else None
     # The model is built before TrainingArguments: an active ZeRO-3 configuration would partition it while loading.
     model, processor = load_model(config.model.path, config.model.revision, config.model.dtype, config.model.attention)
     peft_model = wrap_projector(model, config.train.trainable)
-    report = freeze_all_but_projector(peft_model)
-    formatter = Formatter(processor, data.images, config.model.template, config.model.square, config.train.max_length)
-    if config.train.gradient_checkpointing:
-        _checkpoint_language_model(model)
-    if chief:
-        (output / "config.yaml").write_text(to_yaml(config))
-        print(_summary(config, data, report.lines(), world, resume), flush=True)
-
-    pruned = PrunedModel(model, spec)
-    steps = steps_in_total(config.train, len(data), world)
-    numbers = NumbersCallback(tracker, config.train.batch_size * config.train.accumulation * world)
-    trainer = RecalibrationTrainer(
-        pruned, formatter, data,
-        model=peft_model,
-        args=training_arguments(config, output, steps),
-        callbacks=[numbers, CompleteCheckpointCallback(settings)],
-    )  # fmt: skip
-    before = frozen_hash(peft_model)
-    drop_frozen_from_state_dict(peft_model)
-    with pruned.attach():
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if frozen_hash(peft_model) != before:
-        raise RuntimeError("a frozen weight changed during training; the adapter is not written. Please report this")
-
-    tensors = gathered_projector(peft_model)
-    if chief:
-        base = stored_hash(checkpoint_folder(config.model.path, config.model.revision), family_of(model).projectors)
-        record = run_record(config, data, base, tensors, trainer.state.global_step, tracker)
-        write_adapter(output / "adapter", tensors, peft_model, record)
-        _report_unsupervised(formatter)
-        print(f"recalibrated projector: {output / 'adapter'}", flush=True)
+    announce(run, freeze_all_but_projector(peft_model))
+    formatter = Formatter(
+        processor, run.data.images, config.model.template, config.model.square, config.train.max_length
+    )
+    step = train(run, peft_model, formatter, tracker)
+    save(run, peft_model, formatter, tracker, step)
     if tracker is not None:
         tracker.close()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    return output / "adapter"
+    return run.output / "adapter"
+
+
+def start(config: RecalibrateConfig) -> Run:
+    """Check the options, read the data, and look for a checkpoint to go on from."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    set_seed(config.train.seed)
+    use_plain_collectives_on_cpu()
+    if rank != 0:
+        transformers_logging.set_verbosity_error()
+    PruningSpec(**config.pruning.model_dump()).build()  # a wrong name or option stops here, before anything is loaded
+    data = load_recipe(config.data.recipe, **config.data.model_dump(exclude={"recipe"}))
+    settings = _settings(config, data, world)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    resume = last_complete_checkpoint(output, settings) if config.train.resume == "auto" else None
+    return Run(config, data, rank, world, settings, resume)
+
+
+def train(run: Run, peft_model: PeftModel, formatter: Formatter, tracker: Tracker | None) -> int:
+    """Train with the pruner attached, check that nothing frozen changed, and return the last step's number."""
+    config, model = run.config.train, peft_model.get_base_model()
+    if config.gradient_checkpointing:
+        _checkpoint_language_model(model)
+    pruned = PrunedModel(model, PruningSpec(**run.config.pruning.model_dump()))
+    steps = steps_in_total(config, len(run.data), run.world)
+    numbers = NumbersCallback(tracker, config.batch_size * config.accumulation * run.world)
+    trainer = RecalibrationTrainer(
+        pruned,
+        formatter,
+        run.data,
+        model=peft_model,
+        args=training_arguments(run.config, run.output, steps),
+        callbacks=[numbers, CompleteCheckpointCallback(run.settings)],
+    )
+    before = frozen_hash(peft_model)
+    drop_frozen_from_state_dict(peft_model)
+    with pruned.attach():
+        trainer.train(resume_from_checkpoint=str(run.resume) if run.resume else None)
+    if frozen_hash(peft_model) != before:
+        raise RuntimeError("a frozen weight changed during training; the adapter is not written. Please report this")
+    return trainer.state.global_step
+
+
+def save(run: Run, peft_model: PeftModel, formatter: Formatter, tracker: Tracker | None, step: int) -> None:
+    """Write the adapter with its record."""
+    tensors = gathered_projector(peft_model)
+    if not run.chief:
+        return
+    model = run.config.model
+    projectors = family_of(peft_model.get_base_model()).projectors
+    base_hash = stored_hash(checkpoint_folder(model.path, model.revision), projectors)
+    record = run_record(run.config, run.data, base_hash, tensors, step, tracker)
+    write_adapter(run.output / "adapter", tensors, peft_model, record)
+    if formatter.unsupervised:
+        print(
+            f"{len(formatter.unsupervised)} samples lost every answer token to max_length and added no loss, first "
+            f"{formatter.unsupervised[:3]}",
+            flush=True,
+        )
+    print(f"recalibrated projector: {run.output / 'adapter'}", flush=True)
 
 
 def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[str, Any]:
@@ -122,30 +170,26 @@ def _checkpoint_language_model(model: Any) -> None:
     language_model.train()
 
 
-def _summary(config: RecalibrateConfig, data: RecipeData, freeze: list[str], world: int, resume: Path | None) -> str:
+def announce(run: Run, report: FrozenReport) -> None:
+    """Print what will happen, and keep the effective configuration."""
+    if not run.chief:
+        return
+    config, data = run.config, run.data
+    (run.output / "config.yaml").write_text(to_yaml(config))
     sources = ", ".join(f"{name} {count:,}" for name, count in data.counts.items())
     lines = [
         f"model     {config.model.path} ({config.model.dtype})",
         f"pruning   {config.pruning.pruner}, keep {config.pruning.keep} {config.pruning.options or ''}",
         f"data      {data.name}: {len(data):,} samples ({sources})",
-        f"ranks     {world}, {config.train.batch_size} samples each, DeepSpeed {config.train.deepspeed} "
-        f"{deepspeed.__version__}",
-        *freeze,
+        f"ranks     {run.world}, {config.train.batch_size} samples each, "
+        f"DeepSpeed {deepspeed.__version__} {config.train.deepspeed}",
+        *report.lines(),
     ]
     if data.missing:
         lines.insert(3, f"          {len(data.missing)} samples left out, their image is missing: {data.missing[:3]}")
-    if resume is not None:
-        lines.append(f"resuming from {resume}")
-    return "\n".join(lines)
-
-
-def _report_unsupervised(formatter: Formatter) -> None:
-    if formatter.unsupervised:
-        print(
-            f"{len(formatter.unsupervised)} samples lost every answer token to max_length and added no loss, first "
-            f"{formatter.unsupervised[:3]}",
-            flush=True,
-        )
+    if run.resume is not None:
+        lines.append(f"resuming from {run.resume}")
+    print("\n".join(lines), flush=True)
 
 
 def main(arguments: list[str]) -> None:

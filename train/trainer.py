@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -92,6 +93,12 @@ def deepspeed_file(name: str) -> Path:
     raise ConfigError(f"train.deepspeed: {name!r} is neither zero2, zero3 nor the path of a DeepSpeed JSON")
 
 
+def use_plain_collectives_on_cpu() -> None:
+    """Keep DeepSpeed from compiling its shared-memory reduction on a CPU: gloo is enough, and needs no compiler."""
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def steps_in_total(train: TrainConfig, samples: int, world_size: int) -> int:
     """Return the number of optimizer steps of the whole run."""
     if train.max_steps > 0:
@@ -155,6 +162,4 @@ def _whole(parameters: list[Any]) -> Any:
     """Return a context in which parameters that ZeRO-3 holds in pieces are whole on every rank."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
-
-    return GatheredParameters(parameters)
+    return deepspeed.zero.GatheredParameters(parameters)

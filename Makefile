@@ -1,0 +1,49 @@
+# `make demo` and `make test` set everything up by themselves: a virtual environment, the CPU build of PyTorch, the rest.
+# Nothing is installed again while pyproject.toml and constraints.txt stay as they are.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+
+# PyTorch comes first and by version: a bare `torch` would bring gigabytes of CUDA packages to a machine without a GPU.
+# On a GPU machine install the PyTorch of your CUDA version into the environment instead: make setup TORCH="torch>=2.6"
+TORCH ?= torch==2.13.0
+
+export OMP_WAIT_POLICY ?= PASSIVE
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint types check setup clean
+
+demo: $(VENV)/.installed ## dense, training-free, recalibrate, tuned, table (about 4 minutes on 2 cores)
+	$(BIN)/prunetune demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed-dev ## every test, with the slowest named
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+check: lint types test
+
+setup: $(VENV)/.installed
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
