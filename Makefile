@@ -6,8 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-# PyTorch comes first and by version: a bare `torch` would bring gigabytes of CUDA packages to a machine without a GPU.
-# On a GPU machine install the PyTorch of your CUDA version into the environment instead: make setup TORCH="torch>=2.6"
+# PyTorch comes first, in the version the tests ran with, so that nothing else pulls in another build of it.
+# To use the build for your CUDA version: make setup TORCH="torch==VERSION".
 TORCH ?= torch==2.13.0
 
 export OMP_WAIT_POLICY ?= PASSIVE

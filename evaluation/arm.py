@@ -50,7 +50,7 @@ def evaluate(config: EvaluateConfig, device: str | None = None) -> Path:
     )
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pruned = PrunedModel(model, PruningSpec(**config.pruning.model_dump()))
-    manifest = _manifest(config, works, pruned)
+    manifest = _manifest(config, works, pruned, type(processor.image_processor).__name__)
     done = _resume(output, manifest)
     (output / "config.yaml").write_text(to_yaml(config))
 
@@ -125,7 +125,7 @@ def _answers(pruned: PrunedModel, formatter: Formatter, task: Task, batch: list[
         }
 
 
-def _manifest(config: EvaluateConfig, works: list[Work], pruned: PrunedModel) -> dict[str, Any]:
+def _manifest(config: EvaluateConfig, works: list[Work], pruned: PrunedModel, image_processor: str) -> dict[str, Any]:
     """Return everything that decides an arm's numbers."""
     folder = checkpoint_folder(config.model.path, config.model.revision)
     return {
@@ -146,6 +146,7 @@ def _manifest(config: EvaluateConfig, works: list[Work], pruned: PrunedModel) ->
         },
         "batch_size": config.batch_size,
         "max_new_tokens": config.max_new_tokens,
+        "image_processor": image_processor,
         "device": torch.cuda.get_device_name() if pruned.model.device.type == "cuda" else platform.machine(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
 
 from pruning.families import family_of
 from pruning.types import PruningError
@@ -63,6 +64,7 @@ def load_model(
         CheckpointError: if the model can't be loaded, or the adapter belongs to another base or misses tensors.
     """
     folder = checkpoint_folder(path, revision)
+    transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation=attention

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def start(config: RecalibrateConfig) -> Run:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     set_seed(config.train.seed)
     use_plain_collectives_on_cpu()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' about one another
     if rank != 0:
         transformers_logging.set_verbosity_error()
     PruningSpec(**config.pruning.model_dump()).build()  # a wrong name or option stops here, before anything is loaded

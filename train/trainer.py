@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from configs import ConfigError, RecalibrateConfig, TrainConfig
 from data_recipes import Formatter, RecipeData, Sample
@@ -43,6 +43,7 @@ class RecalibrationTrainer(Trainer):
     def __init__(self, pruned: PrunedModel, formatter: Formatter, data: RecipeData, **kwargs: Any) -> None:
         self.pruned = pruned
         super().__init__(data_collator=formatter.training_batch, train_dataset=SampleDataset(data), **kwargs)
+        self.remove_callback(PrinterCallback)  # the progress bar and the log say it
         self.model_accepts_loss_kwargs = False  # the stock loss is a mean over the batch's supervised tokens
 
 

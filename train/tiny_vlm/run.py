@@ -53,7 +53,7 @@ def train_tiny_vlm(output: Path, work: Path, seed: int = 0, scale: float = 1.0, 
             if taken == stop_after:
                 return
         if stage.lr and index in (1, 2, 3):
-            _report(work, models, stage)
+            _report(work, models, stage, scenes=max(10, round(300 * min(scale, 1))))
         state["step"] = 0
         _save(work / "state.pt", models, None, index + 1, 0, seed, stages)
     save_tiny_vlm(output, models.llava, models.clip)
@@ -88,8 +88,8 @@ def _step(models: TinyModels, optimizer: torch.optim.Optimizer, stage: Stage, st
     return {"loss": loss.item(), **numbers}
 
 
-def _report(work: Path, models: TinyModels, stage: Stage) -> None:
-    batches = [split_seeds("validation", 50, 50 * i) for i in range(6)]
+def _report(work: Path, models: TinyModels, stage: Stage, scenes: int) -> None:
+    batches = [split_seeds("validation", min(50, scenes - start), start) for start in range(0, scenes, 50)]
     for share in (1.0, 0.5):
         accuracy = dense_accuracy(models, iter(batches), share)
         _log(work, {"stage": stage.name, "validation_keep": share, **{k: round(v, 1) for k, v in accuracy.items()}})
