@@ -68,6 +68,6 @@ def scene_sample(seed: int, question="what number is shown ?", answer="4 7") -> 
 def samples():
     return [
         scene_sample(10_000_001),
-        scene_sample(10_000_002, "where is the red circle ?", "top left"),
-        scene_sample(10_000_003, "describe the bottom right .", "large blue square"),
+        scene_sample(10_000_002, "where is the circle ?", "northwest"),
+        scene_sample(10_000_003, "describe the southeast .", "large blue square"),
     ]

@@ -14,7 +14,7 @@ from data_recipes.formatting import TEMPLATE_FOLDER
 from data_recipes.images import FolderImages, SceneImages, pad_to_square
 from data_recipes.llava_json import read_llava_json
 from data_recipes.shapes_world import SPLITS, ask, render, sample_scene, vocabulary
-from data_recipes.shapes_world.scene import patch_cover, place
+from data_recipes.shapes_world.scene import PLACES, patch_cover
 
 # Records as llava_v1_5_mix665k.json has them: string and integer ids, multi-turn, the prefixes, a text-only one.
 RECORDS = [
@@ -22,7 +22,7 @@ RECORDS = [
         {"from": "human", "value": "<image>\nwhere is the red circle ?"}, {"from": "gpt", "value": "top left"},
         {"from": "human", "value": "what number is shown ?"}, {"from": "gpt", "value": "4 7"}]},
     {"id": "2354786", "image": "gqa/images/2354786.jpg", "conversations": [
-        {"from": "human", "value": "is there a blue ring ?\n<image>"}, {"from": "gpt", "value": "yes"}]},
+        {"from": "human", "value": "is there a ring ?\n<image>"}, {"from": "gpt", "value": "yes"}]},
     {"id": "0011e7c3", "image": "textvqa/train_images/0011e7c3.jpg", "conversations": [
         {"from": "human", "value": "<image>\nwhat is the first digit ?"}, {"from": "gpt", "value": "7"}]},
     {"id": "33471", "image": "coco/train2017/000000033471.jpg", "conversations": [
@@ -30,7 +30,7 @@ RECORDS = [
     {"id": 7, "model": "", "conversations": [
         {"from": "human", "value": "how many shapes are there ?"}, {"from": "gpt", "value": "three"}]},
     {"id": "VG_100K_2/3", "image": "vg/VG_100K_2/3.jpg", "conversations": [
-        {"from": "human", "value": "<image>\ndescribe the top left ."}, {"from": "gpt", "value": "large red circle"}]},
+        {"from": "human", "value": "<image>\ndescribe the west ."}, {"from": "gpt", "value": "large red circle"}]},
 ]  # fmt: skip
 
 
@@ -56,8 +56,8 @@ def test_the_papers_subset_is_filtered_by_image_prefix_and_keeps_file_order(mix)
     data = load(mix)
     assert data.counts == {"gqa": 1, "textvqa": 1, "vg": 2}
     assert [data[i].id for i in range(len(data))] == ["VG_100K_2/3", "2354786", "0011e7c3", "VG_100K_2/3#2"]
-    assert data[0].turns == (Turn("where is the red circle ?", "top left"), Turn("what number is shown ?", "4 7"))
-    assert data[1].turns == (Turn("is there a blue ring ?", "yes"),)
+    assert data[0].turns == (Turn("where is the red circle ?", "north"), Turn("what number is shown ?", "4 7"))
+    assert data[1].turns == (Turn("is there a ring ?", "yes"),)
 
 
 def test_the_content_hash_follows_the_content(mix):
@@ -224,17 +224,31 @@ def test_every_answer_is_true_of_its_scene_and_in_the_vocabulary():
         assert len(questions) == 8
         for q in questions:
             assert set(q.text.split()) <= words and set(q.answer.split()) <= words
-            asked = q.text.split()
-            if q.kind == "where":
-                (shape,) = [s for s in scene.shapes if (s.color, s.shape) == (asked[3], asked[4])]
-                assert q.answer.split() == list(place(shape.cell))
+            named = [s for s in scene.shapes if s.shape in q.text.split() or f"{s.color} object" in q.text]
+            if q.kind in ("color", "shape", "size", "where"):
+                (shape,) = named  # the name belongs to one object alone
+                truth = {"color": shape.color, "shape": shape.shape, "size": shape.size, "where": PLACES[shape.cell]}
+                assert q.answer == truth[q.kind]
             elif q.kind == "exist":
-                present = any((s.color, s.shape) == (asked[3], asked[4]) for s in scene.shapes)
-                assert q.answer == ("yes" if present else "no")
-                assert asked[3] in {s.color for s in scene.shapes} and asked[4] in {s.shape for s in scene.shapes}
+                assert q.answer == ("yes" if named else "no")
             elif q.kind == "describe":
-                (shape,) = [s for s in scene.shapes if list(place(s.cell)) == asked[2:4]]
+                (shape,) = [s for s in scene.shapes if PLACES[s.cell] == q.text.split()[2]]
                 assert q.answer == f"{shape.size} {shape.color} {shape.shape}"
+            elif q.kind == "count":
+                assert q.answer == ("three", "four", "five")[len(scene.shapes) - 3]
+            else:
+                tens, ones = scene.number.digits
+                truth = {"number": f"{tens} {ones}", "first": f"{tens}", "last": f"{ones}", "ink": scene.number.color}
+                assert q.answer == truth[q.kind]
+
+
+def test_colour_names_do_not_fit_the_number():
+    """ "The red object" would be ambiguous beside a red number."""
+    for seed in range(300):
+        scene = sample_scene(seed)
+        for q in ask(scene):
+            if scene.number is not None and q.kind in ("shape", "where", "size"):
+                assert f"{scene.number.color} object" not in q.text
 
 
 def test_a_blind_guess_stays_below_a_quarter():
@@ -257,3 +271,41 @@ def test_patch_cover_says_where_things_are():
         row, column = divmod(shape.cell, 3)
         inside = grid[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].sum()
         assert inside == pytest.approx(grid.sum()) and inside > 0
+
+
+@pytest.fixture(scope="module")
+def llama_like_processor(processor):
+    """A processor whose tokenizer works as Llama's: byte-fallback BPE, a space in front, BOS by itself."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    specials = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    corpus = ["A chat between USER: and ASSISTANT: the red circle is top left.", "Yes, 42 of them; déjà vu?"] * 3
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, special_tokens=specials[:5]))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   pad_token="<pad>", additional_special_tokens=["<image>"])  # fmt: skip
+    return LlavaProcessor(processor.image_processor, fast, patch_size=7, vision_feature_select_strategy="default",
+                          image_token="<image>", num_additional_image_tokens=1)  # fmt: skip
+
+
+def test_masks_are_right_with_a_tokenizer_like_llamas(llama_like_processor):
+    """Words of several tokens, punctuation glued to answers, two turns: the supervised text is the answers and ends."""
+    answers = ["Yes, the red circle.", "42"]
+    turns = (Turn("is it top left?", answers[0]), Turn("how many of them?", answers[1]))
+    samples = [Sample("a", "vg", "scene:10000001", turns), Sample("t", "text", None, turns[1:])]
+    tokenizer = llama_like_processor.tokenizer
+    batch = Formatter(llama_like_processor, SceneImages(), "vicuna_v1").training_batch(samples)
+    for row, expected in enumerate((answers, answers[1:])):
+        labels = batch["labels"][row]
+        supervised = labels[labels != -100]
+        ends = (supervised == tokenizer.eos_token_id).nonzero()[:, 0].tolist()
+        spans = [supervised[a:b] for a, b in zip([0, *[e + 1 for e in ends]], ends, strict=False)]
+        assert [tokenizer.decode(span).strip() for span in spans] == expected
+        assert ends[-1] == len(supervised) - 1
+        assert (batch["input_ids"][row] == tokenizer.bos_token_id).sum() == 1

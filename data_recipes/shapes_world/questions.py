@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_recipes.shapes_world.scene import COLORS, COLUMNS, ROWS, SHAPES, SIZES, Number, Scene, Shape, place
+from data_recipes.shapes_world.scene import COLORS, PLACES, SHAPES, SIZES, Number, Scene, Shape
 
 COUNTS = ("zero", "one", "two", "three", "four", "five")
 _SCAFFOLD = (
@@ -29,7 +28,7 @@ class Question:
 
 def vocabulary() -> list[str]:
     """Return every word of the world once: questions, answers and a few words of general prompts."""
-    words = [*_SCAFFOLD.split(), *COLORS, *SHAPES, *SIZES, *ROWS, *COLUMNS, *COUNTS, *"0123456789"]
+    words = [*_SCAFFOLD.split(), *COLORS, *SHAPES, *SIZES, *PLACES, *COUNTS, *"0123456789"]
     return list(dict.fromkeys(words))
 
 
@@ -53,55 +52,70 @@ def drill(scene: Scene) -> list[Question]:
     """Pose twelve questions that exercise every way of looking something up; the tiny VLM's own training uses them.
 
     Among the eight questions of :func:`ask`, few can be answered only by finding a *shape*, and a small model that
-    has learned to find things by colour never learns the rest. Here a third of the questions has to be answered so.
+    has learned to find things by colour is slow to learn the rest.
     """
     rng = np.random.default_rng([scene.seed, 5])
-    counts = Counter(shape.shape for shape in scene.shapes)
-    alone = [shape for shape in scene.shapes if counts[shape.shape] == 1]
-    questions = [Question("gqa", "color", f"what color is the {s.shape} ?", s.color) for s in alone[:3]]
-    for kind in ("where", "where", "exist", "exist", "size", "shape", "count"):
-        question = _GQA[kind](scene, rng)
-        questions += [question] if question is not None else []
+    questions = [_GQA[kind](scene, rng) for kind in ("color", "color", "shape", "size", "where", "exist", "count")]
+    posed = [question for question in questions if question is not None]
     if scene.number is not None:
-        questions += [_NUMBER[kind](scene.number) for kind in rng.permutation(list(_NUMBER))[:2].tolist()]
+        posed += [_NUMBER[kind](scene.number) for kind in rng.permutation(list(_NUMBER))[:3].tolist()]
     order = rng.permutation(len(scene.shapes)).tolist()
-    while len(questions) < 12:
-        questions.append(_describe(scene, order[len(questions) % len(order)]))
-    return questions[:12]
+    while len(posed) < 12:
+        posed.append(_describe(scene, order[len(posed) % len(order)]))
+    return posed
 
 
 def _describe(scene: Scene, index: int) -> Question:
     shape = scene.shapes[index]
     return Question(
-        "vg", "describe", f"describe the {' '.join(place(shape.cell))} .", f"{shape.size} {shape.color} {shape.shape}"
+        "vg", "describe", f"describe the {PLACES[shape.cell]} .", f"{shape.size} {shape.color} {shape.shape}"
     )
 
 
-def _unique(scene: Scene, field: str, rng: np.random.Generator) -> Shape | None:
-    """Return a random shape whose ``field`` no other shape of the scene shares, or None."""
-    counts = Counter(getattr(shape, field) for shape in scene.shapes)
-    single = [shape for shape in scene.shapes if counts[getattr(shape, field)] == 1]
-    return single[rng.integers(len(single))] if single else None
+def _by_shape(scene: Scene, rng: np.random.Generator) -> Shape | None:
+    """Return a random object whose form no other has, or None."""
+    return _pick([s for s in scene.shapes if sum(o.shape == s.shape for o in scene.shapes) == 1], rng)
+
+
+def _by_color(scene: Scene, rng: np.random.Generator) -> Shape | None:
+    """Return a random object whose colour no other object and no number has, or None."""
+    inks = [s.color for s in scene.shapes] + ([scene.number.color] if scene.number is not None else [])
+    return _pick([s for s in scene.shapes if inks.count(s.color) == 1], rng)
+
+
+def _pick(shapes: list[Shape], rng: np.random.Generator) -> Shape | None:
+    return shapes[rng.integers(len(shapes))] if shapes else None
+
+
+def _named(scene: Scene, rng: np.random.Generator) -> tuple[Shape, str] | None:
+    """Return an object with a name that is its own: "circle" or "red object"."""
+    by_shape, by_color = _by_shape(scene, rng), _by_color(scene, rng)
+    names = [
+        (s, name)
+        for s, name in ((by_shape, by_shape and by_shape.shape), (by_color, by_color and f"{by_color.color} object"))
+        if s and name
+    ]
+    return names[rng.integers(len(names))] if names else None
 
 
 def _color(scene: Scene, rng: np.random.Generator) -> Question | None:
-    shape = _unique(scene, "shape", rng)
+    shape = _by_shape(scene, rng)
     return None if shape is None else Question("gqa", "color", f"what color is the {shape.shape} ?", shape.color)
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Question | None:
-    shape = _unique(scene, "color", rng)
+    shape = _by_color(scene, rng)
     return None if shape is None else Question("gqa", "shape", f"what shape is the {shape.color} object ?", shape.shape)
 
 
-def _size(scene: Scene, rng: np.random.Generator) -> Question:
-    shape = scene.shapes[rng.integers(len(scene.shapes))]
-    return Question("gqa", "size", f"is the {shape.color} {shape.shape} large or small ?", shape.size)
+def _size(scene: Scene, rng: np.random.Generator) -> Question | None:
+    named = _named(scene, rng)
+    return None if named is None else Question("gqa", "size", f"is the {named[1]} large or small ?", named[0].size)
 
 
-def _where(scene: Scene, rng: np.random.Generator) -> Question:
-    shape = scene.shapes[rng.integers(len(scene.shapes))]
-    return Question("gqa", "where", f"where is the {shape.color} {shape.shape} ?", " ".join(place(shape.cell)))
+def _where(scene: Scene, rng: np.random.Generator) -> Question | None:
+    named = _named(scene, rng)
+    return None if named is None else Question("gqa", "where", f"where is the {named[1]} ?", PLACES[named[0].cell])
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Question:
@@ -109,14 +123,16 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def _exist(scene: Scene, rng: np.random.Generator) -> Question:
-    """Ask for a pair that is there, or for one whose colour and shape are both there, on different objects."""
-    pairs = {(shape.color, shape.shape) for shape in scene.shapes}
-    swapped = sorted({(a.color, b.shape) for a in scene.shapes for b in scene.shapes} - pairs)
-    if rng.random() < 0.5 or not swapped:
-        color, shape = sorted(pairs)[rng.integers(len(pairs))]
-        return Question("gqa", "exist", f"is there a {color} {shape} ?", "yes")
-    color, shape = swapped[rng.integers(len(swapped))]
-    return Question("gqa", "exist", f"is there a {color} {shape} ?", "no")
+    """Ask for a form or a colour that is there, or for one that is nowhere in the picture, half and half."""
+    forms = {s.shape for s in scene.shapes}
+    colors = {s.color for s in scene.shapes}
+    seen = colors | ({scene.number.color} if scene.number is not None else set())
+    answer = "yes" if rng.random() < 0.5 else "no"
+    if rng.random() < 0.5:
+        choices = sorted(forms) if answer == "yes" else [s for s in SHAPES if s not in forms]
+        return Question("gqa", "exist", f"is there a {choices[rng.integers(len(choices))]} ?", answer)
+    choices = sorted(colors) if answer == "yes" else [c for c in COLORS if c not in seen]
+    return Question("gqa", "exist", f"is there a {choices[rng.integers(len(choices))]} object ?", answer)
 
 
 _GQA: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {

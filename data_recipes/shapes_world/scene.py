@@ -11,8 +11,7 @@ CELL_PIXELS = 28
 PATCH_PIXELS = 7
 PATCHES_PER_SIDE = IMAGE_PIXELS // PATCH_PIXELS  # 12, so 144 visual tokens
 
-ROWS = ("top", "middle", "bottom")
-COLUMNS = ("left", "center", "right")
+PLACES = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 SIZES = ("small", "large")
 PALETTE = {
@@ -86,11 +85,6 @@ class Scene:
     seed: int
     shapes: tuple[Shape, ...]
     number: Number | None
-
-
-def place(cell: int) -> tuple[str, str]:
-    """Return the words for a cell, for example ``("top", "left")``."""
-    return ROWS[cell // 3], COLUMNS[cell % 3]
 
 
 def split_seeds(split: str, count: int, start: int = 0) -> range:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from data_recipes.shapes_world import Question, Scene, render, sample_scene
-from data_recipes.shapes_world.scene import COLORS, SHAPES, SIZES, patch_cover, place
+from data_recipes.shapes_world.scene import COLORS, PLACES, SHAPES, SIZES, patch_cover
 from train.tiny_vlm.model import EOS, PAD
 
 VISIBLE = 0.08  # a patch shows a thing from this share of its pixels on
@@ -64,7 +64,7 @@ def _things(scene: Scene) -> list[dict]:
             "color": 1 + COLORS.index(shape.color),
             "size": 1 + SIZES.index(shape.size),
         }
-        things.append({"labels": labels, "words": [shape.size, shape.color, shape.shape, *place(shape.cell)]})
+        things.append({"labels": labels, "words": [shape.size, shape.color, shape.shape, PLACES[shape.cell]]})
     if scene.number is not None:
         for order, digit in zip(("first", "last"), scene.number.digits, strict=True):
             labels = {"form": 1 + len(SHAPES), "color": 1 + COLORS.index(scene.number.color), "digit": 1 + digit}
@@ -91,7 +91,7 @@ def captions(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[str], 
     """Return a caption and one phrase per scene, and which phrase is true of which scene, (B phrases, B scenes)."""
     full, phrases = [], []
     for scene in scenes:
-        parts = [" ".join([s.size, s.color, s.shape, *place(s.cell)]) for s in scene.shapes]
+        parts = [" ".join([s.size, s.color, s.shape, PLACES[s.cell]]) for s in scene.shapes]
         if scene.number is not None:
             parts.append(f"{scene.number.color} number {scene.number.digits[0]} {scene.number.digits[1]}")
         full.append(" , ".join(parts[i] for i in rng.permutation(len(parts))))

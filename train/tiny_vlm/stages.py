@@ -31,9 +31,9 @@ class Stage:
 
 
 STAGES = (
-    Stage("tower", 1050, lr=1.5e-3, tower_lr=1.5e-3),
-    Stage("connect", 1800, lr=1.5e-3, align=(0.5, 0.1)),
-    Stage("unfreeze", 600, lr=1.0e-3, tower_lr=4e-4, align=(0.1, 0.0)),
+    Stage("tower", 1000, lr=1.5e-3, tower_lr=1.5e-3),
+    Stage("connect", 1300, lr=1.5e-3, align=(0.5, 0.1)),
+    Stage("unfreeze", 500, lr=1.0e-3, tower_lr=4e-4, align=(0.1, 0.0)),
     Stage("keep_rate", 850, lr=1.0e-3, tower_lr=3e-4, keep_low=0.5),
     Stage("ground", 200, lr=1.0e-3),
 )
