@@ -56,7 +56,7 @@ def test_the_papers_subset_is_filtered_by_image_prefix_and_keeps_file_order(mix)
     data = load(mix)
     assert data.counts == {"gqa": 1, "textvqa": 1, "vg": 2}
     assert [data[i].id for i in range(len(data))] == ["VG_100K_2/3", "2354786", "0011e7c3", "VG_100K_2/3#2"]
-    assert data[0].turns == (Turn("where is the red circle ?", "north"), Turn("what number is shown ?", "4 7"))
+    assert data[0].turns == (Turn("where is the circle ?", "northwest"), Turn("what number is shown ?", "4 7"))
     assert data[1].turns == (Turn("is there a ring ?", "yes"),)
 
 
