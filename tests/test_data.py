@@ -19,7 +19,7 @@ from data_recipes.shapes_world.scene import PLACES, patch_cover
 # Records as llava_v1_5_mix665k.json has them: string and integer ids, multi-turn, the prefixes, a text-only one.
 RECORDS = [
     {"id": "VG_100K_2/3", "image": "vg/VG_100K_2/3.jpg", "conversations": [
-        {"from": "human", "value": "<image>\nwhere is the red circle ?"}, {"from": "gpt", "value": "top left"},
+        {"from": "human", "value": "<image>\nwhere is the circle ?"}, {"from": "gpt", "value": "northwest"},
         {"from": "human", "value": "what number is shown ?"}, {"from": "gpt", "value": "4 7"}]},
     {"id": "2354786", "image": "gqa/images/2354786.jpg", "conversations": [
         {"from": "human", "value": "is there a ring ?\n<image>"}, {"from": "gpt", "value": "yes"}]},
