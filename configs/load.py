@@ -85,7 +85,10 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise ConfigError(f"override --{key} has no value; write --{key} VALUE")
             value = rest.pop(0)
-        pairs.append((key, yaml.load(value, Loader=_Loader)))
+        try:
+            pairs.append((key, yaml.load(value, Loader=_Loader)))
+        except yaml.YAMLError:
+            raise ConfigError(f"override --{key}: {value!r} is no value; quote text with special characters") from None
     return pairs
 
 

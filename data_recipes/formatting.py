@@ -28,7 +28,7 @@ class Formatter:
         max_length: longest sequence in tokens, None for no limit.
 
     Raises:
-        DataError: if the template is unknown or does not mark the assistant's text.
+        DataError: if the template is unknown.
     """
 
     def __init__(
@@ -44,26 +44,23 @@ class Formatter:
         self.template = template_text(processor, template)
         self.square = square
         self.max_length = max_length
-        self.unsupervised: list[str] = []
 
     def training_batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return right-padded ``input_ids``, ``attention_mask``, ``labels`` (B, L) and the picture inputs.
 
         Only the assistant's answers and end tokens are supervised; every other label is -100. A sample cut so short
-        that nothing supervised is left keeps its place without a loss and is named in ``unsupervised``.
+        that nothing supervised is left keeps its place with -100 everywhere.
 
         Raises:
-            DataError: if a sample's supervised text is not its answers, or truncation would cut into its picture.
+            DataError: if the template does not mark what the assistant says, a sample's supervised text is not its
+                answers with their end tokens, or truncation would cut into its picture.
         """
+        check_marks(self.template)
         batch = self._batch(samples, "right", return_assistant_tokens_mask=True, add_generation_prompt=False)
         mask = torch.as_tensor(batch.pop("assistant_masks")).bool() & batch["attention_mask"].bool()
         batch["labels"] = batch["input_ids"].masked_fill(~mask, IGNORE_INDEX)
         for row, sample in enumerate(samples):
-            if not mask[row].any():
-                raise DataError(
-                    f"sample {sample.id!r}: the template marked no answer token; its answers are "
-                    f"{[turn.answer for turn in sample.turns]}"
-                )
+            check_supervision(self.processor.tokenizer, batch["input_ids"][row], mask[row], sample)
         if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
             self._truncate(batch, samples)
         return batch
@@ -115,30 +112,57 @@ class Formatter:
                 raise DataError(
                     f"sample {sample.id!r}: max_length={limit} would cut its picture apart; raise train.max_length"
                 )
-            if not bool((batch["labels"][row, :limit] != IGNORE_INDEX).any()):
-                self.unsupervised.append(sample.id)
         for name in ("input_ids", "attention_mask", "labels"):
             batch[name] = batch[name][:, :limit]
+
+
+def check_supervision(tokenizer: Any, ids: Tensor, mask: Tensor, sample: Sample) -> None:
+    """Check that the marked tokens of ``ids`` (L,) are the sample's answers, each followed by an end token.
+
+    Raises:
+        DataError: showing the supervised text and the answers.
+    """
+    runs = torch.tensor_split(ids[mask], ((mask.nonzero()[:, 0].diff() > 1).nonzero()[:, 0] + 1).tolist())
+    answers = [turn.answer or "" for turn in sample.turns]
+    ended = [len(run) > 0 and int(run[-1]) == tokenizer.eos_token_id for run in runs]
+    texts = [tokenizer.decode(run[:-1] if end else run) for run, end in zip(runs, ended, strict=True)]
+    if ["".join(text.split()) for text in texts] != ["".join(answer.split()) for answer in answers]:
+        raise DataError(
+            f"sample {sample.id!r}: the supervised text {texts} is not its answers {answers}; the template marks the "
+            "wrong part, or the tokenizer lacks words of the answers"
+        )
+    if not all(ended):
+        raise DataError(
+            f"sample {sample.id!r}: the template does not supervise an end token after each answer, so the model would "
+            "never learn to stop; set model.template to one that does, for example vicuna_v1"
+        )
 
 
 def template_text(processor: Any, template: str) -> str:
     """Return the chat template's source.
 
     Raises:
-        DataError: for an unknown name, or a template that does not mark what the assistant says.
+        DataError: for an unknown name, or a processor without a template.
     """
     if template == "model":
-        source = processor.chat_template
-        if not source:
+        if not processor.chat_template:
             raise DataError("this processor has no chat template; set model.template, for example to vicuna_v1")
-        if "{% generation %}" not in source and "{%- generation" not in source:
-            raise DataError(
-                "the model's chat template has no {% generation %} marks around the assistant's text, so "
-                "answers can't be told from questions; set model.template to a template that has them "
-                f"({', '.join(sorted(p.stem for p in TEMPLATE_FOLDER.glob('*.jinja')))})"
-            )
-        return source
+        return processor.chat_template
     path = TEMPLATE_FOLDER / f"{template}.jinja"
     if not path.is_file():
         raise DataError(f"unknown template {template!r}")
     return path.read_text()
+
+
+def check_marks(template: str) -> None:
+    """Check that a template marks what the assistant says; training needs it, prompting does not.
+
+    Raises:
+        DataError: naming the templates that do.
+    """
+    if "{% generation %}" not in template and "{%- generation" not in template:
+        raise DataError(
+            "the model's chat template has no {% generation %} marks around the assistant's text, so answers can't be "
+            "told from questions; set model.template to a template that has them "
+            f"({', '.join(sorted(p.stem for p in TEMPLATE_FOLDER.glob('*.jinja')))})"
+        )

@@ -53,7 +53,7 @@ class FolderImages:
             raise DataError(f"sample {sample_id!r}: image {path} is missing") from None
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             raise DataError(
-                f"sample {sample_id!r}: image {path} can't be decoded ({error}); replace the file or remove the sample"
+                f"sample {sample_id!r}: image {path} can't be decoded ({error}); replace the file"
             ) from error
 
 

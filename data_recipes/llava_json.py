@@ -89,6 +89,9 @@ def _turns(messages: list[Any], where: str, has_image: bool) -> Iterator[Turn]:
     placeholders = 0
     for index in range(0, len(messages), 2):
         asked, answered = messages[index], messages[index + 1]
+        for number, message in ((index, asked), (index + 1, answered)):
+            if not isinstance(message, dict) or not isinstance(message.get("value"), str):
+                raise DataError(f"{where}: message {number} has no text `value`")
         if (asked.get("from"), answered.get("from")) != ("human", "gpt"):
             raise DataError(
                 f"{where}: messages {index} and {index + 1} are from {asked.get('from')!r} and "

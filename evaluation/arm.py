@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -17,10 +18,19 @@ from tqdm import tqdm
 
 from configs import EvaluateConfig, to_yaml
 from data_recipes import Formatter, Sample, Turn
+from data_recipes.formatting import template_text
 from evaluation.tasks import Item, Task, TaskError, get_task
 from evaluation.tasks.base import items_hash
 from pruning import PrunedModel, PruningSpec
-from pruning.checkpoint import checkpoint_folder, frozen_hash, load_model, projector_state, tensor_hash
+from pruning.checkpoint import (
+    checkpoint_folder,
+    frozen_hash,
+    load_model,
+    projector_state,
+    read_record,
+    settings_hash,
+    tensor_hash,
+)
 
 RESULTS, MANIFEST = "results.jsonl", "manifest.json"
 
@@ -50,7 +60,7 @@ def evaluate(config: EvaluateConfig, device: str | None = None) -> Path:
     )
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pruned = PrunedModel(model, PruningSpec(**config.pruning.model_dump()))
-    manifest = _manifest(config, works, pruned, type(processor.image_processor).__name__)
+    manifest = _manifest(config, works, pruned, processor)
     done = _resume(output, manifest)
     (output / "config.yaml").write_text(to_yaml(config))
 
@@ -65,7 +75,7 @@ def evaluate(config: EvaluateConfig, device: str | None = None) -> Path:
             for batch in work.batches:
                 if (work.task.name, batch[0].id) not in done:
                     rows = list(_answers(pruned, formatter, work.task, batch, config.max_new_tokens))
-                    results.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                    results.write("".join(json.dumps(row) + "\n" for row in rows))
                     results.flush()
                     bar.update(len(batch))
     seconds = time.monotonic() - began
@@ -125,15 +135,22 @@ def _answers(pruned: PrunedModel, formatter: Formatter, task: Task, batch: list[
         }
 
 
-def _manifest(config: EvaluateConfig, works: list[Work], pruned: PrunedModel, image_processor: str) -> dict[str, Any]:
+def _manifest(config: EvaluateConfig, works: list[Work], pruned: PrunedModel, processor: Any) -> dict[str, Any]:
     """Return everything that decides an arm's numbers."""
     folder = checkpoint_folder(config.model.path, config.model.revision)
+    template = template_text(processor, config.model.template)
     return {
         "format": 1,
         "complete": False,
         "model": config.model.model_dump(),
         "frozen_hash": frozen_hash(folder, pruned.family.projectors),
-        "projector": {"adapter": config.adapter, "hash": tensor_hash(projector_state(pruned.model))},
+        "settings_hash": settings_hash(folder),
+        "template_hash": hashlib.sha256(template.encode()).hexdigest(),
+        "projector": {
+            "adapter": config.adapter,
+            "hash": tensor_hash(projector_state(pruned.model)),
+            "tuned_for": read_record(config.adapter)["pruning"] if config.adapter is not None else None,
+        },
         "pruning": config.pruning.model_dump(),
         "tasks": {
             work.task.name: {
@@ -146,7 +163,7 @@ def _manifest(config: EvaluateConfig, works: list[Work], pruned: PrunedModel, im
         },
         "batch_size": config.batch_size,
         "max_new_tokens": config.max_new_tokens,
-        "image_processor": image_processor,
+        "image_processor": type(processor.image_processor).__name__,
         "device": torch.cuda.get_device_name() if pruned.model.device.type == "cuda" else platform.machine(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
@@ -184,7 +201,7 @@ def _resume(output: Path, manifest: dict[str, Any]) -> set[tuple[str, str]]:
         full = len(rows) if len(rows) == task["items"] else len(rows) // size * size
         kept += rows[:full]
     partial = results.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
     os.replace(partial, results)
     return {(row["task"], row["id"]) for row in kept}
 

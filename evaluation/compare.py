@@ -20,10 +20,11 @@ _ARM = {"projector", "pruning", "kept_tokens", "items_per_second"}
 
 @dataclass(frozen=True)
 class Arm:
-    """A finished evaluation: manifest, scores (M,) and picture (M,) of every item in order."""
+    """A finished evaluation: manifest, and id, source, picture and score of every item in order, each (M,)."""
 
     folder: Path
     manifest: dict[str, Any]
+    ids: list[str]
     sources: np.ndarray
     images: np.ndarray
     scores: np.ndarray
@@ -44,7 +45,13 @@ class Arm:
         pruning = self.manifest["pruning"]
         options = ", ".join(f"{key}={value}" for key, value in pruning["options"].items())
         name = "dense" if pruning["pruner"] == "identity" else pruning["pruner"]
-        return f"{name}{f' ({options})' if options else ''}{' + tuned projector' if self.tuned else ''}"
+        return f"{name}{f' ({options})' if options else ''}{self._tuned_for() if self.tuned else ''}"
+
+    def _tuned_for(self) -> str:
+        """Return " + tuned projector", and for which pruning if that is another than the arm's."""
+        target, own = self.manifest["projector"]["tuned_for"], self.manifest["pruning"]
+        other = "" if target == own else f" (for {target['pruner']}, {target['keep']})"
+        return f" + tuned projector{other}"
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ def read_arm(folder: str | Path) -> Arm:
     return Arm(
         folder,
         manifest,
+        [f"{row['task']}/{row['id']}" for row in rows],
         np.array(sources),
         np.array([row["image"] for row in rows]),
         np.array([row["score"] for row in rows], dtype=float),
@@ -95,6 +103,8 @@ def check_comparable(arms: list[Arm]) -> None:
                     f"{first.folder} and {arm.folder} differ in {_deepest(key, one, other)}; arms may "
                     "differ in the projector and the pruning only"
                 )
+        if first.ids != arm.ids:
+            raise TaskError(f"{first.folder} and {arm.folder} hold their items in different order; evaluate one again")
     for arm in arms:
         if arm.tuned and _twin(arm, arms) is None:
             others = [other for other in arms if not other.tuned and not other.dense]

@@ -58,8 +58,9 @@ def visualize(config: ModelConfig, specs: list[PruningSpec], task: str, count: i
 
 
 def _seen(pixels: Any, processor: Any) -> Image.Image:
-    """Return the picture as the vision tower saw it, from normalised pixels (3, H, W)."""
+    """Return the picture as the vision tower saw it, from normalised pixels (3, H, W) or (crops, 3, H, W)."""
     mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
     deviation = torch.tensor(processor.image_processor.image_std)[:, None, None]
+    pixels = pixels[0] if pixels.ndim == 4 else pixels  # of several crops, the base view
     picture = (pixels.float().cpu() * deviation + mean).clamp(0, 1)
     return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())

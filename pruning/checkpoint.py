@@ -240,3 +240,12 @@ def frozen_hash(folder: Path, projectors: tuple[str, ...]) -> str:
                 if not any(f"{projector}." in name for projector in projectors):
                     digest.update(tensor_hash({name: weights.get_tensor(name)}).encode())
     return digest.hexdigest()
+
+
+def settings_hash(folder: Path) -> str:
+    """Return a SHA-256 of a checkpoint's configuration, processor, tokenizer and template files."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.model")]):
+        if not file.name.endswith(".index.json"):
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

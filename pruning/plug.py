@@ -102,9 +102,7 @@ class PrunedModel:
             )
         if "pixel_values" not in inputs:
             return self._without_images(inputs)
-        encoded = self.family.encode(self.model, inputs, self.pruner.needs)
-        selection = self.pruner(encoded.tokens, resolve_budget(self.spec.keep, encoded.tokens.count))
-        images = encoded.keep_of(selection, self.spec.newline)
+        encoded, selection, images = self._kept(inputs)
         runs = placeholder_runs(inputs["input_ids"], self.model.config.image_token_id, encoded.lengths)
         kept = inputs["input_ids"] != self.model.config.image_token_id
         for (row, run), (positions, _) in zip(runs, images, strict=True):
@@ -126,9 +124,14 @@ class PrunedModel:
         """Pass text through; in training, send zero tokens of a blank image along so that gradients and ranks agree."""
         if not (self.model.training and torch.is_grad_enabled()):
             return Pruned(inputs)
-        encoded = self.family.encode(self.model, self.family.blank(self.model), frozenset())
-        assert encoded.tokens.projected is not None  # every family fills it
-        return self._with_features(dict(inputs), encoded, [encoded.tokens.projected[0, :0]], None)
+        encoded, _, images = self._kept(self.family.blank(self.model))
+        return self._with_features(dict(inputs), encoded, [images[0][1][:0]], None)
+
+    def _kept(self, inputs: Mapping[str, Any]) -> tuple[Encoded, Selection, list[tuple[Tensor, Tensor]]]:
+        """Encode the images and prune: each image's kept placeholders (K,) and features (K, D)."""
+        encoded = self.family.encode(self.model, inputs, self.pruner.needs)
+        selection = self.pruner(encoded.tokens, resolve_budget(self.spec.keep, encoded.tokens.count))
+        return encoded, selection, encoded.keep_of(selection, self.spec.newline)
 
     def forward(self, **inputs: Any) -> Any:
         """Run the stock model on pruned inputs and return its output; ``labels`` are shortened with the rest."""

@@ -27,16 +27,18 @@ def placeholder_runs(input_ids: Tensor, token_id: int, lengths: list[int]) -> li
             f"{sum(lengths)} visual tokens; each image needs exactly one run of placeholders. "
             f"{_where_they_disagree(input_ids, token_id, lengths)}"
         )
+    ends = torch.tensor(lengths).cumsum(0)
+    rows = where[:, 0].tolist()
     runs = []
-    for image, piece in enumerate(where.split(lengths)):
-        row = int(piece[0, 0])
-        if int(piece[-1, 0]) != row:
+    for image, (end, piece) in enumerate(zip(ends.tolist(), where[:, 1].split(lengths), strict=True)):
+        row, last = rows[end - len(piece)], rows[end - 1]
+        if last != row:
             raise PruningError(
-                f"image {image} would span rows {row} and {int(piece[-1, 0])} of the batch: "
+                f"image {image} would span rows {row} and {last} of the batch: "
                 f"a sample's placeholders and images disagree. "
                 f"{_where_they_disagree(input_ids, token_id, lengths)}"
             )
-        runs.append((row, piece[:, 1]))
+        runs.append((row, piece))
     return runs
 
 

@@ -7,7 +7,15 @@ import subprocess
 import time
 from pathlib import Path
 
-from configs import EvaluateConfig, ModelConfig, PruningConfig, RecalibrateConfig, TrackingConfig, load_config
+from configs import (
+    ConfigError,
+    EvaluateConfig,
+    ModelConfig,
+    PruningConfig,
+    RecalibrateConfig,
+    TrackingConfig,
+    load_config,
+)
 from evaluation.compare import compare
 from evaluation.visualize import visualize
 from pruning import PruningSpec
@@ -23,14 +31,15 @@ def run_demo(output: Path, quick: bool = False) -> None:
     """Dense, four methods at two budgets, one recalibration on two CPU ranks, the same arm tuned, and the table.
 
     Args:
-        output: folder of everything that is written; an older demo there is replaced.
+        output: folder of everything that is written; an older demo there is replaced, anything else is left alone.
         quick: a third of the test scenes and of the training samples.
 
     Raises:
+        ConfigError: if the folder holds something else than a demo.
         RuntimeError: if the recalibration fails.
     """
     began = time.monotonic()
-    shutil.rmtree(output, ignore_errors=True)
+    _fresh_folder(output)
     recipe = load_config(RecalibrateConfig, RECALIBRATION)
     model = recipe.model.model_copy(update={"path": str(ROOT / recipe.model.path)})
     limit = 800 if quick else None
@@ -91,6 +100,16 @@ def _recalibrate(output: Path, model: ModelConfig, quick: bool) -> None:
     status = subprocess.run(launch_line(2, arguments), env=launch_environment(2), check=False).returncode
     if status != 0:
         raise RuntimeError(f"the recalibration ended with status {status}; its messages are above")
+
+
+def _fresh_folder(output: Path) -> None:
+    mark = output / ".prunetune-demo"
+    if mark.exists():
+        shutil.rmtree(output)
+    elif output.exists() and any(output.iterdir()):
+        raise ConfigError(f"{output} is not empty and holds no demo; choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    mark.touch()
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 from configs import EvaluateConfig, TrackingConfig
@@ -34,7 +35,7 @@ def tracked_compare(runs: list[Path], output: Path, tracking: TrackingConfig) ->
     plot_rows(rows, output / "plot.png")
     if tracking.wandb != "off":
         tracker = Tracker(tracking, output, {"runs": [str(run) for run in runs]})
-        header, *body = [line.split(",") for line in to_csv(rows).splitlines()]
+        header, *body = csv.reader(to_csv(rows).splitlines())
         tracker.log_table("comparison", header, body)
         tracker.log_image("plot", output / "plot.png")
         tracker.close()

@@ -1,5 +1,6 @@
 """The LLaVA reader, the tiny world and the formatting, on small files in the real formats."""
 
+import copy
 import json
 from itertools import pairwise
 
@@ -117,6 +118,8 @@ def test_a_corrupt_picture_names_the_sample(mix):
      "expected 'human' and 'gpt'"),
     ({"id": "a", "image": "flickr/1.jpg", "conversations": []}, "starts with none of"),
     ({"id": "a", "image": "vg/1.jpg"}, "list `conversations`"),
+    ({"id": "a", "image": "vg/1.jpg", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt"}]},
+     "record 0: message 1 has no text `value`"),
 ])  # fmt: skip
 def test_malformed_records_are_named(tmp_path, record, message):
     (tmp_path / "mix.json").write_text(json.dumps([record]))
@@ -175,24 +178,42 @@ def test_prompts_are_padded_left_and_training_rows_right(processor, samples):
     assert (batch["attention_mask"][:, 0] == 1).all() and (batch["attention_mask"] == 0).any()
 
 
-def test_truncation_never_cuts_a_picture_and_counts_what_lost_its_answer(processor):
+def test_truncation_never_cuts_a_picture_and_may_leave_nothing_supervised(processor):
     sample = scene_sample(10_000_001, question="what number is shown ? " * 10, answer="4 7")
     whole = Formatter(processor, SceneImages()).training_batch([sample])["input_ids"].shape[1]
     with pytest.raises(DataError, match="would cut its picture apart"):
         Formatter(processor, SceneImages(), max_length=100).training_batch([sample])
-    formatter = Formatter(processor, SceneImages(), max_length=whole - 1)
-    batch = formatter.training_batch([sample])
-    assert batch["labels"][batch["labels"] != -100].shape == (2,) and formatter.unsupervised == []
-    formatter = Formatter(processor, SceneImages(), max_length=whole - 10)
-    assert (formatter.training_batch([sample])["labels"] == -100).all() and formatter.unsupervised == [sample.id]
+    batch = Formatter(processor, SceneImages(), max_length=whole - 1).training_batch([sample])
+    assert batch["labels"][batch["labels"] != -100].shape == (2,)
+    batch = Formatter(processor, SceneImages(), max_length=whole - 10).training_batch([sample])
+    assert (batch["labels"] == -100).all()
 
 
-def test_a_template_without_assistant_marks_is_refused(processor):
-    class Unmarked:
-        chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_WRONG_PART = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: <image> {{ m['content'][1]['text'] }}"
+    "{% else %}{% generation %} ASSISTANT: {{ m['content'][0]['text'] }}{{ eos_token }}{% endgeneration %}"
+    "{% endif %}{% endfor %}"
+)
 
-    with pytest.raises(DataError, match="generation"):
-        Formatter(Unmarked(), SceneImages())
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t.replace("{% generation %}", "").replace("{% endgeneration %}", ""), "no {% generation %} marks"),
+    (lambda t: t.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}"), "end token"),
+    (lambda t: _WRONG_PART, "is not its answers"),
+])  # fmt: skip
+def test_a_template_that_supervises_the_wrong_text_is_refused(processor, change, message):
+    wrong = copy.copy(processor)
+    wrong.chat_template = change(processor.chat_template)
+    with pytest.raises(DataError, match=message):
+        Formatter(wrong, SceneImages()).training_batch([scene_sample(10_000_001)])
+
+
+def test_a_marked_template_is_needed_for_training_only(processor):
+    plain = copy.copy(processor)
+    plain.chat_template = processor.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    prompt = Sample("a", "vg", "scene:10000001", (Turn("what number is shown ?", None),))
+    ids = Formatter(plain, SceneImages()).prompt_batch([prompt])["input_ids"]
+    assert torch.equal(ids, Formatter(processor, SceneImages()).prompt_batch([prompt])["input_ids"])
 
 
 def test_pad_to_square_centres_the_picture():
@@ -276,11 +297,12 @@ def test_patch_cover_says_where_things_are():
 @pytest.fixture(scope="module")
 def llama_like_processor(processor):
     """A processor whose tokenizer works as Llama's: byte-fallback BPE, a space in front, BOS by itself."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # a space only begins a token
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -307,5 +329,6 @@ def test_masks_are_right_with_a_tokenizer_like_llamas(llama_like_processor):
         ends = (supervised == tokenizer.eos_token_id).nonzero()[:, 0].tolist()
         spans = [supervised[a:b] for a, b in zip([0, *[e + 1 for e in ends]], ends, strict=False)]
         assert [tokenizer.decode(span).strip() for span in spans] == expected
+        assert all(tokenizer.convert_ids_to_tokens(int(span[0])).startswith("▁") for span in spans)  # the space, too
         assert ends[-1] == len(supervised) - 1
         assert (batch["input_ids"][row] == tokenizer.bos_token_id).sum() == 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import EvaluateConfig, load_config
+from configs import EvaluateConfig, PruningConfig, load_config
 from evaluation import arm as arm_module
 from evaluation.arm import evaluate, read_results
 from evaluation.compare import bootstrap_interval, compare, to_csv, to_markdown
@@ -39,7 +39,8 @@ def adapter(untrained_folder, tmp_path):
     model, _ = load_model(str(untrained_folder))
     peft_model = wrap_projector(model)
     tensors = {name: tensor * -1 for name, tensor in gathered_projector(peft_model).items()}
-    record = {"base_model": "", "frozen_hash": frozen_hash(untrained_folder, ("multi_modal_projector",))}
+    pruning = PruningConfig(pruner="divprune", keep=16).model_dump()
+    record = {"frozen_hash": frozen_hash(untrained_folder, ("multi_modal_projector",)), "pruning": pruning}
     write_adapter(tmp_path / "adapter", tensors, peft_model, record)
     return str(tmp_path / "adapter")
 
@@ -159,6 +160,32 @@ def test_compare_refuses_other_items_and_a_tuned_arm_without_its_twin(arms, sett
         compare([arms["free"], tuned])
     with pytest.raises(TaskError, match="no evaluated arm"):
         compare([arms["free"].parent / "nothing"])
+
+
+def test_a_projector_tuned_for_another_budget_says_so(arms, settings, adapter):
+    other = ("--pruning.pruner", "divprune", "--pruning.keep", "9")
+    free, tuned = evaluate(settings("free9", *other)), evaluate(settings("tuned9", *other, "--adapter", adapter))
+    assert compare([free, tuned])[1].label == "divprune + tuned projector (for divprune, 16)"
+
+
+def test_an_edited_template_or_processor_is_a_difference(arms, settings, untrained_folder, tmp_path):
+    edited = tmp_path / "edited"
+    shutil.copytree(untrained_folder, edited)
+    template = edited / "chat_template.jinja"
+    template.write_text(template.read_text().replace("USER", "USER USER"))
+    arm = evaluate(settings("edited", "--model.path", str(edited)))
+    manifest = json.loads((arm / "manifest.json").read_text())
+    manifest["model"]["path"] = str(untrained_folder)
+    (arm / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(TaskError, match="differ in settings_hash"):
+        compare([arms["free"], arm])
+
+
+def test_rows_in_another_order_are_refused(arms):
+    lines = (arms["free"] / "results.jsonl").read_text().splitlines(keepends=True)
+    (arms["free"] / "results.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]))
+    with pytest.raises(TaskError, match="different order"):
+        compare([arms["dense"], arms["free"]])
 
 
 def test_compare_refuses_an_arm_that_lost_rows(arms):

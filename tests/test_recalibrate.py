@@ -151,7 +151,7 @@ def test_a_loss_that_is_no_number_stops(loss):
 
 
 @pytest.mark.parametrize(("samples", "world", "batch", "accumulation", "epochs", "steps"),
-                         [(24000, 2, 64, 1, 1, 188), (180510, 8, 16, 1, 1, 1411), (100, 2, 10, 2, 2, 4)])  # fmt: skip
+                         [(24000, 2, 64, 1, 1, 188), (180510, 8, 16, 1, 1, 1411), (100, 2, 10, 2, 2, 6)])  # fmt: skip
 def test_total_steps(samples, world, batch, accumulation, epochs, steps):
     train = TrainConfig(batch_size=batch, accumulation=accumulation, epochs=float(epochs))
     assert steps_in_total(train, samples, world) == steps

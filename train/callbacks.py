@@ -56,14 +56,17 @@ class NumbersCallback(TrainerCallback):
         """Write one row of numbers.
 
         Raises:
-            FloatingPointError: if the loss is NaN or infinite; nothing is saved after it.
+            FloatingPointError: if the loss or the gradient is NaN or infinite; nothing is saved after it.
         """
         logs = logs or {}
         if "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
+        for name in ("loss", "grad_norm"):
+            value = _number(logs.get(name))
+            if value is None or math.isfinite(value):
+                continue
             raise FloatingPointError(
-                f"the loss became {logs['loss']} at step {state.global_step}; the last checkpoint in "
+                f"the {name} became {value} at step {state.global_step}; the last checkpoint in "
                 f"{args.output_dir} is untouched. Lower train.learning_rate, or use bfloat16 or float32"
             )
         taken = max(1, state.global_step - self.first_step)
@@ -93,8 +96,15 @@ class CompleteCheckpointCallback(TrainerCallback):
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the mark."""
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Write the mark.
+
+        Raises:
+            FloatingPointError: if a trained weight is NaN or infinite; the checkpoint stays unmarked.
+        """
+        check_finite_weights(model)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if state.is_world_process_zero:
@@ -102,6 +112,13 @@ class CompleteCheckpointCallback(TrainerCallback):
             partial = folder / f"{COMPLETE}.partial"
             partial.write_text(json.dumps({"step": state.global_step, "settings": self.settings}))
             partial.rename(folder / COMPLETE)
+
+
+def check_finite_weights(model: torch.nn.Module) -> None:
+    """Check what trains, or this rank's piece of it; raises FloatingPointError if any weight is no number."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(getattr(parameter, "ds_tensor", parameter)).all()):
+            raise FloatingPointError(f"{name} became NaN or infinite; it is not saved. Lower train.learning_rate")
 
 
 def _number(value: Any) -> float | None:

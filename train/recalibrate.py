@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import warnings
@@ -25,7 +26,7 @@ from pruning import PrunedModel, PruningError, PruningSpec
 from pruning.checkpoint import checkpoint_folder, load_model, wrap_projector, write_adapter
 from pruning.checkpoint import frozen_hash as stored_hash
 from pruning.families import family_of
-from train.callbacks import CompleteCheckpointCallback, NumbersCallback
+from train.callbacks import CompleteCheckpointCallback, NumbersCallback, check_finite_weights
 from train.freeze import FrozenReport, freeze_all_but_projector
 from train.record import run_record
 from train.tracking import Tracker
@@ -35,6 +36,7 @@ from train.trainer import (
     frozen_hash,
     gathered_projector,
     last_complete_checkpoint,
+    set_aside,
     steps_in_total,
     training_arguments,
     use_plain_collectives_on_cpu,
@@ -58,22 +60,26 @@ class Run:
         return Path(self.config.output)
 
     @property
+    def first_step(self) -> int:
+        """The step to go on from."""
+        return int(self.resume.name.split("-")[1]) if self.resume is not None else 0
+
+    @property
     def chief(self) -> bool:
         """Whether this rank prints and writes."""
         return self.rank == 0
 
 
-def recalibrate(config: RecalibrateConfig) -> Path:
-    """Train the projector on pruned inputs and return the folder of the finished adapter.
-
-    Every rank calls this. A run that was killed goes on from its last complete checkpoint.
+def recalibrate(run: Run) -> Path:
+    """Train the projector on pruned inputs and return the folder of the finished adapter; every rank calls this.
 
     Raises:
-        ConfigError, PruningError, DataError: for options, checkpoints or data that can't work.
+        ConfigError, PruningError, DataError: for checkpoints or data that can't work.
+        FloatingPointError: if the loss or a weight is no number.
         RuntimeError: if a frozen weight changed.
     """
-    run = start(config)
-    tracker = Tracker(config.tracking, run.output, config.model_dump()) if run.chief else None
+    config = run.config
+    tracker = Tracker(config.tracking, run.output, config.model_dump(), run.first_step) if run.chief else None
     # The model is built before TrainingArguments: an active ZeRO-3 configuration would partition it while loading.
     model, processor = load_model(config.model.path, config.model.revision, config.model.dtype, config.model.attention)
     peft_model = wrap_projector(model, config.train.trainable)
@@ -82,7 +88,7 @@ def recalibrate(config: RecalibrateConfig) -> Path:
         processor, run.data.images, config.model.template, config.model.square, config.train.max_length
     )
     step = train(run, peft_model, formatter, tracker)
-    save(run, peft_model, formatter, tracker, step)
+    save(run, peft_model, tracker, step)
     if tracker is not None:
         tracker.close()
     if torch.distributed.is_initialized():
@@ -92,7 +98,11 @@ def recalibrate(config: RecalibrateConfig) -> Path:
 
 
 def start(config: RecalibrateConfig) -> Run:
-    """Check the options, read the data, and look for a checkpoint to go on from."""
+    """Check the options, read the data, and look for a complete checkpoint to go on from.
+
+    Raises:
+        ConfigError, PruningError, DataError: for options or data that can't work; the same on every rank.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     set_seed(config.train.seed)
     use_plain_collectives_on_cpu()
@@ -104,7 +114,11 @@ def start(config: RecalibrateConfig) -> Run:
     settings = _settings(config, data, world)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    resume = last_complete_checkpoint(output, settings) if config.train.resume == "auto" else None
+    resume = None
+    if config.train.resume == "auto":
+        resume = last_complete_checkpoint(output, settings)
+    elif rank == 0:
+        set_aside(output)
     return Run(config, data, rank, world, settings, resume)
 
 
@@ -130,11 +144,15 @@ def train(run: Run, peft_model: PeftModel, formatter: Formatter, tracker: Tracke
         trainer.train(resume_from_checkpoint=str(run.resume) if run.resume else None)
     if frozen_hash(peft_model) != before:
         raise RuntimeError("a frozen weight changed during training; the adapter is not written. Please report this")
+    lost = trainer.unsupervised_samples()
+    if lost and run.chief:
+        print(f"{lost} samples lost every answer token to max_length={config.max_length} and added no loss", flush=True)
     return trainer.state.global_step
 
 
-def save(run: Run, peft_model: PeftModel, formatter: Formatter, tracker: Tracker | None, step: int) -> None:
+def save(run: Run, peft_model: PeftModel, tracker: Tracker | None, step: int) -> None:
     """Write the adapter with its record."""
+    check_finite_weights(peft_model)
     tensors = gathered_projector(peft_model)
     if not run.chief:
         return
@@ -143,12 +161,6 @@ def save(run: Run, peft_model: PeftModel, formatter: Formatter, tracker: Tracker
     base_hash = stored_hash(checkpoint_folder(model.path, model.revision), projectors)
     record = run_record(run.config, run.data, base_hash, tensors, step, tracker)
     write_adapter(run.output / "adapter", tensors, peft_model, record)
-    if formatter.unsupervised:
-        print(
-            f"{len(formatter.unsupervised)} samples lost every answer token to max_length and added no loss, first "
-            f"{formatter.unsupervised[:3]}",
-            flush=True,
-        )
     print(f"recalibrated projector: {run.output / 'adapter'}", flush=True)
 
 
@@ -196,16 +208,19 @@ def announce(run: Run, report: FrozenReport) -> None:
 
 def main(arguments: list[str]) -> None:
     """Read ``--config`` and overrides and recalibrate; errors of the user's making end without a traceback."""
-    arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
-    file = None
-    if "--config" in arguments:
-        at = arguments.index("--config")
-        file = arguments[at + 1] if at + 1 < len(arguments) else None
-        arguments = arguments[:at] + arguments[at + 2 :]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--local_rank")  # the launcher adds it
+    options, overrides = parser.parse_known_args(arguments)
+    rank = os.environ.get("RANK", "0")
     try:
-        recalibrate(load_config(RecalibrateConfig, file, arguments))
+        run = start(load_config(RecalibrateConfig, options.config, overrides))
+    except (ConfigError, PruningError, DataError) as error:
+        sys.exit(f"error: {error}" if rank == "0" else 1)  # all ranks fail alike; one says why
+    try:
+        recalibrate(run)
     except (ConfigError, PruningError, DataError, FloatingPointError) as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        sys.exit(f"error (rank {rank}): {error}")
 
 
 if __name__ == "__main__":

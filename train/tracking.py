@@ -20,14 +20,21 @@ class Tracker:
         config: the tracking section.
         folder: the run's output folder; W&B's offline files go below it.
         settings: the effective configuration, stored with the W&B run.
+        first_step: the step a continued run goes on from; rows of later steps are cut off, they will come again.
 
     Raises:
         ConfigError: if W&B is to be online and there is no key.
     """
 
-    def __init__(self, config: TrackingConfig, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, config: TrackingConfig, folder: Path, settings: dict[str, Any], first_step: int | None = None
+    ) -> None:
         self.path = folder / "log.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
+        if first_step is not None and self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) <= first_step]
+            self.path.write_text("".join(kept))
         self.run = self._start(config, folder, settings) if config.wandb != "off" else None
 
     @property

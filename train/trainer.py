@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from configs import ConfigError, RecalibrateConfig, TrainConfig
 from data_recipes import Formatter, RecipeData, Sample
+from data_recipes.formatting import IGNORE_INDEX
 from pruning import PrunedModel
 from pruning.checkpoint import tensor_hash
 from train.callbacks import COMPLETE
@@ -42,9 +44,26 @@ class RecalibrationTrainer(Trainer):
 
     def __init__(self, pruned: PrunedModel, formatter: Formatter, data: RecipeData, **kwargs: Any) -> None:
         self.pruned = pruned
+        self.unsupervised = 0
         super().__init__(data_collator=formatter.training_batch, train_dataset=SampleDataset(data), **kwargs)
         self.remove_callback(PrinterCallback)  # the progress bar and the log say it
         self.model_accepts_loss_kwargs = False  # the stock loss is a mean over the batch's supervised tokens
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the stock loss; a micro-batch whose answers were all truncated away has loss 0, not 0 / 0."""
+        supervised = (inputs["labels"][:, 1:] != IGNORE_INDEX).any(dim=1)
+        self.unsupervised += int((~supervised).sum())
+        outputs = model(**inputs)
+        # The zero stays tied to the projector, so that every rank takes part in the reduction of gradients.
+        loss = outputs.loss if bool(supervised.any()) else outputs.logits.sum() * 0
+        return (loss, outputs) if return_outputs else loss
+
+    def unsupervised_samples(self) -> int:
+        """Return how many samples lost every answer token to truncation, over all ranks; all ranks call this."""
+        total = torch.tensor([self.unsupervised], device=self.args.device)
+        return int(self.accelerator.reduce(total, reduction="sum").item())
 
 
 def training_arguments(config: RecalibrateConfig, output: Path, total_steps: int) -> TrainingArguments:
@@ -106,7 +125,7 @@ def steps_in_total(train: TrainConfig, samples: int, world_size: int) -> int:
         return train.max_steps
     per_rank = -(-samples // world_size)
     batches = -(-per_rank // train.batch_size)
-    return max(1, round(train.epochs * max(1, batches // train.accumulation)))
+    return max(1, math.ceil(train.epochs * -(-batches // train.accumulation)))
 
 
 def last_complete_checkpoint(output: Path, settings: dict[str, Any]) -> Path | None:
@@ -126,6 +145,16 @@ def last_complete_checkpoint(output: Path, settings: dict[str, Any]) -> Path | N
             "output folder, or set train.resume to never to start over"
         )
     return marks[-1].parent
+
+
+def set_aside(output: Path) -> None:
+    """Move what an earlier run left in ``output`` below ``output/superseded-N``; nothing is deleted."""
+    old = [path for name in ("checkpoint-*", "log.jsonl", "wandb_id.txt", "adapter") for path in output.glob(name)]
+    if old:
+        folder = output / f"superseded-{len(list(output.glob('superseded-*'))) + 1}"
+        folder.mkdir()
+        for path in old:
+            path.rename(folder / path.name)
 
 
 def gathered_projector(peft_model: PeftModel) -> dict[str, Tensor]:

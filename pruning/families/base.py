@@ -105,8 +105,8 @@ def family_of(model: nn.Module) -> Family:
 
 def project_kept(selection: Selection, tokens: VisualTokens, projector: nn.Module) -> list[Tensor]:
     """Return each item's kept tokens in LLM space, (K_b, D): gathered, or projected anew where they were merged."""
-    if selection.merged is not None:
-        return [projector(features) for features in selection.merged]
+    if selection.merged is not None:  # in one call: under ZeRO-3 all ranks must call the projector equally often
+        return list(projector(torch.cat(selection.merged)).split([len(features) for features in selection.merged]))
     assert tokens.projected is not None  # every family fills it
     if isinstance(selection.indices, Tensor):
         index = selection.indices[..., None].expand(-1, -1, tokens.projected.shape[-1])
