@@ -7,19 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from configs import ConfigError, TrackingConfig, TrainConfig
+from data_recipes.shapes_world import render, sample_scene
 from pruning.checkpoint import load_model, projector_state, tensor_hash
 from scripts.launch import launch_environment, launch_line
-from train.callbacks import NumbersCallback
+from train.callbacks import NumbersCallback, check_finite_weights
 from train.tracking import Tracker, wandb_mode
-from train.trainer import steps_in_total
+from train.trainer import last_complete_checkpoint, set_aside, steps_in_total
 
 STEPS = 6
 
@@ -49,8 +52,14 @@ def losses(output):
 
 @pytest.fixture(scope="module")
 def whole(untrained_folder, tmp_path_factory):
+    """The launch line of the documentation, to the letter."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    return output, run(untrained_folder, output, "--tracking.wandb", "offline")
+    line = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "train/recalibrate.py",
+            *arguments(untrained_folder, output, "--tracking.wandb", "offline")]  # fmt: skip
+    plain = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=plain, cwd=ROOT, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return output, done.stdout
 
 
 def test_the_run_says_what_is_frozen_and_what_trains(whole):
@@ -109,6 +118,8 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_projector(whole, u
     assert not (output / "adapter").exists()
     printed = run(untrained_folder, output)
     assert f"resuming from {output / 'checkpoint-3'}" in printed
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))  # no step twice
     assert losses(output) == losses(whole[0])
     mine, theirs = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (output, whole[0]))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
@@ -121,6 +132,55 @@ def test_zero3_trains_to_the_same_projector_as_zero2(whole, untrained_folder, tm
     mine, theirs = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (output, whole[0]))
     for name in theirs:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def mixed_recipe(tmp_path):
+    """A LLaVA-format file with pictures, text alone and a long conversation, and the options that name it."""
+    folder = tmp_path / "images" / "vg"
+    folder.mkdir(parents=True)
+    records = []
+    for number in range(16):
+        turns = [{"from": "human", "value": "what number is shown ?"}, {"from": "gpt", "value": "4 7"}]
+        record = {"id": str(number), "conversations": turns}
+        if number % 2:
+            Image.fromarray(render(sample_scene(number))).save(folder / f"{number}.png")
+            record["image"] = f"vg/{number}.png"
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        records.append(record)
+    records[0]["conversations"][0]["value"] = "what number is shown ? " * 60  # its answer lies beyond max_length
+    (tmp_path / "mix.json").write_text(json.dumps(records))
+    (tmp_path / "recipe.yaml").write_text("name: mixed\nformat: llava_json\nsources: [vg, text]\n")
+    return ["--data.recipe", str(tmp_path / "recipe.yaml"), "--data.file", str(tmp_path / "mix.json"),
+            "--data.image_root", str(tmp_path / "images"), "--data.max_samples", "16", "--train.batch_size", "1",
+            "--train.max_steps", "8", "--train.max_length", "200", "--train.workers", "1"]  # fmt: skip
+
+
+def test_text_merging_bf16_and_workers_agree_under_zero2_and_zero3(untrained_folder, mixed_recipe, tmp_path):
+    """Batches of one: ranks see text alone, pictures, and a sample without any supervised token, in any order."""
+    options = [*mixed_recipe, "--model.dtype", "bfloat16", "--pruning.pruner", "downsample"]
+    runs = {}
+    for stage in ("zero2", "zero3"):
+        printed = run(untrained_folder, tmp_path / stage, *options, "--train.deepspeed", stage)
+        assert "1 samples lost every answer token to max_length=200" in printed
+        runs[stage] = losses(tmp_path / stage)
+    assert len(runs["zero2"]) == 8 and all(math.isfinite(loss) for loss in runs["zero2"].values())
+    assert runs["zero3"] == pytest.approx(runs["zero2"], rel=0.02)
+    tensors = [load_file(tmp_path / stage / "adapter" / "adapter_model.safetensors") for stage in runs]
+    base = projector_state(load_model(str(untrained_folder), dtype="bfloat16")[0])
+    for name, tensor in tensors[0].items():
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor, tensors[1][name], rtol=0.05, atol=0.02)
+        assert not torch.equal(tensor, base[name.removeprefix("base_model.model.")])
+
+
+def test_a_corrupt_picture_on_any_rank_stops_with_its_name(untrained_folder, mixed_recipe, tmp_path):
+    for number in (1, 3, 5, 7, 9, 11, 13, 15):
+        (tmp_path / "images" / "vg" / f"{number}.png").write_bytes(b"no picture")
+    line = launch_line(2, arguments(untrained_folder, tmp_path / "out", *mixed_recipe))
+    done = subprocess.run(line, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300)
+    assert done.returncode != 0
+    assert "error (rank " in done.stderr and "can't be decoded" in done.stderr and ".png" in done.stderr
 
 
 def test_resuming_under_other_settings_is_refused(whole, untrained_folder):
@@ -143,11 +203,28 @@ class _Arguments:
     output_dir = "o"
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops(loss):
+@pytest.mark.parametrize("logs", [{"loss": math.nan}, {"loss": math.inf}, {"loss": 1.0, "grad_norm": math.nan}])
+def test_a_loss_or_gradient_that_is_no_number_stops(logs):
     callback = NumbersCallback(None, 8)
-    with pytest.raises(FloatingPointError, match="the loss became (nan|inf) at step 7; the last checkpoint in o"):
-        callback.on_log(_Arguments(), TrainerState(global_step=7), TrainerControl(), logs={"loss": loss})
+    with pytest.raises(FloatingPointError, match="became (nan|inf) at step 7; the last checkpoint in o"):
+        callback.on_log(_Arguments(), TrainerState(global_step=7), TrainerControl(), logs=logs)
+
+
+def test_weights_that_are_no_numbers_are_not_saved():
+    layer = torch.nn.Linear(2, 2)
+    check_finite_weights(layer)
+    with torch.no_grad():
+        layer.bias[0] = math.inf
+    with pytest.raises(FloatingPointError, match="bias became NaN or infinite"):
+        check_finite_weights(layer)
+
+
+def test_starting_over_sets_the_earlier_run_aside(tmp_path):
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "log.jsonl").write_text("{}")
+    set_aside(tmp_path)
+    assert {p.name for p in (tmp_path / "superseded-1").iterdir()} == {"checkpoint-9", "log.jsonl"}
+    assert last_complete_checkpoint(tmp_path, {}) is None
 
 
 @pytest.mark.parametrize(("samples", "world", "batch", "accumulation", "epochs", "steps"),
