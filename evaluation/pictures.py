@@ -24,7 +24,7 @@ def plot_rows(rows: list[Row], path: Path) -> None:
         if row.label == "dense":
             axes.axhline(row.overall, color="black", linewidth=1, linestyle="--")
             axes.annotate(
-                "dense", (1, row.overall), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+                "dense", (0.99, row.overall), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
             )
     for number, method in enumerate(methods):
         color = _COLORS[number % len(_COLORS)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from configs import (
@@ -27,12 +28,24 @@ BUDGETS = (36, 16)
 RECALIBRATION = ROOT / "configs" / "recalibrate" / "tiny_divprune_16.yaml"
 
 
+@dataclass(frozen=True)
+class Size:
+    """How many test scenes each arm answers, and how many samples the projector is recalibrated on."""
+
+    scenes: int
+    samples: int
+
+
+FULL = Size(scenes=200, samples=16_000)
+QUICK = Size(scenes=60, samples=6_000)
+
+
 def run_demo(output: Path, quick: bool = False) -> None:
     """Dense, four methods at two budgets, one recalibration on two CPU ranks, the same arm tuned, and the table.
 
     Args:
         output: folder of everything that is written; an older demo there is replaced, anything else is left alone.
-        quick: a third of the test scenes and of the training samples.
+        quick: fewer test scenes and training samples.
 
     Raises:
         ConfigError: if the folder holds something else than a demo.
@@ -42,7 +55,8 @@ def run_demo(output: Path, quick: bool = False) -> None:
     _fresh_folder(output)
     recipe = load_config(RecalibrateConfig, RECALIBRATION)
     model = recipe.model.model_copy(update={"path": str(ROOT / recipe.model.path)})
-    limit = 800 if quick else None
+    size = QUICK if quick else FULL
+    limit = 8 * size.scenes
 
     _say("1/4  dense and training-free")
     arms = [_evaluate(output, "dense", model, PruningConfig(), limit)]
@@ -51,7 +65,7 @@ def run_demo(output: Path, quick: bool = False) -> None:
             arms.append(_evaluate(output, f"{method}_{keep}", model, PruningConfig(pruner=method, keep=keep), limit))
 
     _say("2/4  recalibrate the projector for divprune at 16 tokens, DeepSpeed on 2 CPU ranks")
-    _recalibrate(output / "recalibrate", model, quick)
+    _recalibrate(output / "recalibrate", model, size.samples)
 
     _say("3/4  tuned")
     arms.append(
@@ -93,10 +107,9 @@ def _evaluate(
     )
 
 
-def _recalibrate(output: Path, model: ModelConfig, quick: bool) -> None:
+def _recalibrate(output: Path, model: ModelConfig, samples: int) -> None:
     arguments = ["--config", str(RECALIBRATION), "--model.path", model.path, "--output", str(output)]
-    if quick:
-        arguments += ["--data.max_samples", "8000"]
+    arguments += ["--data.max_samples", str(samples)]
     status = subprocess.run(launch_line(2, arguments), env=launch_environment(2), check=False).returncode
     if status != 0:
         raise RuntimeError(f"the recalibration ended with status {status}; its messages are above")
