@@ -3,7 +3,7 @@
 from pruning.budget import Budget, check_budget, resolve_budget
 from pruning.families import Family, family_of, registered_families
 from pruning.plug import Pruned, PrunedModel, PruningSpec
-from pruning.registry import Method, build_pruner, methods, register_pruner
+from pruning.registry import Method, build_pruner, register_pruner, registered_methods
 from pruning.types import Pruner, PruningError, Selection, VisualTokens
 
 __all__ = [
@@ -20,8 +20,8 @@ __all__ = [
     "build_pruner",
     "check_budget",
     "family_of",
-    "methods",
     "register_pruner",
     "registered_families",
+    "registered_methods",
     "resolve_budget",
 ]

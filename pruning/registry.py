@@ -65,7 +65,7 @@ def register_pruner(name: str, *, paper: str, merges: bool = False, exact: bool 
     return register
 
 
-def methods() -> Mapping[str, Method]:
+def registered_methods() -> Mapping[str, Method]:
     """Return all methods by name, alphabetically; importing every file of ``pruning/methods/`` once."""
     import pruning.methods as package
 
@@ -80,7 +80,7 @@ def build_pruner(name: str, options: Mapping[str, Any] | None = None) -> Pruner:
     Raises:
         PruningError: for an unknown method or option, with the nearest valid name.
     """
-    known = methods()
+    known = registered_methods()
     if name not in known:
         raise PruningError(f"unknown pruner {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     pruner = known[name].pruner

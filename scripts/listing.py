@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from data_recipes.recipe import RECIPE_FOLDER, recipe_names
 from evaluation.tasks import tasks
-from pruning import methods, registered_families
+from pruning import registered_families, registered_methods
 
 
 def list_pruners() -> str:
     """Return a table of methods: paper, signals, whether it merges, whether it follows reference code."""
     rows = [["name", "paper", "needs", "merges", "status"]]
-    for method in methods().values():
+    for method in registered_methods().values():
         rows.append(
             [
                 method.name,

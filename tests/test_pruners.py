@@ -10,11 +10,11 @@ from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning import PruningError, VisualTokens, build_pruner, methods, register_pruner
+from pruning import PruningError, VisualTokens, build_pruner, register_pruner, registered_methods
 from pruning.budget import resolve_budget
 from pruning.methods.downsample import pooling
 
-NAMES = [name for name in methods() if name != "identity"]
+NAMES = [name for name in registered_methods() if name != "identity"]
 
 
 def make_tokens(batch, rows, columns, channels=12, heads=3, seed=0, dtype=torch.float32) -> VisualTokens:
@@ -110,7 +110,7 @@ def test_nan_is_an_error_and_not_a_selection(name):
         build_pruner(name)(tokens, 4)
 
 
-@pytest.mark.parametrize("name", [n for n, m in methods().items() if m.needs])
+@pytest.mark.parametrize("name", [n for n, m in registered_methods().items() if m.needs])
 def test_a_missing_signal_is_named(name):
     with pytest.raises(PruningError, match="needs"):
         build_pruner(name)(VisualTokens(features=torch.randn(1, 9, 4), grid=(3, 3)), 4)
