@@ -11,12 +11,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from data_recipes import Formatter, Sample, Turn
 from data_recipes.images import SceneImages
 from train.tiny_vlm.model import build_llava, build_processor, build_tokenizer
+
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_VLM = ROOT / "assets" / "tiny_vlm"

@@ -332,3 +332,11 @@ def test_a_new_method_is_one_registered_class():
         assert build_pruner("first_tokens")(make_tokens(1, 3, 3), 4).of(0).tolist() == [0, 1, 2, 3]
     finally:
         del registry._METHODS["first_tokens"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(count=st.integers(2, 30), seed=st.integers(0, 10**6))
+def test_divprune_breaks_the_tie_of_mutual_neighbours_to_the_lower_index(count, seed):
+    """Two tokens that are each other's nearest are equally lonely, whatever the last bit of a matrix product says."""
+    tokens = make_tokens(1, 1, count, seed=seed)
+    assert build_pruner("divprune")(tokens, 1).of(0).tolist() == oracle_divprune(tokens, 0, 1)

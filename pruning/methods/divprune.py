@@ -30,7 +30,9 @@ class DivPrune:
         projected = tokens.features if tokens.projected is None else tokens.projected
         distance = 1 - cosine_similarity(check_finite(projected, "projected features"))  # (B, N, N)
         itself = torch.eye(tokens.count, dtype=torch.bool, device=distance.device)
-        lonely = distance.masked_fill(itself, float("inf")).amin(dim=-1)  # (B, N), distance to the nearest other
+        apart = distance.masked_fill(itself, float("inf"))
+        # A matrix product is not symmetric to the last bit; taking rows and columns keeps mutual neighbours tied.
+        lonely = torch.minimum(apart.amin(dim=-1), apart.amin(dim=-2))  # (B, N), distance to the nearest other
         first = lonely.argmax(dim=-1)
         batch = torch.arange(len(first), device=first.device)
         start = distance[batch, first]
