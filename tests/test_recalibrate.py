@@ -125,13 +125,19 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_projector(whole, u
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-def test_zero3_trains_to_the_same_projector_as_zero2(whole, untrained_folder, tmp_path):
-    output = tmp_path / "zero3"
-    run(untrained_folder, output, "--train.deepspeed", "zero3", "--train.gradient_checkpointing", "true")
+def test_zero3_trains_and_resumes_to_the_same_projector_as_zero2(whole, untrained_folder, tmp_path):
+    output, options = tmp_path / "zero3", ("--train.deepspeed", "zero3", "--train.gradient_checkpointing", "true")
+    run(untrained_folder, output, *options)
     assert losses(output) == pytest.approx(losses(whole[0]), rel=1e-4)
-    mine, theirs = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (output, whole[0]))
+    adapter = output / "adapter" / "adapter_model.safetensors"
+    mine, theirs = load_file(adapter), load_file(whole[0] / "adapter" / "adapter_model.safetensors")
     for name in theirs:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
+    before = losses(output)
+    (output / f"checkpoint-{STEPS}" / "complete.json").unlink()  # as if killed while this one was being written
+    assert f"resuming from {output / 'checkpoint-3'}" in run(untrained_folder, output, *options)
+    assert losses(output) == before
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in load_file(adapter).items())
 
 
 @pytest.fixture
