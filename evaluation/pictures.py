@@ -19,19 +19,19 @@ _COLORS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
 def plot_rows(rows: list[Row], path: Path) -> None:
     """Draw overall accuracy over kept visual tokens: a line per training-free method, a star per tuned arm."""
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130)
-    methods = list(dict.fromkeys(row.label.split(" + ")[0] for row in rows if row.label != "dense"))
+    labels = sorted({row.label for row in rows} - {"dense"})
+    methods = list(dict.fromkeys(label.split(" + ")[0] for label in labels))  # a tuned arm has its method's colour
     for row in rows:
         if row.label == "dense":
             axes.axhline(row.overall, color="black", linewidth=1, linestyle="--")
             axes.annotate(
                 "dense", (0.99, row.overall), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
             )
-    for number, method in enumerate(methods):
-        color = _COLORS[number % len(_COLORS)]
-        free = sorted((row for row in rows if row.label == method), key=lambda row: row.kept)
-        _points(axes, free, color, method, "o-", 5)
-        tuned = sorted((row for row in rows if row.label == f"{method} + tuned projector"), key=lambda row: row.kept)
-        _points(axes, tuned, color, f"{method} + tuned projector", "*--", 13)
+    for label in labels:
+        method, _, tuned = label.partition(" + ")
+        style, size = ("*--", 13) if tuned else ("o-", 5)
+        points = sorted((row for row in rows if row.label == label), key=lambda row: row.kept)
+        _points(axes, points, _COLORS[methods.index(method) % len(_COLORS)], label, style, size)
     axes.set_xscale("log", base=2)
     ticks = sorted({row.kept for row in rows if row.label != "dense"})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -46,19 +46,17 @@ def plot_rows(rows: list[Row], path: Path) -> None:
 
 
 def _points(axes, rows: list[Row], color, label: str, style: str, size: int) -> None:
-    if rows:
-        errors = np.array([[r.overall - r.interval[0], r.interval[1] - r.overall] for r in rows]).T
-        axes.errorbar(
-            [r.kept for r in rows],
-            [r.overall for r in rows],
-            yerr=errors,
-            fmt=style,
-            color=color,
-            markersize=size,
-            linewidth=1.2,
-            capsize=2,
-            label=label,
-        )
+    axes.errorbar(
+        [r.kept for r in rows],
+        [r.overall for r in rows],
+        yerr=np.array([[r.overall - r.interval[0], r.interval[1] - r.overall] for r in rows]).T,
+        fmt=style,
+        color=color,
+        markersize=size,
+        linewidth=1.2,
+        capsize=2,
+        label=label,
+    )
 
 
 def kept_overlay(image: Image.Image, kept: dict[str, np.ndarray], grid: tuple[int, int]) -> Image.Image:

@@ -17,7 +17,7 @@ from configs import (
     TrackingConfig,
     load_config,
 )
-from evaluation.compare import compare
+from evaluation.compare import to_markdown
 from evaluation.visualize import visualize
 from pruning import PruningSpec
 from scripts.launch import ROOT, launch_environment, launch_line
@@ -73,10 +73,11 @@ def run_demo(output: Path, quick: bool = False) -> None:
     )
 
     _say("4/4  compare")
-    print(tracked_compare(arms, output / "comparison", TrackingConfig(wandb="offline", name="demo")))
+    rows = tracked_compare(arms, output / "comparison", TrackingConfig(wandb="offline", name="demo"))
+    print(to_markdown(rows))
     specs = [PruningSpec(method, 16) for method in METHODS]
     pictures = visualize(model, specs, "tiny_world", 4, output / "kept_tokens")
-    gain = next(row for row in compare([*arms]) if row.gain is not None)
+    gain = next(row for row in rows if row.gain is not None)
     assert gain.gain is not None and gain.gain_interval is not None  # the tuned row has both
     print(
         f"Recalibrating {gain.label.split(' + ')[0]} at {gain.kept:g} of 144 visual tokens gains {gain.gain:+.1f} "

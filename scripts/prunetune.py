@@ -58,6 +58,7 @@ def evaluate(arguments: list[str]) -> None:
 def compare(arguments: list[str]) -> None:
     """Compare evaluated arms."""
     from configs import TrackingConfig
+    from evaluation.compare import to_markdown
     from scripts.tracked import tracked_compare
 
     parser = argparse.ArgumentParser("prunetune compare")
@@ -65,7 +66,7 @@ def compare(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder of the table and the plot")
     parser.add_argument("--wandb", choices=["off", "auto", "offline", "online"], default="off")
     options = parser.parse_args(arguments)
-    print(tracked_compare(options.runs, options.output, TrackingConfig(wandb=options.wandb)))
+    print(to_markdown(tracked_compare(options.runs, options.output, TrackingConfig(wandb=options.wandb))))
     print(f"table.md, table.csv, plot.png: {options.output}")
 
 

@@ -25,12 +25,11 @@ def tracked_evaluate(config: EvaluateConfig) -> Path:
     return folder
 
 
-def tracked_compare(runs: list[Path], output: Path, tracking: TrackingConfig) -> str:
-    """Write table.md, table.csv and plot.png to ``output``, send them to W&B when asked, and return the table."""
-    rows: list[Row] = compare([*runs])
+def tracked_compare(runs: list[Path], output: Path, tracking: TrackingConfig) -> list[Row]:
+    """Write table.md, table.csv and plot.png to ``output``, send them to W&B when asked, and return the rows."""
+    rows = compare([*runs])
     output.mkdir(parents=True, exist_ok=True)
-    markdown = to_markdown(rows)
-    (output / "table.md").write_text(markdown)
+    (output / "table.md").write_text(to_markdown(rows))
     (output / "table.csv").write_text(to_csv(rows))
     plot_rows(rows, output / "plot.png")
     if tracking.wandb != "off":
@@ -39,4 +38,4 @@ def tracked_compare(runs: list[Path], output: Path, tracking: TrackingConfig) ->
         tracker.log_table("comparison", header, body)
         tracker.log_image("plot", output / "plot.png")
         tracker.close()
-    return markdown
+    return rows

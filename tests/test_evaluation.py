@@ -228,6 +228,18 @@ def test_the_plot_shows_every_arm(arms, tmp_path):
     assert picture.shape[0] > 300 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
 
 
+def test_the_plot_names_a_projector_tuned_for_another_budget(arms, settings, adapter, tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    other = ("--pruning.pruner", "divprune", "--pruning.keep", "9")
+    more = [evaluate(settings("free9", *other)), evaluate(settings("tuned9", *other, "--adapter", adapter))]
+    monkeypatch.setattr(plt, "close", lambda _figure: None)
+    plot_rows(compare([*arms.values(), *more]), tmp_path / "plot.png")
+    names = {text.get_text() for text in plt.gcf().axes[0].get_legend().get_texts()}
+    tuned = "divprune + tuned projector"
+    assert names == {"divprune", tuned, f"{tuned} (for divprune, 16)"}
+
+
 def test_the_overlay_lights_exactly_the_kept_patches():
     white = Image.new("RGB", (84, 84), (255, 255, 255))
     strip = np.asarray(kept_overlay(white, {"half": np.arange(72), "none": np.array([], dtype=int)}, (12, 12)))
