@@ -34,8 +34,16 @@ class PruningConfig(Section):
     """Which pruner, and how many visual tokens it keeps."""
 
     pruner: str = Field("identity", description="a name from `prunetune list pruners`")
-    keep: int | float | str = Field("100%", description='budget per item: 64, 0.111 or "11.1%"')
+    keep: int | float | str = Field("100%", description='budget per item or image, see scope: 64, 0.111 or "11.1%"')
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
+    scope: Literal["item", "image"] = Field(
+        "item", description="what the budget counts for where images are cut into crops: each crop, or the whole image"
+    )
+    text_tower: str | None = Field(
+        None,
+        description="folder or hub id of the CLIP checkpoint that the vision tower comes from, for methods that "
+        "compare visual tokens with text in CLIP's space",
+    )
     position_policy: Literal["compact", "original"] = Field("compact", description="positions of the kept tokens")
     newline: Literal["rows", "all", "none"] = Field(
         "rows",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Formatter:
         template: "model" for the processor's own chat template, or a name from ``data_recipes/templates/``.
         square: "pad" pads pictures to squares of the processor's mean colour first, "processor" leaves them.
         max_length: longest sequence in tokens, None for no limit.
+        instructions: a function from the user's turns to the text that pruning may read; batches then carry
+            ``instructions``, one text per sample. Training and inference get it the same way, answers are left out.
 
     Raises:
         DataError: if the template is unknown.
@@ -38,14 +40,16 @@ class Formatter:
         template: str = "model",
         square: str = "processor",
         max_length: int | None = None,
+        instructions: Callable[[Sequence[str]], str] | None = None,
     ) -> None:
         self.processor = processor
         self.images = images
         self.template = template_text(processor, template)
         self.square = square
         self.max_length = max_length
+        self.instructions = instructions
 
-    def training_batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def training_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return right-padded ``input_ids``, ``attention_mask``, ``labels`` (B, L) and the picture inputs.
 
         Only the assistant's answers and end tokens are supervised; every other label is -100. A sample cut so short
@@ -65,7 +69,7 @@ class Formatter:
             self._truncate(batch, samples)
         return batch
 
-    def prompt_batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def prompt_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return left-padded prompts that end where the answer to each sample's last question begins."""
         return self._batch(samples, "left", add_generation_prompt=True)
 
@@ -82,6 +86,8 @@ class Formatter:
         )
         batch = dict(encoded)
         batch.pop("token_type_ids", None)
+        if self.instructions is not None:
+            batch["instructions"] = [self.instructions([turn.question for turn in s.turns]) for s in samples]
         return batch
 
     def _messages(self, sample: Sample) -> list[dict[str, Any]]:

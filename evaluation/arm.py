@@ -31,6 +31,7 @@ from pruning.checkpoint import (
     settings_hash,
     tensor_hash,
 )
+from pruning.text import instruction_text
 
 RESULTS, MANIFEST = "results.jsonl", "manifest.json"
 
@@ -59,7 +60,8 @@ def evaluate(config: EvaluateConfig, device: str | None = None) -> Path:
         **config.model.model_dump(include={"path", "revision", "dtype", "attention"}), adapter=config.adapter
     )
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pruned = PrunedModel(model, PruningSpec(**config.pruning.model_dump()))
+    pruned = PrunedModel(model, PruningSpec(**config.pruning.model_dump()), processor.tokenizer)
+    read = instruction_text if pruned.reads_text else None
     manifest = _manifest(config, works, pruned, processor)
     done = _resume(output, manifest)
     (output / "config.yaml").write_text(to_yaml(config))
@@ -71,7 +73,9 @@ def evaluate(config: EvaluateConfig, device: str | None = None) -> Path:
         tqdm(total=total, initial=before, desc=output.name, unit="item", dynamic_ncols=True, mininterval=1.0) as bar,
     ):
         for work in works:
-            formatter = Formatter(processor, work.task.images(), config.model.template, config.model.square)
+            formatter = Formatter(
+                processor, work.task.images(), config.model.template, config.model.square, instructions=read
+            )
             for batch in work.batches:
                 if (work.task.name, batch[0].id) not in done:
                     rows = list(_answers(pruned, formatter, work.task, batch, config.max_new_tokens))
@@ -115,7 +119,10 @@ def _work(name: str, limit: int | None, batch_size: int) -> Work:
 def _answers(pruned: PrunedModel, formatter: Formatter, task: Task, batch: list[Item], new: int) -> Iterator[dict]:
     """Generate the answers of one batch and score them."""
     samples = [Sample(item.id, item.source, item.image, (Turn(item.question, None),)) for item in batch]
-    inputs = {name: tensor.to(pruned.model.device) for name, tensor in formatter.prompt_batch(samples).items()}
+    inputs = {
+        name: value.to(pruned.model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in formatter.prompt_batch(samples).items()
+    }
     inputs["pixel_values"] = inputs["pixel_values"].to(pruned.model.dtype)
     tokens = pruned.generate(**inputs, max_new_tokens=new, do_sample=False)
     texts = formatter.processor.batch_decode(tokens, skip_special_tokens=True)

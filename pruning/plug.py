@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruning.budget import Budget, check_budget, resolve_budget
+from pruning.budget import Budget, check_budget
 from pruning.families.base import NEWLINE_POLICIES, Encoded, family_of
 from pruning.registry import build_pruner
+from pruning.select import SCOPES, check_signals, select, with_text
 from pruning.sequence import POSITION_POLICIES, placeholder_runs, shorten
-from pruning.types import Pruner, PruningError, Selection
+from pruning.text import TextReader
+from pruning.types import TEXT_SIGNALS, Pruner, PruningError, Selection, signal_name
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,10 @@ class PruningSpec:
 
     Attributes:
         pruner: a name from ``prunetune list pruners``.
-        keep: budget per image (per crop where the family has crops): 64, 0.111 or "11.1%".
+        keep: budget per item or image, see ``scope``: 64, 0.111 or "11.1%".
         options: the method's own hyperparameters.
+        scope: what the budget counts for where the family cuts images into crops: each "item" or the whole "image".
+        text_tower: CLIP checkpoint of the vision tower, for methods that compare with text in CLIP's space.
         position_policy: "compact" (LLaVA-style re-indexing) or "original".
         newline: which row-end tokens stay where the family has them: those of "rows" with kept tokens, "all" or "none".
     """
@@ -33,6 +37,8 @@ class PruningSpec:
     pruner: str = "identity"
     keep: Budget = "100%"
     options: Mapping[str, Any] = field(default_factory=dict)
+    scope: str = "item"
+    text_tower: str | None = None
     position_policy: str = "compact"
     newline: str = "rows"
 
@@ -40,6 +46,7 @@ class PruningSpec:
         """Return the pruner; raises PruningError for an unknown name, option, budget or policy."""
         check_budget(self.keep)
         for name, value, known in (
+            ("scope", self.scope, SCOPES),
             ("position_policy", self.position_policy, POSITION_POLICIES),
             ("newline", self.newline, NEWLINE_POLICIES),
         ):
@@ -74,13 +81,24 @@ class PrunedModel:
     Args:
         model: a conditional-generation model (under PEFT: ``peft_model.get_base_model()``).
         spec: pruner, budget and position policy.
+        tokenizer: the model's tokenizer, for methods that read the instruction's tokens.
+
+    Raises:
+        PruningError: if the model does not offer what the pruner reads, naming what works or what to set.
     """
 
-    def __init__(self, model: nn.Module, spec: PruningSpec) -> None:
+    def __init__(self, model: nn.Module, spec: PruningSpec, tokenizer: Any = None) -> None:
         self.model: Any = model
+        config: Any = model.config
         self.spec = spec
         self.family = family_of(model)
         self.pruner = spec.build()
+        self.text = TextReader(model, tokenizer, spec.text_tower)
+        check_signals(self.pruner, self.family.signals(model), self.text.signals(), config.vision_config.model_type)
+        needs = {signal_name(need) for need in self.pruner.needs}
+        self.reads_text = bool(needs & TEXT_SIGNALS)
+        if needs & {"image_embeds", "text_embeds", "general_embeds"}:
+            _ = self.text.clip  # loaded now: later an active ZeRO-3 configuration would partition it
         self.last: Pruned | None = None
         self._prepared = False
 
@@ -88,13 +106,15 @@ class PrunedModel:
         """Encode the images, prune, and return inputs for the stock model.
 
         Args:
-            inputs: what the processor returned, ``attention_mask`` (B, L) included.
+            inputs: what the processor returned, ``attention_mask`` (B, L) included; for methods that read the
+                instruction also ``instructions``, one text per row without any answer (a ``Formatter`` adds them).
             padding_side: where the shortened rows are padded.
 
         Raises:
             PruningError: if placeholders and images disagree, the mask is missing or the budget does not fit.
         """
         inputs = {key: value for key, value in inputs.items() if value is not None}
+        instructions = inputs.pop("instructions", None)
         if inputs.get("attention_mask") is None:
             raise PruningError(
                 "pruned inputs need a 2-D attention_mask: without it, gaps in the positions are read "
@@ -102,8 +122,15 @@ class PrunedModel:
             )
         if "pixel_values" not in inputs:
             return self._without_images(inputs)
-        encoded, selection, images = self._kept(inputs)
+        encoded = self.family.encode(self.model, inputs, self.pruner.needs)
         runs = placeholder_runs(inputs["input_ids"], self.model.config.image_token_id, encoded.lengths)
+        if self.reads_text and len(instructions or ()) != len(inputs["input_ids"]):
+            raise PruningError(
+                f"{self.spec.pruner} reads the instruction: pass `instructions`, one text per row "
+                f"({len(inputs['input_ids'])} rows, {len(instructions or ())} texts), or build batches with "
+                "Formatter(..., instructions=True)"
+            )
+        selection, images = self._kept(encoded, instructions or (), [row for row, _ in runs])
         kept = inputs["input_ids"] != self.model.config.image_token_id
         for (row, run), (positions, _) in zip(runs, images, strict=True):
             kept[row, run[positions]] = True
@@ -124,14 +151,21 @@ class PrunedModel:
         """Pass text through; in training, send zero tokens of a blank image along so that gradients and ranks agree."""
         if not (self.model.training and torch.is_grad_enabled()):
             return Pruned(inputs)
-        encoded, _, images = self._kept(self.family.blank(self.model))
+        encoded = self.family.encode(self.model, self.family.blank(self.model), self.pruner.needs)
+        _, images = self._kept(encoded, [""], [0])
         return self._with_features(dict(inputs), encoded, [images[0][1][:0]], None)
 
-    def _kept(self, inputs: Mapping[str, Any]) -> tuple[Encoded, Selection, list[tuple[Tensor, Tensor]]]:
-        """Encode the images and prune: each image's kept placeholders (K,) and features (K, D)."""
-        encoded = self.family.encode(self.model, inputs, self.pruner.needs)
-        selection = self.pruner(encoded.tokens, resolve_budget(self.spec.keep, encoded.tokens.count))
-        return encoded, selection, encoded.keep_of(selection, self.spec.newline)
+    def _kept(
+        self, encoded: Encoded, instructions: Sequence[str], rows: list[int]
+    ) -> tuple[Selection, list[tuple[Tensor, Tensor]]]:
+        """Prune the images of ``rows``: each image's kept placeholders (K,) and features (K, D)."""
+        tokens = encoded.tokens
+        if len(encoded.lengths) < len(encoded.owner):
+            tokens = replace(tokens, image=torch.tensor(encoded.owner, device=tokens.features.device))
+        if self.reads_text:
+            tokens = with_text(tokens, self.pruner, self.text, instructions, [rows[image] for image in encoded.owner])
+        selection = select(self.pruner, encoded, tokens, self.spec.keep, self.spec.scope)
+        return selection, encoded.keep_of(selection, self.spec.newline)
 
     def forward(self, **inputs: Any) -> Any:
         """Run the stock model on pruned inputs and return its output; ``labels`` are shortened with the rest."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pruning.types import SIGNALS, Pruner, PruningError
+from pruning.types import SIGNALS, Pruner, PruningError, signal_name
 
 
 @dataclass(frozen=True)
@@ -21,24 +21,28 @@ class Method:
     pruner: type[Pruner]
     merges: bool = False
     exact: bool = True
+    golden: bool = False
 
     @property
     def needs(self) -> frozenset[str]:
-        """Signals the method reads beside the features."""
-        return self.pruner.needs
+        """Signals the method reads beside the features, with its default options."""
+        return self.pruner().needs
 
 
 _METHODS: dict[str, Method] = {}
 
 
-def register_pruner(name: str, *, paper: str, merges: bool = False, exact: bool = True) -> Callable[[Any], Any]:
+def register_pruner(
+    name: str, *, paper: str, merges: bool = False, exact: bool = True, golden: bool = False
+) -> Callable[[Any], Any]:
     """Register a frozen dataclass as the method ``name``.
 
     Args:
         name: lower-case name of the command line.
         paper: the paper, with its arXiv number where there is one.
         merges: whether the selection carries merged features.
-        exact: False for a reconstruction without reference code.
+        exact: False for a reconstruction: no code was published, and the paper leaves steps open.
+        golden: whether ``scripts/check_golden.py`` compares it with answers of the published code.
 
     Raises:
         PruningError: if the name is taken or not lower-case, the class is no frozen dataclass, or it needs an
@@ -56,10 +60,10 @@ def register_pruner(name: str, *, paper: str, merges: bool = False, exact: bool 
         parameters = getattr(pruner, "__dataclass_params__", None)
         if parameters is None or not parameters.frozen:
             raise PruningError(f"{pruner.__name__} must be a frozen dataclass: its fields are the method's options")
-        unknown = set(pruner.needs) - SIGNALS
+        unknown = {signal_name(need) for need in pruner().needs} - SIGNALS
         if unknown:
             raise PruningError(f"{name} needs unknown signals {sorted(unknown)}; there are {sorted(SIGNALS)}")
-        _METHODS[name] = Method(name, paper, pruner, merges, exact)
+        _METHODS[name] = Method(name, paper, pruner, merges, exact, golden)
         return pruner
 
     return register

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pruning.types import VisualTokens
+
 
 def top_k(scores: Tensor, keep: int) -> Tensor:
     """Return the positions of the ``keep`` highest scores (B, K), best first; of equals the lower index first.
@@ -22,32 +24,101 @@ def ascending(indices: Tensor) -> Tensor:
     return torch.sort(indices, dim=-1).values
 
 
-def cosine_similarity(features: Tensor) -> Tensor:
-    """Return all pairwise cosine similarities (B, N, N) in float32; a zero vector is similar to nothing."""
+def mask_of(indices: Tensor, count: int) -> Tensor:
+    """Return the positions (B, K) as a boolean mask (B, N)."""
+    return torch.zeros(len(indices), count, dtype=torch.bool, device=indices.device).scatter(1, indices, True)
+
+
+def rows_of(values: Tensor, indices: Tensor) -> Tensor:
+    """Return ``values`` (B, N, C) at positions (B, K): (B, K, C)."""
+    return values.gather(1, indices[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def cosine_similarity(features: Tensor, others: Tensor | None = None) -> Tensor:
+    """Return all pairwise cosine similarities (B, N, M) in float32; a zero vector is similar to nothing."""
     unit = F.normalize(features.float(), dim=-1)
-    return unit @ unit.transpose(-1, -2)
+    other = unit if others is None else F.normalize(others.float(), dim=-1)
+    return unit @ other.transpose(-1, -2)
 
 
-def farthest_points(distance: Tensor, nearest: Tensor, keep: int, blocked: Tensor | None = None) -> Tensor:
-    """Pick ``keep`` tokens one by one, each the farthest from everything picked so far.
+def cosine_distance(features: Tensor) -> Tensor:
+    """Return 1 - cosine for all pairs (B, N, N) in float32."""
+    return cosine_similarity(features).neg_().add_(1)
+
+
+def euclidean_distance(features: Tensor) -> Tensor:
+    """Return L2 distances of all pairs (B, N, N) in float32, by one matrix product."""
+    features = features.float()
+    # Distances do not depend on the origin; at the mean the product loses the fewest digits.
+    features = features - features.mean(dim=1, keepdim=True)
+    square = features.square().sum(dim=-1)
+    distance = features @ features.transpose(-1, -2)
+    distance = distance.mul_(-2).add_(square[:, :, None]).add_(square[:, None, :])
+    distance.diagonal(dim1=1, dim2=2).zero_()
+    return distance.clamp_(min=0).sqrt_()
+
+
+def text_mask(embeds: Tensor) -> Tensor:
+    """Return which rows (B, M) of text embeddings (B, M, E) are text: padding is rows of zeros."""
+    return (embeds != 0).any(dim=-1)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of ``values`` (B, N, M) over the M that ``mask`` (B, M) allows; 0 where it allows none."""
+    weight = mask.to(values)
+    return (values * weight[:, None, :]).sum(dim=-1) / weight.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def image_range(values: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return minimum and maximum (B, 1) of ``values`` (B, N) over all items of the same image."""
+    low, high = values.amin(dim=1), values.amax(dim=1)
+    if image is not None and len(image):
+        size = len(image)  # image numbers are below the number of items
+        low = low.new_full((size,), float("inf")).scatter_reduce(0, image, low, "amin")[image]
+        high = high.new_full((size,), float("-inf")).scatter_reduce(0, image, high, "amax")[image]
+    return low[:, None], high[:, None]
+
+
+def outlier_share(values: Tensor, image: Tensor | None) -> Tensor:
+    """Return the share (B,) of an image's values above Q3 + 1.5 (Q3 - Q1), float64: PruMerge's adaptive ratio.
 
     Args:
-        distance: (B, N, N) pairwise distances, float32.
-        nearest: (B, N) each token's distance to what is already kept; the first pick is its maximum.
-        keep: how many to pick.
-        blocked: (B, N) boolean, tokens that must not be picked.
-
-    Returns:
-        (B, keep) positions in order of picking, all distinct; ties go to the lower index.
+        values: (B, N) scores.
+        image: (B,) image of each item, below B; quartiles and counts are taken over all items of an image.
     """
-    batch = torch.arange(len(distance), device=distance.device)
-    nearest = nearest.clone()
-    if blocked is not None:
-        nearest = nearest.masked_fill(blocked, float("-inf"))
-    picks = []
-    for _ in range(keep):
-        pick = nearest.argmax(dim=-1)
-        picks.append(pick)
-        nearest = torch.minimum(nearest, distance[batch, pick])
-        nearest[batch, pick] = float("-inf")  # minimum() keeps -inf, so no token is picked twice
-    return torch.stack(picks, dim=1) if picks else nearest.new_zeros((len(distance), 0), dtype=torch.long)
+    batch, count = values.shape
+    image = torch.arange(batch, device=values.device) if image is None else image
+    flat, owner = values.double().flatten(), image.repeat_interleave(count)
+    by_value = flat.argsort(stable=True)
+    order = by_value[owner[by_value].argsort(stable=True)]  # by image, then by value
+    ranked = flat[order]
+    total = torch.zeros(batch, dtype=torch.long, device=values.device).scatter_add(0, owner, torch.ones_like(owner))
+    start = total.cumsum(0) - total
+    last = (total - 1).clamp(min=0)
+
+    def quartile(share: float) -> Tensor:
+        place = share * last
+        below = place.floor().long()
+        low, high = (ranked[(start + p).clamp(max=len(ranked) - 1)] for p in (below, torch.minimum(below + 1, last)))
+        return low + (high - low) * (place - below)
+
+    first, third = quartile(0.25), quartile(0.75)
+    above = flat > (third + 1.5 * (third - first))[owner]
+    outliers = torch.zeros_like(total).scatter_add(0, owner, above.long())
+    return (outliers.double() / total.clamp(min=1))[image]
+
+
+def instruction_relevance(tokens: VisualTokens, text: str = "clip") -> Tensor:
+    """Return the cosine (B, N) of every visual token with the instruction, float32.
+
+    Args:
+        tokens: ``image_embeds`` and ``text_embeds`` for "clip" (mean over the instruction's pieces); ``projected``
+            and ``text_token_embeds`` for "llm" (with the mean token embedding).
+        text: "clip" or "llm".
+    """
+    if text == "clip":
+        pieces = tokens.finite("text_embeds")
+        return masked_mean(cosine_similarity(tokens.finite("image_embeds"), pieces), text_mask(pieces))
+    words = tokens.finite("text_token_embeds")
+    mean = masked_mean(words.transpose(1, 2), text_mask(words))[:, None]  # (B, 1, D)
+    return cosine_similarity(tokens.finite("projected"), mean)[..., 0]

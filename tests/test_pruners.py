@@ -1,43 +1,20 @@
-"""Every registered method keeps its contract, and each equals a slow, obvious version of itself."""
-
-import math
-from dataclasses import fields
+"""Every registered method keeps its contract, equals a slow version of itself, and agrees with published code."""
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from conftest import GOLDEN
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokens import cases, make_tokens, only
 
 from pruning import PruningError, VisualTokens, build_pruner, register_pruner, registered_methods
-from pruning.budget import resolve_budget
 from pruning.methods.downsample import pooling
+from pruning.types import signal_name
+from scripts.check_golden import CHECKS, check
 
 NAMES = [name for name in registered_methods() if name != "identity"]
-
-
-def make_tokens(batch, rows, columns, channels=12, heads=3, seed=0, dtype=torch.float32) -> VisualTokens:
-    g = torch.Generator().manual_seed(seed)
-    count = rows * columns
-    attention = torch.randn(batch, heads, count + 1, generator=g).mul(2).softmax(-1)[..., 1:]
-    return VisualTokens(
-        features=torch.randn(batch, count, channels, generator=g).to(dtype),
-        projected=torch.randn(batch, count, channels + 4, generator=g).to(dtype),
-        cls_attention=attention,
-        image_key=torch.randint(0, 2**31 - 1, (batch,), generator=g),
-        grid=(rows, columns),
-    )
-
-
-shapes = st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.integers(1, 4), st.integers(0, 10**6))
-
-
-@st.composite
-def cases(draw):
-    batch, rows, columns, heads, seed = draw(shapes)
-    keep = draw(st.integers(1, rows * columns))
-    return make_tokens(batch, rows, columns, heads=heads, seed=seed), keep
 
 
 # ---- contract, over the registry -------------------------------------------------------------------------------
@@ -54,31 +31,57 @@ def test_always_k_distinct_ascending_positions(name, case):
         assert len(kept) == keep and kept == sorted(set(kept)) and 0 <= kept[0] and kept[-1] < tokens.count
         if selection.merged is not None:
             assert selection.merged[item].shape == (keep, tokens.features.shape[-1])
+            assert len(selection.origin[item]) == keep
 
 
 def degenerate(kind: str) -> VisualTokens:
     tokens = make_tokens(2, 4, 5)
-    features, projected, attention = tokens.features.clone(), tokens.projected.clone(), tokens.cls_attention.clone()
+    by_token = [tokens.features, tokens.projected, tokens.keys, tokens.reader_keys, tokens.image_embeds]
+    by_attention = [tokens.cls_attention, tokens.received_attention, tokens.object_attention, tokens.reader_attention]
     if kind == "duplicates":
-        features[:], projected[:] = features[:, :1], projected[:, :1]
+        for value in by_token:
+            value[:] = value[:, :1].clone()
     elif kind == "zeros":
-        features[:, ::2], projected[:, ::2] = 0, 0
+        for value in by_token:
+            value[:, ::2] = 0
     elif kind == "all zero":
-        features.zero_(), projected.zero_()
+        for value in [*by_token, tokens.text_embeds, tokens.text_token_embeds, tokens.general_embeds]:
+            value.zero_()
     elif kind == "equal attention":
-        attention[:] = 1 / 21
-    return VisualTokens(features, projected, attention, tokens.image_key, tokens.grid)
+        for value in by_attention:
+            value[:] = 1 / 21
+    elif kind == "no attention":
+        for value in by_attention:
+            value.zero_()
+    elif kind == "low rank":
+        for value in by_token:
+            value[:] = value[:, :, :1] * value[:, :1]
+    return tokens
 
 
-@pytest.mark.parametrize("keep", [1, 2, 7, 19, 20])
-@pytest.mark.parametrize("kind", ["duplicates", "zeros", "all zero", "equal attention"])
+KINDS = ["duplicates", "zeros", "all zero", "equal attention", "no attention", "low rank"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_degenerate_inputs_still_give_k_distinct_positions(name, kind, keep):
-    selection = build_pruner(name)(degenerate(kind), keep)
-    for item in range(2):
-        assert len(set(selection.of(item).tolist())) == keep
-    if selection.merged is not None:
-        assert all(torch.isfinite(merged).all() for merged in selection.merged)
+def test_degenerate_inputs_still_give_k_distinct_positions(name, kind):
+    for keep in (1, 2, 7, 19, 20):
+        selection = build_pruner(name)(degenerate(kind), keep)
+        for item in range(2):
+            assert len(set(selection.of(item).tolist())) == keep
+        if selection.merged is not None:
+            assert all(torch.isfinite(merged).all() for merged in selection.merged)
+
+
+@pytest.mark.parametrize("kind", ["duplicates", "all zero"])
+# VisPruner and ToMe drop by alternating places, so with equal tokens it is the place that decides.
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("random", "vispruner", "tome")])
+def test_where_nothing_differs_the_lower_index_wins(name, kind):
+    tokens = degenerate(kind)
+    for value in (tokens.cls_attention, tokens.received_attention, tokens.object_attention, tokens.reader_attention):
+        value[:] = 1 / 21
+    kept = build_pruner(name)(tokens, 1).of(0).tolist()
+    assert kept == ([12] if name == "downsample" else [0])  # downsample's one region has its centre there
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,127 +98,222 @@ def test_items_are_pruned_independently_and_half_precision_is_widened(name):
     tokens = make_tokens(3, 5, 5, dtype=torch.bfloat16)
     together = build_pruner(name)(tokens, 9)
     for item in range(3):
-        part = {f.name: getattr(tokens, f.name) for f in fields(tokens)}
-        part |= {key: value[item : item + 1].float() for key, value in part.items() if isinstance(value, torch.Tensor)}
-        part["image_key"] = tokens.image_key[item : item + 1]
-        assert torch.equal(together.of(item), build_pruner(name)(VisualTokens(**part), 9).of(0))
+        alone = build_pruner(name)(only(tokens, item), 9)
+        assert torch.equal(together.of(item), alone.of(0))
+        if together.merged is not None:
+            torch.testing.assert_close(together.merged[item].float(), alone.merged[0], atol=0.05, rtol=0.02)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "random"])
-def test_nan_is_an_error_and_not_a_selection(name):
+def test_nan_is_an_error_that_names_the_layer(name):
     tokens = make_tokens(2, 4, 4)
-    for value in (tokens.features, tokens.projected, tokens.cls_attention):
-        value[1, 2] = float("nan")
-    with pytest.raises(PruningError, match="NaN"):
-        build_pruner(name)(tokens, 4)
+    needs = {signal_name(need) for need in registered_methods()[name].needs}
+    for signal in needs or {"features", "projected"}:
+        broken = make_tokens(2, 4, 4)
+        getattr(broken, signal).view(-1)[7] = float("nan")
+        broken = VisualTokens(**{**vars(broken), "layers": {signal: "vision_tower.encoder.layers.22"}})
+        if signal == "projected" and name == "downsample":
+            continue
+        if signal == "features" and name in ("divprune", "fps"):
+            continue
+        with pytest.raises(PruningError, match=rf"`{signal}` of vision_tower.encoder.layers.22 holds NaN"):
+            build_pruner(name)(broken, 4)
+    assert build_pruner(name)(tokens, 4)
 
 
 @pytest.mark.parametrize("name", [n for n, m in registered_methods().items() if m.needs])
 def test_a_missing_signal_is_named(name):
+    tokens = VisualTokens(features=torch.randn(1, 9, 4), projected=torch.randn(1, 9, 4), grid=(3, 3))
     with pytest.raises(PruningError, match="needs"):
-        build_pruner(name)(VisualTokens(features=torch.randn(1, 9, 4), grid=(3, 3)), 4)
+        build_pruner(name)(tokens, 4)
 
 
-# ---- oracles: loops, one item at a time ------------------------------------------------------------------------
+@pytest.mark.parametrize("name", NAMES)
+def test_only_declared_signals_are_read(name):
+    """What is not in `needs` is not computed by the families, so a method that reads it would break there."""
+    tokens = make_tokens(2, 4, 4)
+    needs = {signal_name(need) for need in registered_methods()[name].needs}
+    given_ = {signal: getattr(tokens, signal) for signal in needs | {"features", "projected"}}
+    build_pruner(name)(VisualTokens(**given_, grid=(4, 4)), 5)
 
 
-def cosine(a, b):
-    na, nb = np.linalg.norm(a), np.linalg.norm(b)
-    return float(a @ b / (na * nb)) if na and nb else 0.0
+# ---- oracles ---------------------------------------------------------------------------------------------------
 
 
-def oracle_fastervlm(tokens, item, keep):
-    attention = tokens.cls_attention[item].double().numpy().mean(0)
-    return sorted(sorted(range(len(attention)), key=lambda i: (-attention[i], i))[:keep])
+def test_every_method_has_an_oracle():
+    assert {*oracles.KEEPING, *oracles.MERGING} == set(NAMES)
 
 
-def oracle_divprune(tokens, item, keep):
-    x = tokens.projected[item].double().numpy()
-    n = len(x)
-    distance = [[1 - cosine(x[i], x[j]) for j in range(n)] for i in range(n)]
-    nearest_other = [min((distance[i][j] for j in range(n) if j != i), default=math.inf) for i in range(n)]
-    picked = [max(range(n), key=lambda i: nearest_other[i])]
-    while len(picked) < keep:
-        left = [i for i in range(n) if i not in picked]
-        picked.append(max(left, key=lambda i: min(distance[i][j] for j in picked)))
-    return sorted(picked)
-
-
-def oracle_vispruner(tokens, item, keep):
-    x = tokens.features[item].double().numpy()
-    attention = tokens.cls_attention[item].double().numpy().mean(0)
-    order = sorted(range(len(x)), key=lambda i: (-attention[i], i))
-    important = int(keep * 0.5)
-    chosen, rest = order[:important], order[important:]
-    while len(rest) > keep - important:
-        even, odd = rest[0::2], rest[1::2]
-        drop = min(8, len(rest) - (keep - important), len(even))
-        ranked = sorted(even, key=lambda a: -max((cosine(x[a], x[b]) for b in odd), default=0.0))
-        rest = ranked[drop:] + odd
-    return sorted(chosen + rest)
-
-
-def oracle_prismprune(tokens, item, keep, start="salient", metric="cosine", ratio=0.5, factor=4):
-    x = tokens.features[item].double().numpy()
-    attention = tokens.cls_attention[item].double().numpy()
-    mean, variance = attention.mean(0), attention.var(0)
-    diverse = int(keep * (1 - ratio))
-    kept = sorted(range(len(x)), key=lambda i: (-mean[i], i))[: keep - diverse]
-    rest = [i for i in range(len(x)) if i not in kept]
-    pool = sorted(rest, key=lambda i: (-variance[i], i))[: (factor * diverse or len(rest))]
-
-    def measure(i, j):
-        return 1 - cosine(x[i], x[j]) if metric == "cosine" else np.linalg.norm(x[i] - x[j])
-
-    reference = list(kept) if start == "salient" and kept else []
-    picked = []
-    while len(picked) < diverse:
-        if not reference:
-            new = pool[0]
-        else:
-            left = sorted(i for i in pool if i not in picked)
-            new = max(left, key=lambda i: min(measure(i, j) for j in reference))
-        picked.append(new)
-        reference.append(new)
-    return sorted(kept + picked)
-
-
-ORACLES = {
-    "fastervlm": oracle_fastervlm,
-    "divprune": oracle_divprune,
-    "vispruner": oracle_vispruner,
-    "prismprune": oracle_prismprune,
-}
-
-
-@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.parametrize("name", oracles.KEEPING)
 @settings(max_examples=40, deadline=None)
-@given(case=cases())
+@given(case=cases(side=6))
 def test_method_equals_its_oracle(name, case):
     tokens, keep = case
     selection = build_pruner(name)(tokens, keep)
+    # Of two tokens each is as far from their mean as the other; rounding, not the method, would decide.
+    assume(not (name == "fps" and tokens.count == 2) and not (name == "trimtokenator" and tokens.count <= 3))
     for item in range(len(tokens.features)):
-        assert selection.of(item).tolist() == ORACLES[name](tokens, item, keep)
+        assert selection.of(item).tolist() == oracles.KEEPING[name](tokens, item, keep)
+
+
+def same_merge(selection, item, expected):
+    places, features = expected
+    assert selection.origin[item].tolist() == list(places)
+    np.testing.assert_allclose(selection.merged[item].numpy(), features, atol=2e-4)
+    kept = set(selection.of(item).tolist())
+    assert {place for place in places if place >= 0} <= kept and len(kept) == len(places)
+
+
+@pytest.mark.parametrize("name", oracles.MERGING)
+@settings(max_examples=40, deadline=None)
+@given(case=cases(side=6))
+def test_merging_method_equals_its_oracle(name, case):
+    tokens, keep = case
+    selection = build_pruner(name)(tokens, keep)
+    for item in range(len(tokens.features)):
+        same_merge(selection, item, oracles.MERGING[name](tokens, item, keep))
+
+
+OPTIONS = [
+    ("prismprune", {"fps_start": "top_variance"}, {"start": "top_variance"}),
+    ("prismprune", {"fps_metric": "l2"}, {"metric": "l2"}),
+    ("prismprune", {"salient_ratio": 0.25}, {"ratio": 0.25}),
+    ("prismprune", {"salient_ratio": 0.0}, {"ratio": 0.0}),
+    ("prismprune", {"salient_ratio": 1.0}, {"ratio": 1.0}),
+    ("prismprune", {"pool_factor": 0}, {"factor": 0}),
+    ("vispruner", {"important_ratio": 0.25}, {"share": 0.25}),
+    ("fps", {"start": "center"}, {"start": "center"}),
+    ("fps", {"start": "first", "space": "features"}, {"start": "first", "space": "features"}),
+    ("cdpruner", {"relevance_sign": 1}, {"sign": 1}),
+    ("crisprune", {"alpha": 0.0}, {"alpha": 0.0}),
+    ("crisprune", {"alpha": 1.0, "decay": 0.9}, {"alpha": 1.0, "decay": 0.9}),
+    ("crisprune", {"quantile": 1.0}, {"tau": 1.0}),
+    ("crisprune", {"relevance_sign": -1}, {"sign": -1}),
+    ("crisprune", {"saliency": "received", "text": "llm"}, {"saliency": "received", "text": "llm"}),
+    ("trimtokenator", {"stages": "align"}, {"stages": "align"}),
+    ("trimtokenator", {"stages": "repmax"}, {"stages": "repmax"}),
+    ("trimtokenator", {"stages": "repmax_align"}, {"stages": "repmax_align"}),
+    ("trimtokenator", {"alignment_metric": "cosine"}, {"alignment": "cosine"}),
+    ("trimtokenator", {"redundancy_metric": "l2", "n1_ratio": 0.5}, {"redundancy": "l2", "ratio": 0.5}),
+    ("hiprune", {"alpha": 0.9}, {"alpha": 0.9}),
+    ("gridprune", {"zones": 3, "alpha": 0.2}, {"zones": 3, "alpha": 0.2}),
+    ("adaptive", {"erank_avg": 1.0, "tau_max": 1.0}, {"average": 1.0, "tau_max": 1.0}),
+    ("adaptive", {"erank_avg": 2.0, "tau_max": 2.0}, {"average": 2.0, "tau_max": 2.0}),
+    ("random", {"seed": 7}, {"seed": 7}),
+    ("tome", {"metric": "features"}, {"metric": "features"}),
+    ("bat", {"attentive_ratio": 0.25, "neighbours": 3}, {"ratio": 0.25, "k": 3}),
+    ("trim", {"relevance_sign": 1}, {"sign": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "named"), OPTIONS, ids=lambda value: str(value))
+def test_options_equal_their_oracle(name, options, named):
+    for seed in range(3):
+        tokens = make_tokens(2, 6, 6, heads=4, seed=seed)
+        default = build_pruner(name)(tokens, 10)
+        selection = build_pruner(name, options)(tokens, 10)
+        for item in range(2):
+            if name in oracles.KEEPING:
+                assert selection.of(item).tolist() == oracles.KEEPING[name](tokens, item, 10, **named)
+            else:
+                same_merge(selection, item, oracles.MERGING[name](tokens, item, 10, **named))
+        if not all(torch.equal(selection.of(item), default.of(item)) for item in range(2)):
+            break
+    else:
+        pytest.fail("the option changed nothing in three tries")
+
+
+# ---- adaptive counts and statistics over the crops of an image ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("name", "oracle"),
     [
-        {"fps_start": "top_variance"},
-        {"fps_metric": "l2"},
-        {"salient_ratio": 0.25},
-        {"salient_ratio": 0.0},
-        {"salient_ratio": 1.0},
-        {"pool_factor": 0},
+        ("prumerge", oracles.prumerge_outliers),
+        ("prumerge_plus", oracles.prumerge_plus_outliers),
+        ("trim", lambda tokens, item: oracles.trim(tokens, item, 1, count="outliers")),
     ],
 )
-def test_prismprune_options_equal_their_oracle(options):
-    names = {"fps_start": "start", "fps_metric": "metric", "salient_ratio": "ratio", "pool_factor": "factor"}
-    tokens = make_tokens(2, 6, 6, heads=4, seed=5)
-    selection = build_pruner("prismprune", options)(tokens, 10)
-    for item in range(2):
-        expected = oracle_prismprune(tokens, item, 10, **{names[key]: value for key, value in options.items()})
-        assert selection.of(item).tolist() == expected
+@settings(max_examples=25, deadline=None)
+@given(case=cases())
+def test_outlier_counts_equal_their_oracle(name, oracle, case):
+    tokens, _ = case
+    selection = build_pruner(name, {"count": "outliers"})(tokens, 1)
+    for item in range(len(tokens.features)):
+        same_merge(selection, item, oracle(tokens, item))
+
+
+def test_outliers_and_relevance_are_measured_over_all_crops_of_an_image():
+    tokens = make_tokens(3, 6, 6)
+    tokens.cls_attention[0] *= 3
+    tokens.reader_attention[0] *= 3
+    tokens.image_embeds[0] = tokens.text_embeds[:1, 0] + 0.05 * tokens.image_embeds[0]  # all alike relevant
+    image = torch.tensor([0, 0, 1])
+    pooled = VisualTokens(**{**vars(tokens), "image": image})
+    shares = oracles.outliers(torch.cat([tokens.reader_attention[0], tokens.reader_attention[1]]).numpy())
+    counts = build_pruner("prumerge", {"count": "outliers"})(pooled, 1).counts()
+    assert counts[:2] == [int(36 * shares) + 1] * 2
+    alone = build_pruner("prumerge", {"count": "outliers"})(tokens, 1)
+    assert counts[2] == alone.counts()[2] and counts[:2] != alone.counts()[:2]
+    joint, single = (build_pruner("cdpruner")(given_, 9).indices for given_ in (pooled, tokens))
+    assert torch.equal(joint[2], single[2]) and not torch.equal(joint[:2], single[:2])
+
+
+def test_adaptive_count_keeps_more_of_complex_images():
+    tokens = make_tokens(3, 6, 6, channels=40)
+    tokens.projected[0] = tokens.projected[0, :1] + 0.01 * tokens.projected[0]  # simple: nearly one token 36 times
+    tokens.projected[1, 18:] = tokens.projected[1, :18]
+    complexity = [oracles.erank(oracles.of(tokens, "projected", item)) for item in range(3)]
+    average = complexity[1]
+    selection = build_pruner("adaptive", {"count": "adaptive", "erank_avg": average})(tokens, 10)
+    expected = [max(1, round(10 * max(0.8, c / average))) for c in complexity]
+    assert selection.counts() == expected and expected[0] == 8 and expected[1] == 10 and expected[2] > 10
+    for item, count in enumerate(expected):
+        assert selection.of(item).tolist() == oracles.adaptive_threshold(tokens, item, count, average)
+
+
+@pytest.mark.parametrize("count", ["fixed", "adaptive"])
+@pytest.mark.parametrize("slope", [0.5, -0.5, 5.0])
+@pytest.mark.parametrize("variant", ["vispruner", "bat", "divprune_fastervlm"])
+def test_mixes_follow_complexity(variant, slope, count):
+    for seed in range(6):
+        tokens = make_tokens(3, 5, 6, seed=seed)
+        tokens.projected[0] = tokens.projected[0, :1] + 0.05 * tokens.projected[0]
+        average = oracles.erank(oracles.of(tokens, "projected", 1))
+        options = {"variant": variant, "erank_avg": average, "slope": slope, "count": count}
+        selection = build_pruner("adaptive", options)(tokens, 11)
+        for item in range(3):
+            relative = oracles.erank(oracles.of(tokens, "projected", item)) / average
+            keep = 11 if count == "fixed" else min(30, max(1, round(11 * max(0.8, relative))))
+            share = min(max(0.5 + slope * (1 - relative), 0), 1)
+            if abs(keep * share - round(keep * share)) < 1e-3:
+                continue  # rounding may go either way
+            attended = int(keep * share)
+            if variant == "bat":
+                same_merge(selection, item, oracles.bat(tokens, item, keep, attended / keep + 1e-9))
+                continue
+            if variant == "vispruner":
+                expected = oracles.vispruner(tokens, item, keep, attended / keep + 1e-9)
+            else:
+                x = oracles.of(tokens, "projected", item)
+                distance = [[1 - oracles.cosine(a, b) for b in x] for a in x]
+                head = oracles.by(oracles.of(tokens, "cls_attention", item).mean(0))[:attended]
+                expected = sorted(oracles.max_min(distance, keep, head or oracles.divprune_places(x, 1)))
+            assert selection.of(item).tolist() == expected
+
+
+def test_entropy_can_stand_in_for_erank():
+    tokens = make_tokens(1, 6, 6)
+    p = oracles.of(tokens, "cls_attention", 0).mean(0)
+    p = p / p.sum()
+    entropy = float(-(p * np.log(p)).sum())
+    options = {"complexity": "attention_entropy", "entropy_avg": 0.5}
+    kept = build_pruner("adaptive", options)(tokens, 9).of(0).tolist()
+    average = oracles.erank(oracles.of(tokens, "projected", 0)) / (entropy / 0.5)
+    assert kept == oracles.adaptive_threshold(tokens, 0, 9, average)
+
+
+# ---- properties ------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -244,34 +342,48 @@ def test_random_is_uniform_seeded_and_its_own_for_every_picture():
     assert (share - 0.25).abs().max() < 0.035  # 5 standard errors of a fair draw
     assert len({tuple(row) for row in kept.tolist()}) > 3000
     assert torch.equal(kept, build_pruner("random")(tokens, 5).indices)
-    assert not torch.equal(kept, build_pruner("random", {"seed": 1})(tokens, 5).indices)
+
+
+@settings(max_examples=200, deadline=None)
+@given(count=st.integers(2, 30), seed=st.integers(0, 10**6))
+def test_divprune_breaks_the_tie_of_mutual_neighbours_to_the_lower_index(count, seed):
+    """Two tokens that are each other's nearest are equally lonely, whatever the last bit of a matrix product says."""
+    tokens = make_tokens(1, 1, count, seed=seed)
+    assert build_pruner("divprune")(tokens, 1).of(0).tolist() == oracles.divprune(tokens, 0, 1)
 
 
 # ---- golden cases ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fastervlm", "vispruner", "divprune"])
+def test_what_is_called_golden_is_checked():
+    assert set(CHECKS) == {name for name, method in registered_methods().items() if method.golden}
+
+
+@pytest.mark.parametrize("name", CHECKS)
 def test_published_code_agrees(name):
-    files = sorted((GOLDEN / name).glob("*.npz"))
-    if not files:
+    lines, same, total = check(GOLDEN, name)
+    if not total:
         pytest.skip("golden cases are not beside this checkout")
-    for file in files:
-        data = np.load(file)
-        arrays = {key: torch.from_numpy(data[key]) for key in data.files if data[key].ndim > 1}
-        attention = arrays.get("cls_attention")
-        features = arrays.get("vision_hidden", arrays.get("projected"))
-        if features is None:
-            features = torch.zeros(attention.shape[0], attention.shape[2], 1)
-        options = {}
-        if name == "vispruner":
-            options["important_ratio"] = float(data["important_ratio"])
-            options["removed_per_round"] = int(data["remove_per_iter"])
-        tokens = VisualTokens(features, arrays.get("projected"), attention)
-        kept = build_pruner(name, options)(tokens, int(data["keep"])).indices.numpy()
-        assert np.array_equal(kept, data["kept_indices"].reshape(kept.shape)), file.name
+    assert same == total, lines
+    different = [line for line in lines if "defined differently" in line]
+    assert len(different) == (name == "prumerge_plus")  # tokens kept twice
 
 
-# ---- names, options, budgets -----------------------------------------------------------------------------------
+def test_a_wrong_answer_is_seen(tmp_path):
+    """The checker on a case of our own, right and then broken."""
+    folder = tmp_path / "divprune"
+    folder.mkdir()
+    tokens = make_tokens(2, 4, 4)
+    kept = build_pruner("divprune")(tokens, 5).indices.numpy()
+    np.savez(folder / "own.npz", projected=tokens.projected.numpy(), keep=5, kept_indices=kept)
+    assert check(tmp_path)[1:] == (1, 1)
+    kept[1, 2] = (kept[1, 2] + 1) % 16
+    np.savez(folder / "own.npz", projected=tokens.projected.numpy(), keep=5, kept_indices=np.sort(kept))
+    lines, same, total = check(tmp_path)
+    assert (same, total) == (0, 1) and ("differs" in lines[0] or "twice" in lines[0])
+
+
+# ---- names -----------------------------------------------------------------------------------------------------
 
 
 def test_unknown_names_are_answered_with_the_nearest():
@@ -281,6 +393,8 @@ def test_unknown_names_are_answered_with_the_nearest():
         build_pruner("prismprune", {"pool_facter": 2})
     with pytest.raises(PruningError, match="important_ratio.*1.5"):
         build_pruner("vispruner", {"important_ratio": 1.5})
+    with pytest.raises(PruningError, match=r"relevance_sign is one of 1, -1"):
+        build_pruner("cdpruner", {"relevance_sign": 0})
 
 
 def test_registration_is_loud():
@@ -288,29 +402,6 @@ def test_registration_is_loud():
         register_pruner("random", paper="-")(type(build_pruner("random")))
     with pytest.raises(PruningError, match="lower-case"):
         register_pruner("DivPrune", paper="-")(type(build_pruner("random")))
-
-
-@pytest.mark.parametrize(
-    ("keep", "count", "wanted"),
-    [
-        (64, 576, 64),
-        (0.111, 576, 64),
-        ("50%", 144, 72),
-        ("11.1%", 576, 64),
-        (1.0, 9, 9),
-        (1, 9, 1),
-        (0.5, 5, 2),
-        ("100%", 7, 7),
-    ],
-)
-def test_budgets(keep, count, wanted):
-    assert resolve_budget(keep, count) == wanted
-
-
-@pytest.mark.parametrize("keep", [0, -3, 577, 0.0, 1.5, -0.1, "0%", "101%", "64", "many%", 0.0001, True, None])
-def test_budgets_out_of_range_say_so(keep):
-    with pytest.raises(PruningError, match=r"keep="):
-        resolve_budget(keep, 576)
 
 
 def test_a_new_method_is_one_registered_class():
@@ -332,11 +423,3 @@ def test_a_new_method_is_one_registered_class():
         assert build_pruner("first_tokens")(make_tokens(1, 3, 3), 4).of(0).tolist() == [0, 1, 2, 3]
     finally:
         del registry._METHODS["first_tokens"]
-
-
-@settings(max_examples=200, deadline=None)
-@given(count=st.integers(2, 30), seed=st.integers(0, 10**6))
-def test_divprune_breaks_the_tie_of_mutual_neighbours_to_the_lower_index(count, seed):
-    """Two tokens that are each other's nearest are equally lonely, whatever the last bit of a matrix product says."""
-    tokens = make_tokens(1, 1, count, seed=seed)
-    assert build_pruner("divprune")(tokens, 1).of(0).tolist() == oracle_divprune(tokens, 0, 1)

@@ -26,6 +26,7 @@ from pruning import PrunedModel, PruningError, PruningSpec
 from pruning.checkpoint import checkpoint_folder, load_model, wrap_projector, write_adapter
 from pruning.checkpoint import frozen_hash as stored_hash
 from pruning.families import family_of
+from pruning.text import instruction_text
 from train.callbacks import CompleteCheckpointCallback, NumbersCallback, check_finite_weights
 from train.freeze import FrozenReport, freeze_all_but_projector
 from train.record import run_record
@@ -84,10 +85,7 @@ def recalibrate(run: Run) -> Path:
     model, processor = load_model(config.model.path, config.model.revision, config.model.dtype, config.model.attention)
     peft_model = wrap_projector(model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
-    formatter = Formatter(
-        processor, run.data.images, config.model.template, config.model.square, config.train.max_length
-    )
-    step = train(run, peft_model, formatter, tracker)
+    step = train(run, peft_model, processor, tracker)
     save(run, peft_model, tracker, step)
     if tracker is not None:
         tracker.close()
@@ -122,12 +120,20 @@ def start(config: RecalibrateConfig) -> Run:
     return Run(config, data, rank, world, settings, resume)
 
 
-def train(run: Run, peft_model: PeftModel, formatter: Formatter, tracker: Tracker | None) -> int:
+def train(run: Run, peft_model: PeftModel, processor: Any, tracker: Tracker | None) -> int:
     """Train with the pruner attached, check that nothing frozen changed, and return the last step's number."""
     config, model = run.config.train, peft_model.get_base_model()
     if config.gradient_checkpointing:
         _checkpoint_language_model(model)
-    pruned = PrunedModel(model, PruningSpec(**run.config.pruning.model_dump()))
+    pruned = PrunedModel(model, PruningSpec(**run.config.pruning.model_dump()), processor.tokenizer)
+    formatter = Formatter(
+        processor,
+        run.data.images,
+        run.config.model.template,
+        run.config.model.square,
+        config.max_length,
+        instructions=instruction_text if pruned.reads_text else None,
+    )
     steps = steps_in_total(config, len(run.data), run.world)
     numbers = NumbersCallback(tracker, config.batch_size * config.accumulation * run.world)
     trainer = RecalibrationTrainer(

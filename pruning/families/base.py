@@ -24,14 +24,19 @@ class Encoded:
         output: what ``get_image_features`` returned; its ``pooler_output`` holds the projected tokens.
         tokens: the items the pruner sees: images, or the crops of all images.
         lengths: placeholders per image, in the order the images appear in the batch.
+        owner: the image that each item belongs to.
         keep_of: maps a selection and a newline policy to each image's kept
             ``(positions in its placeholder run (K,), features (K, D))``.
+        pools: returns for each image the tokens (P,) that the LLM would see of it, as ``item * N + position``,
+            ascending: what a budget per image chooses from.
     """
 
     output: Any
     tokens: VisualTokens
     lengths: list[int]
+    owner: list[int]
     keep_of: Callable[[Selection, str], list[tuple[Tensor, Tensor]]]
+    pools: Callable[[], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Family:
         projectors: projector modules below the conditional-generation model, by their path from ``model.``.
         language_model: path of the language model.
         drop: model inputs that pruning replaces and therefore removes.
-        item: what a budget counts for: "image" or "crop".
+        item: what an item is, and so what a budget per item counts for: "image" or "crop".
+        signals: the vision signals that a model offers.
         encode: runs the stock encoder, with the signals a method needs.
         blank: inputs of one dummy image, so that a batch of text alone still reaches the projector in training.
     """
@@ -55,6 +61,7 @@ class Family:
     language_model: str
     drop: tuple[str, ...]
     item: str
+    signals: Callable[[nn.Module], frozenset[str]]
     encode: Callable[[nn.Module, Mapping[str, Any], frozenset[str]], Encoded]
     blank: Callable[[nn.Module], dict[str, Tensor]]
 

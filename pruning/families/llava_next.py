@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from pruning.families.base import Encoded, Family, project_kept, register_family
 from pruning.families.llava import blank as blank_crop
-from pruning.families.llava import feature_attention, patch_grid
-from pruning.signals import image_keys, record_cls_attention, record_input, record_output
-from pruning.types import Selection, VisualTokens
+from pruning.families.tower import record_signals, vision_signals, visual_tokens
+from pruning.signals import record_input, record_output
+from pruning.types import Selection
 
 _NEWLINE = -1
 
@@ -25,36 +25,29 @@ def encode(model: nn.Module, inputs: Mapping[str, Any], needs: frozenset[str]) -
     """
     base: Any = model.base_model
     projector = base.multi_modal_projector
-    attention = feature_attention(model) if "cls_attention" in needs else None
     with (
-        record_input(base.vision_tower) as pixels,
         record_input(projector) as features,
         record_output(projector) as projected,
-        record_cls_attention(attention) as rows,
+        record_signals(model, needs) as signals,
     ):
         output = base.get_image_features(
             pixel_values=inputs["pixel_values"], image_sizes=inputs["image_sizes"], return_dict=True
         )
     crops, count, _ = projected[0].shape
-    tokens = VisualTokens(
-        features=features[0],
-        projected=projected[0],
-        cls_attention=rows[0] if rows else None,
-        image_key=image_keys(pixels[0]) if "image_key" in needs else None,
-        grid=patch_grid(model, count),
-    )
+    tokens = visual_tokens(model, needs, features[0], projected[0], signals)
     packed = list(output.pooler_output)
     origin = _origins(model, inputs, packed, crops, count)
 
+    per_image = _crops_per_image(model, inputs)
+    owner = [image for image, number in enumerate(per_image) for _ in range(number)]
+
     def keep_of(selection: Selection, newline: str) -> list[tuple[Tensor, Tensor]]:
-        kept = torch.zeros(crops * count, dtype=torch.bool, device=projected[0].device)
-        for crop in range(crops):
-            kept[crop * count + selection.of(crop)] = True
+        flat = torch.cat([crop * count + selection.of(crop) for crop in range(crops)])
+        kept = torch.zeros(crops * count, dtype=torch.bool, device=flat.device).index_fill(0, flat, True)
         merged = None
         if selection.merged is not None:
-            merged = projected[0].clone().flatten(0, 1)
-            for crop, features in enumerate(project_kept(selection, tokens, projector)):
-                merged[crop * count + selection.of(crop)] = features
+            features = torch.cat(project_kept(selection, tokens, projector))
+            merged = projected[0].flatten(0, 1).index_copy(0, flat, features)
         images = []
         for image, where in enumerate(origin):
             stays = _stays(where, kept, newline)
@@ -64,7 +57,10 @@ def encode(model: nn.Module, inputs: Mapping[str, Any], needs: frozenset[str]) -
             images.append((stays, features[stays]))
         return images
 
-    return Encoded(output, tokens, [len(features) for features in packed], keep_of)
+    def pools() -> list[Tensor]:
+        return [where[where != _NEWLINE].sort().values for where in origin]
+
+    return Encoded(output, tokens, [len(features) for features in packed], owner, keep_of, pools)
 
 
 def _origins(model: nn.Module, inputs: Mapping[str, Any], packed: list[Tensor], crops: int, count: int) -> list[Tensor]:
@@ -125,6 +121,7 @@ LLAVA_NEXT = register_family(
         language_model="language_model",
         drop=("pixel_values", "image_sizes"),
         item="crop",
+        signals=vision_signals,
         encode=encode,
         blank=blank,
     )

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from pruning.greedy import pick_spread
 from pruning.registry import register_pruner
-from pruning.selection import ascending, cosine_similarity, farthest_points
-from pruning.types import Selection, VisualTokens, check_finite
+from pruning.selection import ascending, cosine_distance
+from pruning.types import Selection, VisualTokens
 
 
-@register_pruner("divprune", paper="DivPrune, arXiv 2503.02175")
+@register_pruner("divprune", paper="DivPrune, arXiv 2503.02175", golden=True)
 @dataclass(frozen=True)
 class DivPrune:
     """Greedy max-min diversity on cosine distance of projected features.
@@ -20,22 +22,28 @@ class DivPrune:
     The first token is the one farthest from its nearest neighbour; every next one is farthest from all picked.
 
     Differs from the published code: picked tokens are excluded outright, so duplicates and zero vectors still give K
-    distinct tokens; every item of a batch is pruned on its own.
+    distinct tokens; every item of a batch is pruned on its own; newline tokens of LLaVA-1.6 are no candidates.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K mutually distant positions (B, K)."""
-        projected = tokens.features if tokens.projected is None else tokens.projected
-        distance = 1 - cosine_similarity(check_finite(projected, "projected features"))  # (B, N, N)
-        itself = torch.eye(tokens.count, dtype=torch.bool, device=distance.device)
-        apart = distance.masked_fill(itself, float("inf"))
-        # A matrix product is not symmetric to the last bit; taking rows and columns keeps mutual neighbours tied.
-        lonely = torch.minimum(apart.amin(dim=-1), apart.amin(dim=-2))  # (B, N), distance to the nearest other
-        first = lonely.argmax(dim=-1)
-        batch = torch.arange(len(first), device=first.device)
-        start = distance[batch, first]
-        start[batch, first] = float("-inf")
-        rest = farthest_points(distance, start, keep - 1)
-        return Selection(ascending(torch.cat([first[:, None], rest], dim=1)))
+        return Selection(ascending(most_distant(tokens.finite("projected"), keep)))
+
+
+def most_distant(features: Tensor, keep: int) -> Tensor:
+    """Return ``keep`` positions (B, K) of ``features`` (B, N, D) by greedy max-min cosine distance, as picked."""
+    distance = cosine_distance(features)  # (B, N, N)
+    itself = distance.diagonal(dim1=1, dim2=2)
+    own = itself.clone()
+    itself.fill_(float("inf"))
+    # A matrix product is not symmetric to the last bit; taking rows and columns keeps mutual neighbours tied.
+    lonely = torch.minimum(distance.amin(dim=-1), distance.amin(dim=-2))  # (B, N), distance to the nearest other
+    itself.copy_(own)
+    first = lonely.argmax(dim=-1)
+    items = torch.arange(len(first), device=first.device)
+    taken = torch.zeros_like(lonely, dtype=torch.bool)
+    taken[items, first] = True
+    rest = pick_spread(distance, distance[items, first], keep - 1, "minimum", taken)
+    return torch.cat([first[:, None], rest], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pruning.registry import register_pruner
-from pruning.types import PruningError, Selection, VisualTokens, check_finite
+from pruning.types import PruningError, Selection, VisualTokens
 
 
 @register_pruner("downsample", paper="the baseline of VTC-Bench, arXiv 2510.07143", merges=True)
@@ -32,15 +33,16 @@ class Downsample:
         """
         if tokens.grid is None:
             raise PruningError(
-                "downsample pools a patch grid, but these visual tokens form none; choose another pruner"
+                "downsample pools a patch grid, but these tokens form none; choose another pruner, or scope: item"
             )
         weights, centers = pooling(*tokens.grid, keep)
-        features = check_finite(tokens.features, "vision features")
+        features = tokens.finite("features")
         merged = (weights.to(features) @ features).to(tokens.features.dtype)  # (B, K, C)
         indices = centers.to(features.device).expand(len(features), -1)
-        return Selection(indices, list(merged))
+        return Selection(indices, list(merged), list(indices))
 
 
+@functools.cache
 def pooling(rows: int, columns: int, keep: int) -> tuple[Tensor, Tensor]:
     """Return the pooling matrix (K, rows * columns), each row summing to 1, and the central patches (K,), ascending."""
     strips = max(round(math.sqrt(keep * rows / columns)), math.ceil(keep / columns), 1)

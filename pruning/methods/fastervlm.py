@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from pruning.registry import register_pruner
 from pruning.selection import ascending, top_k
-from pruning.types import Selection, VisualTokens, check_finite
+from pruning.types import Selection, VisualTokens
 
 
-@register_pruner("fastervlm", paper="FasterVLM, arXiv 2412.01818")
+@register_pruner("fastervlm", paper="FasterVLM, arXiv 2412.01818", golden=True)
 @dataclass(frozen=True)
 class FasterVLM:
     """Keep the K tokens with the highest [CLS] attention, averaged over the heads of the feature layer.
@@ -23,5 +23,4 @@ class FasterVLM:
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return the K most attended positions (B, K)."""
-        saliency = check_finite(tokens.require("cls_attention"), "[CLS] attention").mean(dim=1)  # (B, N)
-        return Selection(ascending(top_k(saliency, keep)))
+        return Selection(ascending(top_k(tokens.finite("cls_attention").mean(dim=1), keep)))

@@ -8,9 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pruning.greedy import pick_spread
+from pruning.methods.trimtokenator import METRICS
+from pruning.options import check_choice, check_share
 from pruning.registry import register_pruner
-from pruning.selection import ascending, cosine_similarity, farthest_points, top_k
-from pruning.types import PruningError, Selection, VisualTokens, check_finite
+from pruning.selection import ascending, cosine_distance, euclidean_distance, mask_of, rows_of, top_k
+from pruning.types import PruningError, Selection, VisualTokens
 
 
 @register_pruner("prismprune", paper="PrismPrune, supplementary material (CVPR 2026)", exact=False)
@@ -41,37 +44,37 @@ class PrismPrune:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if not 0 <= self.salient_ratio <= 1:
-            raise PruningError(f"salient_ratio is a share in [0, 1], got {self.salient_ratio}")
+        check_share("salient_ratio", self.salient_ratio)
         if self.pool_factor < 0:
             raise PruningError(f"pool_factor is 0 (all tokens) or a positive number, got {self.pool_factor}")
-        if self.fps_start not in ("salient", "top_variance"):
-            raise PruningError(f"fps_start is 'salient' or 'top_variance', got {self.fps_start!r}")
-        if self.fps_metric not in ("cosine", "l2"):
-            raise PruningError(f"fps_metric is 'cosine' or 'l2', got {self.fps_metric!r}")
+        check_choice("fps_start", self.fps_start, ("salient", "top_variance"))
+        check_choice("fps_metric", self.fps_metric, METRICS)
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K), salient and diverse."""
-        attention = check_finite(tokens.require("cls_attention"), "[CLS] attention")  # (B, H, N)
+        attention = tokens.finite("cls_attention")  # (B, H, N)
         diverse = int(keep * (1 - self.salient_ratio))
         salient = top_k(attention.mean(dim=1), keep - diverse)
         if not diverse:
             return Selection(ascending(salient))
-        taken = torch.zeros_like(attention[:, 0], dtype=torch.bool).scatter(1, salient, True)
+        taken = mask_of(salient, tokens.count)
         variance = attention.var(dim=1, correction=0).masked_fill(taken, float("-inf"))
         rest = tokens.count - salient.shape[1]
         pool = top_k(variance, min(self.pool_factor * diverse or rest, rest))
-        blocked = torch.ones_like(taken).scatter(1, pool, False)
-        return Selection(ascending(torch.cat([salient, self._spread(tokens, salient, pool, blocked, diverse)], dim=1)))
+        spread = self._spread(tokens, salient, ascending(pool), pool[:, :1], diverse)
+        return Selection(ascending(torch.cat([salient, spread], dim=1)))
 
-    def _spread(self, tokens: VisualTokens, salient: Tensor, pool: Tensor, blocked: Tensor, diverse: int) -> Tensor:
-        """Sample ``diverse`` farthest points (B, K_div) among the candidates ``pool``."""
-        features = check_finite(tokens.features, "vision features")
-        distance = torch.cdist(features, features) if self.fps_metric == "l2" else 1 - cosine_similarity(features)
-        start = pool[:, :1] if self.fps_start == "top_variance" or not salient.shape[1] else salient
-        batch = torch.arange(len(start), device=start.device)[:, None]
-        nearest = distance[batch, start].amin(dim=1)  # (B, N), distance to the nearest starting token
+    def _spread(self, tokens: VisualTokens, salient: Tensor, pool: Tensor, best: Tensor, diverse: int) -> Tensor:
+        """Sample ``diverse`` farthest points (B, K_div) among the candidates ``pool``; only those are compared."""
+        features = tokens.finite("features")
+        start = best if self.fps_start == "top_variance" or not salient.shape[1] else salient
+        compared = torch.cat([pool, start], dim=1)
+        points = rows_of(features, compared)
+        distance = euclidean_distance(points) if self.fps_metric == "l2" else cosine_distance(points)
+        count = pool.shape[1]
+        nearest = distance[:, :count, count:].amin(dim=-1)  # (B, M), distance to the nearest starting token
+        among = distance[:, :count, :count]
         if start is salient:
-            return farthest_points(distance, nearest, diverse, blocked)
-        blocked = blocked.scatter(1, start, True)
-        return torch.cat([start, farthest_points(distance, nearest, diverse - 1, blocked)], dim=1)
+            return pool.gather(1, pick_spread(among, nearest, diverse, "minimum"))
+        rest = pick_spread(among, nearest, diverse - 1, "minimum", pool == best)
+        return torch.cat([best, pool.gather(1, rest)], dim=1)

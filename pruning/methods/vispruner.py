@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from pruning.duplicates import without_duplicates
+from pruning.options import check_least, check_share
 from pruning.registry import register_pruner
 from pruning.selection import ascending, cosine_similarity, top_k
-from pruning.types import PruningError, Selection, VisualTokens, check_finite
+from pruning.types import Selection, VisualTokens
 
 
-@register_pruner("vispruner", paper="VisPruner, arXiv 2412.01818v2")
+@register_pruner("vispruner", paper="VisPruner, arXiv 2412.01818v2", golden=True)
 @dataclass(frozen=True)
 class VisPruner:
     """Keep ``int(K * important_ratio)`` tokens by [CLS] attention and fill up with mutually dissimilar ones.
@@ -23,6 +24,10 @@ class VisPruner:
 
     Differs from the published code: an odd remainder puts the extra token on the even side (there it crashes), and a
     round drops at most as many tokens as the even side has.
+
+    Attributes:
+        important_ratio: share of the budget taken by attention (published: 0.5).
+        removed_per_round: tokens dropped per round (published: 8).
     """
 
     important_ratio: float = 0.5
@@ -31,31 +36,15 @@ class VisPruner:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if not 0 <= self.important_ratio <= 1:
-            raise PruningError(f"important_ratio is a share in [0, 1], got {self.important_ratio}")
-        if self.removed_per_round < 1:
-            raise PruningError(f"removed_per_round is at least 1, got {self.removed_per_round}")
+        check_share("important_ratio", self.important_ratio)
+        check_least("removed_per_round", self.removed_per_round, 1)
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K): the important and the diverse ones."""
-        saliency = check_finite(tokens.require("cls_attention"), "[CLS] attention").mean(dim=1)
-        order = top_k(saliency, tokens.count)  # (B, N), most attended first
+        order = top_k(tokens.finite("cls_attention").mean(dim=1), tokens.count)  # (B, N), most attended first
         important = int(keep * self.important_ratio)
-        rest = order[:, important:]
-        rest = self._without_duplicates(tokens, rest, keep - important) if keep > important else rest[:, :0]
+        if important == keep:
+            return Selection(ascending(order[:, :keep]))
+        similarity = cosine_similarity(tokens.finite("features"))
+        rest = without_duplicates(similarity, order[:, important:], keep - important, self.removed_per_round)
         return Selection(ascending(torch.cat([order[:, :important], rest], dim=1)))
-
-    def _without_duplicates(self, tokens: VisualTokens, rest: Tensor, wanted: int) -> Tensor:
-        """Shrink ``rest`` (B, R) to ``wanted`` positions; the order of what stays decides the next round's split."""
-        similarity = cosine_similarity(check_finite(tokens.features, "vision features"))  # (B, N, N)
-        batch = torch.arange(len(rest), device=rest.device)[:, None, None]
-        while rest.shape[1] > wanted:
-            even, odd = rest[:, 0::2], rest[:, 1::2]
-            drop = min(self.removed_per_round, rest.shape[1] - wanted, even.shape[1])
-            if odd.shape[1]:
-                duplicated = similarity[batch, even[:, :, None], odd[:, None, :]].amax(dim=-1)  # (B, |even|)
-            else:
-                duplicated = torch.zeros_like(even, dtype=torch.float32)
-            by_duplication = torch.sort(duplicated, dim=-1, descending=True, stable=True).indices
-            rest = torch.cat([even.gather(1, by_duplication[:, drop:]), odd], dim=1)
-        return rest

@@ -1,0 +1,130 @@
+"""VisPruner's removal of duplicates: rounds that drop the tokens at even places most similar to one at an odd place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SHORT = 1024
+"""Up to so many tokens a round scans whole rows; beyond, on a CPU, it looks at nearest neighbours first."""
+NEIGHBOURS = 16
+_NOWHERE = -4.0  # below every cosine
+
+
+def without_duplicates(similarity: Tensor, rest: Tensor, wanted: int, per_round: int) -> Tensor:
+    """Shrink ``rest`` round by round; the order of what stays decides the next round's split.
+
+    A round splits the list into even and odd places, sorts the even tokens by their largest similarity to any odd one,
+    drops the first ``per_round`` of them, and goes on with the other even tokens, in that order, and then the odd ones.
+
+    Args:
+        similarity: (B, N, N) float32, cosine.
+        rest: (B, R) positions, in order.
+        wanted: how many stay.
+        per_round: how many a round drops at most.
+
+    Returns:
+        (B, wanted) positions.
+    """
+    if similarity.is_cuda or similarity.shape[1] <= SHORT:
+        return _by_rows(similarity, rest, wanted, per_round)
+    while rest.shape[1] > wanted:  # until half is gone: then neighbour lists are made anew among what is left
+        rest = _by_neighbours(similarity, rest, max(wanted, rest.shape[1] // 2), per_round)
+    return rest
+
+
+def _by_rows(similarity: Tensor, rest: Tensor, wanted: int, per_round: int) -> Tensor:
+    batch, count, _ = similarity.shape
+    rows, first = similarity.reshape(batch * count, count), _offsets(rest, count)
+    while rest.shape[1] > wanted:
+        even, odd = rest[:, 0::2], rest[:, 1::2]
+        if not odd.shape[1]:  # a single token is left, and it has nothing to resemble
+            duplicated = torch.zeros_like(even, dtype=torch.float32)
+        elif batch == 1:
+            duplicated = rows.index_select(0, even[0]).index_select(1, odd[0]).amax(dim=-1)[None]
+        else:
+            ceiling = torch.full((batch, 1, count), _NOWHERE, device=rest.device).scatter_(2, odd[:, None], -_NOWHERE)
+            among = rows.index_select(0, (even + first).flatten()).view(batch, -1, count)
+            duplicated = torch.minimum(among, ceiling, out=among).amax(dim=-1)
+        rest = _next(even, odd, duplicated, rest.shape[1] - wanted, per_round)
+    return rest
+
+
+def _by_neighbours(similarity: Tensor, rest: Tensor, wanted: int, per_round: int) -> Tensor:
+    """Do the same with each token's nearest neighbours; only where none of them is odd, a whole row is read."""
+    batch, count = rest.shape
+    every = similarity.shape[1]
+    rows = similarity.reshape(batch * every, every).index_select(0, (rest + _offsets(rest, every)).flatten())
+    among = rows.view(batch, count, every).gather(2, rest[:, None].expand(-1, count, -1))  # (B, R, R)
+    among.diagonal(dim1=1, dim2=2).fill_(_NOWHERE)
+    near = among.topk(min(NEIGHBOURS, count), dim=-1)
+    first = _offsets(rest, count)
+    values, places = near.values.flatten(0, 1), (near.indices + first[..., None]).flatten(0, 1)
+    left = torch.arange(count, device=rest.device).expand(batch, -1)
+    penalty = torch.empty(batch * count, device=rest.device)
+    while left.shape[1] > wanted:
+        even, odd = left[:, 0::2], left[:, 1::2]
+        penalty.fill_(_NOWHERE).index_fill_(0, (odd + first).flatten(), 0)
+        who = (even + first).flatten()
+        duplicated = (values.index_select(0, who) + penalty.take(places.index_select(0, who))).amax(dim=-1)
+        lost = (duplicated < _NOWHERE / 2).nonzero()[:, 0]
+        if len(lost):
+            item = lost // even.shape[1]
+            duplicated[lost] = among[item[:, None], even.flatten()[lost][:, None], odd[item]].amax(dim=-1)
+        left = _next(even, odd, duplicated.view(even.shape), left.shape[1] - wanted, per_round)
+    return rest.gather(1, left)
+
+
+def _next(even: Tensor, odd: Tensor, duplicated: Tensor, excess: int, per_round: int) -> Tensor:
+    drop = min(per_round, excess, even.shape[1])
+    order = duplicated.sort(dim=-1, descending=True, stable=True).indices
+    return torch.cat([even.gather(1, order[:, drop:]), odd], dim=1)
+
+
+def _offsets(rest: Tensor, count: int) -> Tensor:
+    return (torch.arange(len(rest), device=rest.device) * count)[:, None]
+
+
+def without_duplicates_each(
+    similarity: Tensor, order: Tensor, start: list[int], wanted: list[int], per_round: int
+) -> Tensor:
+    """Do as :func:`without_duplicates`, with lists and budgets of different length in one batch.
+
+    Args:
+        similarity: (B, N, N) float32, cosine.
+        order: (B, N) positions, in order.
+        start: for each item, how many positions at the head of ``order`` are not in its list.
+        wanted: for each item, how many stay.
+        per_round: how many a round drops at most.
+
+    Returns:
+        (B, N) boolean mask of what stays.
+    """
+    batch, count = order.shape
+    device = order.device
+    place = torch.arange(count, device=device)
+    rest = order.gather(1, (place + torch.tensor(start, device=device)[:, None]).clamp(max=count - 1))
+    lengths = [count - head for head in start]
+    rows, first = similarity.reshape(batch * count, count), _offsets(order, count)
+    while any(length > want for length, want in zip(lengths, wanted, strict=True)):
+        drops = [
+            max(0, min(per_round, length - want, (length + 1) // 2))
+            for length, want in zip(lengths, wanted, strict=True)
+        ]
+        length = torch.tensor(lengths, device=device)[:, None]
+        even, odd = rest[:, 0::2], rest[:, 1::2]
+        evens, odds = (length + 1) // 2, length // 2
+        real = place[: odd.shape[1]] < odds
+        ceiling = torch.full((batch, count), _NOWHERE, device=device)
+        ceiling.scatter_reduce_(1, odd, torch.where(real, -_NOWHERE, _NOWHERE), "amax")
+        among = rows.index_select(0, (even + first).flatten()).view(batch, -1, count)
+        duplicated = torch.minimum(among, ceiling[:, None]).amax(dim=-1)
+        duplicated = duplicated.masked_fill(place[: even.shape[1]] >= evens, float("-inf"))
+        ranked = even.gather(1, duplicated.sort(dim=-1, descending=True, stable=True).indices)
+        drop = torch.tensor(drops, device=device)[:, None]
+        stay = evens - drop
+        source = torch.where(place < stay, place + drop, even.shape[1] + place - stay).clamp(0, count - 1)
+        rest = torch.cat([ranked, odd], dim=1).gather(1, source)
+        lengths = [length - drop for length, drop in zip(lengths, drops, strict=True)]
+    stays = place < torch.tensor(lengths, device=device)[:, None]
+    return torch.zeros(batch, count, device=device).scatter_reduce_(1, rest, stays.float(), "amax").bool()

@@ -1,0 +1,50 @@
+"""CDPruner: a determinantal point process whose quality is CLIP's view of the instruction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from pruning.greedy import pick_determinantal
+from pruning.options import check_choice
+from pruning.registry import register_pruner
+from pruning.selection import ascending, cosine_similarity, image_range, instruction_relevance
+from pruning.types import Selection, VisualTokens
+
+
+@register_pruner("cdpruner", paper="CDPruner, arXiv 2506.10967", golden=True)
+@dataclass(frozen=True)
+class CDPruner:
+    """Greedy MAP of the kernel ``diag(r) S diag(r)``: S the cosine of projected features, r the relevance.
+
+    Relevance is *minus* the cosine of a token and the instruction in CLIP's space, scaled to [0, 1] + eps over all
+    crops of an image. The minus is the published code's, on purpose: its authors found that CLIP's patch embeddings
+    point away from matching text.
+
+    Differs from the published code: where the kernel's rank is used up, or all tokens are equally relevant, the most
+    relevant tokens fill the budget (there fewer than K survive); similarities are float32; long instructions are cut
+    into pieces that each have a start and an end token.
+
+    Attributes:
+        relevance_sign: -1 as published, 1 to prefer tokens similar to the instruction.
+        eps: added to the scaled relevance's numerator.
+    """
+
+    relevance_sign: int = -1
+    eps: float = 1e-6
+    needs: ClassVar[frozenset[str]] = frozenset({"image_embeds", "text_embeds"})
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_choice("relevance_sign", self.relevance_sign, (1, -1))
+
+    def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Return K positions (B, K), diverse given the instruction."""
+        relevance = self.relevance_sign * instruction_relevance(tokens)
+        low, high = image_range(relevance, tokens.image)
+        spread = high - low
+        quality = torch.where(spread > 0, (relevance - low + self.eps) / spread, 1)
+        similarity = cosine_similarity(tokens.finite("projected"))
+        return Selection(ascending(pick_determinantal(similarity, quality, keep)))

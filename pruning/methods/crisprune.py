@@ -1,0 +1,97 @@
+"""CrisPrune: a determinantal point process whose quality joins visual saliency and relevance to the text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pruning.greedy import pick_determinantal
+from pruning.options import check_choice, check_share
+from pruning.registry import register_pruner
+from pruning.selection import ascending, cosine_similarity, instruction_relevance
+from pruning.types import PruningError, Selection, VisualTokens
+
+GENERAL_PROMPTS = (
+    "All objects in the image",
+    "Salient regions in the image",
+    "Visible text and numbers in the image",
+)
+
+
+@register_pruner("crisprune", paper="CrisPrune, equations 2-8")
+@dataclass(frozen=True)
+class CrisPrune:
+    """Greedy MAP of ``diag(q) S diag(q)`` with ``q = alpha s_sem + (1 - alpha) s_vis`` (equations 6-7).
+
+    s_vis is the attention, min-max scaled with its 0.98 quantile as upper bound (equation 2). s_sem is the larger of
+    the relevance to the instruction and ``decay`` times that to the best general prompt, each min-max scaled per item
+    (equations 3-5, algorithm 1). S is the cosine of projected features.
+
+    No code was published. The paper does not say whether CLIP similarities are negated, as in its sibling CDPruner;
+    ``relevance_sign`` takes them as written.
+
+    Attributes:
+        alpha: weight of the text; 0 is saliency alone, 1 the paper's TextPrune.
+        decay: lambda, weight of the general prompts; 0 leaves them out.
+        quantile: tau, upper bound of the saliency; 1 is the plain min-max scaling.
+        eps: added to the denominators.
+        saliency: "cls" attention, or "received" for towers without [CLS].
+        text: "clip" for paired encoders, "llm" to compare projected tokens with mean LLM token embeddings.
+        relevance_sign: 1 as the paper writes it, -1 as CDPruner's code does.
+        general_prompts: T_gen.
+    """
+
+    alpha: float = 0.5
+    decay: float = 0.5
+    quantile: float = 0.98
+    eps: float = 1e-6
+    saliency: str = "cls"
+    text: str = "clip"
+    relevance_sign: int = 1
+    general_prompts: tuple[str, ...] | list[str] = GENERAL_PROMPTS
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        for name in ("alpha", "decay", "quantile"):
+            check_share(name, getattr(self, name))
+        check_choice("relevance_sign", self.relevance_sign, (1, -1))
+        check_choice("saliency", self.saliency, ("cls", "received"))
+        check_choice("text", self.text, ("clip", "llm"))
+        if not self.general_prompts:
+            raise PruningError("general_prompts is empty; set decay to 0 to leave them out")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Attention, and the text in the space that ``text`` names."""
+        text = {"image_embeds", "text_embeds", "general_embeds"}
+        if self.text == "llm":
+            text = {"text_token_embeds", "general_token_embeds"}
+        return frozenset({f"{self.saliency}_attention"} | text)
+
+    def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Return K positions (B, K): salient or relevant, and diverse."""
+        quality = self.alpha * self._semantic(tokens) + (1 - self.alpha) * self._visual(tokens)
+        similarity = cosine_similarity(tokens.finite("projected"))
+        return Selection(ascending(pick_determinantal(similarity, quality, keep)))
+
+    def _visual(self, tokens: VisualTokens) -> Tensor:
+        """Return s_vis (B, N), equation 2."""
+        attention = tokens.finite(f"{self.saliency}_attention").mean(dim=1)
+        low = attention.amin(dim=1, keepdim=True)
+        high = attention.quantile(self.quantile, dim=1, keepdim=True)
+        return (torch.minimum(attention, high) - low) / (high - low + self.eps)
+
+    def _semantic(self, tokens: VisualTokens) -> Tensor:
+        """Return s_sem (B, N), equations 3-5."""
+        clip = self.text == "clip"
+        visual = tokens.finite("image_embeds" if clip else "projected")
+        prompts = tokens.finite("general_embeds" if clip else "general_token_embeds")
+        general = self.relevance_sign * cosine_similarity(visual, prompts)  # (B, N, P)
+        instruction = self.relevance_sign * instruction_relevance(tokens, self.text)
+        return torch.maximum(self._scaled(instruction), self.decay * self._scaled(general.amax(dim=-1)))
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
+        return (values - low) / (high - low + self.eps)

@@ -1,0 +1,39 @@
+"""DivPrune on the text-aligned tokens: the variant that TrimTokenator's paper calls DivPrune*."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pruning.methods.divprune import most_distant
+from pruning.methods.trimtokenator import METRICS, aligned_tokens
+from pruning.options import check_choice, check_share
+from pruning.registry import register_pruner
+from pruning.selection import ascending, rows_of
+from pruning.types import Selection, VisualTokens
+
+
+@register_pruner("divprune_aligned", paper="DivPrune* of TrimTokenator")
+@dataclass(frozen=True)
+class DivPruneAligned:
+    """Filter by alignment with the instruction as TrimTokenator's stage 1 does, then pick by DivPrune.
+
+    Attributes:
+        n1_ratio: share of tokens that the filter keeps (paper: 0.8); never fewer than K.
+        alignment_metric: "l2" (equation 3) or "cosine".
+    """
+
+    n1_ratio: float = 0.8
+    alignment_metric: str = "l2"
+    needs: ClassVar[frozenset[str]] = frozenset({"text_token_embeds"})
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_share("n1_ratio", self.n1_ratio)
+        check_choice("alignment_metric", self.alignment_metric, METRICS)
+
+    def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Return K aligned and mutually distant positions (B, K)."""
+        aligned = aligned_tokens(tokens, max(int(self.n1_ratio * tokens.count), keep), self.alignment_metric)
+        picks = most_distant(rows_of(tokens.finite("projected"), aligned), keep)
+        return Selection(ascending(aligned.gather(1, picks)))

@@ -1,0 +1,52 @@
+"""Farthest point sampling: the plainest method with guaranteed diversity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from pruning.greedy import pick_spread
+from pruning.options import check_choice
+from pruning.registry import register_pruner
+from pruning.selection import ascending, euclidean_distance
+from pruning.types import Selection, VisualTokens
+
+
+@register_pruner("fps", paper="FPSPruner, appendix C of the adaptive pruning study")
+@dataclass(frozen=True)
+class FPS:
+    """Start from one token and add the one farthest, by L2, from everything picked so far.
+
+    The appendix states neither the starting token nor the feature space. Here the start is the token farthest from the
+    mean token, in LLM space as DivPrune's.
+
+    Attributes:
+        start: "far" from the mean, "center" nearest to it, or "first" the token of index 0.
+        space: "projected" or "features" (before the projector).
+    """
+
+    start: str = "far"
+    space: str = "projected"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_choice("start", self.start, ("far", "center", "first"))
+        check_choice("space", self.space, ("projected", "features"))
+
+    def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Return K positions (B, K), far from each other."""
+        points = tokens.finite(self.space)
+        distance = euclidean_distance(points)
+        from_mean = (points - points.mean(dim=1, keepdim=True)).norm(dim=-1)
+        if self.start == "first":
+            first = torch.zeros(len(points), dtype=torch.long, device=points.device)
+        else:
+            first = (from_mean if self.start == "far" else -from_mean).argmax(dim=-1)
+        items = torch.arange(len(points), device=points.device)
+        taken = torch.zeros_like(from_mean, dtype=torch.bool)
+        taken[items, first] = True
+        rest = pick_spread(distance, distance[items, first], keep - 1, "minimum", taken)
+        return Selection(ascending(torch.cat([first[:, None], rest], dim=1)))

@@ -1,0 +1,103 @@
+"""TrimTokenator: tokens aligned with the instruction, and of those the least redundant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pruning.greedy import pick_spread
+from pruning.options import check_choice, check_share
+from pruning.registry import register_pruner
+from pruning.selection import (
+    ascending,
+    cosine_similarity,
+    euclidean_distance,
+    masked_mean,
+    rows_of,
+    text_mask,
+    top_k,
+)
+from pruning.types import Selection, VisualTokens
+
+METRICS = ("l2", "cosine")
+STAGES = ("align_repmax", "repmax_align", "align", "repmax")
+
+
+@register_pruner("trimtokenator", paper="TrimTokenator")
+@dataclass(frozen=True)
+class TrimTokenator:
+    """Cross-modal filtering (equations 3-4), then greedy representational maximisation, RepMax (equations 8-16).
+
+    A token's alignment is minus its mean L2 distance to the token embeddings of the instruction. Of the N1 best
+    aligned, RepMax starts at the one with the lowest mean similarity (itself included) and adds the token with the
+    lowest mean similarity to everything chosen. If K exceeds N1, N1 is K.
+
+    No code was published. With stages "repmax_align" (the paper's ablation 1) RepMax reduces to N1 tokens first.
+
+    Attributes:
+        n1_ratio: N1 / N, rounded down (paper: 0.8; table 11 has 0.7 to 0.9).
+        alignment_metric: "l2" or "cosine" (table 9).
+        redundancy_metric: "cosine" or "l2" (table 10).
+        stages: "align_repmax", or the ablations of table 6: "repmax_align", "align" alone, "repmax" alone.
+    """
+
+    n1_ratio: float = 0.8
+    alignment_metric: str = "l2"
+    redundancy_metric: str = "cosine"
+    stages: str = "align_repmax"
+    needs: ClassVar[frozenset[str]] = frozenset({"text_token_embeds"})
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_share("n1_ratio", self.n1_ratio)
+        check_choice("alignment_metric", self.alignment_metric, METRICS)
+        check_choice("redundancy_metric", self.redundancy_metric, METRICS)
+        check_choice("stages", self.stages, STAGES)
+
+    def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Return K positions (B, K), aligned and not redundant."""
+        first = max(int(self.n1_ratio * tokens.count), keep)
+        if self.stages == "align":
+            return Selection(aligned_tokens(tokens, keep, self.alignment_metric))
+        projected = tokens.finite("projected")
+        if self.stages == "repmax":
+            return Selection(ascending(repmax(projected, keep, self.redundancy_metric)))
+        if self.stages == "repmax_align":
+            spread = ascending(repmax(projected, first, self.redundancy_metric))
+            scores = alignment(tokens, self.alignment_metric).gather(1, spread)
+            return Selection(ascending(spread.gather(1, top_k(scores, keep))))
+        aligned = aligned_tokens(tokens, first, self.alignment_metric)
+        picks = repmax(rows_of(projected, aligned), keep, self.redundancy_metric)
+        return Selection(ascending(aligned.gather(1, picks)))
+
+
+def alignment(tokens: VisualTokens, metric: str) -> Tensor:
+    """Return how well each projected token is aligned with the instruction's token embeddings, (B, N), equation 3."""
+    words, projected = tokens.finite("text_token_embeds"), tokens.finite("projected")
+    if metric == "cosine":
+        return masked_mean(cosine_similarity(projected, words), text_mask(words))
+    distance = torch.cdist(projected, words, compute_mode="use_mm_for_euclid_dist")
+    return -masked_mean(distance, text_mask(words))
+
+
+def aligned_tokens(tokens: VisualTokens, count: int, metric: str) -> Tensor:
+    """Return the ``count`` best aligned positions (B, N1), ascending, equation 4."""
+    return ascending(top_k(alignment(tokens, metric), count))
+
+
+def repmax(features: Tensor, keep: int, metric: str = "cosine") -> Tensor:
+    """Return ``keep`` positions (B, K) of ``features`` (B, N, D) with low mutual similarity, in order of picking.
+
+    With "l2" the similarity is minus the distance.
+    """
+    apart = euclidean_distance(features) if metric == "l2" else cosine_similarity(features).neg_()
+    first = apart.mean(dim=-1).argmax(dim=-1)  # equations 9-10
+    items = torch.arange(len(first), device=first.device)
+    start = apart[items, first]
+    taken = torch.zeros_like(start, dtype=torch.bool)
+    taken[items, first] = True
+    # The mean over the chosen (equation 13) ranks as the sum does (equation 16).
+    return torch.cat([first[:, None], pick_spread(apart, start, keep - 1, "add", taken)], dim=1)

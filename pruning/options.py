@@ -1,0 +1,25 @@
+"""Checks of a method's options, with messages for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pruning.types import PruningError
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise PruningError unless ``value`` is a share in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise PruningError(f"{name} is a share in [0, 1], got {value}")
+
+
+def check_choice(name: str, value: object, known: Sequence[object]) -> None:
+    """Raise PruningError unless ``value`` is one of ``known``."""
+    if value not in known:
+        raise PruningError(f"{name} is one of {', '.join(str(choice) for choice in known)}, got {value!r}")
+
+
+def check_least(name: str, value: float, least: float) -> None:
+    """Raise PruningError unless ``value`` is at least ``least``."""
+    if value < least:
+        raise PruningError(f"{name} is at least {least}, got {value}")

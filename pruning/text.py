@@ -1,0 +1,131 @@
+"""Text signals: the instruction in CLIP's space and in the LLM's embedding space, and CLIP's view of the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoTokenizer, CLIPModel
+
+from pruning.types import PruningError
+
+ANSWER_FORMATS = ("\nAnswer the question using a single word or phrase.",)
+"""What benchmarks append to a question; CDPruner's published evaluation cuts it off before encoding the text."""
+
+
+def instruction_text(questions: Sequence[str]) -> str:
+    """Return the text that pruning may read of a conversation: what the user says, without answer-format suffixes.
+
+    Training and inference call this on the same thing, the user's turns; answers are never part of it.
+    """
+    for suffix in ANSWER_FORMATS:
+        questions = [question.removesuffix(suffix) for question in questions]
+    return "\n".join(question.strip() for question in questions)
+
+
+class TextReader:
+    """Reads instructions for text-conditioned pruners.
+
+    Args:
+        model: the VLM; its token embeddings and the width of its vision features are used.
+        tokenizer: the VLM's tokenizer; needed for signals in LLM space.
+        clip: folder or hub id of the CLIP checkpoint that the vision tower comes from; needed for signals in CLIP
+            space. Only its text side, the visual projection and the norm before it are kept.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, clip: str | None = None) -> None:
+        self.model = model
+        self._tokenizer = tokenizer
+        self._clip = clip
+
+    def signals(self) -> frozenset[str]:
+        """Return the text signals that can be computed."""
+        offered: set[str] = set()
+        if self._tokenizer is not None:
+            offered |= {"text_token_embeds", "general_token_embeds"}
+        if self._clip is not None:
+            offered |= {"image_embeds", "text_embeds", "general_embeds"}
+        return frozenset(offered)
+
+    @torch.no_grad()
+    def token_embeds(self, texts: Sequence[str]) -> Tensor:
+        """Return LLM token embeddings (T, M, D); texts shorter than the longest are padded with rows of zeros."""
+        ids = [self._tokenizer(text or " ", add_special_tokens=False)["input_ids"] for text in texts]
+        device = self.model.device  # type: ignore[union-attr]
+        rows = pad_sequence([torch.tensor(row or [0], device=device) for row in ids], batch_first=True)  # type: ignore[arg-type]
+        lengths = torch.tensor([len(row) for row in ids], device=device)  # type: ignore[arg-type]
+        embeds = self.model.get_input_embeddings()(rows)  # type: ignore[operator]
+        places = torch.arange(rows.shape[1], device=rows.device)
+        return embeds.masked_fill((places >= lengths[:, None])[..., None], 0)
+
+    @torch.no_grad()
+    def text_embeds(self, texts: Sequence[str]) -> Tensor:
+        """Return CLIP text embeddings (T, M, E), not normalised, M pieces per text; missing pieces are rows of zeros.
+
+        Differs from the published code of CDPruner: every piece of a long text has its own start and end token (there
+        later pieces have neither and are pooled at an arbitrary place).
+        """
+        pieces = [self._pieces(text) for text in texts]
+        flat = [piece for text in pieces for piece in text]
+        clip, end = self._placed_clip(), self._clip_tokenizer.eos_token_id
+        ids = pad_sequence([torch.tensor(piece) for piece in flat], batch_first=True, padding_value=end)
+        # The model is causal and pools at the first end token, so padding with end tokens changes nothing.
+        embeds = clip.text_projection(clip.text_model(input_ids=ids.to(clip.device)).pooler_output)
+        split = embeds.split([len(text) for text in pieces])
+        return pad_sequence(list(split), batch_first=True)
+
+    @torch.no_grad()
+    def image_embeds(self, features: Tensor) -> Tensor:
+        """Return vision features (B, N, C) in CLIP's shared space, (B, N, E): norm and visual projection, float32."""
+        clip = self._placed_clip()
+        return clip.visual_projection(clip.vision_model.post_layernorm(features.to(clip.visual_projection.weight)))
+
+    def _placed_clip(self) -> Any:
+        device = self.model.device  # type: ignore[union-attr]
+        return self.clip if self.clip.device == device else self.clip.to(device)
+
+    def _pieces(self, text: str) -> list[list[int]]:
+        tokenizer = self._clip_tokenizer
+        room = self.clip.config.text_config.max_position_embeddings - 2
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        cuts = range(0, max(len(ids), 1), room)
+        return [[tokenizer.bos_token_id, *ids[cut : cut + room], tokenizer.eos_token_id] for cut in cuts]
+
+    @cached_property
+    def _clip_tokenizer(self) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(self._clip)
+        except (OSError, ValueError) as error:
+            raise PruningError(f"pruning.text_tower {self._clip!r} has no tokenizer: {error}") from error
+
+    @cached_property
+    def clip(self) -> Any:
+        """The text side and the visual projection of the CLIP checkpoint, float32.
+
+        Raises:
+            PruningError: if it can't be loaded, is no CLIP, or belongs to a tower of another width.
+        """
+        assert self._clip is not None  # signals() offers CLIP's only then
+        try:
+            config = AutoConfig.from_pretrained(self._clip)
+            if config.model_type != "clip":
+                raise PruningError(
+                    f"pruning.text_tower {self._clip!r} is a {config.model_type!r}, not a CLIP checkpoint"
+                )
+            clip = CLIPModel.from_pretrained(self._clip, dtype=torch.float32)
+        except OSError as error:
+            raise PruningError(
+                f"pruning.text_tower {self._clip!r} is neither a folder nor a checkpoint that could be fetched: {error}"
+            ) from error
+        width = self.model.config.vision_config.hidden_size  # type: ignore[union-attr]
+        if config.vision_config.hidden_size != width:
+            raise PruningError(
+                f"pruning.text_tower {self._clip!r} has a vision tower of width {config.vision_config.hidden_size}, "
+                f"this model's is {width} wide; name the CLIP checkpoint that the vision tower comes from"
+            )
+        clip.vision_model.encoder = nn.Identity()
+        return clip.eval().requires_grad_(False)

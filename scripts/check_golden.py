@@ -1,0 +1,296 @@
+"""Compare our pruners with answers of the published code: ``python scripts/check_golden.py DIR [--method NAME]``.
+
+DIR holds ``METHOD/CASE.npz`` files; one without a matching folder may be METHOD's own folder. Prints a line per case,
+``METHOD CASE ok``, ``METHOD CASE differs: what`` or ``METHOD CASE defined differently: why``, and ``N of M agree``.
+Cases that are defined differently do not count. Exit status 1 if any case differs or there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # started by its path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pruning import Selection, VisualTokens, build_pruner
+from pruning.methods.tome import merge_step, unmerged
+from pruning.signals import cls_attention, received_attention
+
+Case = Mapping[str, Any]
+ATOL = 2e-4
+
+
+class Differs(Exception):
+    """A case whose answer is not ours."""
+
+
+def agree(case: Case, key: str, ours: Any) -> None:
+    """Compare one stored array, exactly if it holds integers.
+
+    Raises:
+        Differs: naming the array and how much of it differs.
+    """
+    theirs = np.asarray(case[key])
+    value = ours.detach().cpu().numpy() if isinstance(ours, Tensor) else np.asarray(ours)
+    if value.shape != theirs.shape:
+        raise Differs(f"{key} has shape {value.shape}, published {theirs.shape}")
+    if np.issubdtype(theirs.dtype, np.floating):
+        scale = max(1.0, float(np.abs(theirs).max(initial=0.0)) / 10)  # features of order 10 and more
+        gap = float(np.abs(value - theirs).max(initial=0.0))
+        if not gap <= ATOL * scale:
+            raise Differs(f"{key} is off by up to {gap:.2g}")
+    elif not np.array_equal(value, theirs):
+        raise Differs(f"{key}: {int((value != theirs).sum())} of {theirs.size} entries differ")
+
+
+def agree_per_item(case: Case, key: str, ours: list[Tensor]) -> None:
+    """Compare an array stored for all items at once, or one per item where their lengths differ."""
+    if key in case:
+        agree(case, key, torch.stack(ours))
+    else:
+        for item, value in enumerate(ours):
+            agree(case, f"{key}_{item}", value)
+
+
+def kept(selection: Selection) -> list[Tensor]:
+    """Return each item's kept tokens, ascending; of merging methods those that an output was made around."""
+    rows = selection.origin if selection.origin is not None else selection.indices
+    return [row[row >= 0].sort().values for row in rows]
+
+
+def tensor(case: Case, key: str) -> Tensor:
+    """Return a stored array on the device that is checked."""
+    return torch.from_numpy(np.asarray(case[key])).to(DEVICE)
+
+
+def one_image(case: Case, count: int) -> Tensor | None:
+    """Return the items' image numbers if the case pools all items: then it stores one answer for several."""
+    return torch.zeros(count, dtype=torch.long, device=DEVICE) if count > 1 and "kept_indices" in case else None
+
+
+def check_fastervlm(case: Case) -> None:
+    """Attention alone."""
+    attention = tensor(case, "cls_attention")
+    tokens = VisualTokens(attention.transpose(1, 2), cls_attention=attention)
+    agree_per_item(case, "kept_indices", kept(build_pruner("fastervlm")(tokens, int(case["keep"]))))
+
+
+def check_vispruner(case: Case) -> None:
+    """Attention and features."""
+    options = {
+        "important_ratio": float(case["important_ratio"]),
+        "removed_per_round": int(case["remove_per_iter"]),
+    }
+    tokens = VisualTokens(tensor(case, "vision_hidden"), cls_attention=tensor(case, "cls_attention"))
+    agree_per_item(case, "kept_indices", kept(build_pruner("vispruner", options)(tokens, int(case["keep"]))))
+
+
+def check_divprune(case: Case) -> None:
+    """Projected features."""
+    projected = tensor(case, "projected")
+    agree_per_item(
+        case, "kept_indices", kept(build_pruner("divprune")(VisualTokens(projected, projected), int(case["keep"])))
+    )
+
+
+def check_cdpruner(case: Case) -> None:
+    """Minimum and maximum of the relevance over each item or over all: the answer must be one of the two, whole."""
+    projected, keep = tensor(case, "projected"), int(case["keep"])
+    text = tensor(case, "text_embeds").expand(len(projected), -1, -1)
+    image = torch.zeros(len(projected), dtype=torch.long, device=DEVICE)
+    pruner = build_pruner("cdpruner", {"eps": float(case["eps"])})
+    answers: dict[str, list[Tensor]] = {}
+    for name, owner in (("independent", None), ("joint", image)):
+        tokens = VisualTokens(
+            projected, projected, image_embeds=tensor(case, "image_embeds"), text_embeds=text, image=owner
+        )
+        answers[name] = kept(pruner(tokens, keep))
+        if f"kept_indices_{name}_minmax" in case:
+            agree_per_item(case, f"kept_indices_{name}_minmax", answers[name])
+    stored = np.asarray(case["kept_indices"])
+    if not any(np.array_equal(torch.stack(rows).cpu().numpy(), stored) for rows in answers.values()):
+        agree_per_item(case, "kept_indices", answers["independent"])  # says how many entries differ
+
+
+def check_hiprune(case: Case) -> None:
+    """From queries and keys: the attention received, then the selection."""
+    received = {
+        layer: received_attention(tensor(case, f"q_{layer}"), tensor(case, f"k_{layer}"), float(case["scale"]), skip=1)
+        for layer in ("object", "deep")
+    }
+    for layer, value in received.items():
+        agree(case, f"received_{layer}", value.mean(dim=1))
+    columns = int(case["grid_width"])
+    count = received["deep"].shape[-1]
+    tokens = VisualTokens(
+        received["deep"].transpose(1, 2),
+        received_attention=received["deep"],
+        object_attention=received["object"],
+        grid=(count // columns, columns),
+    )
+    pruner = build_pruner("hiprune", {"alpha": float(case["alpha"]), "object_layer": int(case["object_layer_1based"])})
+    agree_per_item(case, "kept_indices", kept(pruner(tokens, int(case["keep"]))))
+
+
+def check_visionzip(case: Case) -> None:
+    """The published pair of numbers is a ratio of their sum; dominant counts [CLS]."""
+    hidden, keys = tensor(case, "vision_hidden_with_cls"), tensor(case, "metric_with_cls")
+    contextual, keep = int(case["contextual"]), int(case["total_tokens"])
+    tokens = VisualTokens(
+        hidden[:, 1:], cls_attention=tensor(case, "cls_attention"), cls_feature=hidden[:, 0], keys=keys[:, 1:]
+    )
+    selection = build_pruner("visionzip", {"contextual_ratio": contextual / keep})(tokens, keep)
+    assert selection.merged is not None and selection.origin is not None
+    origin = torch.stack(selection.origin)
+    agree_per_item(case, "kept_indices", list(origin[:, 1 : keep - contextual]))
+    # Targets are stored as places among the tokens that are not dominant.
+    rest = [[n for n in range(hidden.shape[1] - 1) if n not in set(row)] for row in np.asarray(case["kept_indices"])]
+    stored = np.asarray(case["contextual_target_indices"])
+    ours = origin[:, keep - contextual :].cpu().numpy()
+    places = np.array([[rest[b].index(n) for n in row] for b, row in enumerate(ours)]).reshape(stored.shape)
+    if not (np.array_equal(stored, ours) or np.array_equal(stored, places) or np.array_equal(stored, ours + 1)):
+        raise Differs("contextual_target_indices differ")
+    agree(case, "merged_features", torch.stack(selection.merged))
+
+
+def _prumerge(case: Case, name: str) -> None:
+    hidden, keys, query = (tensor(case, key) for key in ("vision_hidden", "keys_with_cls", "q_cls"))
+    attention = cls_attention(query[:, None, None], keys[:, None], float(case["qk_scale"]))[:, 0]
+    agree(case, "cls_attention", attention)
+    adaptive = bool(case["adaptive"])
+    options = {"count": "outliers" if adaptive else "budget", "neighbours": int(case["neighbours"])}
+    tokens = VisualTokens(
+        hidden,
+        reader_attention=attention,
+        reader_keys=keys[:, 1:],
+        image=one_image(case, len(hidden)) if adaptive else None,
+    )
+    # The published budget does not count the extra token.
+    keep = 1 if adaptive else int(hidden.shape[1] * float(case["fixed_ratio"])) + 1
+    selection = build_pruner(name, options)(tokens, keep)
+    assert selection.merged is not None and selection.origin is not None
+    agree_per_item(case, "selection_order", [row[:-1] for row in selection.origin])
+    agree_per_item(case, "kept_indices", kept(selection))
+    agree_per_item(case, "merged_features", selection.merged)
+
+
+def check_prumerge(case: Case) -> None:
+    """From the [CLS] query and the keys of the layer that reads the features."""
+    _prumerge(case, "prumerge")
+
+
+def check_prumerge_plus(case: Case) -> None:
+    """The same with samples."""
+    _prumerge(case, "prumerge_plus")
+
+
+def check_trim(case: Case) -> None:
+    """CLIP embeddings of tokens and text; ratio -1 is the adaptive count."""
+    hidden = tensor(case, "vision_hidden")
+    adaptive = float(case["ratio"]) < 0
+    tokens = VisualTokens(
+        hidden,
+        image_embeds=tensor(case, "image_embeds"),
+        text_embeds=tensor(case, "text_embeds")[:, None],
+        image=one_image(case, len(hidden)) if adaptive else None,
+    )
+    keep = 1 if adaptive else int(case["keep"]) + 1  # the published budget does not count the extra token
+    selection = build_pruner("trim", {"count": "outliers" if adaptive else "budget"})(tokens, keep)
+    assert selection.merged is not None
+    agree_per_item(case, "kept_indices", kept(selection))
+    agree_per_item(case, "aggregated_token", [row[-1] for row in selection.merged])
+
+
+def check_tome(case: Case) -> None:
+    """One step that removes r tokens, or as many steps as it takes to leave K."""
+    state = unmerged(tensor(case, "metric"), tensor(case, "vision_hidden"))
+    if "r" in case:
+        state = merge_step(state, int(case["r"]), bool(case["class_token"]))
+    else:
+        while state.features.shape[1] > int(case["keep"]):
+            state = merge_step(state, state.features.shape[1] - int(case["keep"]), bool(case["class_token"]))
+        if not bool(case["class_token"]):
+            tokens = VisualTokens(tensor(case, "vision_hidden"), keys=tensor(case, "metric"))
+            selection = build_pruner("tome")(tokens, int(case["keep"]))
+            assert selection.merged is not None
+            agree(case, "merged_features", torch.stack(selection.merged))
+    agree(case, "assignment", state.assignment)
+    agree(case, "size", state.size)
+    agree(case, "merged_features", state.features)
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    "cdpruner": check_cdpruner,
+    "divprune": check_divprune,
+    "fastervlm": check_fastervlm,
+    "hiprune": check_hiprune,
+    "prumerge": check_prumerge,
+    "prumerge_plus": check_prumerge_plus,
+    "tome": check_tome,
+    "trim": check_trim,
+    "visionzip": check_visionzip,
+    "vispruner": check_vispruner,
+}
+DEVICE = torch.device("cpu")
+
+
+def defined_differently(case: Case) -> str | None:
+    """Return why a case is not ours to match: its published answer breaks what every method here promises."""
+    for key in case:
+        if key.startswith("kept_indices"):
+            for row in np.atleast_2d(np.asarray(case[key])):
+                repeated = len(row) - len(set(row.tolist()))
+                if repeated:
+                    return f"the published code keeps {repeated} tokens twice; ours keeps distinct tokens"
+    return None
+
+
+def check(folder: Path, method: str | None = None) -> tuple[list[str], int, int]:
+    """Check all cases under ``folder``; return the lines, how many agree and how many were compared."""
+    lines, same, total = [], 0, 0
+    for name in [method] if method else CHECKS:
+        files = sorted((folder / name).glob("*.npz")) or (sorted(folder.glob("*.npz")) if folder.name == name else [])
+        for file in files:
+            with np.load(file) as stored:
+                case = {key: stored[key] for key in stored.files}
+            reason = defined_differently(case)
+            if reason is not None:
+                lines.append(f"{name} {file.stem} defined differently: {reason}")
+                continue
+            total += 1
+            try:
+                CHECKS[name](case)
+            except Differs as difference:
+                lines.append(f"{name} {file.stem} differs: {difference}")
+            else:
+                same += 1
+                lines.append(f"{name} {file.stem} ok")
+    return lines, same, total
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report and return the exit status."""
+    global DEVICE
+    parser = argparse.ArgumentParser("check_golden")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of METHOD/CASE.npz files")
+    parser.add_argument("--method", choices=sorted(CHECKS))
+    parser.add_argument("--device", default="cpu", help="for example cuda")
+    options = parser.parse_args(arguments)
+    DEVICE = torch.device(options.device)
+    lines, same, total = check(options.folder, options.method)
+    print("\n".join([*lines, f"{same} of {total} agree"]))
+    if not total:
+        print(f"no cases under {options.folder}: expected {options.folder}/METHOD/CASE.npz", file=sys.stderr)
+    return 0 if total and same == total else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
