@@ -28,8 +28,8 @@ def without_duplicates(similarity: Tensor, rest: Tensor, wanted: int, per_round:
     """
     if similarity.is_cuda or similarity.shape[1] <= SHORT:
         return _by_rows(similarity, rest, wanted, per_round)
-    while rest.shape[1] > wanted:  # until half is gone: then neighbour lists are made anew among what is left
-        rest = _by_neighbours(similarity, rest, max(wanted, rest.shape[1] // 2), per_round)
+    while rest.shape[1] > wanted:  # when half is gone, neighbour lists are made anew among what is left
+        rest = _by_neighbours(similarity, rest, wanted, per_round, stop=max(wanted, rest.shape[1] // 2))
     return rest
 
 
@@ -50,8 +50,11 @@ def _by_rows(similarity: Tensor, rest: Tensor, wanted: int, per_round: int) -> T
     return rest
 
 
-def _by_neighbours(similarity: Tensor, rest: Tensor, wanted: int, per_round: int) -> Tensor:
-    """Do the same with each token's nearest neighbours; only where none of them is odd, a whole row is read."""
+def _by_neighbours(similarity: Tensor, rest: Tensor, wanted: int, per_round: int, stop: int) -> Tensor:
+    """Do the same rounds, until ``stop`` or fewer are left, with each token's nearest neighbours.
+
+    Only where none of them is odd, a whole row is read.
+    """
     batch, count = rest.shape
     every = similarity.shape[1]
     rows = similarity.reshape(batch * every, every).index_select(0, (rest + _offsets(rest, every)).flatten())
@@ -62,7 +65,7 @@ def _by_neighbours(similarity: Tensor, rest: Tensor, wanted: int, per_round: int
     values, places = near.values.flatten(0, 1), (near.indices + first[..., None]).flatten(0, 1)
     left = torch.arange(count, device=rest.device).expand(batch, -1)
     penalty = torch.empty(batch * count, device=rest.device)
-    while left.shape[1] > wanted:
+    while left.shape[1] > stop:
         even, odd = left[:, 0::2], left[:, 1::2]
         penalty.fill_(_NOWHERE).index_fill_(0, (odd + first).flatten(), 0)
         who = (even + first).flatten()

@@ -158,7 +158,7 @@ class Pruner(Protocol):
         ...
 
 
-def keep_all(tokens: VisualTokens, merges: bool = False) -> Selection:
-    """Return every token as it is: what each method answers when the budget is N."""
-    positions = torch.arange(tokens.count, device=tokens.features.device).expand(len(tokens.features), -1)
-    return Selection(positions, list(tokens.features), list(positions)) if merges else Selection(positions)
+def keep_all(tokens: VisualTokens) -> Selection:
+    """Return every token as it is, unmerged: what each method answers when the budget is N."""
+    positions = torch.arange(tokens.count, device=tokens.features.device)
+    return Selection(positions.expand(len(tokens.features), -1))

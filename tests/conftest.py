@@ -17,6 +17,8 @@ import torch
 
 from data_recipes import Formatter, Sample, Turn
 from data_recipes.images import SceneImages
+from pruning import PruningSpec
+from pruning.text import instruction_text
 from train.tiny_vlm.model import build_llava, build_processor, build_tokenizer
 
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -62,6 +64,18 @@ def model(untrained_folder):
 @pytest.fixture
 def formatter(processor):
     return Formatter(processor, SceneImages())
+
+
+@pytest.fixture
+def reading(processor):
+    """A formatter whose batches carry the instruction, for methods that read it."""
+    return Formatter(processor, SceneImages(), instructions=instruction_text)
+
+
+def spec_of(name: str, keep=16, **fields) -> PruningSpec:
+    """Every method's specification for the tiny models: their own text tower, and a layer that they have."""
+    options = {"hiprune": {"object_layer": 2, "alpha": 0.5}, "prumerge": {"neighbours": 8}}.get(name, {})
+    return PruningSpec(name, keep, options, text_tower=str(TINY_VLM / "clip"), **fields)
 
 
 def scene_sample(seed: int, question="what number is shown ?", answer="4 7") -> Sample:

@@ -2,50 +2,50 @@
 
 import pytest
 import torch
+from conftest import scene_sample, spec_of
 
 from data_recipes import Sample, Turn
-from pruning import PrunedModel, PruningError, PruningSpec
+from pruning import PrunedModel, PruningError, PruningSpec, registered_methods
 from pruning.sequence import shorten
 
-SPECS = [
-    PruningSpec("fastervlm", 16),
-    PruningSpec("vispruner", 16),
-    PruningSpec("prismprune", 15),
-    PruningSpec("divprune", "10%"),
-    PruningSpec("random", 0.2),
-    PruningSpec("downsample", 9),
-]
-every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.pruner)
+NAMES = [name for name in registered_methods() if name != "identity"]
+every_method = pytest.mark.parametrize("name", NAMES)
 
 
 def greedy(model, inputs, count=5):
-    return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    return model.generate(**stock(inputs), max_new_tokens=count, min_new_tokens=count, do_sample=False)
 
 
-@pytest.mark.parametrize("spec", [PruningSpec(), *[PruningSpec(s.pruner, 144) for s in SPECS]], ids=lambda s: s.pruner)
-def test_keep_all_is_bit_identical_to_stock(model, formatter, samples, spec):
-    batch = formatter.training_batch(samples)
-    prompts = formatter.prompt_batch(samples)
-    pruned = PrunedModel(model, spec)
+def stock(batch):
+    """A batch as the unpruned model takes it."""
+    return {key: value for key, value in batch.items() if key != "instructions"}
+
+
+@pytest.fixture
+def plug(model, processor):
+    return lambda name, keep=16, **fields: PrunedModel(model, spec_of(name, keep, **fields), processor.tokenizer)
+
+
+@pytest.mark.parametrize("name", registered_methods())
+def test_keep_all_is_bit_identical_to_stock(model, reading, samples, plug, name):
+    batch = reading.training_batch(samples)
+    prompts = reading.prompt_batch(samples)
+    pruned = plug(name, 144)
     with torch.no_grad():
-        stock, ours = model(**batch), pruned.forward(**batch)
-        if spec.pruner == "downsample":  # it projects pooled features anew, as a product of another shape
-            torch.testing.assert_close(ours.logits, stock.logits, rtol=1e-5, atol=1e-4)
-        else:
-            assert torch.equal(ours.logits, stock.logits)
-            assert torch.equal(ours.loss, stock.loss)
+        theirs, ours = model(**stock(batch)), pruned.forward(**batch)
+        assert torch.equal(ours.logits, theirs.logits)
+        assert torch.equal(ours.loss, theirs.loss)
         assert torch.equal(
             pruned.generate(**prompts, max_new_tokens=5, min_new_tokens=5, do_sample=False),
             greedy(model, prompts)[:, prompts["input_ids"].shape[1] :],
         )
 
 
-@every_spec
-def test_pruned_equals_full_length_run_with_dropped_tokens_masked(model, formatter, samples, spec):
+@every_method
+def test_pruned_equals_full_length_run_with_dropped_tokens_masked(model, reading, samples, plug, name):
     """With original positions, dropping tokens is the same as hiding them from everything else."""
-    batch = formatter.training_batch(samples[:1])
-    spec = PruningSpec(spec.pruner, spec.keep, position_policy="original")
-    pruned = PrunedModel(model, spec)
+    batch = reading.training_batch(samples[:1])
+    pruned = plug(name, position_policy="original")
     with torch.no_grad():
         prepared = pruned.prepare(batch)
         ours = model(**prepared.inputs)
@@ -69,16 +69,16 @@ def test_pruned_equals_full_length_run_with_dropped_tokens_masked(model, formatt
 
 
 @pytest.mark.parametrize("policy", ["compact", "original"])
-@every_spec
-def test_ragged_batch_equals_each_sample_alone(model, formatter, samples, spec, policy):
+@every_method
+def test_ragged_batch_equals_each_sample_alone(model, reading, samples, plug, name, policy):
     text_only = Sample("t", "text", None, (Turn("what color is the red ring ?", "red"),))
     mixed = [samples[0], text_only, samples[1], samples[2]]
-    pruned = PrunedModel(model, PruningSpec(spec.pruner, spec.keep, position_policy=policy))
+    pruned = plug(name, position_policy=policy)
     with torch.no_grad():
-        together = pruned.prepare(formatter.training_batch(mixed))
+        together = pruned.prepare(reading.training_batch(mixed))
         logits = model(**together.inputs).logits
         for row, sample in enumerate(mixed):
-            alone = pruned.forward(**formatter.training_batch([sample])).logits[0]
+            alone = pruned.forward(**reading.training_batch([sample])).logits[0]
             real = together.inputs["attention_mask"][row].bool()
             torch.testing.assert_close(logits[row, real], alone, rtol=1e-4, atol=1e-4)
 
@@ -104,15 +104,15 @@ def test_several_images_in_one_row_keep_their_own_tokens(model, processor, sampl
     torch.testing.assert_close(logits[0, : len(alone)], alone, rtol=1e-4, atol=1e-4)
 
 
-@every_spec
-def test_generate_equals_step_by_step(model, formatter, samples, spec):
-    prompts = formatter.prompt_batch(samples)
-    pruned = PrunedModel(model, spec)
+@every_method
+def test_generate_equals_step_by_step(model, reading, samples, plug, name):
+    prompts = reading.prompt_batch(samples)
+    pruned = plug(name)
     with torch.no_grad():
         options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "suppress_tokens": [4]}
         generated = pruned.generate(**prompts, **options)
         for row, sample in enumerate(samples):
-            prompt = formatter.prompt_batch([sample])
+            prompt = reading.prompt_batch([sample])
             ids = prompt["input_ids"]
             for step in range(6):
                 step_inputs = {**prompt, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -122,55 +122,60 @@ def test_generate_equals_step_by_step(model, formatter, samples, spec):
                 ids = torch.cat([ids, generated[row : row + 1, step : step + 1]], dim=1)
 
 
-def test_selection_does_not_depend_on_the_batch(model, formatter, samples):
-    for spec in SPECS:
-        pruned = PrunedModel(model, spec)
-        together = pruned.prepare(formatter.training_batch(samples)).selection
-        for row, sample in enumerate(samples):
-            alone = pruned.prepare(formatter.training_batch([sample])).selection
-            assert torch.equal(together.of(row), alone.of(0)), spec.pruner
-
-
-def test_cls_attention_equals_the_eager_attention_weights(untrained_folder, formatter, samples):
-    from transformers import LlavaForConditionalGeneration
-
-    eager = LlavaForConditionalGeneration.from_pretrained(untrained_folder, attn_implementation="eager").eval()
-    pixels = formatter.training_batch(samples)["pixel_values"]
+@every_method
+def test_selection_does_not_depend_on_the_batch_and_is_the_same_in_training_and_inference(reading, samples, plug, name):
+    pruned = plug(name)
     with torch.no_grad():
-        maps = eager.model.vision_tower(pixel_values=pixels, output_attentions=True).attentions
-        ours = PrunedModel(eager, PruningSpec("fastervlm", 16)).prepare(formatter.training_batch(samples))
-    # The feature layer is hidden_states[-2], the output of the second-last layer, whose own attention this is.
-    torch.testing.assert_close(ours.encoded.tokens.cls_attention, maps[-2][:, :, 0, 1:], rtol=1e-5, atol=1e-6)
+        together = pruned.prepare(reading.training_batch(samples)).selection
+        for row, sample in enumerate(samples):
+            for batch in (reading.training_batch([sample]), reading.prompt_batch([sample])):
+                assert torch.equal(together.of(row), pruned.prepare(batch).selection.of(0))
 
 
-def test_signals_are_computed_only_when_asked_for(model, formatter, samples):
-    tokens = PrunedModel(model, PruningSpec("divprune", 16)).prepare(formatter.training_batch(samples)).encoded.tokens
-    assert tokens.cls_attention is None and tokens.image_key is None
+@every_method
+def test_answers_never_reach_the_pruner(reading, plug, name):
+    """The same question with other answers, in one turn and in two, keeps the same tokens."""
+    pruned = plug(name)
+    for turns in (1, 2):
+        kept = []
+        for answer in ("northwest", "large blue square"):
+            sample = scene_sample(10_000_002, "where is the circle ?", answer)
+            more = (Turn("what number is shown ?", answer),) * (turns - 1)
+            sample = Sample(sample.id, sample.source, sample.image, (*sample.turns, *more))
+            with torch.no_grad():
+                kept.append(pruned.prepare(reading.training_batch([sample])).selection)
+        assert torch.equal(kept[0].of(0), kept[1].of(0))
+        if kept[0].merged is not None:
+            assert torch.equal(kept[0].merged[0], kept[1].merged[0])
 
 
-def test_training_through_an_attached_pruner_reaches_the_projector_alone(model, formatter, samples):
+@every_method
+def test_every_method_can_be_trained_through(model, reading, samples, plug, name):
+    """Gradients reach all of the projector and nothing else; the choice of tokens carries none."""
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     model.train()
-    pruned = PrunedModel(model, PruningSpec("divprune", 16))
-    batch = formatter.training_batch(samples)
-    with pruned.attach():
-        attached = model(**batch).loss
-        attached.backward()
-    assert torch.equal(attached, pruned.forward(**batch).loss)
-    assert {n.split(".")[1] for n, p in model.named_parameters() if p.grad is not None} == {"multi_modal_projector"}
-    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    batch = reading.training_batch(samples)
+    with plug(name).attach() as pruned:
+        before = model(**batch).loss
+        before.backward()
+        kept = pruned.last.selection
+        assert all(not row.requires_grad for row in kept.indices)
+        touched = {n.split(".")[1] for n, p in model.named_parameters() if p.grad is not None}
+        assert touched == {"multi_modal_projector"}
+        assert all(p.grad.abs().sum() > 0 for p in model.model.multi_modal_projector.parameters())
 
 
-def test_text_only_training_batch_has_a_zero_gradient_and_the_stock_loss(model, formatter):
-    batch = formatter.training_batch([Sample("t", "text", None, (Turn("what color is the red ring ?", "red"),))])
+@pytest.mark.parametrize("name", ["divprune", "trim", "trimtokenator", "crisprune"])
+def test_text_only_training_batch_has_a_zero_gradient_and_the_stock_loss(model, reading, plug, name):
+    batch = reading.training_batch([Sample("t", "text", None, (Turn("what color is the red ring ?", "red"),))])
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     model.train()
-    with PrunedModel(model, PruningSpec("divprune", 16)).attach():
+    with plug(name).attach():
         loss = model(**batch).loss
     loss.backward()
-    assert torch.equal(loss, model(**batch).loss)
+    assert torch.equal(loss, model(**stock(batch)).loss)
     assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() == 0
 
 

@@ -1,11 +1,13 @@
 """LLaVA-1.6: crops are pruned one by one, and the rest of the model is the stock one."""
 
+import oracles
 import pytest
 import torch
+from conftest import spec_of
 from PIL import Image
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from pruning import PrunedModel, PruningSpec
+from pruning import PrunedModel, PruningError, PruningSpec, VisualTokens, build_pruner, registered_methods
 from train.tiny_vlm.model import IMAGE, build_llava, build_tokenizer, vision_config
 
 PINPOINTS = [[84, 168], [168, 84], [168, 168]]
@@ -45,12 +47,25 @@ def rows(model, batch):
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), **batch}
 
 
+def plug(model, name, keep=16, **fields):
+    return PrunedModel(model, spec_of(name, keep, **fields), build_tokenizer())
+
+
+QUESTIONS = ["where is the circle ?", "red ring"]
+
+
+GRIDS = ("downsample", "hiprune", "gridprune")  # these need the grid of one crop
+PER_METHOD = [(name, "item") for name in registered_methods() if name != "identity"]
+PER_METHOD += [(name, "image") for name, _ in PER_METHOD if name not in ("visionzip", *GRIDS)]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["identity", "fastervlm", "divprune"])
-def test_keep_all_is_bit_identical_to_stock(next_model, batch, name):
+@pytest.mark.parametrize(("name", "scope"), [*PER_METHOD, ("identity", "item"), ("identity", "image")])
+def test_keep_all_is_bit_identical_to_stock(next_model, batch, name, scope):
     inputs = rows(next_model, batch)
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] <= IMAGE, -100)
-    stock, ours = next_model(**inputs), PrunedModel(next_model, PruningSpec(name)).forward(**inputs)
+    stock = next_model(**inputs)
+    ours = plug(next_model, name, "100%", scope=scope).forward(**inputs, instructions=QUESTIONS)
     assert torch.equal(stock.logits, ours.logits) and torch.equal(stock.loss, ours.loss)
 
 
@@ -84,10 +99,10 @@ def test_each_crop_keeps_its_own_tokens_at_their_place(next_model, batch, newlin
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["divprune", "downsample"])
-def test_batch_equals_each_picture_alone(next_model, batch, name):
-    inputs = rows(next_model, batch)
-    pruned = PrunedModel(next_model, PruningSpec(name, 16))
+@pytest.mark.parametrize(("name", "scope"), PER_METHOD)
+def test_batch_equals_each_picture_alone(next_model, batch, name, scope):
+    inputs = rows(next_model, batch) | {"instructions": QUESTIONS}
+    pruned = plug(next_model, name, scope=scope)
     together = pruned.prepare(inputs)
     logits = next_model(**together.inputs).logits
     for row, crops in enumerate((3, 5)):
@@ -95,9 +110,70 @@ def test_batch_equals_each_picture_alone(next_model, batch, name):
         alone = {"input_ids": inputs["input_ids"][row : row + 1, :length],
                  "attention_mask": inputs["attention_mask"][row : row + 1, :length],
                  "pixel_values": batch["pixel_values"][row : row + 1, :crops],
-                 "image_sizes": batch["image_sizes"][row : row + 1]}  # fmt: skip
+                 "image_sizes": batch["image_sizes"][row : row + 1],
+                 "instructions": QUESTIONS[row : row + 1]}  # fmt: skip
         real = together.inputs["attention_mask"][row].bool()
         torch.testing.assert_close(logits[row, real], pruned.forward(**alone).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fastervlm", "divprune", "prumerge", "trim"])
+def test_a_budget_per_image_chooses_over_all_crops(next_model, batch, name):
+    """Exactly K tokens of each picture reach the LLM; none of them from the padding that the model cuts away."""
+    inputs = rows(next_model, batch) | {"instructions": QUESTIONS}
+    pruned = plug(next_model, name, 40, scope="image", newline="none")
+    prepared = pruned.prepare(inputs)
+    assert prepared.kept == [40, 40]
+    tokens, selection = prepared.encoded.tokens, prepared.selection
+    counts = selection.counts()
+    assert [sum(counts[:3]), sum(counts[3:])] == [40, 40] and len(set(counts)) > 1
+    for pool, crops in zip(prepared.encoded.pools(), ([0, 1, 2], [3, 4, 5, 6, 7]), strict=True):
+        kept = torch.cat([crop * 144 + selection.of(crop) for crop in crops])
+        assert set(kept.tolist()) <= set(pool.tolist())
+        if name == "fastervlm":
+            score = tokens.cls_attention.mean(1).flatten()
+            assert set(kept.tolist()) == set(pool[score[pool].topk(40).indices].tolist())
+        if name == "divprune":
+            pooled = VisualTokens(tokens.features, tokens.projected.flatten(0, 1)[pool][None])
+            assert kept.tolist() == pool[torch.tensor(oracles.divprune(pooled, 0, 40))].tolist()
+
+
+def test_a_ratio_per_image_counts_what_the_model_shows(next_model, batch):
+    inputs = rows(next_model, batch)
+    with torch.no_grad():
+        pruned = plug(next_model, "fastervlm", "10%", scope="image", newline="none")
+        prepared = pruned.prepare(inputs)
+    sizes = [len(pool) for pool in prepared.encoded.pools()]
+    assert prepared.kept == [round(0.1 * size) for size in sizes] and sizes[0] < 3 * 144  # padding was cut
+
+
+def test_methods_that_can_not_pool_crops_say_so(next_model, batch):
+    inputs = rows(next_model, batch) | {"instructions": QUESTIONS}
+    with torch.no_grad():
+        with pytest.raises(PruningError, match="cls_feature.*set pruning.scope to item"):
+            plug(next_model, "visionzip", scope="image").prepare(inputs)
+        for name in GRIDS:
+            with pytest.raises(PruningError, match="scope: item"):
+                plug(next_model, name, scope="image").prepare(inputs)
+        with pytest.raises(PruningError, match="scope is one of item, image"):
+            plug(next_model, "fastervlm", scope="picture")
+
+
+def test_crops_of_an_image_share_its_statistics(next_model, batch):
+    """CDPruner scales relevance over all crops of a picture, and each picture by itself."""
+    inputs = rows(next_model, batch) | {"instructions": QUESTIONS}
+    with torch.no_grad():
+        together = plug(next_model, "cdpruner").prepare(inputs)
+    tokens = together.encoded.tokens
+    assert tokens.image is None  # the family does not say so; the plug tells the pruner
+    reader = plug(next_model, "cdpruner").text
+    embeds = reader.image_embeds(tokens.features)
+    text = reader.text_embeds(QUESTIONS)
+    owner = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+    full = VisualTokens(tokens.features, tokens.projected, image_embeds=embeds, text_embeds=text[owner], image=owner)
+    expected = build_pruner("cdpruner")(full, 16)
+    for crop in range(8):
+        assert torch.equal(together.selection.of(crop), expected.of(crop))
 
 
 def test_text_alone_reaches_the_projector_in_training(next_model):

@@ -48,7 +48,7 @@ class BAT:
         """Return ``wanted`` (B,) tokens of which ``attentive`` (B,) are attentive and the others merged clusters."""
         numbers = wanted.tolist()
         if min(numbers) == tokens.count:
-            return keep_all(tokens, merges=True)
+            return keep_all(tokens)
         features, attention = tokens.finite("features"), tokens.finite("cls_attention").mean(dim=1)
         order = top_k(attention, tokens.count)
         place = torch.arange(tokens.count, device=order.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pruning.registry import register_pruner
-from pruning.types import PruningError, Selection, VisualTokens
+from pruning.types import PruningError, Selection, VisualTokens, keep_all
 
 
 @register_pruner("downsample", paper="the baseline of VTC-Bench, arXiv 2510.07143", merges=True)
@@ -31,6 +31,8 @@ class Downsample:
         Raises:
             PruningError: if the tokens form no grid.
         """
+        if keep == tokens.count:
+            return keep_all(tokens)
         if tokens.grid is None:
             raise PruningError(
                 "downsample pools a patch grid, but these tokens form none; choose another pruner, or scope: item"

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from pruning.registry import register_pruner
-from pruning.types import PruningError, Selection, VisualTokens
+from pruning.types import PruningError, Selection, VisualTokens, keep_all
 
 
 @register_pruner("identity", paper="the unpruned model")
@@ -29,5 +27,4 @@ class Identity:
                 f"identity keeps all {tokens.count} visual tokens, the budget says {keep}; "
                 'use keep: "100%" or another pruner'
             )
-        positions = torch.arange(tokens.count, device=tokens.features.device)
-        return Selection(positions.expand(len(tokens.features), -1))
+        return keep_all(tokens)

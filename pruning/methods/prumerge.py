@@ -47,7 +47,7 @@ class PruMerge:
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return merged features (K, C) per item; the rest token sits on the strongest dropped patch."""
         if self.count == "budget" and keep == tokens.count:
-            return keep_all(tokens, merges=True)
+            return keep_all(tokens)
         attention = tokens.finite("reader_attention")
         numbers = numbers_to_keep(attention, tokens, self.count, max(keep - 1, 1))
         order = top_k(attention, tokens.count)
@@ -84,7 +84,7 @@ class PruMergePlus:
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return merged features (K, C) per item: outliers by attention, samples in raster order, the rest token."""
         if self.count == "budget" and keep == tokens.count:
-            return keep_all(tokens, merges=True)
+            return keep_all(tokens)
         attention = tokens.finite("reader_attention")
         order = top_k(attention, tokens.count)
         place = torch.arange(tokens.count, device=order.device)

@@ -62,7 +62,7 @@ class ToMe:
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return merged features (K, C) per item, each placed at one of the tokens it stands for."""
         if keep == tokens.count:
-            return keep_all(tokens, merges=True)
+            return keep_all(tokens)
         state = unmerged(tokens.finite(self.metric), tokens.finite("features"))
         while state.features.shape[1] > keep:
             state = merge_step(state, state.features.shape[1] - keep)

@@ -45,7 +45,7 @@ class Trim:
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return merged features (K, C) per item; the mean token sits on the best dropped patch."""
         if self.count == "budget" and keep == tokens.count:
-            return keep_all(tokens, merges=True)
+            return keep_all(tokens)
         features = tokens.finite("features")
         text = tokens.finite("text_embeds")[:, 0]  # of a long instruction, the first 77 CLIP tokens
         similarity = (tokens.finite("image_embeds") @ text[..., None])[..., 0]

@@ -41,7 +41,7 @@ class VisionZip:
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return merged features (K, C) per item; positions are dominant patches, targets, and one slot for [CLS]."""
         if keep == tokens.count:
-            return keep_all(tokens, merges=True)
+            return keep_all(tokens)
         contextual = min(round(keep * self.contextual_ratio), keep - 1)
         order = top_k(tokens.finite("cls_attention").sum(dim=1), tokens.count)
         dominant = ascending(order[:, : keep - contextual - 1])
