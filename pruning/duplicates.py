@@ -7,7 +7,7 @@ from torch import Tensor
 
 SHORT = 1024
 """Up to so many tokens a round scans whole rows; beyond, on a CPU, it looks at nearest neighbours first."""
-NEIGHBOURS = 16
+NEIGHBOURS = 12
 _NOWHERE = -4.0  # below every cosine
 
 
@@ -26,41 +26,37 @@ def without_duplicates(similarity: Tensor, rest: Tensor, wanted: int, per_round:
     Returns:
         (B, wanted) positions.
     """
-    if similarity.is_cuda or similarity.shape[1] <= SHORT:
-        return _by_rows(similarity, rest, wanted, per_round)
-    while rest.shape[1] > wanted:  # when half is gone, neighbour lists are made anew among what is left
-        rest = _by_neighbours(similarity, rest, wanted, per_round, stop=max(wanted, rest.shape[1] // 2))
+    rounds = _by_rows if similarity.is_cuda or similarity.shape[1] <= SHORT else _by_neighbours
+    while rest.shape[1] > wanted:  # when half is gone, the matrix is cut to what is left
+        rest = rounds(similarity, rest, wanted, per_round, stop=max(wanted, rest.shape[1] // 2))
     return rest
 
 
-def _by_rows(similarity: Tensor, rest: Tensor, wanted: int, per_round: int) -> Tensor:
+def _by_rows(similarity: Tensor, rest: Tensor, wanted: int, per_round: int, stop: int) -> Tensor:
+    """Do rounds until ``stop`` or fewer are left, reading the whole row of every odd token."""
     batch, count, _ = similarity.shape
+    left = rest
+    if cut := 2 * rest.shape[1] <= count:
+        similarity, count = _among(similarity, rest), rest.shape[1]
+        left = torch.arange(count, device=rest.device).expand(batch, -1)
     rows, first = similarity.reshape(batch * count, count), _offsets(rest, count)
-    while rest.shape[1] > wanted:
-        even, odd = rest[:, 0::2], rest[:, 1::2]
-        if not odd.shape[1]:  # a single token is left, and it has nothing to resemble
+    while left.shape[1] > stop:
+        even, odd = left[:, 0::2], left[:, 1::2]
+        if odd.shape[1]:
+            near = rows.index_select(0, (odd + first).flatten()).view(batch, -1, count)
+            duplicated = near.amax(dim=1).gather(1, even)
+        else:  # a single token is left, and it has nothing to resemble
             duplicated = torch.zeros_like(even, dtype=torch.float32)
-        elif batch == 1:
-            duplicated = rows.index_select(0, even[0]).index_select(1, odd[0]).amax(dim=-1)[None]
-        else:
-            ceiling = torch.full((batch, 1, count), _NOWHERE, device=rest.device).scatter_(2, odd[:, None], -_NOWHERE)
-            among = rows.index_select(0, (even + first).flatten()).view(batch, -1, count)
-            duplicated = torch.minimum(among, ceiling, out=among).amax(dim=-1)
-        rest = _next(even, odd, duplicated, rest.shape[1] - wanted, per_round)
-    return rest
+        left = _next(even, odd, duplicated, left.shape[1] - wanted, per_round)
+    return rest.gather(1, left) if cut else left
 
 
 def _by_neighbours(similarity: Tensor, rest: Tensor, wanted: int, per_round: int, stop: int) -> Tensor:
-    """Do the same rounds, until ``stop`` or fewer are left, with each token's nearest neighbours.
-
-    Only where none of them is odd, a whole row is read.
-    """
+    """Do the same with each token's nearest neighbours; only where none of them is odd, a whole row is read."""
     batch, count = rest.shape
-    every = similarity.shape[1]
-    rows = similarity.reshape(batch * every, every).index_select(0, (rest + _offsets(rest, every)).flatten())
-    among = rows.view(batch, count, every).gather(2, rest[:, None].expand(-1, count, -1))  # (B, R, R)
+    among = _among(similarity, rest)
     among.diagonal(dim1=1, dim2=2).fill_(_NOWHERE)
-    near = among.topk(min(NEIGHBOURS, count), dim=-1)
+    rows, near = among.flatten(0, 1), among.topk(min(NEIGHBOURS, count), dim=-1)
     first = _offsets(rest, count)
     values, places = near.values.flatten(0, 1), (near.indices + first[..., None]).flatten(0, 1)
     left = torch.arange(count, device=rest.device).expand(batch, -1)
@@ -69,13 +65,20 @@ def _by_neighbours(similarity: Tensor, rest: Tensor, wanted: int, per_round: int
         even, odd = left[:, 0::2], left[:, 1::2]
         penalty.fill_(_NOWHERE).index_fill_(0, (odd + first).flatten(), 0)
         who = (even + first).flatten()
-        duplicated = (values.index_select(0, who) + penalty.take(places.index_select(0, who))).amax(dim=-1)
+        duplicated = (values.index_select(0, who) + _looked_up(penalty, places.index_select(0, who))).amax(dim=-1)
         lost = (duplicated < _NOWHERE / 2).nonzero()[:, 0]
         if len(lost):
-            item = lost // even.shape[1]
-            duplicated[lost] = among[item[:, None], even.flatten()[lost][:, None], odd[item]].amax(dim=-1)
+            whole = rows.index_select(0, who[lost]) + penalty.view(batch, count)[lost // even.shape[1]]
+            duplicated[lost] = whole.amax(dim=-1)
         left = _next(even, odd, duplicated.view(even.shape), left.shape[1] - wanted, per_round)
     return rest.gather(1, left)
+
+
+def _among(similarity: Tensor, rest: Tensor) -> Tensor:
+    """Return the similarities (B, R, R) among the tokens ``rest`` (B, R)."""
+    batch, count, _ = similarity.shape
+    rows = similarity.reshape(batch * count, count).index_select(0, (rest + _offsets(rest, count)).flatten())
+    return rows.view(batch, -1, count).gather(2, rest[:, None].expand(-1, rest.shape[1], -1))
 
 
 def _next(even: Tensor, odd: Tensor, duplicated: Tensor, excess: int, per_round: int) -> Tensor:
@@ -117,11 +120,9 @@ def without_duplicates_each(
         length = torch.tensor(lengths, device=device)[:, None]
         even, odd = rest[:, 0::2], rest[:, 1::2]
         evens, odds = (length + 1) // 2, length // 2
-        real = place[: odd.shape[1]] < odds
-        ceiling = torch.full((batch, count), _NOWHERE, device=device)
-        ceiling.scatter_reduce_(1, odd, torch.where(real, -_NOWHERE, _NOWHERE), "amax")
-        among = rows.index_select(0, (even + first).flatten()).view(batch, -1, count)
-        duplicated = torch.minimum(among, ceiling[:, None]).amax(dim=-1)
+        among = rows.index_select(0, (odd + first).flatten()).view(batch, -1, count)
+        among = among.masked_fill((place[: odd.shape[1]] >= odds)[..., None], _NOWHERE)
+        duplicated = among.amax(dim=1).gather(1, even) if odd.shape[1] else torch.zeros_like(even, dtype=torch.float32)
         duplicated = duplicated.masked_fill(place[: even.shape[1]] >= evens, float("-inf"))
         ranked = even.gather(1, duplicated.sort(dim=-1, descending=True, stable=True).indices)
         drop = torch.tensor(drops, device=device)[:, None]
@@ -131,3 +132,8 @@ def without_duplicates_each(
         lengths = [length - drop for length, drop in zip(lengths, drops, strict=True)]
     stays = place < torch.tensor(lengths, device=device)[:, None]
     return torch.zeros(batch, count, device=device).scatter_reduce_(1, rest, stays.float(), "amax").bool()
+
+
+def _looked_up(values: Tensor, places: Tensor) -> Tensor:
+    """Return ``values`` (N,) at ``places`` (R, k); ``index_select`` is faster than ``take`` on a CPU."""
+    return values.index_select(0, places.flatten()).view(places.shape)

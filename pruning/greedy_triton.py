@@ -61,7 +61,8 @@ def pick_determinantal(
 
 def _size(count: int) -> dict[str, Any]:
     block = max(triton.next_power_of_2(count), 32)
-    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
+    # Fused multiply-adds would round differently from the plain version, and a last bit can decide a pick.
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16), "enable_fp_fusion": False}
 
 
 if triton is not None:
@@ -103,7 +104,7 @@ if triton is not None:
                 line = factors + known * count
                 row -= tl.load(line + pick) * tl.load(line + place, mask=inside, other=0.0)
             rest = tl.sum(tl.where(place == pick, left, 0.0), axis=0)
-            row = tl.where(rest > none, row / tl.sqrt(tl.maximum(rest, 1e-38)), 0.0)
+            row = tl.where(rest > none, tl.div_rn(row, tl.sqrt_rn(tl.maximum(rest, 1e-38))), 0.0)
             tl.store(factors + step * count + place, row, mask=inside)
             tl.debug_barrier()  # the next step reads this row, each thread also what others wrote
             left = tl.where(place == pick, float("-inf"), left - row * row)

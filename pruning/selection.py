@@ -31,12 +31,20 @@ def mask_of(indices: Tensor, count: int) -> Tensor:
 
 def rows_of(values: Tensor, indices: Tensor) -> Tensor:
     """Return ``values`` (B, N, C) at positions (B, K): (B, K, C)."""
-    return values.gather(1, indices[..., None].expand(-1, -1, values.shape[-1]))
+    first = torch.arange(len(values), device=values.device)[:, None] * values.shape[1]
+    rows = values.flatten(0, 1).index_select(0, (indices + first).flatten())  # whole rows at a time
+    return rows.view(*indices.shape, values.shape[-1])
 
 
 def cosine_similarity(features: Tensor, others: Tensor | None = None) -> Tensor:
     """Return all pairwise cosine similarities (B, N, M) in float32; a zero vector is similar to nothing."""
-    unit = F.normalize(features.float(), dim=-1)
+    features = features.float()
+    if others is None and features.shape[1] < features.shape[2]:  # scaling the product moves less memory
+        product = features @ features.transpose(-1, -2)
+        norm = product.diagonal(dim1=1, dim2=2).sqrt()
+        inverse = torch.where(norm > 0, 1 / norm, 0)
+        return product.mul_(inverse[:, :, None]).mul_(inverse[:, None, :])
+    unit = F.normalize(features, dim=-1)
     other = unit if others is None else F.normalize(others.float(), dim=-1)
     return unit @ other.transpose(-1, -2)
 
@@ -46,16 +54,15 @@ def cosine_distance(features: Tensor) -> Tensor:
     return cosine_similarity(features).neg_().add_(1)
 
 
-def euclidean_distance(features: Tensor) -> Tensor:
-    """Return L2 distances of all pairs (B, N, N) in float32, by one matrix product."""
+def euclidean_distance(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return L2 distances of all pairs (B, N, N) and of all to their mean (B, N), float32, by one matrix product."""
     features = features.float()
-    # Distances do not depend on the origin; at the mean the product loses the fewest digits.
-    features = features - features.mean(dim=1, keepdim=True)
-    square = features.square().sum(dim=-1)
-    distance = features @ features.transpose(-1, -2)
-    distance = distance.mul_(-2).add_(square[:, :, None]).add_(square[:, None, :])
+    product = features @ features.transpose(-1, -2)
+    square = product.diagonal(dim1=1, dim2=2).clone()
+    to_mean = square - 2 * product.mean(dim=-1) + product.mean(dim=(1, 2))[:, None]
+    distance = product.mul_(-2).add_(square[:, :, None]).add_(square[:, None, :])
     distance.diagonal(dim1=1, dim2=2).zero_()
-    return distance.clamp_(min=0).sqrt_()
+    return distance.clamp_(min=0).sqrt_(), to_mean.clamp(min=0).sqrt()
 
 
 def text_mask(embeds: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class BAT:
         order = top_k(attention, tokens.count)
         place = torch.arange(tokens.count, device=order.device)
         kept = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, place < attentive[:, None])
-        distance = euclidean_distance(features)
+        distance, _ = euclidean_distance(features)
         peaks = self._peaks(distance, kept)
         centre = torch.zeros_like(kept).scatter(1, top_k(peaks, tokens.count), place < (wanted - attentive)[:, None])
         nearest = distance.masked_fill(~centre[:, None, :], float("inf")).argmin(dim=-1)  # (B, N)

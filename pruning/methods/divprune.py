@@ -32,18 +32,23 @@ class DivPrune:
         return Selection(ascending(most_distant(tokens.finite("projected"), keep)))
 
 
-def most_distant(features: Tensor, keep: int) -> Tensor:
-    """Return ``keep`` positions (B, K) of ``features`` (B, N, D) by greedy max-min cosine distance, as picked."""
+def most_distant(features: Tensor, keep: int, among: Tensor | None = None) -> Tensor:
+    """Return ``keep`` positions (B, K) of ``features`` (B, N, D) by greedy max-min cosine distance, as picked.
+
+    With ``among`` (B, N), boolean, only those tokens exist.
+    """
     distance = cosine_distance(features)  # (B, N, N)
+    if among is not None:
+        distance.masked_fill_(~among[:, :, None], float("inf")).masked_fill_(~among[:, None, :], float("inf"))
     itself = distance.diagonal(dim1=1, dim2=2)
     own = itself.clone()
     itself.fill_(float("inf"))
     # A matrix product is not symmetric to the last bit; taking rows and columns keeps mutual neighbours tied.
     lonely = torch.minimum(distance.amin(dim=-1), distance.amin(dim=-2))  # (B, N), distance to the nearest other
     itself.copy_(own)
-    first = lonely.argmax(dim=-1)
+    taken = torch.zeros_like(lonely, dtype=torch.bool) if among is None else ~among
+    first = lonely.masked_fill(taken, float("-inf")).argmax(dim=-1)
     items = torch.arange(len(first), device=first.device)
-    taken = torch.zeros_like(lonely, dtype=torch.bool)
     taken[items, first] = True
     rest = pick_spread(distance, distance[items, first], keep - 1, "minimum", taken)
     return torch.cat([first[:, None], rest], dim=1)

@@ -9,7 +9,7 @@ from pruning.methods.divprune import most_distant
 from pruning.methods.trimtokenator import METRICS, aligned_tokens
 from pruning.options import check_choice, check_share
 from pruning.registry import register_pruner
-from pruning.selection import ascending, rows_of
+from pruning.selection import ascending, mask_of
 from pruning.types import Selection, VisualTokens
 
 
@@ -34,6 +34,7 @@ class DivPruneAligned:
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K aligned and mutually distant positions (B, K)."""
-        aligned = aligned_tokens(tokens, max(int(self.n1_ratio * tokens.count), keep), self.alignment_metric)
-        picks = most_distant(rows_of(tokens.finite("projected"), aligned), keep)
-        return Selection(ascending(aligned.gather(1, picks)))
+        projected = tokens.finite("projected")
+        first = max(int(self.n1_ratio * tokens.count), keep)
+        aligned = aligned_tokens(tokens, projected, first, self.alignment_metric)
+        return Selection(ascending(most_distant(projected, keep, mask_of(aligned, tokens.count))))

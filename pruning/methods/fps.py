@@ -38,14 +38,12 @@ class FPS:
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K), far from each other."""
-        points = tokens.finite(self.space)
-        distance = euclidean_distance(points)
-        from_mean = (points - points.mean(dim=1, keepdim=True)).norm(dim=-1)
+        distance, from_mean = euclidean_distance(tokens.finite(self.space))
+        items = torch.arange(len(distance), device=distance.device)
         if self.start == "first":
-            first = torch.zeros(len(points), dtype=torch.long, device=points.device)
+            first = torch.zeros_like(items)
         else:
             first = (from_mean if self.start == "far" else -from_mean).argmax(dim=-1)
-        items = torch.arange(len(points), device=points.device)
         taken = torch.zeros_like(from_mean, dtype=torch.bool)
         taken[items, first] = True
         rest = pick_spread(distance, distance[items, first], keep - 1, "minimum", taken)

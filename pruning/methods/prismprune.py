@@ -70,7 +70,7 @@ class PrismPrune:
         start = best if self.fps_start == "top_variance" or not salient.shape[1] else salient
         compared = torch.cat([pool, start], dim=1)
         points = rows_of(features, compared)
-        distance = euclidean_distance(points) if self.fps_metric == "l2" else cosine_distance(points)
+        distance = euclidean_distance(points)[0] if self.fps_metric == "l2" else cosine_distance(points)
         count = pool.shape[1]
         nearest = distance[:, :count, count:].amin(dim=-1)  # (B, M), distance to the nearest starting token
         among = distance[:, :count, :count]

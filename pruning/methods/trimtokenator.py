@@ -15,8 +15,8 @@ from pruning.selection import (
     ascending,
     cosine_similarity,
     euclidean_distance,
+    mask_of,
     masked_mean,
-    rows_of,
     text_mask,
     top_k,
 )
@@ -60,44 +60,45 @@ class TrimTokenator:
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K), aligned and not redundant."""
         first = max(int(self.n1_ratio * tokens.count), keep)
-        if self.stages == "align":
-            return Selection(aligned_tokens(tokens, keep, self.alignment_metric))
         projected = tokens.finite("projected")
+        if self.stages == "align":
+            return Selection(aligned_tokens(tokens, projected, keep, self.alignment_metric))
         if self.stages == "repmax":
             return Selection(ascending(repmax(projected, keep, self.redundancy_metric)))
         if self.stages == "repmax_align":
             spread = ascending(repmax(projected, first, self.redundancy_metric))
-            scores = alignment(tokens, self.alignment_metric).gather(1, spread)
+            scores = alignment(tokens, projected, self.alignment_metric).gather(1, spread)
             return Selection(ascending(spread.gather(1, top_k(scores, keep))))
-        aligned = aligned_tokens(tokens, first, self.alignment_metric)
-        picks = repmax(rows_of(projected, aligned), keep, self.redundancy_metric)
-        return Selection(ascending(aligned.gather(1, picks)))
+        aligned = aligned_tokens(tokens, projected, first, self.alignment_metric)
+        return Selection(ascending(repmax(projected, keep, self.redundancy_metric, mask_of(aligned, tokens.count))))
 
 
-def alignment(tokens: VisualTokens, metric: str) -> Tensor:
+def alignment(tokens: VisualTokens, projected: Tensor, metric: str) -> Tensor:
     """Return how well each projected token is aligned with the instruction's token embeddings, (B, N), equation 3."""
-    words, projected = tokens.finite("text_token_embeds"), tokens.finite("projected")
+    words = tokens.finite("text_token_embeds")
     if metric == "cosine":
         return masked_mean(cosine_similarity(projected, words), text_mask(words))
-    distance = torch.cdist(projected, words, compute_mode="use_mm_for_euclid_dist")
+    square = torch.linalg.vector_norm(projected, dim=-1).square()[..., None] + words.square().sum(dim=-1)[:, None]
+    distance = (square - 2 * (projected @ words.transpose(1, 2))).clamp(min=0).sqrt()
     return -masked_mean(distance, text_mask(words))
 
 
-def aligned_tokens(tokens: VisualTokens, count: int, metric: str) -> Tensor:
+def aligned_tokens(tokens: VisualTokens, projected: Tensor, count: int, metric: str) -> Tensor:
     """Return the ``count`` best aligned positions (B, N1), ascending, equation 4."""
-    return ascending(top_k(alignment(tokens, metric), count))
+    return ascending(top_k(alignment(tokens, projected, metric), count))
 
 
-def repmax(features: Tensor, keep: int, metric: str = "cosine") -> Tensor:
+def repmax(features: Tensor, keep: int, metric: str, among: Tensor | None = None) -> Tensor:
     """Return ``keep`` positions (B, K) of ``features`` (B, N, D) with low mutual similarity, in order of picking.
 
-    With "l2" the similarity is minus the distance.
+    With "l2" the similarity is minus the distance. With ``among`` (B, N), boolean, only those tokens exist.
     """
-    apart = euclidean_distance(features) if metric == "l2" else cosine_similarity(features).neg_()
-    first = apart.mean(dim=-1).argmax(dim=-1)  # equations 9-10
+    apart = euclidean_distance(features)[0] if metric == "l2" else cosine_similarity(features).neg_()
+    exist = torch.ones(apart.shape[:2], device=apart.device) if among is None else among.float()
+    mean = (apart @ exist[..., None])[..., 0] / exist.sum(dim=1, keepdim=True)  # equation 9
+    taken = exist == 0
+    first = mean.masked_fill(taken, float("-inf")).argmax(dim=-1)  # equation 10
     items = torch.arange(len(first), device=first.device)
-    start = apart[items, first]
-    taken = torch.zeros_like(start, dtype=torch.bool)
     taken[items, first] = True
     # The mean over the chosen (equation 13) ranks as the sum does (equation 16).
-    return torch.cat([first[:, None], pick_spread(apart, start, keep - 1, "add", taken)], dim=1)
+    return torch.cat([first[:, None], pick_spread(apart, apart[items, first], keep - 1, "add", taken)], dim=1)
