@@ -16,9 +16,14 @@ from configs import EvaluateConfig, ModelConfig, PruningConfig
 from data_recipes.shapes_world import ask, sample_scene, split_seeds
 from evaluation.arm import evaluate, read_results
 from evaluation.tasks.tiny_world import read_items
+from pruning import registered_methods
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = ("random", "fastervlm", "vispruner", "prismprune", "divprune", "downsample")
+METHODS = [name for name in registered_methods() if name != "identity"]
+OPTIONS = {  # what belongs to this small model: a layer it has, and its own complexity (prunetune calibrate)
+    "hiprune": {"object_layer": 2},
+    "adaptive": {"erank_avg": 24.132},
+}
 BUDGETS = (72, 36, 16, 8)
 
 
@@ -61,7 +66,13 @@ def main() -> None:
         table = [[name] for name in METHODS]
         for row, name in zip(table, METHODS, strict=True):
             for keep in BUDGETS:
-                overall, _ = accuracy(Path(folder), PruningConfig(pruner=name, keep=keep), scenes)
+                pruning = PruningConfig(
+                    pruner=name,
+                    keep=keep,
+                    options=OPTIONS.get(name, {}),
+                    text_tower=str(ROOT / "assets" / "tiny_vlm" / "clip"),
+                )
+                overall, _ = accuracy(Path(folder), pruning, scenes)
                 row.append(f"{overall:.1f}")
     print(
         f"\nblind {blind_accuracy(scenes):.1f}, dense {dense:.1f} "

@@ -15,6 +15,7 @@ from evaluation.pictures import kept_overlay
 from evaluation.tasks import TaskError, get_task
 from pruning import PrunedModel, PruningSpec
 from pruning.checkpoint import load_model
+from pruning.text import instruction_text
 
 
 def visualize(config: ModelConfig, specs: list[PruningSpec], task: str, count: int, output: Path) -> list[Path]:
@@ -33,18 +34,19 @@ def visualize(config: ModelConfig, specs: list[PruningSpec], task: str, count: i
     output.mkdir(parents=True, exist_ok=True)
     model, processor = load_model(**config.model_dump(include={"path", "revision", "dtype", "attention"}))
     benchmark = get_task(task)
-    formatter = Formatter(processor, benchmark.images(), config.template, config.square)
-    references = list(dict.fromkeys(item.image for item in benchmark.items()))[:count]
+    formatter = Formatter(processor, benchmark.images(), config.template, config.square, instructions=instruction_text)
+    first = {item.image: item for item in reversed(benchmark.items())}  # each picture with its first question
+    plugs = [PrunedModel(model, spec, processor.tokenizer) for spec in specs]
     written = []
-    for number, reference in enumerate(references):
-        sample = Sample(reference, task, reference, (Turn("", None),))
+    for number, reference in enumerate(list(dict.fromkeys(item.image for item in benchmark.items()))[:count]):
+        sample = Sample(reference, task, reference, (Turn(first[reference].question, None),))
         inputs = formatter.prompt_batch([sample])
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)  # type: ignore[arg-type]
         panels: dict[str, np.ndarray] = {}
         grid = None
-        for spec in specs:
+        for spec, plug in zip(specs, plugs, strict=True):
             with torch.inference_mode():
-                pruned = PrunedModel(model, spec).prepare(inputs)
+                pruned = plug.prepare(inputs)
             assert pruned.selection is not None and pruned.encoded is not None  # there is a picture
             grid = pruned.encoded.tokens.grid
             positions = pruned.selection.of(0).cpu().numpy()

@@ -10,16 +10,17 @@ from pruning import registered_families, registered_methods
 
 
 def list_pruners() -> str:
-    """Return a table of methods: paper, signals, whether it merges, whether it follows reference code."""
-    rows = [["name", "paper", "needs", "merges", "status"]]
+    """Return a table of methods: paper, signals, whether training goes through, how faithful they are."""
+    rows = [["name", "paper", "needs", "trainable through", "status", "golden-checked"]]
     for method in registered_methods().values():
         rows.append(
             [
                 method.name,
                 method.paper,
                 ", ".join(sorted(method.needs)) or "-",
-                "yes" if method.merges else "no",
+                "yes, merges" if method.merges else "yes",
                 "exact" if method.exact else "reconstruction",
+                "yes" if method.golden else "no",
             ]
         )
     return _table(rows)

@@ -70,6 +70,29 @@ def compare(arguments: list[str]) -> None:
     print(f"table.md, table.csv, plot.png: {options.output}")
 
 
+@command("calibrate", "measure how complex a data sample is: --config FILE.yaml [--count N] [--section.field value]")
+def calibrate(arguments: list[str]) -> None:
+    """Measure effective rank and attention entropy, and write their means to the configuration of `adaptive`."""
+    from configs import RecalibrateConfig, load_config
+    from evaluation.calibrate import calibrate as measure
+    from evaluation.calibrate import write_averages
+
+    parser = argparse.ArgumentParser("prunetune calibrate", allow_abbrev=False)
+    parser.add_argument("--config", type=Path, required=True, help="a recalibration's YAML; its options are updated")
+    parser.add_argument("--count", type=int, default=512, help="how many samples")
+    parser.add_argument("--batch-size", type=int, default=8)
+    options, overrides = parser.parse_known_args(arguments)
+    config = load_config(RecalibrateConfig, options.config, overrides)
+    result = measure(config, options.count, options.batch_size)
+    print(f"{result.items} items of recipe {config.data.recipe}, pruner {config.pruning.pruner}\n")
+    print(result.to_markdown())
+    if config.pruning.pruner == "adaptive":
+        written = write_averages(options.config, result)
+        print(f"\nwritten to {options.config}: " + ", ".join(f"{name}: {value}" for name, value in written.items()))
+    else:
+        print("\nnothing written: the averages are options of `adaptive`")
+
+
 @command("export", "merge a recalibrated projector into a full stock checkpoint")
 def export(arguments: list[str]) -> None:
     """Export a merged checkpoint."""
@@ -99,11 +122,12 @@ def visualize(arguments: list[str]) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--pruners", nargs="+", default=["fastervlm", "vispruner", "prismprune", "divprune"])
     parser.add_argument("--keep", type=int, default=16)
+    parser.add_argument("--text-tower", help="CLIP checkpoint of the vision tower, for methods that read the question")
     parser.add_argument("--task", default="tiny_world_validation")
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--output", type=Path, default=Path("runs/visualize"))
     options = parser.parse_args(arguments)
-    specs = [PruningSpec(name, options.keep) for name in options.pruners]
+    specs = [PruningSpec(name, options.keep, text_tower=options.text_tower) for name in options.pruners]
     config = ModelConfig(path=options.model, dtype=options.dtype)
     for path in draw(config, specs, options.task, options.count, options.output):
         print(path)

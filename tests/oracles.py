@@ -79,8 +79,8 @@ def vispruner_rounds(x, chosen, rest, wanted):
     return sorted(chosen + rest)
 
 
-def vispruner(tokens, item, keep, share=0.5):
-    order = by(of(tokens, "cls_attention", item).mean(0))
+def vispruner(tokens, item, keep, share=0.5, saliency="cls"):
+    order = by(of(tokens, f"{saliency}_attention", item).mean(0))
     head = int(keep * share)
     return vispruner_rounds(of(tokens, "features", item), order[:head], order[head:], keep - head)
 

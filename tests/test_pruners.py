@@ -184,6 +184,7 @@ OPTIONS = [
     ("prismprune", {"salient_ratio": 1.0}, {"ratio": 1.0}),
     ("prismprune", {"pool_factor": 0}, {"factor": 0}),
     ("vispruner", {"important_ratio": 0.25}, {"share": 0.25}),
+    ("vispruner", {"saliency": "received"}, {"saliency": "received"}),
     ("fps", {"start": "center"}, {"start": "center"}),
     ("fps", {"start": "first", "space": "features"}, {"start": "first", "space": "features"}),
     ("cdpruner", {"relevance_sign": 1}, {"sign": 1}),

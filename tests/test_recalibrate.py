@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY_VLM
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
@@ -162,9 +162,11 @@ def mixed_recipe(tmp_path):
             "--train.max_steps", "8", "--train.max_length", "200", "--train.workers", "1"]  # fmt: skip
 
 
-def test_text_merging_bf16_and_workers_agree_under_zero2_and_zero3(untrained_folder, mixed_recipe, tmp_path):
+@pytest.mark.parametrize("pruner", ["downsample", "trim", "trimtokenator"])  # merging; merging by CLIP text; LLM text
+def test_text_merging_bf16_and_workers_agree_under_zero2_and_zero3(untrained_folder, mixed_recipe, tmp_path, pruner):
     """Batches of one: ranks see text alone, pictures, and a sample without any supervised token, in any order."""
-    options = [*mixed_recipe, "--model.dtype", "bfloat16", "--pruning.pruner", "downsample"]
+    options = [*mixed_recipe, "--model.dtype", "bfloat16", "--pruning.pruner", pruner,
+               "--pruning.text_tower", str(TINY_VLM / "clip")]  # fmt: skip
     runs = {}
     for stage in ("zero2", "zero3"):
         printed = run(untrained_folder, tmp_path / stage, *options, "--train.deepspeed", stage)

@@ -108,6 +108,7 @@ def test_a_method_that_needs_cls_says_which_methods_work_without(without_cls):
     [
         PruningSpec("divprune", 16),
         PruningSpec("hiprune", 16, {"object_layer": 1}),
+        PruningSpec("vispruner", 16, {"saliency": "received"}),
         PruningSpec("tome", 16),
         PruningSpec("trimtokenator", 16),
         PruningSpec("crisprune", 16, {"saliency": "received", "text": "llm"}),

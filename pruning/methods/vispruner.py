@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from pruning.duplicates import without_duplicates
-from pruning.options import check_least, check_share
+from pruning.options import check_choice, check_least, check_share
 from pruning.registry import register_pruner
 from pruning.selection import ascending, cosine_similarity, top_k
 from pruning.types import Selection, VisualTokens
@@ -17,7 +16,7 @@ from pruning.types import Selection, VisualTokens
 @register_pruner("vispruner", paper="VisPruner, arXiv 2412.01818v2", golden=True)
 @dataclass(frozen=True)
 class VisPruner:
-    """Keep ``int(K * important_ratio)`` tokens by [CLS] attention and fill up with mutually dissimilar ones.
+    """Keep ``int(K * important_ratio)`` tokens by [CLS] attention and fill up with dissimilar ones (equations 4-6).
 
     The rest, in order of attention, is split into even and odd places; the even tokens most similar to any odd one
     are dropped, ``removed_per_round`` at a time, until the budget is met.
@@ -28,20 +27,29 @@ class VisPruner:
     Attributes:
         important_ratio: share of the budget taken by attention (published: 0.5).
         removed_per_round: tokens dropped per round (published: 8).
+        saliency: "cls" attention, or "received" for towers without [CLS], as the paper does for SigLIP.
     """
 
     important_ratio: float = 0.5
     removed_per_round: int = 8
-    needs: ClassVar[frozenset[str]] = frozenset({"cls_attention"})
+    saliency: str = "cls"
 
     def __post_init__(self) -> None:
         """Check the options."""
         check_share("important_ratio", self.important_ratio)
         check_least("removed_per_round", self.removed_per_round, 1)
+        check_choice("saliency", self.saliency, ("cls", "received"))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The attention that ``saliency`` names."""
+        return frozenset({f"{self.saliency}_attention"})
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K): the important and the diverse ones."""
-        order = top_k(tokens.finite("cls_attention").mean(dim=1), tokens.count)  # (B, N), most attended first
+        order = top_k(
+            tokens.finite(f"{self.saliency}_attention").mean(dim=1), tokens.count
+        )  # (B, N), most attended first
         important = int(keep * self.important_ratio)
         if important == keep:
             return Selection(ascending(order[:, :keep]))

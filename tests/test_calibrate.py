@@ -1,0 +1,80 @@
+"""`prunetune calibrate`: the numbers are the definition's, and the file keeps what people wrote."""
+
+import shutil
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from conftest import ROOT, TINY_VLM
+
+from configs import ConfigError, RecalibrateConfig, load_config
+from data_recipes import Formatter, load_recipe
+from evaluation.calibrate import Spread, calibrate, write_averages
+from pruning import PrunedModel, PruningSpec
+from pruning.checkpoint import load_model
+from pruning.complexity import attention_entropy, erank
+from scripts.prunetune import main
+
+CONFIG = ROOT / "configs" / "recalibrate" / "tiny_adaptive_16.yaml"
+
+
+def test_erank_of_known_matrices():
+    eye = torch.eye(6)[None]
+    assert erank(eye).item() == pytest.approx(6)
+    assert erank(torch.ones(1, 5, 9)).item() == pytest.approx(1, abs=1e-4)
+    assert erank(torch.zeros(1, 5, 9)).item() == pytest.approx(1)
+    x = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
+    for item in range(2):
+        assert erank(x)[item].item() == pytest.approx(oracles.erank(x[item].double().numpy()), rel=1e-5)
+    low = (x[:, :, :2] @ torch.randn(2, 2, 500, generator=torch.Generator().manual_seed(1))).float()
+    assert erank(low)[0].item() < 2.01  # two directions; float32 noise in the others does not count
+
+
+def test_entropy_of_known_attention():
+    assert attention_entropy(torch.full((1, 3, 16), 0.01)).item() == pytest.approx(np.log(16))
+    one = torch.zeros(1, 3, 16)
+    one[..., 5] = 0.7
+    assert attention_entropy(one).item() == pytest.approx(0)
+
+
+def test_calibrate_measures_the_configured_sample_and_writes_it(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    shutil.copy(CONFIG, file)
+    before = file.read_text()
+    main(["calibrate", "--config", str(file), "--count", "12", "--batch-size", "5"])
+    assert "12 items of recipe tiny_world, pruner adaptive" in capsys.readouterr().out
+    config = load_config(RecalibrateConfig, file)
+    changed = {line for line in file.read_text().splitlines() if line not in before.splitlines()}
+    assert {line.split(":")[0].strip() for line in changed} == {"erank_avg", "entropy_avg"}  # comments are still there
+
+    data = load_recipe("tiny_world")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.data.seed))[:12].tolist()
+    model, processor = load_model(str(TINY_VLM))
+    batch = Formatter(processor, data.images).prompt_batch([data[index] for index in order])
+    with torch.no_grad():
+        tokens = PrunedModel(model, PruningSpec("fastervlm", 16)).prepare(batch).encoded.tokens
+    ranks = [oracles.erank(oracles.of(tokens, "projected", item)) for item in range(12)]
+    assert config.pruning.options["erank_avg"] == pytest.approx(np.mean(ranks), abs=2e-3)
+    p = tokens.cls_attention.double().mean(1)
+    p = p / p.sum(1, keepdim=True)
+    assert config.pruning.options["entropy_avg"] == pytest.approx(float(-(p * p.log()).sum(1).mean()), abs=2e-3)
+
+
+def test_other_pruners_are_measured_and_nothing_is_written(tmp_path, capsys):
+    file = tmp_path / "divprune.yaml"
+    shutil.copy(ROOT / "configs" / "recalibrate" / "tiny_divprune_16.yaml", file)
+    before = file.read_text()
+    main(["calibrate", "--config", str(file), "--count", "6"])
+    printed = capsys.readouterr().out
+    assert "nothing written" in printed and "erank, kept tokens" in printed and file.read_text() == before
+    config = load_config(RecalibrateConfig, file)
+    result = calibrate(config, 6)
+    assert result.after["erank"].mean < result.before["erank"].mean and result.before.keys() == {"erank"}
+    with pytest.raises(ConfigError, match="prunes by 'divprune'"):
+        write_averages(file, result)
+
+
+def test_spread_of_few_values():
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 2.0)
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 3.0, 4.0)

@@ -1,0 +1,42 @@
+"""The documentation names what exists: every method with every option, every page in the navigation."""
+
+import re
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT
+
+from pruning import registered_methods
+
+PAGES = {path: path.read_text() for path in sorted((ROOT / "docs" / "pruners").glob("*.md"))}
+
+
+@pytest.mark.parametrize("name", registered_methods())
+def test_every_method_has_a_section_with_all_its_options(name):
+    sections = [
+        section
+        for text in PAGES.values()
+        for section in re.split(r"^## ", text, flags=re.MULTILINE)
+        if section.split("\n")[0] == name
+    ]
+    assert len(sections) == 1, f"docs/pruners/ has {len(sections)} sections called {name}"
+    method = registered_methods()[name]
+    for option in fields(method.pruner):
+        assert f"`{option.name}`" in sections[0], f"the section of {name} does not name its option {option.name}"
+    assert ("Golden-checked" in sections[0]) == method.golden
+    assert ("reconstruction" in sections[0]) == (not method.exact)
+
+
+def test_links_and_navigation_lead_somewhere():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert str(path.relative_to(ROOT / "docs")) in navigation
+    for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]:
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+            if "://" not in link:
+                assert (path.parent / link).exists(), f"{path.name} links to {link}, which is not there"
+
+
+def test_readme_names_every_method():
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in registered_methods() if f"`{name}`" not in text] == []
