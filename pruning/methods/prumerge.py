@@ -57,7 +57,7 @@ class PruMerge:
 
 @register_pruner("prumerge_plus", paper="LLaVA-PruMerge+, arXiv 2403.15388", merges=True, golden=True)
 @dataclass(frozen=True)
-class PruMergePlus:
+class PruMergePlus(PruMerge):
     """PruMerge with evenly sampled tokens beside the outliers.
 
     With count "outliers", the published default, each image's outliers are joined by every ``step / 3``-th index, step
@@ -71,15 +71,6 @@ class PruMergePlus:
         count: "budget" or "outliers".
         neighbours: how many others a kept token adds.
     """
-
-    count: str = "budget"
-    neighbours: int = 32
-    needs: ClassVar[frozenset[str]] = frozenset({"reader_attention", "reader_keys"})
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        check_choice("count", self.count, COUNTS)
-        check_least("neighbours", self.neighbours, 1)
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return merged features (K, C) per item: outliers by attention, samples in raster order, the rest token."""
