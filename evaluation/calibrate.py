@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from configs import ConfigError, RecalibrateConfig
 from data_recipes import DataError, Formatter, Sample, load_recipe
-from pruning import PrunedModel, PruningSpec
+from pruning import PrunedModel, Pruner, PruningSpec, Selection, VisualTokens
 from pruning.checkpoint import load_model
 from pruning.complexity import attention_entropy, erank
 from pruning.text import instruction_text
@@ -40,7 +41,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Each measure before pruning (per item: image or crop) and of what the configured pruner keeps."""
+    """Each measure of what the pruner is given (images, crops, or pooled crops) and of what it keeps."""
 
     items: int
     before: dict[str, Spread]
@@ -74,13 +75,15 @@ def calibrate(config: RecalibrateConfig, count: int, batch_size: int = 8, device
     model, processor = load_model(**config.model.model_dump(include={"path", "revision", "dtype", "attention"}))
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pruned = PrunedModel(model, PruningSpec(**config.pruning.model_dump()), processor.tokenizer)
+    seen = Recorder(pruned.pruner)
+    pruned.pruner = seen
     formatter = Formatter(
         processor, data.images, config.model.template, config.model.square, instructions=instruction_text
     )
     before: dict[str, list[float]] = {name: [] for name in OPTIONS}
     after: dict[str, list[float]] = {name: [] for name in OPTIONS}
     for start in tqdm(range(0, len(samples), batch_size), desc="calibrate", unit="batch", dynamic_ncols=True):
-        _measure(pruned, formatter, samples[start : start + batch_size], before, after)
+        _measure(pruned, seen, formatter, samples[start : start + batch_size], before, after)
     return Calibration(
         len(before["erank"]),
         {name: Spread.of(values) for name, values in before.items() if values},
@@ -88,8 +91,33 @@ def calibrate(config: RecalibrateConfig, count: int, batch_size: int = 8, device
     )
 
 
+class Recorder:
+    """A pruner that keeps what it was given and what it answered: crops, or with scope "image" their pools."""
+
+    def __init__(self, pruner: Pruner) -> None:
+        self.pruner = pruner
+        self.calls: list[tuple[VisualTokens, Selection]] = []
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The signals of the pruner itself."""
+        return self.pruner.needs
+
+    @property
+    def general_prompts(self) -> Sequence[str]:
+        """The prompts of the pruner itself."""
+        return getattr(self.pruner, "general_prompts", ())
+
+    def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Prune and record."""
+        selection = self.pruner(tokens, keep)
+        self.calls.append((tokens, selection))
+        return selection
+
+
 def _measure(
     pruned: PrunedModel,
+    seen: Recorder,
     formatter: Formatter,
     samples: list[Sample],
     before: dict[str, list[float]],
@@ -100,18 +128,18 @@ def _measure(
     inputs = {name: value.to(pruned.model.device) for name, value in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(pruned.model.dtype)
     prepared = pruned.prepare({**inputs, "instructions": instructions})
-    assert prepared.encoded is not None and prepared.selection is not None  # every sample has a picture
-    tokens = prepared.encoded.tokens
-    before["erank"] += erank(tokens.finite("projected")).tolist()
     for features in prepared.inputs["mm_encoder_outputs"]["image"].pooler_output:
         after["erank"] += erank(features[None]).tolist()
-    if tokens.cls_attention is not None:
-        attention = tokens.finite("cls_attention")
-        before["attention_entropy"] += attention_entropy(attention).tolist()
-        for item in range(len(attention)):
-            kept = prepared.selection.of(item)
-            if len(kept):
-                after["attention_entropy"] += attention_entropy(attention[item : item + 1, :, kept]).tolist()
+    for tokens, selection in seen.calls:
+        before["erank"] += erank(tokens.finite("projected")).tolist()
+        if tokens.cls_attention is not None:
+            attention = tokens.finite("cls_attention")
+            before["attention_entropy"] += attention_entropy(attention).tolist()
+            for item in range(len(attention)):
+                after["attention_entropy"] += attention_entropy(
+                    attention[item : item + 1, :, selection.of(item)]
+                ).tolist()
+    seen.calls.clear()
 
 
 def write_averages(file: Path, calibration: Calibration) -> dict[str, float]:

@@ -20,12 +20,12 @@ def pick_spread(matrix: Tensor, state: Tensor, keep: int, update: str, blocked: 
     Args:
         matrix: (B, N, N) float32.
         state: (B, N) float32, finite; the first pick is its maximum.
-        keep: how many to pick, at most the number of tokens that are not blocked.
+        keep: how many to pick; an item that runs out of tokens that are not blocked repeats index 0.
         update: "minimum" or "add".
         blocked: (B, N) boolean, tokens that must not be picked.
 
     Returns:
-        (B, keep) positions in order of picking, all distinct; ties go to the lower index.
+        (B, keep) positions in order of picking, distinct while there are any; ties go to the lower index.
     """
     state = state.clone() if blocked is None else state.masked_fill(blocked, float("-inf"))
     if greedy_triton.usable(matrix):

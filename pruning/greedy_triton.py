@@ -31,9 +31,10 @@ def pick_spread(matrix: Tensor, state: Tensor, keep: int, update: str) -> Tensor
     batch, count = state.shape
     picks = torch.zeros(batch, keep, dtype=torch.long, device=state.device)
     if batch and keep:
-        _spread[(batch,)](
-            matrix.contiguous(), state.contiguous(), picks, count, keep, MINIMUM=update == "minimum", **_size(count)
-        )
+        with torch.cuda.device_of(matrix):
+            _spread[(batch,)](
+                matrix.contiguous(), state.contiguous(), picks, count, keep, MINIMUM=update == "minimum", **_size(count)
+            )
     return picks
 
 
@@ -55,7 +56,8 @@ def pick_determinantal(
     if batch and keep:
         factors = torch.empty(batch, keep, count, dtype=torch.float32, device=quality.device)
         vectors = [vector.contiguous() for vector in (quality, volume, fill, floor)]
-        _determinantal[(batch,)](similarity.contiguous(), *vectors, factors, picks, count, keep, **_size(count))
+        with torch.cuda.device_of(similarity):
+            _determinantal[(batch,)](similarity.contiguous(), *vectors, factors, picks, count, keep, **_size(count))
     return picks
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pruning.types import PruningError
+
+
+def whole(number: float) -> int:
+    """Return the floor, where a product such as 0.7 * 2880 = 2015.9999999999998 means 2016."""
+    return math.floor(number + 1e-9)
 
 
 def check_share(name: str, value: float) -> None:

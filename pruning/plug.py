@@ -130,7 +130,7 @@ class PrunedModel:
                 f"({len(inputs['input_ids'])} rows, {len(instructions or ())} texts), or build batches with "
                 "Formatter(..., instructions=True)"
             )
-        selection, images = self._kept(encoded, instructions or (), [row for row, _ in runs])
+        selection, images = self._kept(encoded, instructions or (), [row for row, _ in runs], self.spec)
         kept = inputs["input_ids"] != self.model.config.image_token_id
         for (row, run), (positions, _) in zip(runs, images, strict=True):
             kept[row, run[positions]] = True
@@ -152,11 +152,14 @@ class PrunedModel:
         if not (self.model.training and torch.is_grad_enabled()):
             return Pruned(inputs)
         encoded = self.family.encode(self.model, self.family.blank(self.model), self.pruner.needs)
-        _, images = self._kept(encoded, [""], [0])
+        # Its crops may be fewer than a picture's; a method that merges must still merge, as on the other ranks.
+        keep, count = self.spec.keep, encoded.tokens.count
+        fits = keep if not isinstance(keep, int) or keep < count else max(count - 1, 1)
+        _, images = self._kept(encoded, [""], [0], replace(self.spec, keep=fits, scope="item"))
         return self._with_features(dict(inputs), encoded, [images[0][1][:0]], None)
 
     def _kept(
-        self, encoded: Encoded, instructions: Sequence[str], rows: list[int]
+        self, encoded: Encoded, instructions: Sequence[str], rows: list[int], spec: PruningSpec
     ) -> tuple[Selection, list[tuple[Tensor, Tensor]]]:
         """Prune the images of ``rows``: each image's kept placeholders (K,) and features (K, D)."""
         tokens = encoded.tokens
@@ -164,8 +167,8 @@ class PrunedModel:
             tokens = replace(tokens, image=torch.tensor(encoded.owner, device=tokens.features.device))
         if self.reads_text:
             tokens = with_text(tokens, self.pruner, self.text, instructions, [rows[image] for image in encoded.owner])
-        selection = select(self.pruner, encoded, tokens, self.spec.keep, self.spec.scope)
-        return selection, encoded.keep_of(selection, self.spec.newline)
+        selection = select(self.pruner, encoded, tokens, spec.keep, spec.scope)
+        return selection, encoded.keep_of(selection, spec.newline)
 
     def forward(self, **inputs: Any) -> Any:
         """Run the stock model on pruned inputs and return its output; ``labels`` are shortened with the rest."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pruning.budget import Budget, resolve_budget
 from pruning.families.base import Encoded
+from pruning.precision import exact_float32
 from pruning.registry import registered_methods
 from pruning.text import TextReader
 from pruning.types import TEXT_SIGNALS, VISION_SIGNALS, Pruner, PruningError, Selection, VisualTokens, signal_name
@@ -78,14 +79,11 @@ def with_text(
     if "text_embeds" in wanted:
         found["text_embeds"] = reader.text_embeds(instructions)[where]
     if "general_embeds" in wanted:
-        pieces = reader.text_embeds(prompts)[:, 0]  # (P, E)
-        found["general_embeds"] = pieces.expand(len(where), -1, -1)
+        found["general_embeds"] = reader.prompt_embeds(prompts, "clip").expand(len(where), -1, -1)
     if "text_token_embeds" in wanted:
         found["text_token_embeds"] = reader.token_embeds(instructions)[where]
     if "general_token_embeds" in wanted:
-        words = reader.token_embeds(prompts)  # (P, M, D)
-        mean = words.float().sum(dim=1) / (words != 0).any(dim=-1).sum(dim=1, keepdim=True).clamp(min=1)
-        found["general_token_embeds"] = mean.expand(len(where), -1, -1)
+        found["general_token_embeds"] = reader.prompt_embeds(prompts, "llm").expand(len(where), -1, -1)
     return replace(tokens, layers={**tokens.layers, "image_embeds": "CLIP's visual projection"}, **found)
 
 
@@ -103,9 +101,10 @@ def select(pruner: Pruner, encoded: Encoded, tokens: VisualTokens, keep: Budget,
     Raises:
         PruningError: if the budget does not fit, or the method can't choose over several items.
     """
-    if scope == "image" and len(encoded.lengths) < len(tokens.features):
-        return _per_image(pruner, encoded.pools(), encoded.owner, tokens, keep)
-    return pruner(tokens, resolve_budget(keep, tokens.count))
+    with exact_float32(tokens.features.device):
+        if scope == "image" and len(encoded.lengths) < len(tokens.features):
+            return _per_image(pruner, encoded.pools(), encoded.owner, tokens, keep)
+        return pruner(tokens, resolve_budget(keep, tokens.count))
 
 
 def _per_image(pruner: Pruner, pools: list[Tensor], owner: list[int], tokens: VisualTokens, keep: Budget) -> Selection:
@@ -124,17 +123,16 @@ def _per_image(pruner: Pruner, pools: list[Tensor], owner: list[int], tokens: Vi
         pool = torch.stack([pools[image] for image in images])
         first = [owner.index(image) for image in images]
         chosen = pruner(_pooled(tokens, pool, first), resolve_budget(keep, size))
-        merges = chosen.merged is not None
+        merges = merges or chosen.merged is not None
         for group, image in enumerate(images):
-            flat = pool[group][chosen.of(group)]
-            items = flat // tokens.count
-            numbers = torch.bincount(items, minlength=len(owner)).tolist()
-            pieces = (flat % tokens.count).split(numbers)
-            parts = chosen.merged[group].split(numbers) if chosen.merged is not None else pieces
+            slots, order = pool[group][chosen.slots_of(group)].sort()  # each output sits where it was made around
+            features = tokens.features.flatten(0, 1)[slots] if chosen.merged is None else chosen.merged[group][order]
+            numbers = torch.bincount(slots // tokens.count, minlength=len(owner)).tolist()
+            pieces, parts = (slots % tokens.count).split(numbers), features.split(numbers)
             for item in range(len(owner)):
                 if owner[item] == image:
                     kept[item], merged[item] = pieces[item], parts[item]
-    return Selection(kept, merged if merges else None)
+    return Selection(kept, merged if merges else None, kept if merges else None)
 
 
 def _pooled(tokens: VisualTokens, pool: Tensor, first: list[int]) -> VisualTokens:

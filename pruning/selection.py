@@ -8,6 +8,9 @@ from torch import Tensor
 
 from pruning.types import VisualTokens
 
+ALIKE = 1e-6
+"""Cosine distances up to this are rounding: a few float32 steps at 1."""
+
 
 def top_k(scores: Tensor, keep: int) -> Tensor:
     """Return the positions of the ``keep`` highest scores (B, K), best first; of equals the lower index first.
@@ -50,8 +53,9 @@ def cosine_similarity(features: Tensor, others: Tensor | None = None) -> Tensor:
 
 
 def cosine_distance(features: Tensor) -> Tensor:
-    """Return 1 - cosine for all pairs (B, N, N) in float32."""
-    return cosine_similarity(features).neg_().add_(1)
+    """Return 1 - cosine for all pairs (B, N, N) in float32; up to ``ALIKE`` it is 0, the tokens are duplicates."""
+    distance = cosine_similarity(features).neg_().add_(1)
+    return F.threshold(distance, ALIKE, 0.0, inplace=True)
 
 
 def euclidean_distance(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruning.precision import exact_float32
+
 QUERIES_AT_ONCE = 128
 
 
@@ -53,7 +55,7 @@ def record_attention(wanted: Mapping[str, nn.Module], has_cls: bool) -> Iterator
     def reader(name: str) -> Callable[[nn.Module, tuple, dict], None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            with torch.no_grad():
+            with torch.no_grad(), exact_float32(hidden.device):
                 seen[name] = _READERS[name](module, hidden, int(has_cls))
 
         return hook

@@ -11,20 +11,26 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
+from pruning.precision import exact_float32
 from pruning.types import PruningError
 
-ANSWER_FORMATS = ("\nAnswer the question using a single word or phrase.",)
+ANSWER_FORMATS = (
+    "\nAnswer the question using a single word or phrase.",
+    "\nAnswer with the option's letter from the given choices directly.",
+)
 """What benchmarks append to a question; CDPruner's published evaluation cuts it off before encoding the text."""
 
 
 def instruction_text(questions: Sequence[str]) -> str:
-    """Return the text that pruning may read of a conversation: what the user says, without answer-format suffixes.
+    """Return the text that pruning may read of a conversation: its first question, without an answer-format suffix.
 
-    Training and inference call this on the same thing, the user's turns; answers are never part of it.
+    Training and inference call this on the same thing, the user's turns. Answers are never part of it, and neither are
+    later questions, which often give away an earlier answer ("what color is the cat?").
     """
+    text = questions[0]
     for suffix in ANSWER_FORMATS:
-        questions = [question.removesuffix(suffix) for question in questions]
-    return "\n".join(question.strip() for question in questions)
+        text = text.removesuffix(suffix)
+    return text.strip()
 
 
 class TextReader:
@@ -41,6 +47,7 @@ class TextReader:
         self.model = model
         self._tokenizer = tokenizer
         self._clip = clip
+        self._prompts: dict[tuple, Tensor] = {}
 
     def signals(self) -> frozenset[str]:
         """Return the text signals that can be computed."""
@@ -74,15 +81,29 @@ class TextReader:
         clip, end = self._placed_clip(), self._clip_tokenizer.eos_token_id
         ids = pad_sequence([torch.tensor(piece) for piece in flat], batch_first=True, padding_value=end)
         # The model is causal and pools at the first end token, so padding with end tokens changes nothing.
-        embeds = clip.text_projection(clip.text_model(input_ids=ids.to(clip.device)).pooler_output)
+        with exact_float32(clip.device):
+            embeds = clip.text_projection(clip.text_model(input_ids=ids.to(clip.device)).pooler_output)
         split = embeds.split([len(text) for text in pieces])
         return pad_sequence(list(split), batch_first=True)
+
+    def prompt_embeds(self, prompts: Sequence[str], text: str) -> Tensor:
+        """Return constant prompts (P, E) in "clip" space, or (P, D) as mean "llm" token embeddings; computed once."""
+        key = (text, tuple(prompts), self.model.device)  # type: ignore[union-attr]
+        if key not in self._prompts:
+            if text == "clip":
+                self._prompts[key] = self.text_embeds(prompts)[:, 0]
+            else:
+                words = self.token_embeds(prompts)  # (P, M, D)
+                count = (words != 0).any(dim=-1).sum(dim=1, keepdim=True).clamp(min=1)
+                self._prompts[key] = words.float().sum(dim=1) / count
+        return self._prompts[key]
 
     @torch.no_grad()
     def image_embeds(self, features: Tensor) -> Tensor:
         """Return vision features (B, N, C) in CLIP's shared space, (B, N, E): norm and visual projection, float32."""
         clip = self._placed_clip()
-        return clip.visual_projection(clip.vision_model.post_layernorm(features.to(clip.visual_projection.weight)))
+        with exact_float32(features.device):
+            return clip.visual_projection(clip.vision_model.post_layernorm(features.to(clip.visual_projection.weight)))
 
     def _placed_clip(self) -> Any:
         device = self.model.device  # type: ignore[union-attr]

@@ -136,6 +136,15 @@ class Selection:
         """Return the kept positions (K,) of one item."""
         return self.indices[item]
 
+    def slots_of(self, item: int) -> Tensor:
+        """Return the position (K,) of each output token: the one it was made around, else a kept one that is free."""
+        indices = self.of(item)
+        if self.origin is None:
+            return indices
+        slots, nowhere = self.origin[item].clone(), self.origin[item] < 0
+        slots[nowhere] = indices[~torch.isin(indices, slots)]
+        return slots
+
     def counts(self) -> list[int]:
         """Return how many tokens each item keeps."""
         return [len(row) for row in self.indices]

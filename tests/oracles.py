@@ -18,6 +18,11 @@ def cosine(a, b):
     return float(a @ b / (na * nb)) if na and nb else 0.0
 
 
+def floor(number):
+    """The floor of the number that is meant, 0.7 * 10 being 7."""
+    return math.floor(round(number, 9))
+
+
 def by(scores):
     """Positions, highest score first, of equals the lower."""
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
@@ -88,7 +93,7 @@ def vispruner(tokens, item, keep, share=0.5, saliency="cls"):
 def prismprune(tokens, item, keep, start="salient", metric="cosine", ratio=0.5, factor=4):
     x, attention = of(tokens, "features", item), of(tokens, "cls_attention", item)
     mean, variance = attention.mean(0), attention.var(0)
-    diverse = int(keep * (1 - ratio))
+    diverse = floor(keep * (1 - ratio))
     kept = by(mean)[: keep - diverse]
     rest = [i for i in range(len(x)) if i not in kept]
     pool = sorted(rest, key=lambda i: (-variance[i], i))[: (factor * diverse or len(rest))]
@@ -179,7 +184,7 @@ def repmax(x, places, keep, metric="cosine"):
 
 def trimtokenator(tokens, item, keep, ratio=0.8, alignment="l2", redundancy="cosine", stages="align_repmax"):
     x = of(tokens, "projected", item)
-    first = max(int(ratio * len(x)), keep)
+    first = max(floor(ratio * len(x)), keep)
     everything = list(range(len(x)))
     if stages == "align":
         return align(tokens, item, keep, alignment)[1]
@@ -193,7 +198,7 @@ def trimtokenator(tokens, item, keep, ratio=0.8, alignment="l2", redundancy="cos
 
 def divprune_aligned(tokens, item, keep):
     x = of(tokens, "projected", item)
-    places = align(tokens, item, max(int(0.8 * len(x)), keep))[1]
+    places = align(tokens, item, max(floor(0.8 * len(x)), keep))[1]
     return sorted(places[i] for i in divprune_places(x[places], keep))
 
 
@@ -376,7 +381,8 @@ def bat(tokens, item, keep, ratio=0.5, k=5):
     kept = by(attention)[: int(keep * ratio)]
     rest = [i for i in range(len(x)) if i not in kept]
     apart = {i: {j: np.linalg.norm(x[i] - x[j]) for j in rest} for i in rest}
-    density = {i: math.exp(-np.mean([d * d for d in sorted(apart[i].values())[: k + 1]])) for i in rest}
+    scale = np.mean([d * d for row in apart.values() for d in row.values()]) or 1.0
+    density = {i: math.exp(-np.mean([d * d for d in sorted(apart[i].values())[: k + 1]]) / scale) for i in rest}
     widest = max(max(row.values()) for row in apart.values())
     peak = {}
     for i in rest:

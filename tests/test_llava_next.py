@@ -147,6 +147,47 @@ def test_a_ratio_per_image_counts_what_the_model_shows(next_model, batch):
     assert prepared.kept == [round(0.1 * size) for size in sizes] and sizes[0] < 3 * 144  # padding was cut
 
 
+@pytest.mark.parametrize(("name", "scope"), [("prumerge", "item"), ("trim", "item"), ("prumerge", "image"),
+                                             ("tome", "image"), ("bat", "image")])  # fmt: skip
+def test_merged_features_sit_where_they_were_made(next_model, batch, name, scope):
+    """An output replaces its own patch: what is in the picture is not cut away with somebody else's padding."""
+    inputs = rows(next_model, batch) | {"instructions": QUESTIONS}
+    sizes = [384, 624]
+    with torch.no_grad():
+        for keep in (20, sizes[0]) if scope == "image" else (20,):  # one picture kept whole, the other merged
+            prepared = plug(next_model, name, keep, scope=scope, newline="none").prepare(inputs)
+            selection, pools = prepared.selection, prepared.encoded.pools()
+            if selection.merged is None:
+                continue
+            projector = next_model.model.multi_modal_projector
+            for image, crops in enumerate(([0, 1, 2], [3, 4, 5, 6, 7])):
+                features = prepared.inputs["mm_encoder_outputs"]["image"].pooler_output[image]
+                visible = set(pools[image].tolist())
+                expected = {}
+                for crop in crops:
+                    slots = (crop * 144 + selection.slots_of(crop)).tolist()
+                    projected = projector(selection.merged[crop]) if len(slots) else []
+                    expected |= {slot: row for slot, row in zip(slots, projected, strict=True) if slot in visible}
+                assert len(features) == len(expected)
+                if scope == "image":
+                    assert len(features) == keep
+                close = (features[:, None] - torch.stack(list(expected.values()))).norm(dim=-1).amin(dim=1)
+                assert close.max() < 1e-3
+
+
+def test_text_alone_fits_a_budget_larger_than_the_blank_picture(next_model):
+    ids = torch.tensor([[1, 5, 7, 9, 11]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    stock = next_model(**inputs).loss
+    next_model.train()
+    try:
+        for name in ("fastervlm", "prumerge"):
+            with plug(next_model, name, 300, scope="image").attach():
+                assert torch.equal(next_model(**inputs).loss, stock)
+    finally:
+        next_model.eval()
+
+
 def test_methods_that_can_not_pool_crops_say_so(next_model, batch):
     inputs = rows(next_model, batch) | {"instructions": QUESTIONS}
     with torch.no_grad():

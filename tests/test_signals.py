@@ -208,7 +208,8 @@ def test_the_question_decides_what_is_kept(model, processor, reading, name):
 def test_the_instruction_is_what_the_user_says_without_answer_formats():
     suffix = "\nAnswer the question using a single word or phrase."
     assert instruction_text([f"What is red?{suffix}"]) == "What is red?"
-    assert instruction_text(["One?", f"Two?{suffix}"]) == "One?\nTwo?"
+    assert instruction_text(["One?", f"Two?{suffix}"]) == "One?"  # later questions give earlier answers away
+    assert instruction_text(["Which?\nAnswer with the option's letter from the given choices directly."]) == "Which?"
 
 
 def test_training_and_inference_read_the_same_text(processor):

@@ -56,5 +56,7 @@ def only(tokens: VisualTokens, item: int) -> VisualTokens:
 @st.composite
 def cases(draw, side=7):
     batch, rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, side)), draw(st.integers(1, side))
-    tokens = make_tokens(batch, rows, columns, heads=draw(st.integers(1, 4)), seed=draw(st.integers(0, 10**6)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    seed = draw(st.integers(0, 10**6))
+    tokens = make_tokens(batch, rows, columns, heads=draw(st.integers(1, 4)), seed=seed, dtype=dtype)
     return tokens, draw(st.integers(1, rows * columns))

@@ -47,7 +47,8 @@ def encode(model: nn.Module, inputs: Mapping[str, Any], needs: frozenset[str]) -
         merged = None
         if selection.merged is not None:
             features = torch.cat(project_kept(selection, tokens, projector))
-            merged = projected[0].flatten(0, 1).index_copy(0, flat, features)
+            slots = torch.cat([crop * count + selection.slots_of(crop) for crop in range(crops)])
+            merged = projected[0].flatten(0, 1).index_copy(0, slots, features)
         images = []
         for image, where in enumerate(origin):
             stays = _stays(where, kept, newline)

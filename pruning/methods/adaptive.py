@@ -11,10 +11,10 @@ from pruning.complexity import MEASURES, attention_entropy, erank
 from pruning.duplicates import without_duplicates_each
 from pruning.greedy import pick_spread
 from pruning.methods.bat import BAT
-from pruning.methods.divprune import most_distant
+from pruning.methods.divprune import loneliest
 from pruning.options import check_choice, check_least, check_share
 from pruning.registry import register_pruner
-from pruning.selection import cosine_distance, cosine_similarity, rows_of, top_k
+from pruning.selection import cosine_distance, cosine_similarity, mask_of, rows_of, top_k
 from pruning.types import PruningError, Selection, VisualTokens
 
 VARIANTS = ("threshold", "vispruner", "bat", "divprune_fastervlm")
@@ -128,13 +128,13 @@ class Adaptive:
 
 def _add_distant(tokens: VisualTokens, kept: Tensor, attended: Tensor, wanted: Tensor) -> Tensor:
     """Return ``kept`` (B, N) and the tokens farthest from all kept, up to ``wanted`` (B,), by DivPrune's rule."""
-    projected = tokens.finite("projected")
-    alone = torch.zeros_like(kept).scatter(1, most_distant(projected, 1), True)
+    distance = cosine_distance(tokens.finite("projected"))
+    alone = mask_of(loneliest(distance, torch.zeros_like(kept))[:, None], tokens.count)
     kept = torch.where(attended[:, None] > 0, kept, alone)  # without attended tokens it starts as DivPrune does
-    distance = cosine_distance(projected)
     nearest = distance.masked_fill(~kept[:, None, :], float("inf")).amin(dim=-1)
     left = wanted - attended.clamp(min=1)
-    picks = pick_spread(distance, nearest, int(left.max().clamp(max=(~kept).sum(dim=1).min())), "minimum", kept)
+    # Items that need fewer go on picking; what they pick then does not count.
+    picks = pick_spread(distance, nearest, max(int(left.max()), 0), "minimum", kept)
     in_time = torch.arange(picks.shape[1], device=kept.device) < left[:, None]
     return torch.zeros_like(kept, dtype=torch.long).scatter_reduce(1, picks, in_time.long(), "amax").bool() | kept
 

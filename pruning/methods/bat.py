@@ -73,7 +73,10 @@ class BAT:
         apart = distance.masked_fill(kept[:, None, :] | kept[:, :, None], float("inf"))
         near = apart.topk(min(self.neighbours + 1, apart.shape[1]), largest=False).values  # itself is one of them
         finite = near.isfinite()
-        density = torch.exp(-(near.nan_to_num(posinf=0).square().sum(-1) / finite.sum(-1).clamp(min=1)))
+        # Distances count relative to the item's own, so that features of any width and scale have peaks.
+        scale = apart.masked_fill(apart.isinf(), 0).square().sum((1, 2)) / apart.isfinite().sum((1, 2)).clamp(min=1)
+        mean = near.nan_to_num(posinf=0).square().sum(-1) / finite.sum(-1).clamp(min=1)
+        density = torch.exp(-mean / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
         denser = density[:, None, :] > density[:, :, None]
         gap = apart.masked_fill(~denser, float("inf")).amin(dim=-1)
         widest = apart.masked_fill(apart.isinf(), 0).amax(dim=(1, 2))

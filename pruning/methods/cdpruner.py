@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from pruning.greedy import pick_determinantal
 from pruning.options import check_choice
@@ -42,9 +43,12 @@ class CDPruner:
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K), diverse given the instruction."""
+        similarity = cosine_similarity(tokens.finite("projected"))
+        return Selection(ascending(pick_determinantal(similarity, self.quality(tokens), keep)))
+
+    def quality(self, tokens: VisualTokens) -> Tensor:
+        """Return the scaled relevance r (B, N); of equally relevant tokens all are 1."""
         relevance = self.relevance_sign * instruction_relevance(tokens)
         low, high = image_range(relevance, tokens.image)
         spread = high - low
-        quality = torch.where(spread > 0, (relevance - low + self.eps) / spread, 1)
-        similarity = cosine_similarity(tokens.finite("projected"))
-        return Selection(ascending(pick_determinantal(similarity, quality, keep)))
+        return torch.where(spread > 0, (relevance - low + self.eps) / spread, 1)

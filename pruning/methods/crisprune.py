@@ -64,15 +64,21 @@ class CrisPrune:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Attention, and the text in the space that ``text`` names."""
-        text = {"image_embeds", "text_embeds", "general_embeds"}
-        if self.text == "llm":
-            text = {"text_token_embeds", "general_token_embeds"}
-        return frozenset({f"{self.saliency}_attention"} | text)
+        """Attention, and the text in the space that ``text`` names; what has weight 0 is not read."""
+        needs = {f"{self.saliency}_attention"} if self.alpha < 1 else set()
+        if self.alpha > 0:
+            needs |= {"image_embeds", "text_embeds"} if self.text == "clip" else {"text_token_embeds"}
+            if self.decay > 0:
+                needs |= {"general_embeds" if self.text == "clip" else "general_token_embeds"}
+        return frozenset(needs)
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K): salient or relevant, and diverse."""
-        quality = self.alpha * self._semantic(tokens) + (1 - self.alpha) * self._visual(tokens)
+        quality = tokens.features.new_zeros(tokens.features.shape[:2], dtype=torch.float32)
+        if self.alpha > 0:
+            quality = quality + self.alpha * self._semantic(tokens)
+        if self.alpha < 1:
+            quality = quality + (1 - self.alpha) * self._visual(tokens)
         similarity = cosine_similarity(tokens.finite("projected"))
         return Selection(ascending(pick_determinantal(similarity, quality, keep)))
 
@@ -85,12 +91,14 @@ class CrisPrune:
 
     def _semantic(self, tokens: VisualTokens) -> Tensor:
         """Return s_sem (B, N), equations 3-5."""
+        instruction = self._scaled(self.relevance_sign * instruction_relevance(tokens, self.text))
+        if self.decay == 0:
+            return instruction
         clip = self.text == "clip"
         visual = tokens.finite("image_embeds" if clip else "projected")
         prompts = tokens.finite("general_embeds" if clip else "general_token_embeds")
-        general = self.relevance_sign * cosine_similarity(visual, prompts)  # (B, N, P)
-        instruction = self.relevance_sign * instruction_relevance(tokens, self.text)
-        return torch.maximum(self._scaled(instruction), self.decay * self._scaled(general.amax(dim=-1)))
+        general = (self.relevance_sign * cosine_similarity(visual, prompts)).amax(dim=-1)  # (B, N)
+        return torch.maximum(instruction, self.decay * self._scaled(general))
 
     def _scaled(self, values: Tensor) -> Tensor:
         low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)

@@ -40,15 +40,20 @@ def most_distant(features: Tensor, keep: int, among: Tensor | None = None) -> Te
     distance = cosine_distance(features)  # (B, N, N)
     if among is not None:
         distance.masked_fill_(~among[:, :, None], float("inf")).masked_fill_(~among[:, None, :], float("inf"))
-    itself = distance.diagonal(dim1=1, dim2=2)
-    own = itself.clone()
-    itself.fill_(float("inf"))
-    # A matrix product is not symmetric to the last bit; taking rows and columns keeps mutual neighbours tied.
-    lonely = torch.minimum(distance.amin(dim=-1), distance.amin(dim=-2))  # (B, N), distance to the nearest other
-    itself.copy_(own)
-    taken = torch.zeros_like(lonely, dtype=torch.bool) if among is None else ~among
-    first = lonely.masked_fill(taken, float("-inf")).argmax(dim=-1)
+    taken = torch.zeros(distance.shape[:2], dtype=torch.bool, device=distance.device) if among is None else ~among
+    first = loneliest(distance, taken)
     items = torch.arange(len(first), device=first.device)
     taken[items, first] = True
     rest = pick_spread(distance, distance[items, first], keep - 1, "minimum", taken)
     return torch.cat([first[:, None], rest], dim=1)
+
+
+def loneliest(distance: Tensor, blocked: Tensor) -> Tensor:
+    """Return the token (B,) that is farthest from its nearest neighbour, by distances (B, N, N), not in ``blocked``."""
+    itself = distance.diagonal(dim1=1, dim2=2)
+    own = itself.clone()
+    itself.fill_(float("inf"))
+    # A matrix product is not symmetric to the last bit; taking rows and columns keeps mutual neighbours tied.
+    lonely = torch.minimum(distance.amin(dim=-1), distance.amin(dim=-2))
+    itself.copy_(own)
+    return lonely.masked_fill(blocked, float("-inf")).argmax(dim=-1)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pruning.methods.divprune import most_distant
 from pruning.methods.trimtokenator import METRICS, aligned_tokens
-from pruning.options import check_choice, check_share
+from pruning.options import check_choice, check_share, whole
 from pruning.registry import register_pruner
 from pruning.selection import ascending, mask_of
 from pruning.types import Selection, VisualTokens
@@ -35,6 +35,6 @@ class DivPruneAligned:
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K aligned and mutually distant positions (B, K)."""
         projected = tokens.finite("projected")
-        first = max(int(self.n1_ratio * tokens.count), keep)
+        first = max(whole(self.n1_ratio * tokens.count), keep)
         aligned = aligned_tokens(tokens, projected, first, self.alignment_metric)
         return Selection(ascending(most_distant(projected, keep, mask_of(aligned, tokens.count))))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pruning.greedy import pick_spread
 from pruning.methods.trimtokenator import METRICS
-from pruning.options import check_choice, check_share
+from pruning.options import check_choice, check_share, whole
 from pruning.registry import register_pruner
 from pruning.selection import ascending, cosine_distance, euclidean_distance, mask_of, rows_of, top_k
 from pruning.types import PruningError, Selection, VisualTokens
@@ -53,7 +53,7 @@ class PrismPrune:
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K), salient and diverse."""
         attention = tokens.finite("cls_attention")  # (B, H, N)
-        diverse = int(keep * (1 - self.salient_ratio))
+        diverse = whole(keep * (1 - self.salient_ratio))
         salient = top_k(attention.mean(dim=1), keep - diverse)
         if not diverse:
             return Selection(ascending(salient))

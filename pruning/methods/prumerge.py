@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruning.options import check_choice, check_least
+from pruning.options import check_choice, check_least, check_share
 from pruning.registry import register_pruner
 from pruning.selection import ascending, cosine_similarity, mask_of, outlier_share, rows_of, top_k
 from pruning.types import Selection, VisualTokens, keep_all
@@ -37,11 +37,12 @@ class PruMerge:
 
     count: str = "budget"
     neighbours: int = 32
+    counts: ClassVar[tuple[str, ...]] = COUNTS
     needs: ClassVar[frozenset[str]] = frozenset({"reader_attention", "reader_keys"})
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_choice("count", self.count, COUNTS)
+        check_choice("count", self.count, self.counts)
         check_least("neighbours", self.neighbours, 1)
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
@@ -61,16 +62,26 @@ class PruMergePlus(PruMerge):
     """PruMerge with evenly sampled tokens beside the outliers.
 
     With count "outliers", the published default, each image's outliers are joined by every ``step / 3``-th index, step
-    being the inverse of their share: about three times as many. With count "budget" half of the K - 1 tokens are
-    outliers and half are sampled evenly from the others.
+    being the inverse of their share: about three times as many. With count "ratio", published for training, the
+    ``ratio`` of highest attention is joined by every ``1 / ratio``-th index. With count "budget" half of the K - 1
+    tokens are outliers and half are sampled evenly from the others.
 
     Differs from the published code: sampled tokens never repeat outliers (there they do with a fixed ratio, and other
     tokens are lost); the last patch can be sampled only with count "budget"; an image without outliers keeps one.
 
     Attributes:
-        count: "budget" or "outliers".
+        count: "budget", "outliers" or "ratio"; the last two leave the budget unused.
         neighbours: how many others a kept token adds.
+        ratio: share of tokens by attention with count "ratio" (published: 1 / 8).
     """
+
+    ratio: float = 0.125
+    counts: ClassVar[tuple[str, ...]] = ("budget", "outliers", "ratio")
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        check_share("ratio", self.ratio)
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return merged features (K, C) per item: outliers by attention, samples in raster order, the rest token."""
@@ -83,6 +94,10 @@ class PruMergePlus(PruMerge):
             wanted = max(keep - 1, 1)
             outliers = numbers_to_keep(attention, tokens, self.count, (wanted + 1) // 2)
             sampled = self._evenly(order, wanted, (wanted + 1) // 2)
+        elif self.count == "ratio":
+            number, every = max(int(tokens.count * self.ratio), 1), max(int(1 / max(self.ratio, 1 / tokens.count)), 1)
+            outliers = torch.full((len(order),), number, device=order.device)
+            sampled = (place >= every // 2) & ((place - every // 2) % every == 0) & (place < tokens.count - 1)
         else:
             share = outlier_share(attention, tokens.image)
             outliers = (share * tokens.count).long().clamp(min=1)
@@ -91,12 +106,12 @@ class PruMergePlus(PruMerge):
             sampled = (place % stride[:, None] == 0) & (place < tokens.count - 1)
         first = place.expand_as(order) < outliers[:, None]
         chosen = torch.zeros_like(first).scatter(1, order, first)
-        sampled = sampled & ~chosen
+        sampled = sampled & ~chosen  # (B, N)
         # Outliers by attention come first, then samples in raster order, then what is dropped, by attention.
         tier = torch.where(first, 0, torch.where(sampled.gather(1, order), 1, 2))
         within = torch.where(tier == 1, order, place)
         order = order.gather(1, (tier * tokens.count + within).argsort(dim=1))
-        rest = self.count == "outliers" or keep > 1
+        rest = self.count != "budget" or keep > 1
         return enriched(tokens, attention, order, outliers + sampled.sum(dim=1), self.neighbours, rest)
 
     def _evenly(self, order: Tensor, wanted: int, outliers: int) -> Tensor:
@@ -131,12 +146,36 @@ def enriched(
     dropped = torch.zeros_like(attention).scatter(1, order, (place >= numbers[:, None]).to(attention))
     spare = (dropped * attention)[:, None] @ features  # (B, 1, C)
     slot = order.gather(1, numbers.clamp(max=tokens.count - 1)[:, None])  # the strongest dropped patch
+    return with_rest(tokens, kept, merged, numbers, slot, spare, rest)
+
+
+def with_rest(
+    tokens: VisualTokens, kept: Tensor, merged: Tensor, numbers: Tensor, slot: Tensor, spare: Tensor, rest: bool
+) -> Selection:
+    """Return the first ``numbers`` (B,) of the tokens as a selection, and behind them the rest token.
+
+    Args:
+        tokens: the items.
+        kept: (B, n) positions in output order, rows padded to the largest number.
+        merged: (B, n, C) their features.
+        numbers: how many of them are real.
+        slot: (B, 1) where the rest token sits.
+        spare: (B, 1, C) the rest token.
+        rest: whether there is one; never where all tokens are kept.
+    """
     lengths = numbers.tolist()
-    positions, outputs, origins = [], [], []
-    for item, length in enumerate(lengths):  # ragged outputs are cut one by one; everything above is batched
+    merged, spare = merged.to(tokens.features.dtype), spare.to(tokens.features.dtype)
+    if len(set(lengths)) == 1:
+        extra = int(rest and lengths[0] < tokens.count)
+        kept, merged = kept[:, : lengths[0]], merged[:, : lengths[0]]
+        positions = torch.cat([kept, slot[:, :extra]], dim=1).sort(dim=1).values
+        origin = F.pad(kept, (0, extra), value=-1)
+        return Selection(positions, list(torch.cat([merged, spare[:, :extra]], dim=1)), list(origin))
+    ragged: list[Tensor] = []
+    outputs, origins = [], []
+    for item, length in enumerate(lengths):  # ragged outputs are cut one by one; everything before is batched
         extra = int(rest and length < tokens.count)
-        positions.append(torch.cat([kept[item, :length], slot[item, :extra]]).sort().values)
-        outputs.append(torch.cat([merged[item, :length], spare[item, :extra]]).to(tokens.features.dtype))
+        ragged.append(torch.cat([kept[item, :length], slot[item, :extra]]).sort().values)
+        outputs.append(torch.cat([merged[item, :length], spare[item, :extra]]))
         origins.append(F.pad(kept[item, :length], (0, extra), value=-1))
-    same = len(set(lengths)) == 1
-    return Selection(torch.stack(positions) if same else positions, outputs, origins)
+    return Selection(ragged, outputs, origins)

@@ -98,11 +98,12 @@ def merge_step(state: Merged, remove: int, class_token: bool = False) -> Merged:
     source, stay = order[:, :remove], order[:, remove:]
     stay = ascending(stay) if class_token else stay
     into = target.gather(1, source)  # (B, r), place among the odd
+    member = F.one_hot(into, count // 2).transpose(1, 2).to(state.features)  # (B, odd, r)
 
     def merge(values: Tensor, weight: Tensor) -> Tensor:
         even, odd = (values * weight)[:, 0::2], (values * weight)[:, 1::2]
-        where = into[..., None].expand(-1, -1, values.shape[-1])
-        return torch.cat([rows_of(even, stay), odd.scatter_add(1, where, rows_of(even, source))], dim=1)
+        # As a product and not by atomic additions, whose order on a GPU would change the last bits from run to run.
+        return torch.cat([rows_of(even, stay), odd + member @ rows_of(even, source)], dim=1)
 
     size = merge(state.size, torch.ones_like(state.size))
     unmerged_count = stay.shape[1]

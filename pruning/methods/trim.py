@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
-from pruning.methods.prumerge import COUNTS, numbers_to_keep
+from pruning.methods.prumerge import COUNTS, numbers_to_keep, with_rest
 from pruning.options import check_choice
 from pruning.registry import register_pruner
-from pruning.selection import top_k
+from pruning.selection import rows_of, top_k
 from pruning.types import Selection, VisualTokens, keep_all
 
 
@@ -56,13 +55,9 @@ class Trim:
         dropped = torch.zeros_like(score).scatter(1, order, (place >= numbers[:, None]).to(score))
         mean = (dropped[:, None] @ features) / dropped.sum(dim=1).clamp(min=1)[:, None, None]  # (B, 1, C)
         slot = order.gather(1, numbers.clamp(max=tokens.count - 1)[:, None])
-        lengths = numbers.tolist()
-        positions, outputs, origins = [], [], []
-        for item, length in enumerate(lengths):  # ragged outputs are cut one by one; everything above is batched
-            extra = int(length < tokens.count and (self.count == "outliers" or keep > 1))
-            kept = order[item, :length].sort().values
-            positions.append(torch.cat([kept, slot[item, :extra]]).sort().values)
-            outputs.append(torch.cat([features[item, kept], mean[item, :extra]]).to(tokens.features.dtype))
-            origins.append(F.pad(kept, (0, extra), value=-1))
-        same = len(set(lengths)) == 1
-        return Selection(torch.stack(positions) if same else positions, outputs, origins)
+        kept = order[:, : int(numbers.max())]
+        # Kept tokens go in raster order; what pads a row goes behind them.
+        real = torch.arange(kept.shape[1], device=kept.device) < numbers[:, None]
+        kept = kept.gather(1, torch.where(real, kept, tokens.count).argsort(dim=1))
+        rest = self.count == "outliers" or keep > 1
+        return with_rest(tokens, kept, rows_of(features, kept), numbers, slot, mean, rest)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pruning.greedy import pick_spread
-from pruning.options import check_choice, check_share
+from pruning.options import check_choice, check_share, whole
 from pruning.registry import register_pruner
 from pruning.selection import (
     ascending,
@@ -59,7 +59,7 @@ class TrimTokenator:
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K), aligned and not redundant."""
-        first = max(int(self.n1_ratio * tokens.count), keep)
+        first = max(whole(self.n1_ratio * tokens.count), keep)
         projected = tokens.finite("projected")
         if self.stages == "align":
             return Selection(aligned_tokens(tokens, projected, keep, self.alignment_metric))
