@@ -1,6 +1,6 @@
 """Training-free accuracy of the bundled tiny VLM over methods and budgets, beside a blind guesser.
 
-    python benchmarks/tiny_vlm.py [--scenes 300]
+    python benchmarks/tiny_vlm.py [--scenes 300] [--methods divprune fps ...]
 
 Prints a Markdown table; the numbers of ``assets/tiny_vlm/README.md`` come from here.
 """
@@ -60,11 +60,13 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=300)
-    scenes = parser.parse_args().scenes
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    options = parser.parse_args()
+    scenes = options.scenes
     with tempfile.TemporaryDirectory() as folder:
         dense, sources = accuracy(Path(folder), PruningConfig(), scenes)
-        table = [[name] for name in METHODS]
-        for row, name in zip(table, METHODS, strict=True):
+        table = [[name] for name in options.methods]
+        for row, name in zip(table, options.methods, strict=True):
             for keep in BUDGETS:
                 pruning = PruningConfig(
                     pruner=name,

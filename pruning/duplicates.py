@@ -27,42 +27,39 @@ def without_duplicates(similarity: Tensor, rest: Tensor, wanted: int, per_round:
         (B, wanted) positions.
     """
     rounds = _by_rows if similarity.is_cuda or similarity.shape[1] <= SHORT else _by_neighbours
-    while rest.shape[1] > wanted:  # when half is gone, the matrix is cut to what is left
-        rest = rounds(similarity, rest, wanted, per_round, stop=max(wanted, rest.shape[1] // 2))
-    return rest
+    names = None
+    while rest.shape[1] > wanted:
+        if 2 * rest.shape[1] <= similarity.shape[1]:  # half is gone: the matrix is cut to what is left
+            similarity, names = _among(similarity, rest), rest if names is None else names.gather(1, rest)
+            rest = torch.arange(rest.shape[1], device=rest.device).expand(len(rest), -1)
+        rest = rounds(similarity, rest, wanted, per_round, stop=max(wanted, similarity.shape[1] // 2))
+    return rest if names is None else names.gather(1, rest)
 
 
 def _by_rows(similarity: Tensor, rest: Tensor, wanted: int, per_round: int, stop: int) -> Tensor:
     """Do rounds until ``stop`` or fewer are left, reading the whole row of every odd token."""
     batch, count, _ = similarity.shape
-    left = rest
-    if cut := 2 * rest.shape[1] <= count:
-        similarity, count = _among(similarity, rest), rest.shape[1]
-        left = torch.arange(count, device=rest.device).expand(batch, -1)
     rows, first = similarity.reshape(batch * count, count), _offsets(rest, count)
-    while left.shape[1] > stop:
-        even, odd = left[:, 0::2], left[:, 1::2]
+    while rest.shape[1] > stop:
+        even, odd = rest[:, 0::2], rest[:, 1::2]
         if odd.shape[1]:
             near = rows.index_select(0, (odd + first).flatten()).view(batch, -1, count)
             duplicated = near.amax(dim=1).gather(1, even)
         else:  # a single token is left, and it has nothing to resemble
             duplicated = torch.zeros_like(even, dtype=torch.float32)
-        left = _next(even, odd, duplicated, left.shape[1] - wanted, per_round)
-    return rest.gather(1, left) if cut else left
+        rest = _next(even, odd, duplicated, rest.shape[1] - wanted, per_round)
+    return rest
 
 
 def _by_neighbours(similarity: Tensor, rest: Tensor, wanted: int, per_round: int, stop: int) -> Tensor:
     """Do the same with each token's nearest neighbours; only where none of them is odd, a whole row is read."""
-    batch, count = rest.shape
-    among = _among(similarity, rest)
-    among.diagonal(dim1=1, dim2=2).fill_(_NOWHERE)
-    rows, near = among.flatten(0, 1), among.topk(min(NEIGHBOURS, count), dim=-1)
-    first = _offsets(rest, count)
+    batch, count, _ = similarity.shape
+    rows, first = similarity.reshape(batch * count, count), _offsets(rest, count)
+    near = similarity.topk(min(NEIGHBOURS + 1, count), dim=-1)  # a token itself is one of them
     values, places = near.values.flatten(0, 1), (near.indices + first[..., None]).flatten(0, 1)
-    left = torch.arange(count, device=rest.device).expand(batch, -1)
-    penalty = torch.empty(batch * count, device=rest.device)
-    while left.shape[1] > stop:
-        even, odd = left[:, 0::2], left[:, 1::2]
+    penalty = torch.empty(batch * count, device=rest.device)  # 0 for odd tokens; the others count as nowhere near
+    while rest.shape[1] > stop:
+        even, odd = rest[:, 0::2], rest[:, 1::2]
         penalty.fill_(_NOWHERE).index_fill_(0, (odd + first).flatten(), 0)
         who = (even + first).flatten()
         duplicated = (values.index_select(0, who) + _looked_up(penalty, places.index_select(0, who))).amax(dim=-1)
@@ -70,8 +67,8 @@ def _by_neighbours(similarity: Tensor, rest: Tensor, wanted: int, per_round: int
         if len(lost):
             whole = rows.index_select(0, who[lost]) + penalty.view(batch, count)[lost // even.shape[1]]
             duplicated[lost] = whole.amax(dim=-1)
-        left = _next(even, odd, duplicated.view(even.shape), left.shape[1] - wanted, per_round)
-    return rest.gather(1, left)
+        rest = _next(even, odd, duplicated.view(even.shape), rest.shape[1] - wanted, per_round)
+    return rest
 
 
 def _among(similarity: Tensor, rest: Tensor) -> Tensor:
