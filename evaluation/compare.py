@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from evaluation.arm import read_manifest, read_results
+from evaluation.intervals import bootstrap_interval
 from evaluation.tasks import TaskError
 
-RESAMPLES = 10_000
 # What may differ between arms of one table. Within a tuned arm and its training-free twin only the projector may.
 _ARM = {"projector", "pruning", "kept_tokens", "items_per_second"}
 
@@ -151,16 +151,6 @@ def compare(folders: list[str | Path], seed: int = 0) -> list[Row]:
             )
         )
     return rows
-
-
-def bootstrap_interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean of ``values`` (M,) in percent, by resampling clusters (M,)."""
-    _, owner = np.unique(clusters, return_inverse=True)
-    sums, counts = np.bincount(owner, weights=values), np.bincount(owner)
-    draws = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
-    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    low, high = np.percentile(100 * means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def to_markdown(rows: list[Row]) -> str:

@@ -70,6 +70,22 @@ def compare(arguments: list[str]) -> None:
     print(f"table.md, table.csv, plot.png: {options.output}")
 
 
+@command("score", "re-score saved predictions without a model: TASK --predictions FILE --data DIR")
+def score(arguments: list[str]) -> None:
+    """Print one JSON object with every metric of the task."""
+    import json
+
+    from evaluation.score import score_file
+
+    parser = argparse.ArgumentParser("prunetune score")
+    parser.add_argument("task", help="a name from `prunetune list tasks`")
+    parser.add_argument("--predictions", type=Path, required=True, help="our results.jsonl or LLaVA's answers.jsonl")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the published annotation files")
+    parser.add_argument("--protocol", default="llava")
+    options = parser.parse_args(arguments)
+    print(json.dumps(score_file(options.task, options.predictions, options.data, options.protocol), indent=2))
+
+
 @command("calibrate", "measure how complex a data sample is: --config FILE.yaml [--count N] [--section.field value]")
 def calibrate(arguments: list[str]) -> None:
     """Measure effective rank and attention entropy, and write their means to the configuration of `adaptive`."""

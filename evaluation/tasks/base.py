@@ -1,4 +1,4 @@
-"""What a benchmark is: items, a picture opener, and a pure scoring function."""
+"""What a benchmark is: items, a picture opener, pure scoring functions, and the pairing of saved predictions."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ import hashlib
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from data_recipes.images import ImageOpener
+from evaluation.errors import TaskError
+from evaluation.predictions import Prediction
 from pruning.registry import nearest
 
-
-class TaskError(ValueError):
-    """A benchmark that does not exist or whose files can't be used."""
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question about one picture, and what the scorer compares the prediction with."""
+    """One question about at most one picture, and what the scorer compares the prediction with (JSON values)."""
 
     id: str
     source: str
-    image: str
+    image: str | None
     question: str
-    answer: str
+    answer: Any
 
     def key(self) -> str:
         """Return the item as one line, for hashing."""
         return json.dumps([self.id, self.source, self.image, self.question, self.answer], ensure_ascii=False)
+
+
+Pair = tuple[str, Item]
+"""A prediction's text and its item."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +47,37 @@ class Task:
         name: the name of the command line.
         protocol: whose rules it scores by.
         prompt: which variant of the question is asked, in words.
-        items: reads all items in their fixed order.
-        images: returns the picture opener.
-        score: compares a prediction with an item, from 0 to 1.
+        read: reads all items, in their fixed order, from the folder of its published files.
+        images: returns the picture opener for that folder.
+        score: compares a prediction with an item, from 0 to 1; None where the answers are hidden.
         about: one line for ``prunetune list tasks``.
+        metrics: computes all metrics of the task; None is accuracy in percent.
+        answers: reads items for saved predictions, where that takes fewer files than ``read``.
+        key: returns the item's id of a saved prediction, given its place for messages; None is the prediction's id.
+        keys: the same for all predictions at once, where that takes a file.
+        upload: writes the file that the benchmark's server takes.
+        notes: where numbers are defined otherwise than by the published scorer, on purpose.
     """
 
     name: str
     protocol: str
     prompt: str
-    items: Callable[[], list[Item]]
-    images: Callable[[], ImageOpener]
-    score: Callable[[str, Item], float]
+    read: Callable[[Path], list[Item]]
+    images: Callable[[Path], ImageOpener]
+    score: Callable[[str, Item], float] | None
     about: str
+    metrics: Callable[[list[Pair]], dict[str, Any]] | None = None
+    answers: Callable[[Path], list[Item]] | None = None
+    key: Callable[[Prediction, str], str] | None = None
+    keys: Callable[[list[Prediction], Path, str], list[str]] | None = None
+    upload: Callable[[list[Pair], Path], Path] | None = None
+    notes: Sequence[str] = ()
+
+    def measure(self, pairs: list[Pair]) -> dict[str, Any]:
+        """Return all metrics of some predictions; empty where the answers are hidden."""
+        if self.metrics is not None:
+            return self.metrics(pairs)
+        return {} if self.score is None else {"accuracy": percent(self.score, pairs)}
 
 
 _TASKS: dict[str, Task] = {}
@@ -89,3 +114,22 @@ def items_hash(items: list[Item]) -> str:
     for item in items:
         digest.update(item.key().encode() + b"\n")
     return digest.hexdigest()
+
+
+def percent(score: Callable[[str, Item], float], pairs: Sequence[Pair]) -> float | None:
+    """Return the mean score in percent; None of no pairs."""
+    return 100 * sum(score(prediction, item) for prediction, item in pairs) / len(pairs) if pairs else None
+
+
+def by_source(score: Callable[[str, Item], float], pairs: Sequence[Pair]) -> dict[str, float | None]:
+    """Return the mean score in percent of each source."""
+    sources = sorted({item.source for _, item in pairs})
+    return {source: percent(score, [pair for pair in pairs if pair[1].source == source]) for source in sources}
+
+
+def image_folder(data: Path, name: str) -> Path:
+    """Return the folder of the pictures: ``name`` in or below the task's folder, or that folder itself."""
+    if (data / name).is_dir():
+        return data / name
+    found = sorted(path for path in data.rglob(name) if path.is_dir())
+    return found[0] if found else data

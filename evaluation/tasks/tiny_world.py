@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from data_recipes.images import SceneImages
 from data_recipes.shapes_world import ask, sample_scene, split_seeds
 from evaluation.tasks.base import Item, Task, register_task
@@ -34,8 +32,8 @@ for _name, _split, _about in (
             name=_name,
             protocol="exact match",
             prompt="question",
-            items=partial(read_items, _split, TEST_SCENES),
-            images=SceneImages,
+            read=lambda _, split=_split: read_items(split, TEST_SCENES),
+            images=lambda _: SceneImages(),
             score=exact_match,
             about=_about,
         )

@@ -1,0 +1,5 @@
+"""The error that benchmarks raise."""
+
+
+class TaskError(ValueError):
+    """A benchmark, a file of one or saved predictions that can't be used; the message says what to do."""

@@ -1,0 +1,68 @@
+"""Reading the published files of benchmarks, with errors that say what is missing and where to get it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from evaluation.errors import TaskError
+
+
+def find_file(data: Path, name: str, source: str) -> Path:
+    """Return the file called ``name`` in ``data`` or below it.
+
+    Args:
+        data: folder of the benchmark's files.
+        name: published name of the file.
+        source: where to get it, for the message.
+
+    Raises:
+        TaskError: if it is missing, or lies there twice.
+    """
+    if (data / name).is_file():
+        return data / name
+    found = sorted(data.rglob(name)) if data.is_dir() else []
+    if len(found) > 1:
+        raise TaskError(f"{data} holds {name} {len(found)} times ({found[0]}, {found[1]}); name the folder of one")
+    if not found:
+        raise TaskError(f"{name} is not in {data}; get it from {source}")
+    return found[0]
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's content; raises TaskError if it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield line number (from 1) and object of every line of a JSONL file that is not empty.
+
+    Raises:
+        TaskError: naming the line that is no JSON object.
+    """
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise TaskError(f"{path}, line {number} is not valid JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise TaskError(f"{path}, line {number}: expected an object, got {type(record).__name__}")
+            yield number, record
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSONL file, or of a JSON list."""
+    if path.suffix == ".json":
+        with path.open(encoding="utf-8") as stream:
+            head = stream.read(64).lstrip()
+        if head.startswith("["):
+            return read_json(path)
+    return [record for _, record in read_lines(path)]

@@ -1,0 +1,79 @@
+"""VQA accuracy as the VQA challenge's server computes it: answers are normalised, then compared with ten people's."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+_DIGITS = {word: str(value) for value, word in enumerate(_NUMBERS)} | {"none": "0"}
+_ARTICLES = ("a", "an", "the")
+_COMMA_BETWEEN_DIGITS = re.compile(r"\d,+\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+_PERIODS_AT_MOST = 32
+"""The published processor passes a flag where the number of replacements belongs; 32 periods is what that comes to."""
+
+# Words that people write without their apostrophe, here as they should be.
+_SIMPLE = """
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm
+I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've
+shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're
+there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd
+where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're
+you've
+"""
+# With two apostrophes, either may be missing; a bare form that is another word (wed've) keeps one.
+_DOUBLE = """
+couldn't've hadn't've he'd've I'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
+something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
+"""
+
+
+def _without(word: str, number: int) -> str:
+    """Return ``word`` without its ``number``-th apostrophe."""
+    parts = word.split("'")
+    return "'".join([*parts[:number], parts[number] + parts[number + 1], *parts[number + 2 :]])
+
+
+_CONTRACTIONS = {word.replace("'", ""): word for word in _SIMPLE.split()}
+_CONTRACTIONS |= {_without(word, number): word for word in _DOUBLE.split() for number in (0, 1)}
+_CONTRACTIONS |= {_without("y'all'd've", number): "y'all'd've" for number in (0, 1, 2)}
+_CONTRACTIONS |= {_without("'ow's'at", number): "'ow's'at" for number in (0, 1, 2)}
+_CONTRACTIONS |= {"somebody'd": "somebodyd"}  # published this way round
+
+
+def normalize(answer: str) -> str:
+    """Return an answer as the challenge compares it.
+
+    Lower case; ``,`` and ``?`` dropped and ``'s`` set apart; a punctuation mark is removed if it stands next to a space
+    anywhere, or if digits are grouped by commas, and else becomes a space; periods not followed by a digit go; number
+    words become digits, articles go, and missing apostrophes are put back.
+    """
+    text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    grouped = _COMMA_BETWEEN_DIGITS.search(text) is not None
+    result = text
+    for mark in _PUNCTUATION:
+        remove = grouped or f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if remove else " ")
+    result = _PERIOD.sub("", result, count=_PERIODS_AT_MOST)
+    words = [_DIGITS.get(word, word) for word in result.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Return the accuracy of a prediction, from 0 to 1.
+
+    Each person is left out in turn; the prediction scores ``min(1, matches / 3)`` against the others, and the mean over
+    people counts.
+
+    Args:
+        prediction: raw text.
+        answers: what people answered, usually ten; not empty.
+    """
+    counts = Counter(normalize(answer) for answer in answers)
+    same = counts[normalize(prediction)]
+    others = len(answers) - same
+    return (same * min(1.0, (same - 1) / 3) + others * min(1.0, same / 3)) / len(answers)
