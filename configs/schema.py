@@ -122,6 +122,9 @@ class EvaluateConfig(Section):
     pruning: PruningConfig = PruningConfig()
     adapter: str | None = Field(None, description="folder of a recalibrated projector; None is training-free")
     tasks: list[str] = Field(description="names from `prunetune list tasks`")
+    data: str | None = Field(
+        None, description="folder of the benchmarks' published files, with a folder per task or of one task alone"
+    )
     limit: int | None = Field(None, ge=1, description="first items of every task only")
     batch_size: int = Field(1, ge=1, description="scores shift with it in half precision, so it is in the manifest")
     max_new_tokens: int = Field(128, ge=1)

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from configs import EvaluateConfig, to_yaml
 from data_recipes import Formatter, Sample, Turn
 from data_recipes.formatting import template_text
+from evaluation.score import interval
 from evaluation.tasks import Item, Task, TaskError, get_task
-from evaluation.tasks.base import items_hash
+from evaluation.tasks.base import Pair, items_hash, task_folder
 from pruning import PrunedModel, PruningSpec
 from pruning.checkpoint import (
     checkpoint_folder,
@@ -41,6 +42,7 @@ class Work:
     """The items of one task, in their fixed batches."""
 
     task: Task
+    data: Path
     batches: list[list[Item]]
 
 
@@ -55,7 +57,7 @@ def evaluate(config: EvaluateConfig, device: str | None = None) -> Path:
     """
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    works = [_work(name, config.limit, config.batch_size) for name in config.tasks]
+    works = [_work(name, config) for name in config.tasks]
     model, processor = load_model(
         **config.model.model_dump(include={"path", "revision", "dtype", "attention"}), adapter=config.adapter
     )
@@ -74,7 +76,7 @@ def evaluate(config: EvaluateConfig, device: str | None = None) -> Path:
     ):
         for work in works:
             formatter = Formatter(
-                processor, work.task.images(), config.model.template, config.model.square, instructions=read
+                processor, work.task.images(work.data), config.model.template, config.model.square, instructions=read
             )
             for batch in work.batches:
                 if (work.task.name, batch[0].id) not in done:
@@ -87,11 +89,22 @@ def evaluate(config: EvaluateConfig, device: str | None = None) -> Path:
     kept = [row["kept"] for row in rows]
     manifest |= {
         "complete": True,
+        "metrics": {work.task.name: _measured(work, rows, output) for work in works},
         "kept_tokens": {"mean": sum(kept) / len(kept), "min": min(kept), "max": max(kept)},
         "items_per_second": round((total - before) / seconds, 2) if total > before else None,
     }
     _write_json(output / MANIFEST, manifest)
     return output
+
+
+def _measured(work: Work, rows: list[dict[str, Any]], output: Path) -> dict[str, Any]:
+    """Return a task's metrics with their interval, writing the upload file where the benchmark has one."""
+    said = {row["id"]: row["prediction"] for row in rows if row["task"] == work.task.name}
+    pairs: list[Pair] = [(said[item.id], item) for batch in work.batches for item in batch]
+    metrics = {**work.task.measure(pairs), "interval_95": interval(work.task, pairs)}
+    if work.task.upload is not None:
+        metrics["upload"] = work.task.upload(pairs, output).name
+    return metrics
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -110,10 +123,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _work(name: str, limit: int | None, batch_size: int) -> Work:
-    task = get_task(name)
-    items = task.items()[:limit]
-    return Work(task, [items[start : start + batch_size] for start in range(0, len(items), batch_size)])
+def _work(name: str, config: EvaluateConfig) -> Work:
+    task, data = get_task(name), task_folder(config.data, name)
+    items, size = task.read(data)[: config.limit], config.batch_size
+    return Work(task, data, [items[start : start + size] for start in range(0, len(items), size)])
 
 
 def _answers(pruned: PrunedModel, formatter: Formatter, task: Task, batch: list[Item], new: int) -> Iterator[dict]:
@@ -123,11 +136,13 @@ def _answers(pruned: PrunedModel, formatter: Formatter, task: Task, batch: list[
         name: value.to(pruned.model.device) if isinstance(value, torch.Tensor) else value
         for name, value in formatter.prompt_batch(samples).items()
     }
-    inputs["pixel_values"] = inputs["pixel_values"].to(pruned.model.dtype)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(pruned.model.dtype)
     tokens = pruned.generate(**inputs, max_new_tokens=new, do_sample=False)
     texts = formatter.processor.batch_decode(tokens, skip_special_tokens=True)
     assert pruned.last is not None  # generate has just run
-    for item, text, count in zip(batch, texts, pruned.last.kept, strict=True):
+    kept = iter(pruned.last.kept)  # per picture, in reading order
+    for item, text in zip(batch, texts, strict=True):
         prediction = text.strip()
         yield {
             "task": task.name,
@@ -137,8 +152,8 @@ def _answers(pruned: PrunedModel, formatter: Formatter, task: Task, batch: list[
             "question": item.question,
             "answer": item.answer,
             "prediction": prediction,
-            "score": task.score(prediction, item),
-            "kept": count,
+            "score": None if task.score is None else task.score(prediction, item),
+            "kept": next(kept) if item.image is not None else 0,
         }
 
 

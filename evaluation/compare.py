@@ -15,7 +15,7 @@ from evaluation.intervals import bootstrap_interval
 from evaluation.tasks import TaskError
 
 # What may differ between arms of one table. Within a tuned arm and its training-free twin only the projector may.
-_ARM = {"projector", "pruning", "kept_tokens", "items_per_second"}
+_ARM = {"projector", "pruning", "kept_tokens", "items_per_second", "metrics"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,9 @@ def read_arm(folder: str | Path) -> Arm:
     expected = sum(task["items"] for task in manifest["tasks"].values())
     if len(rows) != expected:
         raise TaskError(f"{folder} has {len(rows)} results, its manifest says {expected}; evaluate it again")
+    hidden = sorted({row["task"] for row in rows if row["score"] is None})
+    if hidden:
+        raise TaskError(f"{folder}: the answers of {', '.join(hidden)} are hidden; upload their files instead")
     many = len(manifest["tasks"]) > 1
     sources = [f"{row['task']}/{row['source']}" if many else row["source"] for row in rows]
     return Arm(
@@ -83,7 +86,7 @@ def read_arm(folder: str | Path) -> Arm:
         manifest,
         [f"{row['task']}/{row['id']}" for row in rows],
         np.array(sources),
-        np.array([row["image"] for row in rows]),
+        np.array([str(row["image"] or row["id"]) for row in rows]),
         np.array([row["score"] for row in rows], dtype=float),
     )
 

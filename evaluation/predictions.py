@@ -71,7 +71,8 @@ def paired(predictions: list[Prediction], keys: list[str], questions: list[str],
     Raises:
         TaskError: for an unknown or repeated question, naming the line, or questions without a prediction.
     """
-    known, found = set(questions), {}
+    known = set(questions)
+    found: dict[str, Prediction] = {}
     for prediction, key in zip(predictions, keys, strict=True):
         if key not in known:
             raise TaskError(f"{path}, line {prediction.line}: question {key!r} is not in the annotations")

@@ -13,12 +13,15 @@ from configs import ModelConfig
 from data_recipes import Formatter, Sample, Turn
 from evaluation.pictures import kept_overlay
 from evaluation.tasks import TaskError, get_task
+from evaluation.tasks.base import task_folder
 from pruning import PrunedModel, PruningSpec
 from pruning.checkpoint import load_model
 from pruning.text import instruction_text
 
 
-def visualize(config: ModelConfig, specs: list[PruningSpec], task: str, count: int, output: Path) -> list[Path]:
+def visualize(
+    config: ModelConfig, specs: list[PruningSpec], task: str, count: int, output: Path, data: str | None = None
+) -> list[Path]:
     """Write one PNG per picture with a panel per method, for the first ``count`` pictures of a task.
 
     Args:
@@ -27,18 +30,21 @@ def visualize(config: ModelConfig, specs: list[PruningSpec], task: str, count: i
         task: a benchmark whose pictures are shown.
         count: how many pictures.
         output: folder of the PNG files.
+        data: folder of the benchmark's files, see EvaluateConfig.
 
     Raises:
         TaskError: if the visual tokens of this model form no grid.
     """
     output.mkdir(parents=True, exist_ok=True)
     model, processor = load_model(**config.model_dump(include={"path", "revision", "dtype", "attention"}))
-    benchmark = get_task(task)
-    formatter = Formatter(processor, benchmark.images(), config.template, config.square, instructions=instruction_text)
-    first = {item.image: item for item in reversed(benchmark.items())}  # each picture with its first question
+    benchmark, folder = get_task(task), task_folder(data, task)
+    items = [item for item in benchmark.read(folder) if item.image is not None]
+    images = benchmark.images(folder)
+    formatter = Formatter(processor, images, config.template, config.square, instructions=instruction_text)
+    first = {str(item.image): item for item in reversed(items)}  # each picture with its first question
     plugs = [PrunedModel(model, spec, processor.tokenizer) for spec in specs]
     written = []
-    for number, reference in enumerate(list(dict.fromkeys(item.image for item in benchmark.items()))[:count]):
+    for number, reference in enumerate(list(dict.fromkeys(str(item.image) for item in items))[:count]):
         sample = Sample(reference, task, reference, (Turn(first[reference].question, None),))
         inputs = formatter.prompt_batch([sample])
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)  # type: ignore[arg-type]

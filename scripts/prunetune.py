@@ -140,12 +140,13 @@ def visualize(arguments: list[str]) -> None:
     parser.add_argument("--keep", type=int, default=16)
     parser.add_argument("--text-tower", help="CLIP checkpoint of the vision tower, for methods that read the question")
     parser.add_argument("--task", default="tiny_world_validation")
+    parser.add_argument("--data", help="folder of the benchmark's published files")
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--output", type=Path, default=Path("runs/visualize"))
     options = parser.parse_args(arguments)
     specs = [PruningSpec(name, options.keep, text_tower=options.text_tower) for name in options.pruners]
     config = ModelConfig(path=options.model, dtype=options.dtype)
-    for path in draw(config, specs, options.task, options.count, options.output):
+    for path in draw(config, specs, options.task, options.count, options.output, options.data):
         print(path)
 
 

@@ -108,6 +108,18 @@ def get_task(name: str) -> Task:
     return known[name]
 
 
+def task_folder(data: str | Path | None, name: str) -> Path:
+    """Return the folder of a task's files: ``data/NAME``, its first word ``data/textvqa`` for textvqa_no_ocr, or data.
+
+    Raises:
+        TaskError: if ``data`` is set and no folder.
+    """
+    root = Path(data) if data is not None else Path()
+    if not root.is_dir():
+        raise TaskError(f"data folder {str(root)!r} does not exist; set data to the folder of the benchmarks' files")
+    return next((root / part for part in (name, name.split("_")[0]) if (root / part).is_dir()), root)
+
+
 def items_hash(items: list[Item]) -> str:
     """Return a SHA-256 of items in their order."""
     digest = hashlib.sha256()

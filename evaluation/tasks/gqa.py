@@ -33,7 +33,7 @@ def score(prediction: str, item: Item) -> float:
     return float(clean(prediction) == item.answer)
 
 
-def metrics(pairs: list[Pair]) -> dict[str, float]:
+def metrics(pairs: list[Pair]) -> dict[str, float | None]:
     """Return accuracy in percent, of all, binary and open questions."""
     return {
         "accuracy": percent(score, pairs),

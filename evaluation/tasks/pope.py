@@ -17,7 +17,8 @@ QUESTIONS = "llava_pope_test.jsonl"
 
 def read_items(data: Path) -> list[Item]:
     """Return the questions of all categories; ids are ``CATEGORY/IMAGE/QUESTION``."""
-    items, seen = [], {}
+    items: list[Item] = []
+    seen: dict[str, int] = {}
     for category in CATEGORIES:
         path = find_file(data, f"coco_pope_{category}.json", SOURCE)
         for line, record in read_lines(path):

@@ -59,7 +59,7 @@ def score(prediction: str, item: Item) -> float:
     return float(chosen(prediction, item.answer["choices"]) == item.answer["index"])
 
 
-def metrics(pairs: list[Pair]) -> dict[str, float]:
+def metrics(pairs: list[Pair]) -> dict[str, float | None]:
     """Return accuracy in percent, of all problems and of those with a picture (what papers report)."""
     return {
         "accuracy": percent(score, pairs),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 from data_recipes.images import SceneImages
 from data_recipes.shapes_world import ask, sample_scene, split_seeds
 from evaluation.tasks.base import Item, Task, register_task
@@ -23,6 +26,10 @@ def exact_match(prediction: str, item: Item) -> float:
     return float(prediction.lower().split() == item.answer.split())
 
 
+def _read(split: str, _: Path) -> list[Item]:
+    return read_items(split, TEST_SCENES)
+
+
 for _name, _split, _about in (
     ("tiny_world", "test", "300 scenes x 8 questions of the tiny world, from seeds no recipe was chosen on"),
     ("tiny_world_validation", "validation", "the same on the seeds that recipes are chosen on"),
@@ -32,7 +39,7 @@ for _name, _split, _about in (
             name=_name,
             protocol="exact match",
             prompt="question",
-            read=lambda _, split=_split: read_items(split, TEST_SCENES),
+            read=partial(_read, _split),
             images=lambda _: SceneImages(),
             score=exact_match,
             about=_about,

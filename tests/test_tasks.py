@@ -1,0 +1,94 @@
+"""Each benchmark end to end on small files in its published format: files, prompts, answers, score, resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmark_files import FILES, S
+
+from configs import EvaluateConfig, load_config
+from evaluation.arm import evaluate, read_results
+from evaluation.compare import compare
+from evaluation.score import score_file
+from evaluation.tasks import TaskError, get_task, tasks
+
+
+@pytest.fixture
+def settings(untrained_folder, tmp_path):
+    def make(task, name, *overrides):
+        base = ["--model.path", str(untrained_folder), "--model.dtype", "float32", "--tasks", f"[{task}]",
+                "--data", str(tmp_path / "data"), "--batch_size", "3", "--max_new_tokens", "2",
+                "--pruning.pruner", "divprune", "--pruning.keep", "16", "--output", str(tmp_path / name)]  # fmt: skip
+        return load_config(EvaluateConfig, None, [*base, *overrides])
+
+    return make
+
+
+def test_every_benchmark_is_proved_end_to_end():
+    assert set(FILES) == {name for name in tasks() if not name.startswith("tiny_world")}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_to_score_and_a_second_run_resumes(name, settings, tmp_path):
+    FILES[name](tmp_path / "data")
+    task = get_task(name)
+    items = task.read(tmp_path / "data")
+    assert len({item.id for item in items}) == len(items) == 12
+    folder = evaluate(settings(name, "whole"))
+    rows = read_results(folder)
+    assert [row["id"] for row in rows] == [item.id for item in items]
+    assert all(row["question"] == item.question for row, item in zip(rows, items, strict=True))
+    assert {row["kept"] for row in rows} <= {16, 0}
+    metrics = json.loads((folder / "manifest.json").read_text())["metrics"][name]
+
+    if task.score is None:
+        upload = json.loads((folder / metrics["upload"]).read_text())
+        assert len(upload) == 12 and all("answer" in row for row in upload)
+        with pytest.raises(TaskError, match="hidden"):
+            compare([folder])
+    else:
+        again = score_file(name, folder / "results.jsonl", tmp_path / "data")
+        assert {key: again[key] for key in metrics} == metrics
+        compare([folder])
+
+    lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    part = settings(name, "part")
+    Path(part.output).mkdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for key in ("metrics", "kept_tokens", "items_per_second"):
+        del manifest[key]
+    (Path(part.output) / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    (Path(part.output) / "results.jsonl").write_text("".join(lines[:7]))
+    assert (evaluate(part) / "results.jsonl").read_text() == "".join(lines)
+
+
+def test_prompts_are_the_published_ones(tmp_path):
+    for name, fill in FILES.items():
+        fill(tmp_path / name)
+    asked = {name: get_task(name).read(tmp_path / name)[1].question for name in FILES}
+    assert asked["gqa"] == f"what number is shown ?\n{S}"
+    assert asked["textvqa"] == f"what number is shown ? 1\nReference OCR token: 4, 7\n{S}"
+    assert asked["textvqa_no_ocr"] == f"What number is shown ? 1\n{S}"
+    assert asked["vizwiz"].splitlines() == [
+        "what number is shown ?",
+        "When the provided information is insufficient, respond with 'Unanswerable'.",
+        S,
+    ]
+    assert asked["scienceqa"].endswith("C. red\nAnswer with the option's letter from the given choices directly.")
+    assert asked["mme"] == f"Is there a star?\n{S}" and asked["pope"] == f"Is there a star in the image?\n{S}"
+
+
+def test_one_folder_holds_the_files_of_many_tasks(settings, tmp_path):
+    FILES["gqa"](tmp_path / "data" / "gqa")
+    FILES["textvqa"](tmp_path / "data" / "textvqa")
+    folder = evaluate(settings("gqa, textvqa_no_ocr", "both", "--limit", "3"))
+    assert json.loads((folder / "manifest.json").read_text())["metrics"].keys() == {"gqa", "textvqa_no_ocr"}
+
+
+def test_missing_files_are_named_with_their_source(settings, tmp_path):
+    with pytest.raises(TaskError, match=r"data folder .* does not exist"):
+        evaluate(settings("gqa", "a"))
+    (tmp_path / "data").mkdir()
+    for name in FILES:
+        with pytest.raises(TaskError, match=r"(get it from|name the folder)"):
+            evaluate(settings(name, "a"))
