@@ -1,12 +1,13 @@
-"""LLaVA's instruction file: a JSON list of conversations, filtered by where their pictures come from."""
+"""Conversations in LLaVA's format: from JSON, JSONL or Parquet, filtered by where their pictures come from."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import ijson
 
 from data_recipes.sample import DataError, Sample, Turn
 
@@ -17,91 +18,162 @@ PREFIXES = {
     "ocr_vqa": "ocr_vqa/",
     "textvqa": "textvqa/",
 }
-"""Image path prefixes of the mix, by source; ``text`` stands for samples without a picture."""
+"""Image path prefixes of LLaVA-1.5's mix, by source; ``text`` stands for samples without a picture."""
+
+ROW = "row:"
+"""A picture stored in the data file itself is referred to by its row, ``row:7``."""
 
 _IMAGE = "<image>"
 
 
-def read_llava_json(path: str | Path, sources: list[str]) -> list[Sample]:
-    """Return the samples of ``sources`` in file order.
+class PlaceholderError(DataError):
+    """A conversation whose image placeholders and picture disagree."""
+
+
+def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each record of a file with its place, for messages.
+
+    JSON lists are streamed, so that a file of a gigabyte does not have to fit in memory.
 
     Args:
-        path: ``llava_v1_5_mix665k.json`` or a file of its format.
-        sources: keys of ``PREFIXES``, or "text".
+        path: ``llava_v1_5_mix665k.json`` or a file like it: ``.json`` (a list), ``.jsonl`` or ``.parquet``.
 
     Raises:
-        DataError: for a missing or unreadable file, an unknown source or prefix, or a malformed record, naming it.
+        DataError: if the file is missing, of another kind, or can't be read.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"data file {path} does not exist; set data.file to llava_v1_5_mix665k.json or a file like it")
+    reader = {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"data file {path}: expected .json, .jsonl or .parquet, got {path.suffix or 'no suffix'!r}")
+    for place, record in reader(path):
+        if not isinstance(record, dict):
+            raise DataError(f"{place}: expected an object with a list `conversations`")
+        yield place, record
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as stream:
+        head = stream.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if head and not head.startswith(b"["):
+            raise DataError(f"{path} must hold a list of conversations; it starts with {head[:20]!r}")
+        stream.seek(0)
+        try:
+            for number, record in enumerate(ijson.items(stream, "item", use_float=True)):
+                yield f"{path}, record {number}", record
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} is not valid JSON: {error}") from None
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                try:
+                    yield f"{path}, line {number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}, line {number} is not valid JSON: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    rows = parquet_rows(path)
+    for number, record in enumerate(rows):
+        image = record.get("image")
+        if isinstance(image, dict):  # an image column: the picture itself is in the file
+            record = {**record, "image": f"{ROW}{number}" if image.get("bytes") else image.get("path")}
+        yield f"{path}, row {number}", record
+
+
+def parquet_rows(path: Path) -> Any:
+    """Return a Parquet file as a data set whose image column is not decoded."""
+    from datasets import Image, load_dataset
+
+    rows = load_dataset("parquet", data_files=str(path), split="train")
+    if isinstance(rows.features.get("image"), Image):
+        rows = rows.cast_column("image", Image(decode=False))
+    return rows
+
+
+def parse_record(record: dict[str, Any], place: str, sources: Sequence[str] | None) -> Sample | None:
+    """Return a record as a sample, or None if its source is not asked for.
+
+    Args:
+        record: ``{"id", "image"?, "conversations": [{"from", "value"}, ...]}``.
+        place: where it stands, for messages.
+        sources: keys of ``PREFIXES`` or "text"; None takes everything, whatever its prefix.
+
+    Raises:
+        DataError: for a malformed record or an unknown prefix.
+    """
+    if not isinstance(record.get("conversations"), list):
+        raise DataError(f"{place}: expected an object with a list `conversations`")
+    image = record.get("image")
+    if image is not None and not isinstance(image, str):
+        raise DataError(f"{place}: `image` is a path, got {type(image).__name__}")
+    source = _source(image, place, strict=sources is not None)
+    if sources is not None and source not in sources:
+        return None
+    turns = tuple(_turns(record["conversations"], place, has_image=image is not None))
+    number = record.get("id")
+    return Sample(str(number) if number not in (None, "") else place, source, image, turns)
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Raise DataError for a source that is none of the mix's."""
     unknown = set(sources) - {*PREFIXES, "text"}
     if unknown:
         raise DataError(f"unknown sources {sorted(unknown)}; there are {', '.join([*PREFIXES, 'text'])}")
-    samples = list(_samples(Path(path), sources))
-    if not samples:
-        raise DataError(f"{path} has no sample of {', '.join(sources)}")
-    twice = [name for name, count in Counter((s.source, s.id) for s in samples).items() if count > 1]
-    return _with_distinct_ids(samples) if twice else samples
 
 
-def _with_distinct_ids(samples: list[Sample]) -> list[Sample]:
-    """Number repeated ids; the published mix holds several conversations per VG picture under one id."""
-    seen: Counter[tuple[str, str]] = Counter()
-    result = []
-    for sample in samples:
-        seen[sample.source, sample.id] += 1
-        number = seen[sample.source, sample.id]
-        name = sample.id if number == 1 else f"{sample.id}#{number}"
-        result.append(Sample(name, sample.source, sample.image, sample.turns))
-    return result
+def read_llava(path: str | Path, sources: Sequence[str] | None) -> Iterator[Sample]:
+    """Yield the samples of ``sources`` in file order; repeated ids are numbered.
+
+    The published mix holds several conversations per VG picture under one id.
+
+    Raises:
+        DataError: for a file, source, prefix or record that can't be used, naming it.
+    """
+    check_sources(sources or ())
+    seen: dict[tuple[str, str], int] = {}
+    for place, record in read_records(path):
+        sample = parse_record(record, place, sources)
+        if sample is not None:
+            number = seen[sample.source, sample.id] = seen.get((sample.source, sample.id), 0) + 1
+            name = sample.id if number == 1 else f"{sample.id}#{number}"
+            yield Sample(name, sample.source, sample.image, sample.turns)
 
 
-def _samples(path: Path, sources: list[str]) -> Iterator[Sample]:
-    if not path.is_file():
-        raise DataError(f"data file {path} does not exist; set data.file to llava_v1_5_mix665k.json or a file like it")
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(records, list):
-        raise DataError(f"{path} must hold a list of conversations, but holds {type(records).__name__}")
-    for number, record in enumerate(records):
-        where = f"{path}, record {number}"
-        if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-            raise DataError(f"{where}: expected an object with a list `conversations`")
-        image = record.get("image")
-        source = _source(image, where)
-        if source in sources:
-            turns = tuple(_turns(record["conversations"], where, has_image=image is not None))
-            yield Sample(str(record.get("id", "")) or where, source, image, turns)
-
-
-def _source(image: str | None, where: str) -> str:
+def _source(image: str | None, place: str, strict: bool) -> str:
     if image is None:
         return "text"
     for source, prefix in PREFIXES.items():
         if image.startswith(prefix):
             return source
-    raise DataError(f"{where}: image path {image!r} starts with none of {', '.join(PREFIXES.values())}")
+    if strict:
+        raise DataError(f"{place}: image path {image!r} starts with none of {', '.join(PREFIXES.values())}")
+    return "custom"
 
 
-def _turns(messages: list[Any], where: str, has_image: bool) -> Iterator[Turn]:
+def _turns(messages: list[Any], place: str, has_image: bool) -> Iterator[Turn]:
     if not messages or len(messages) % 2:
-        raise DataError(f"{where}: a conversation alternates human and gpt messages, got {len(messages)} messages")
+        raise DataError(f"{place}: a conversation alternates human and gpt messages, got {len(messages)} messages")
     placeholders = 0
     for index in range(0, len(messages), 2):
         asked, answered = messages[index], messages[index + 1]
         for number, message in ((index, asked), (index + 1, answered)):
             if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-                raise DataError(f"{where}: message {number} has no text `value`")
+                raise DataError(f"{place}: message {number} has no text `value`")
         if (asked.get("from"), answered.get("from")) != ("human", "gpt"):
             raise DataError(
-                f"{where}: messages {index} and {index + 1} are from {asked.get('from')!r} and "
+                f"{place}: messages {index} and {index + 1} are from {asked.get('from')!r} and "
                 f"{answered.get('from')!r}, expected 'human' and 'gpt'"
             )
         placeholders += asked["value"].count(_IMAGE)
         if _IMAGE in answered["value"]:
-            raise DataError(f"{where}: message {index + 1}, an answer, holds {_IMAGE}")
+            raise PlaceholderError(f"{place}: message {index + 1}, an answer, holds {_IMAGE}")
         yield Turn(asked["value"].replace(_IMAGE, "").strip(), answered["value"].strip())
     if placeholders != int(has_image):
-        raise DataError(f"{where}: {placeholders} {_IMAGE} placeholders, but {int(has_image)} picture")
+        raise PlaceholderError(f"{place}: {placeholders} {_IMAGE} placeholders, but {int(has_image)} picture")
     if has_image and _IMAGE not in messages[0]["value"]:
-        raise DataError(f"{where}: {_IMAGE} must be in the first human message")
+        raise PlaceholderError(f"{place}: {_IMAGE} must be in the first human message")

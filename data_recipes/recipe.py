@@ -9,17 +9,26 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from data_recipes.images import FolderImages, ImageOpener, SceneImages
-from data_recipes.llava_json import read_llava_json
+from data_recipes.images import FolderImages, ImageOpener, ParquetImages, SceneImages
+from data_recipes.llava_json import ROW, check_sources, read_llava
 from data_recipes.sample import DataError, Sample, Turn
 from data_recipes.shapes_world import ask, sample_scene, split_seeds
 
+ROW_FEATURES = Features(
+    {
+        "id": Value("string"),
+        "source": Value("string"),
+        "image": Value("string"),
+        "turns": [{"question": Value("string"), "answer": Value("string")}],
+    }
+)
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 
@@ -37,10 +46,16 @@ class ShapesWorldRecipe(_Recipe):
 
 
 class LlavaJsonRecipe(_Recipe):
-    """Conversations of a LLaVA-format JSON file, filtered by source."""
+    """Conversations in LLaVA's format, filtered by source and thinned by weights and caps."""
 
     format: Literal["llava_json"]
-    sources: list[str]
+    sources: list[str] | None = Field(None, description="by image prefix, and text; None is everything in the file")
+    weights: dict[str, float] = Field(default_factory=dict, description="share of a source that is kept, (0, 1]")
+    caps: dict[str, int] = Field(default_factory=dict, description="at most so many samples of a source")
+    held_out: int = Field(0, ge=0, description="samples set aside, never trained on")
+    max_samples: int | None = Field(None, ge=1)
+    max_missing: float | None = Field(None, ge=0, le=1)
+    seed: int = 0
 
 
 Recipe = Annotated[ShapesWorldRecipe | LlavaJsonRecipe, Field(discriminator="format")]
@@ -57,6 +72,7 @@ class RecipeData:
         content_hash: SHA-256 of all rows in order.
         counts: samples per source.
         missing: samples left out because their image file is missing.
+        held_out: rows set aside by the recipe, of the same kind.
     """
 
     name: str
@@ -65,6 +81,7 @@ class RecipeData:
     content_hash: str
     counts: dict[str, int]
     missing: list[str]
+    held_out: Dataset | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -121,37 +138,106 @@ def load_recipe(
         DataError: for anything that can't be read, or too many missing pictures.
     """
     recipe = read_recipe(name)
-    images: ImageOpener
-    if isinstance(recipe, ShapesWorldRecipe):
-        samples, images = list(_scene_samples(recipe)), SceneImages()
-    else:
-        if file is None:
-            raise DataError(f"recipe {recipe.name!r} reads a data file; set data.file")
-        samples, images = read_llava_json(file, recipe.sources), FolderImages(image_root)
-    samples, missing = _present(samples, images, max_missing)
-    if max_samples is not None and max_samples < len(samples):
-        chosen = sorted(random.Random(seed).sample(range(len(samples)), max_samples))
-        samples = [samples[index] for index in chosen]
-    rows = [sample.to_row() for sample in samples]
-    digest = hashlib.sha256()
+    rows, images = open_rows(recipe, file, image_root)
+    asked = max_missing
+    if isinstance(recipe, LlavaJsonRecipe):
+        seed, max_samples = seed or recipe.seed, max_samples or recipe.max_samples
+        asked = recipe.max_missing if recipe.max_missing is not None else max_missing
+    rows, missing = _present(rows, images, asked)
+    order = list(range(len(rows)))
+    held_out = None
+    if isinstance(recipe, LlavaJsonRecipe):
+        order = _thinned(recipe, rows["source"], seed)
+        if recipe.held_out:
+            if recipe.held_out >= len(order):
+                raise DataError(f"recipe {recipe.name!r} holds out {recipe.held_out} of only {len(order)} samples")
+            apart = set(random.Random(f"held out {seed}").sample(order, recipe.held_out))
+            held_out, order = rows.select(sorted(apart)), [index for index in order if index not in apart]
+    if max_samples is not None and max_samples < len(order):
+        order = sorted(random.Random(seed).sample(order, max_samples))
+    if len(order) < len(rows):
+        rows = rows.select(order)
+    digest, counts = hashlib.sha256(), Counter[str]()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
-    counts = dict(sorted(Counter(sample.source for sample in samples).items()))
-    return RecipeData(recipe.name, Dataset.from_list(rows), images, digest.hexdigest(), counts, missing)
+        counts[row["source"]] += 1
+    return RecipeData(recipe.name, rows, images, digest.hexdigest(), dict(sorted(counts.items())), missing, held_out)
 
 
-def _present(samples: list[Sample], images: ImageOpener, max_missing: float) -> tuple[list[Sample], list[str]]:
-    """Split samples by whether their picture is there."""
-    there = [sample.image is None or images.exists(sample.image) for sample in samples]
-    missing = [sample for sample, present in zip(samples, there, strict=True) if not present]
-    if len(missing) > max_missing * len(samples):
-        some = ", ".join(str(sample.image) for sample in missing[:3])
+def open_rows(
+    recipe: ShapesWorldRecipe | LlavaJsonRecipe, file: str | None, image_root: str | None
+) -> tuple[Dataset, ImageOpener]:
+    """Return all rows of a recipe in their order, from the Arrow cache if they were read before, and the pictures.
+
+    Raises:
+        DataError: for a file or record that can't be used.
+    """
+    if isinstance(recipe, ShapesWorldRecipe):
+        return Dataset.from_list([sample.to_row() for sample in _scene_samples(recipe)]), SceneImages()
+    if file is None:
+        raise DataError(f"recipe {recipe.name!r} reads a data file; set data.file")
+    path = Path(file)
+    check_sources(recipe.sources or ())
+    state = path.stat() if path.is_file() else None
+    try:
+        rows = Dataset.from_generator(
+            _llava_rows,
+            features=ROW_FEATURES,
+            gen_kwargs={
+                "path": str(path.resolve()),
+                "sources": None if recipe.sources is None else tuple(recipe.sources),  # lists are taken for shards
+                "version": None if state is None else (state.st_size, state.st_mtime_ns),
+            },
+        )
+    except DatasetGenerationError as error:
+        cause = error.__cause__
+        raise cause if isinstance(cause, DataError) else error from None
+    except DataError:
+        raise
+    if not len(rows):
+        raise DataError(f"{path} has no sample of {', '.join(recipe.sources or ['any source'])}")
+    embedded = any(image is not None and image.startswith(ROW) for image in rows["image"])
+    return rows, ParquetImages(path) if embedded else FolderImages(image_root)
+
+
+def _llava_rows(path: str, sources: tuple[str, ...] | None, version: Any) -> Iterator[dict[str, Any]]:
+    """Yield rows; ``version`` is part of the cache's key, so that an edited file is read again."""
+    for sample in read_llava(path, sources):
+        yield sample.to_row()
+
+
+def _thinned(recipe: LlavaJsonRecipe, sources: list[str], seed: int) -> list[int]:
+    """Return the rows that weights and caps leave, in order.
+
+    Raises:
+        DataError: for a weight outside (0, 1] or a source that the data does not have.
+    """
+    strange = (set(recipe.weights) | set(recipe.caps)) - set(sources)
+    if strange:
+        raise DataError(f"recipe {recipe.name!r} weighs or caps {sorted(strange)}, which the data does not have")
+    places: dict[str, list[int]] = {}
+    for index, source in enumerate(sources):
+        places.setdefault(source, []).append(index)
+    kept = []
+    for source, own in places.items():
+        weight = recipe.weights.get(source, 1.0)
+        if not 0 < weight <= 1:
+            raise DataError(f"recipe {recipe.name!r}: the weight of {source} is a share in (0, 1], got {weight}")
+        number = min(round(weight * len(own)), recipe.caps.get(source, len(own)))
+        kept += own if number == len(own) else random.Random(f"{source} {seed}").sample(own, number)
+    return sorted(kept)
+
+
+def _present(rows: Dataset, images: ImageOpener, max_missing: float) -> tuple[Dataset, list[str]]:
+    """Leave out the rows whose picture is not there, and return their references."""
+    there = [image is None or images.exists(image) for image in rows["image"]]
+    missing = [str(image) for image, here in zip(rows["image"], there, strict=True) if not here]
+    if len(missing) > max_missing * len(rows):
         raise DataError(
-            f"{len(missing)} of {len(samples)} samples miss their image file ({some}, ...), more than "
+            f"{len(missing)} of {len(rows)} samples miss their image file ({', '.join(missing[:3])}, ...), more than "
             f"max_missing={max_missing:.2%} allows; check data.image_root or raise data.max_missing"
         )
-    present = [sample for sample, here in zip(samples, there, strict=True) if here]
-    return present, [str(sample.image) for sample in missing]
+    return (rows.select([index for index, here in enumerate(there) if here]) if missing else rows), missing
 
 
 def _scene_samples(recipe: ShapesWorldRecipe) -> Iterator[Sample]:

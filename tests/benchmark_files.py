@@ -76,8 +76,8 @@ def okvqa(data):
 def vqav2_testdev(data):
     for n in range(4):
         picture(data / "test2015" / f"{n}.jpg", n)
-    write_lines(data / "llava_vqav2_mscoco_test-dev2015.jsonl",
-                [{"question_id": n, "image": f"{n % 4}.jpg", "text": f"{ASKED[n % 3]}\n{S}"} for n in range(12)])  # fmt: skip
+    asked = [{"question_id": n, "image": f"{n % 4}.jpg", "text": f"{ASKED[n % 3]}\n{S}"} for n in range(12)]
+    write_lines(data / "llava_vqav2_mscoco_test-dev2015.jsonl", asked)
 
 
 def vizwiz(data):

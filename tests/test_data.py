@@ -13,7 +13,7 @@ from PIL import Image
 from data_recipes import DataError, Formatter, Sample, Turn, load_recipe
 from data_recipes.formatting import TEMPLATE_FOLDER
 from data_recipes.images import FolderImages, SceneImages, pad_to_square
-from data_recipes.llava_json import read_llava_json
+from data_recipes.llava_json import read_llava
 from data_recipes.shapes_world import SPLITS, ask, render, sample_scene, vocabulary
 from data_recipes.shapes_world.scene import PLACES, patch_cover
 
@@ -97,7 +97,7 @@ def test_missing_file_and_image_root_say_what_to_set(mix):
         load(mix, image_root=None)
     with pytest.raises(DataError, match="is not a folder"):
         load(mix, image_root=str(mix / "no"))
-    with pytest.raises(DataError, match="unknown recipe 'vg_gqa'; there are tiny_world, vg_textvqa_gqa"):
+    with pytest.raises(DataError, match="unknown recipe 'vg_gqa'; there are custom, gqa, .*vg_textvqa_gqa, or"):
         load_recipe("vg_gqa")
 
 
@@ -124,10 +124,10 @@ def test_a_corrupt_picture_names_the_sample(mix):
 def test_malformed_records_are_named(tmp_path, record, message):
     (tmp_path / "mix.json").write_text(json.dumps([record]))
     with pytest.raises(DataError, match=message):
-        read_llava_json(tmp_path / "mix.json", ["vg", "gqa"])
+        list(read_llava(tmp_path / "mix.json", ["vg", "gqa"]))
     (tmp_path / "mix.json").write_text("[{")
     with pytest.raises(DataError, match="not valid JSON"):
-        read_llava_json(tmp_path / "mix.json", ["vg"])
+        list(read_llava(tmp_path / "mix.json", ["vg"]))
 
 
 @pytest.mark.parametrize("template", ["model", "vicuna_v1"])
@@ -332,3 +332,101 @@ def test_masks_are_right_with_a_tokenizer_like_llamas(llama_like_processor):
         assert all(tokenizer.convert_ids_to_tokens(int(span[0])).startswith("▁") for span in spans)  # the space, too
         assert ends[-1] == len(supervised) - 1
         assert (batch["input_ids"][row] == tokenizer.bos_token_id).sum() == 1
+
+
+# ---- recipes: files, weights, caps, slices -----------------------------------------------------------------------
+
+
+def many(tmp_path, suffix=".json"):
+    """120 conversations of three sources and text, in one of the file kinds."""
+    records = []
+    for n in range(120):
+        source = ("vg/VG_100K", "gqa/images", "textvqa/train_images", None)[n % 4]
+        record = {"id": f"{n}", "conversations": [{"from": "human", "value": f"question {n} ?"},
+                                                   {"from": "gpt", "value": f"answer {n}"}]}  # fmt: skip
+        if source:
+            record["image"] = f"{source}/{n}.jpg"
+            record["conversations"][0]["value"] = "<image>\n" + record["conversations"][0]["value"]
+            path = tmp_path / "images" / record["image"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        records.append(record)
+    file = tmp_path / f"many{suffix}"
+    if suffix == ".json":
+        file.write_text(json.dumps(records))
+    elif suffix == ".jsonl":
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        from datasets import Dataset
+
+        Dataset.from_list(records).to_parquet(file)
+    return {"file": str(file), "image_root": str(tmp_path / "images")}
+
+
+def recipe(tmp_path, **fields):
+    path = tmp_path / f"recipe{len(list(tmp_path.glob('recipe*')))}.yaml"
+    path.write_text(json.dumps({"name": "mine", "format": "llava_json", **fields}))
+    return str(path)
+
+
+def test_json_jsonl_and_parquet_hold_the_same_samples(tmp_path):
+    loaded = [load_recipe("custom", **many(tmp_path, suffix)) for suffix in (".json", ".jsonl", ".parquet")]
+    assert {data.content_hash for data in loaded} == {loaded[0].content_hash} and len(loaded[0]) == 120
+    assert loaded[0].counts == {"gqa": 30, "text": 30, "textvqa": 30, "vg": 30}
+    assert [loaded[0][n].id for n in range(120)] == [str(n) for n in range(120)]
+
+
+def test_pictures_may_lie_in_the_file_itself(tmp_path):
+    from datasets import Dataset
+    from datasets import Image as ImageColumn
+
+    pictures = [Image.new("RGB", (8, 6), (10 * n, 0, 0)) for n in range(3)]
+    rows = Dataset.from_list([
+        {"id": str(n), "image": picture, "conversations": [{"from": "human", "value": "<image>\nq ?"},
+                                                            {"from": "gpt", "value": "a"}]}
+        for n, picture in enumerate(pictures)
+    ]).cast_column("image", ImageColumn())  # fmt: skip
+    rows.to_parquet(tmp_path / "own.parquet")
+    data = load_recipe("custom", file=str(tmp_path / "own.parquet"))
+    assert [data[n].image for n in range(3)] == ["row:0", "row:1", "row:2"]
+    assert data.images.open("row:2", "2").getpixel((0, 0)) == (20, 0, 0)
+    with pytest.raises(DataError, match="row:9"):
+        data.images.open("row:9", "9")
+
+
+def test_weights_caps_and_slices_are_seeded_and_disjoint(tmp_path):
+    files = many(tmp_path)
+    plain = load_recipe(recipe(tmp_path, weights={"vg": 0.5}, caps={"gqa": 7}, held_out=10), **files)
+    assert (
+        plain.counts["text"] + plain.counts["textvqa"] + sum(plain.counts[s] for s in ("vg", "gqa")) == 15 + 7 + 60 - 10
+    )
+    assert len(plain.held_out) == 10 and plain.counts["vg"] <= 15 and plain.counts["gqa"] <= 7
+    ids = [plain[n].id for n in range(len(plain))]
+    assert ids == sorted(ids, key=int) and not set(ids) & set(plain.held_out["id"])
+    again = load_recipe(recipe(tmp_path, weights={"vg": 0.5}, caps={"gqa": 7}, held_out=10), **files)
+    other = load_recipe(recipe(tmp_path, weights={"vg": 0.5}, caps={"gqa": 7}, held_out=10, seed=1), **files)
+    assert again.content_hash == plain.content_hash != other.content_hash
+    few = load_recipe(recipe(tmp_path, held_out=10, max_samples=20), **files)
+    assert len(few) == 20 and not set(few.rows["id"]) & set(few.held_out["id"])
+
+
+def test_recipes_that_ask_for_what_is_not_there_say_so(tmp_path):
+    files = many(tmp_path)
+    with pytest.raises(DataError, match=r"weighs or caps \['coco'\], which the data does not have"):
+        load_recipe(recipe(tmp_path, caps={"coco": 3}), **files)
+    with pytest.raises(DataError, match=r"weight of vg is a share in \(0, 1\], got 2"):
+        load_recipe(recipe(tmp_path, weights={"vg": 2}), **files)
+    with pytest.raises(DataError, match="holds out 120 of only 120"):
+        load_recipe(recipe(tmp_path, held_out=120), **files)
+    with pytest.raises(DataError, match=r"expected .json, .jsonl or .parquet, got '.csv'"):
+        (tmp_path / "x.csv").touch()
+        load_recipe("custom", file=str(tmp_path / "x.csv"), image_root=str(tmp_path))
+
+
+def test_an_edited_file_is_read_again(tmp_path):
+    files = many(tmp_path)
+    before = load_recipe("custom", **files)
+    records = json.loads((tmp_path / "many.json").read_text())
+    records[0]["conversations"][1]["value"] = "another"
+    (tmp_path / "many.json").write_text(json.dumps(records))
+    assert load_recipe("custom", **files).content_hash != before.content_hash
