@@ -79,6 +79,14 @@ def load_model(
     return model.eval(), processor
 
 
+def load_processor(path: str, revision: str | None = None) -> Any:
+    """Return a checkpoint's processor alone; raises CheckpointError if there is none."""
+    try:
+        return AutoProcessor.from_pretrained(checkpoint_folder(path, revision))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path!r} holds no processor: {error}") from error
+
+
 def wrap_projector(model: nn.Module, modules: list[str] | None = None) -> PeftModel:
     """Return the model under PEFT with full copies of ``modules`` (default: the family's projector) to train.
 

@@ -86,6 +86,14 @@ def score(arguments: list[str]) -> None:
     print(json.dumps(score_file(options.task, options.predictions, options.data, options.protocol), indent=2))
 
 
+@command("data", "check a recipe's data, or say what to download: check | prepare --recipe R --image-root DIR")
+def data(arguments: list[str]) -> None:
+    """Check or prepare data."""
+    from scripts.data_commands import run
+
+    run(arguments)
+
+
 @command("calibrate", "measure how complex a data sample is: --config FILE.yaml [--count N] [--section.field value]")
 def calibrate(arguments: list[str]) -> None:
     """Measure effective rank and attention entropy, and write their means to the configuration of `adaptive`."""
