@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -19,8 +18,10 @@ from tqdm import tqdm
 from configs import EvaluateConfig, to_yaml
 from data_recipes import Formatter, Sample, Turn
 from data_recipes.formatting import template_text
+from evaluation.ranks import Ranks, join_ranks
+from evaluation.results import MANIFEST, gather, read_manifest, read_results, shard, start, write_json
 from evaluation.score import interval
-from evaluation.tasks import Item, Task, TaskError, get_task
+from evaluation.tasks import Item, Task, get_task
 from evaluation.tasks.base import Pair, items_hash, task_folder
 from pruning import PrunedModel, PruningSpec
 from pruning.checkpoint import (
@@ -34,8 +35,6 @@ from pruning.checkpoint import (
 )
 from pruning.text import instruction_text
 
-RESULTS, MANIFEST = "results.jsonl", "manifest.json"
-
 
 @dataclass(frozen=True)
 class Work:
@@ -47,9 +46,10 @@ class Work:
 
 
 def evaluate(config: EvaluateConfig, device: str | None = None) -> Path:
-    """Run one arm and return its folder; a run that was killed goes on where its last whole batch ended.
+    """Run one arm and return its folder; a run that was killed goes on with the batches that are not done.
 
-    Batches are cut the same way in every run, so an interrupted run and an uninterrupted one write the same results.
+    Batches are cut the same way in every run and dealt to the ranks in turn (``torchrun`` or ``deepspeed`` start
+    several), so an interrupted run, an uninterrupted one and one on several ranks write the same results.
 
     Raises:
         TaskError: if the folder holds results of another configuration, naming the field.
@@ -57,44 +57,78 @@ def evaluate(config: EvaluateConfig, device: str | None = None) -> Path:
     """
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    ranks = join_ranks()
     works = [_work(name, config) for name in config.tasks]
     model, processor = load_model(
         **config.model.model_dump(include={"path", "revision", "dtype", "attention"}), adapter=config.adapter
     )
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device or (f"cuda:{ranks.local}" if torch.cuda.is_available() else "cpu"))
     pruned = PrunedModel(model, PruningSpec(**config.pruning.model_dump()), processor.tokenizer)
-    read = instruction_text if pruned.reads_text else None
     manifest = _manifest(config, works, pruned, processor)
-    done = _resume(output, manifest)
-    (output / "config.yaml").write_text(to_yaml(config))
+    batches = {work.task.name: [[item.id for item in batch] for batch in work.batches] for work in works}
+    if ranks.chief:
+        start(output, manifest)
+        (output / "config.yaml").write_text(to_yaml(config))
+        gather(output, batches)
+    ranks.wait()
+    done = {(row["task"], row["id"]) for row in read_results(output)}
+    ranks.wait()  # nobody appends before everybody has read
 
-    total, before, began = sum(len(batch) for work in works for batch in work.batches), len(done), time.monotonic()
-    with (
-        (output / RESULTS).open("a") as results,
-        torch.inference_mode(),
-        tqdm(total=total, initial=before, desc=output.name, unit="item", dynamic_ncols=True, mininterval=1.0) as bar,
-    ):
-        for work in works:
-            formatter = Formatter(
-                processor, work.task.images(work.data), config.model.template, config.model.square, instructions=read
-            )
-            for batch in work.batches:
-                if (work.task.name, batch[0].id) not in done:
-                    rows = list(_answers(pruned, formatter, work.task, batch, config.max_new_tokens))
-                    results.write("".join(json.dumps(row) + "\n" for row in rows))
-                    results.flush()
-                    bar.update(len(batch))
+    began = time.monotonic()
+    _run(config, works, pruned, processor, done, ranks)
     seconds = time.monotonic() - began
-    rows = read_results(output)
-    kept = [row["kept"] for row in rows]
-    manifest |= {
-        "complete": True,
-        "metrics": {work.task.name: _measured(work, rows, output) for work in works},
-        "kept_tokens": {"mean": sum(kept) / len(kept), "min": min(kept), "max": max(kept)},
-        "items_per_second": round((total - before) / seconds, 2) if total > before else None,
-    }
-    _write_json(output / MANIFEST, manifest)
+    ranks.wait()
+    if ranks.chief:
+        gather(output, batches)
+        rows = read_results(output)
+        kept = [row["kept"] for row in rows]
+        manifest |= {
+            "complete": True,
+            "metrics": {work.task.name: _measured(work, rows, output) for work in works},
+            "kept_tokens": {"mean": sum(kept) / len(kept), "min": min(kept), "max": max(kept)},
+            "items_per_second": round((len(rows) - len(done)) / seconds, 2) if len(rows) > len(done) else None,
+        }
+        write_json(output / MANIFEST, manifest)
+    ranks.leave()
     return output
+
+
+def _run(
+    config: EvaluateConfig,
+    works: list[Work],
+    pruned: PrunedModel,
+    processor: Any,
+    done: set[tuple[str, str]],
+    ranks: Ranks,
+) -> None:
+    """Answer this rank's batches that are not done yet."""
+    todo = [(work, batch) for work in works for batch in work.batches if (work.task.name, batch[0].id) not in done]
+    todo = todo[ranks.rank :: ranks.world]
+    read = instruction_text if pruned.reads_text else None
+    formatters: dict[str, Formatter] = {}
+    with (
+        shard(Path(config.output), ranks.rank, ranks.world).open("a") as results,
+        torch.inference_mode(),
+        tqdm(
+            total=sum(len(batch) for _, batch in todo),
+            desc=Path(config.output).name,
+            unit="item",
+            dynamic_ncols=True,
+            mininterval=1.0,
+            disable=not ranks.chief,
+        ) as bar,
+    ):
+        for work, batch in todo:
+            name = work.task.name
+            if name not in formatters:
+                images = work.task.images(work.data)
+                formatters[name] = Formatter(
+                    processor, images, config.model.template, config.model.square, instructions=read
+                )
+            rows = list(_answers(pruned, formatters[name], work.task, batch, config.max_new_tokens))
+            results.write("".join(json.dumps(row) + "\n" for row in rows))
+            results.flush()
+            bar.update(len(batch))
 
 
 def _measured(work: Work, rows: list[dict[str, Any]], output: Path) -> dict[str, Any]:
@@ -105,22 +139,6 @@ def _measured(work: Work, rows: list[dict[str, Any]], output: Path) -> dict[str,
     if work.task.upload is not None:
         metrics["upload"] = work.task.upload(pairs, output).name
     return metrics
-
-
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Return an arm's rows."""
-    return [json.loads(line) for line in (folder / RESULTS).read_text().splitlines()]
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return an arm's manifest; raises TaskError if the folder is no finished arm."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise TaskError(f"{folder} is no evaluated arm: {MANIFEST} is missing; run prunetune evaluate first")
-    manifest = json.loads(path.read_text())
-    if not manifest.get("complete"):
-        raise TaskError(f"the arm in {folder} is not finished; run the same prunetune evaluate again, it goes on")
-    return manifest
 
 
 def _work(name: str, config: EvaluateConfig) -> Work:
@@ -191,44 +209,4 @@ def _manifest(config: EvaluateConfig, works: list[Work], pruned: PrunedModel, pr
     }
 
 
-def _resume(output: Path, manifest: dict[str, Any]) -> set[tuple[str, str]]:
-    """Return the (task, id) pairs that are done, cutting off a batch that was being written when the run was killed.
-
-    Raises:
-        TaskError: if the folder belongs to another configuration.
-    """
-    path, results = output / MANIFEST, output / RESULTS
-    if not path.exists():
-        results.unlink(missing_ok=True)
-        _write_json(path, manifest)
-        return set()
-    old = json.loads(path.read_text())
-    changed = [key for key, value in manifest.items() if key != "complete" and old.get(key) != value]
-    if changed:
-        raise TaskError(
-            f"{output} holds an arm that differs in {', '.join(changed)}; choose another output folder or "
-            "delete this one"
-        )
-    if not results.exists():
-        return set()
-    whole, size = [], manifest["batch_size"]
-    for line in results.read_text().splitlines():
-        try:
-            whole.append(json.loads(line))
-        except json.JSONDecodeError:  # the line that was being written
-            break
-    kept: list[dict] = []
-    for name, task in manifest["tasks"].items():
-        rows = [row for row in whole if row["task"] == name]
-        full = len(rows) if len(rows) == task["items"] else len(rows) // size * size
-        kept += rows[:full]
-    partial = results.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(partial, results)
-    return {(row["task"], row["id"]) for row in kept}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+__all__ = ["evaluate", "read_manifest", "read_results"]

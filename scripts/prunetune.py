@@ -50,8 +50,12 @@ def evaluate(arguments: list[str]) -> None:
 
     file, overrides = _config_and_overrides(arguments)
     config = load_config(EvaluateConfig, file, overrides)
-    print(to_yaml(config))
-    print(f"results: {tracked_evaluate(config)}")
+    chief = os.environ.get("RANK", "0") == "0"
+    if chief:
+        print(to_yaml(config))
+    folder = tracked_evaluate(config)
+    if chief:
+        print(f"results: {folder}")
 
 
 @command("compare", "one table of dense, training-free and tuned arms: RUN RUN ... [--output DIR]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 from configs import EvaluateConfig, TrackingConfig
@@ -14,13 +15,18 @@ from train.tracking import Tracker
 
 def tracked_evaluate(config: EvaluateConfig) -> Path:
     """Run one arm; its accuracy per source and overall goes to the log and to W&B."""
-    tracker = Tracker(config.tracking, Path(config.output), config.model_dump())
+    chief = os.environ.get("RANK", "0") == "0"
+    tracker = Tracker(config.tracking, Path(config.output), config.model_dump()) if chief else None
     folder = evaluate(config)
+    if tracker is None:
+        return folder
     scores: dict[str, list[float]] = {"overall": []}
     for row in read_results(folder):
+        if row["score"] is None:  # the benchmark hides its answers
+            continue
         scores["overall"].append(row["score"])
         scores.setdefault(f"{row['task']}/{row['source']}", []).append(row["score"])
-    tracker.log({name: round(100 * sum(values) / len(values), 4) for name, values in scores.items()})
+    tracker.log({name: round(100 * sum(values) / len(values), 4) for name, values in scores.items() if values})
     tracker.close()
     return folder
 

@@ -1,12 +1,16 @@
 """Each benchmark end to end on small files in its published format: files, prompts, answers, score, resume."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from benchmark_files import FILES, S
+from conftest import ROOT
 
-from configs import EvaluateConfig, load_config
+from configs import EvaluateConfig, load_config, to_yaml
 from evaluation.arm import evaluate, read_results
 from evaluation.compare import compare
 from evaluation.score import score_file
@@ -92,3 +96,32 @@ def test_missing_files_are_named_with_their_source(settings, tmp_path):
     for name in FILES:
         with pytest.raises(TaskError, match=r"(get it from|name the folder)"):
             evaluate(settings(name, "a"))
+
+
+def test_two_ranks_write_what_one_process_writes(settings, tmp_path):
+    """Under torchrun; and shards that a killed run left behind are taken in by the next, on any number of ranks."""
+    FILES["gqa"](tmp_path / "data")
+    whole = evaluate(settings("gqa", "whole", "--batch_size", "2"))
+    config = settings("gqa", "two", "--batch_size", "2")
+    file = tmp_path / "two.yaml"
+    file.write_text(to_yaml(config))
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29577",
+            "-m", "scripts.prunetune", "evaluate", "--config", str(file)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = tmp_path / "two"
+    assert (two / "results.jsonl").read_text() == (whole / "results.jsonl").read_text()
+    ours, theirs = (json.loads((folder / "manifest.json").read_text()) for folder in (two, whole))
+    for key in ("metrics", "kept_tokens", "complete"):
+        assert ours[key] == theirs[key]
+    assert not list(two.glob("results.rank*"))
+
+    lines = (two / "results.jsonl").read_text().splitlines(keepends=True)
+    (two / "results.jsonl").write_text("".join(lines[:2]))
+    (two / "results.rank0.jsonl").write_text("".join(lines[6:8]))
+    (two / "results.rank2.jsonl").write_text("".join(lines[8:11]) + lines[11][:20])
+    for key in ("metrics", "kept_tokens", "items_per_second"):
+        del ours[key]
+    (two / "manifest.json").write_text(json.dumps({**ours, "complete": False}))
+    assert (evaluate(config) / "results.jsonl").read_text() == "".join(lines)
