@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 
 from evaluation.arm import read_manifest, read_results
 from evaluation.intervals import bootstrap_interval
+from evaluation.quoted import Quoted
 from evaluation.tasks import TaskError
 
 # What may differ between arms of one table. Within a tuned arm and its training-free twin only the projector may.
@@ -66,6 +69,7 @@ class Row:
     relative: float | None
     gain: float | None
     gain_interval: tuple[float, float] | None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def read_arm(folder: str | Path) -> Arm:
@@ -119,12 +123,14 @@ def check_comparable(arms: list[Arm]) -> None:
             )
 
 
-def compare(folders: list[str | Path], seed: int = 0) -> list[Row]:
+def compare(folders: list[str | Path], seed: int = 0, hard_for: str | Path | None = None) -> list[Row]:
     """Return the rows of the comparison: dense first, then by budget and method, tuned below its twin.
 
     Args:
         folders: finished arms.
         seed: seed of the bootstrap, which resamples pictures, since questions about one picture hang together.
+        hard_for: an arm of the ``downsample`` baseline; only items that it gets wrong are compared (the idea of
+            VTC-Bench, arXiv 2510.07143: the others are answered by a smaller picture as well).
 
     Raises:
         TaskError: if the arms can't be compared.
@@ -133,6 +139,8 @@ def compare(folders: list[str | Path], seed: int = 0) -> list[Row]:
     if not arms:
         raise TaskError("name at least one evaluated arm")
     check_comparable(arms)
+    if hard_for is not None:
+        arms = _hard_part(arms, read_arm(hard_for))
     dense = next((arm for arm in arms if arm.dense), None)
     rows = []
     for arm in sorted(arms, key=_place):
@@ -151,20 +159,58 @@ def compare(folders: list[str | Path], seed: int = 0) -> list[Row]:
                 gain_interval=bootstrap_interval(arm.scores - twin.scores, arm.images, seed)
                 if twin is not None
                 else None,
+                facts=_facts(arm),
             )
         )
     return rows
 
 
-def to_markdown(rows: list[Row]) -> str:
-    """Return the table as Markdown."""
+def _hard_part(arms: list[Arm], baseline: Arm) -> list[Arm]:
+    """Return the arms with the items that the down-sampling baseline gets wrong."""
+    if _pruner(baseline) != "downsample" or baseline.tuned:
+        raise TaskError(f"{baseline.folder} is no training-free arm of downsample, which the difficulty filter needs")
+    check_comparable([baseline, *[arm for arm in arms if not arm.tuned]])
+    hard = baseline.scores < 0.5
+    if not hard.any():
+        raise TaskError(f"{baseline.folder} answers everything, so no item is hard; use a smaller budget")
+    return [
+        replace(arm, ids=[i for i, h in zip(arm.ids, hard, strict=True) if h], sources=arm.sources[hard],
+                images=arm.images[hard], scores=arm.scores[hard])
+        for arm in arms
+    ]  # fmt: skip
+
+
+def _facts(arm: Arm) -> dict[str, Any]:
+    """Return what a reader of one row needs to know of how it came about."""
+    manifest = arm.manifest
+    tasks = manifest["tasks"].values()
+    return {
+        "items": len(arm.scores),
+        "kept_min": manifest["kept_tokens"]["min"],
+        "kept_max": manifest["kept_tokens"]["max"],
+        "protocol": "; ".join(sorted({task["protocol"] for task in tasks})),
+        "prompt": "; ".join(sorted({task["prompt"] for task in tasks})),
+        "batch_size": manifest["batch_size"],
+        "dtype": manifest["model"]["dtype"],
+        "model": manifest["model"]["path"],
+        "frozen_hash": manifest["frozen_hash"][:16],
+        "projector_hash": manifest["projector"]["hash"][:16],
+        "pruning": json.dumps(manifest["pruning"], sort_keys=True),
+    }
+
+
+def to_markdown(rows: list[Row], quoted: Sequence[Quoted] = ()) -> str:
+    """Return the table as Markdown, quoted rows at its end."""
     header, body = _cells(rows)
+    for row in quoted:
+        cells = [f"{row.values[name]:g}" if name in row.values else "" for name in header[2:-3]]
+        body.append([row.label, f"{row.kept:g}", *cells, "", "", ""])
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def to_csv(rows: list[Row]) -> str:
-    """Return the table as CSV with plain numbers."""
+def to_csv(rows: list[Row], quoted: Sequence[Quoted] = ()) -> str:
+    """Return the table as CSV with plain numbers and every fact of a row; quoted rows say where they are from."""
     text = io.StringIO()
     writer = csv.writer(text)
     sources = list(rows[0].per_source)
@@ -180,6 +226,8 @@ def to_csv(rows: list[Row]) -> str:
             "tuned_minus_training_free",
             "gain_low",
             "gain_high",
+            *rows[0].facts,
+            "quoted",
         ]
     )
     for row in rows:
@@ -193,7 +241,11 @@ def to_csv(rows: list[Row]) -> str:
             row.gain,
             *gain,
         ]
-        writer.writerow([row.label, *("" if value is None else f"{value:.4f}" for value in values)])
+        numbers = ["" if value is None else f"{value:.4f}" for value in values]
+        writer.writerow([row.label, *numbers, *row.facts.values(), ""])
+    for line in quoted:
+        cells = [line.values.get(name, "") for name in [*sources, "overall"]]
+        writer.writerow([line.arm, line.kept, *cells, *[""] * (6 + len(rows[0].facts)), line.cite])
     return text.getvalue()
 
 

@@ -63,14 +63,22 @@ def compare(arguments: list[str]) -> None:
     """Compare evaluated arms."""
     from configs import TrackingConfig
     from evaluation.compare import to_markdown
+    from evaluation.quoted import read_quoted
     from scripts.tracked import tracked_compare
 
     parser = argparse.ArgumentParser("prunetune compare")
     parser.add_argument("runs", nargs="+", type=Path, help="folders written by prunetune evaluate")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder of the table and the plot")
     parser.add_argument("--wandb", choices=["off", "auto", "offline", "online"], default="off")
+    parser.add_argument(
+        "--difficulty-filter", type=Path, metavar="RUN", help="compare only what this downsample arm gets wrong"
+    )
+    parser.add_argument("--quoted", type=Path, help="YAML list of rows from papers, shown and marked as quoted")
     options = parser.parse_args(arguments)
-    print(to_markdown(tracked_compare(options.runs, options.output, TrackingConfig(wandb=options.wandb))))
+    quoted = read_quoted(options.quoted) if options.quoted else []
+    tracking = TrackingConfig(wandb=options.wandb)
+    rows = tracked_compare(options.runs, options.output, tracking, options.difficulty_filter, quoted)
+    print(to_markdown(rows, quoted))
     print(f"table.md, table.csv, plot.png: {options.output}")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from configs import EvaluateConfig, TrackingConfig
 from evaluation.arm import evaluate, read_results
 from evaluation.compare import Row, compare, to_csv, to_markdown
 from evaluation.pictures import plot_rows
+from evaluation.quoted import Quoted
 from train.tracking import Tracker
 
 
@@ -31,12 +33,21 @@ def tracked_evaluate(config: EvaluateConfig) -> Path:
     return folder
 
 
-def tracked_compare(runs: list[Path], output: Path, tracking: TrackingConfig) -> list[Row]:
-    """Write table.md, table.csv and plot.png to ``output``, send them to W&B when asked, and return the rows."""
-    rows = compare([*runs])
+def tracked_compare(
+    runs: list[Path],
+    output: Path,
+    tracking: TrackingConfig,
+    hard_for: Path | None = None,
+    quoted: Sequence[Quoted] = (),
+) -> list[Row]:
+    """Write table.md, table.csv and plot.png to ``output``, send them to W&B when asked, and return the rows.
+
+    Quoted rows stand in the tables only.
+    """
+    rows = compare([*runs], hard_for=hard_for)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "table.md").write_text(to_markdown(rows))
-    (output / "table.csv").write_text(to_csv(rows))
+    (output / "table.md").write_text(to_markdown(rows, quoted))
+    (output / "table.csv").write_text(to_csv(rows, quoted))
     plot_rows(rows, output / "plot.png")
     if tracking.wandb != "off":
         tracker = Tracker(tracking, output, {"runs": [str(run) for run in runs]})

@@ -133,6 +133,48 @@ def test_compare_computes_what_its_columns_say(arms):
     assert float(parsed[2]["tuned_minus_training_free"]) == pytest.approx(tuned.gain, abs=1e-4)
 
 
+def test_rows_say_how_they_came_about_and_quoted_rows_stay_out_of_computations(arms, tmp_path):
+    from evaluation.quoted import read_quoted
+
+    folders = [arms["dense"], arms["free"], arms["tuned"]]
+    rows = compare(folders)
+    (tmp_path / "q.yaml").write_text(
+        "- {arm: PrismPrune, kept: 64, values: {overall: 96.9, vg: 1.5}, cite: 'supplement, table 5'}\n"
+    )
+    quoted = read_quoted(tmp_path / "q.yaml")
+    table = to_markdown(rows, quoted)
+    assert table.splitlines()[:-1] == to_markdown(rows).splitlines()  # nothing else changes
+    assert "PrismPrune (quoted: supplement, table 5) | 64 |" in table and "| 96.9 |" in table
+    parsed = list(csv.DictReader(to_csv(rows, quoted).splitlines()))
+    manifest = json.loads((arms["tuned"] / "manifest.json").read_text())
+    tuned = next(row for row in parsed if "tuned" in row["arm"])
+    assert (tuned["items"], tuned["batch_size"], tuned["dtype"], tuned["quoted"]) == ("24", "8", "float32", "")
+    assert tuned["projector_hash"] == manifest["projector"]["hash"][:16] != parsed[0]["projector_hash"]
+    assert json.loads(tuned["pruning"])["keep"] == 16 and tuned["protocol"] and tuned["prompt"]
+    assert parsed[-1]["quoted"] == "supplement, table 5" and parsed[-1]["overall"] == "96.9"
+    (tmp_path / "q.yaml").write_text("- {arm: x, kept: 1}\n")
+    with pytest.raises(TaskError, match="row 1: a quoted row has exactly arm, kept, values and cite"):
+        read_quoted(tmp_path / "q.yaml")
+
+
+def test_the_difficulty_filter_compares_what_downsampling_gets_wrong(arms, settings):
+    down = evaluate(settings("down", "--pruning.pruner", "downsample", "--pruning.keep", "16"))
+    rng = np.random.default_rng(1)
+    scores = {name: (rng.random(24) < p).astype(float) for name, p in (("dense", 0.9), ("free", 0.4), ("tuned", 0.7))}
+    for name, values in scores.items():
+        rescore(arms[name], values)
+    easy = (np.arange(24) % 3 == 0).astype(float)
+    rescore(down, easy)
+    rows = compare([arms["dense"], arms["free"], arms["tuned"]], hard_for=down)
+    for row, name in zip(rows, ("dense", "free", "tuned"), strict=True):
+        assert row.overall == pytest.approx(100 * scores[name][easy == 0].mean()) and row.facts["items"] == 16
+    with pytest.raises(TaskError, match="no training-free arm of downsample"):
+        compare([arms["dense"]], hard_for=arms["free"])
+    rescore(down, np.ones(24))
+    with pytest.raises(TaskError, match="so no item is hard"):
+        compare([arms["dense"]], hard_for=down)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"batch_size": 4}, r"differ in batch_size \(8 and 4\)"),
     ({"frozen_hash": "x"}, "differ in frozen_hash"),
