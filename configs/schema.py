@@ -78,6 +78,9 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
     max_length: int = Field(2048, ge=8, description="longest sequence in tokens, before pruning")
     seed: int = 42
+    sampling: Literal["shuffled", "length", "modality_length"] = Field(
+        "shuffled", description="order of samples: random, or batches of similar length, of one modality (as LLaVA's)"
+    )
     deepspeed: str = Field("zero2", description="zero2, zero3, or the path of a DeepSpeed JSON")
     gradient_checkpointing: bool = Field(
         False, description="recompute the LLM's activations; the tower is never touched"

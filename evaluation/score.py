@@ -14,21 +14,21 @@ from evaluation.tasks import get_task
 from evaluation.tasks.base import Pair, Task
 
 
-def score_file(name: str, predictions: Path, data: Path, protocol: str = "llava") -> dict[str, Any]:
+def score_file(name: str, predictions: Path, data: Path, protocol: str | None = None) -> dict[str, Any]:
     """Return every metric of a task for a file of predictions.
 
     Args:
         name: the task.
         predictions: JSONL file, see :func:`evaluation.predictions.read_predictions`.
         data: folder with the published annotation files.
-        protocol: whose rules; each task has one.
+        protocol: whose rules; each task has one, which None takes.
 
     Raises:
         TaskError: for files that can't be used, predictions that don't match the questions one to one, a task whose
             answers are hidden, or a protocol the task does not follow.
     """
     task = get_task(name)
-    if protocol != task.protocol:
+    if protocol not in (None, task.protocol):
         raise TaskError(f"{name} is scored by protocol {task.protocol!r}, not {protocol!r}")
     if task.score is None:
         raise TaskError(f"the answers of {name} are hidden; upload the file that prunetune evaluate wrote")
@@ -45,7 +45,7 @@ def score_file(name: str, predictions: Path, data: Path, protocol: str = "llava"
     pairs = [(by_item[number].text, item) for number, item in items.items()]
     return {
         "task": name,
-        "protocol": protocol,
+        "protocol": task.protocol,
         "prompt": _prompt(task, [prediction.prompt for prediction in found]),
         "items": len(pairs),
         **task.measure(pairs),

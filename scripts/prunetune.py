@@ -93,7 +93,7 @@ def score(arguments: list[str]) -> None:
     parser.add_argument("task", help="a name from `prunetune list tasks`")
     parser.add_argument("--predictions", type=Path, required=True, help="our results.jsonl or LLaVA's answers.jsonl")
     parser.add_argument("--data", type=Path, required=True, help="folder with the published annotation files")
-    parser.add_argument("--protocol", default="llava")
+    parser.add_argument("--protocol", help="whose rules; each task has one, which is the default")
     options = parser.parse_args(arguments)
     print(json.dumps(score_file(options.task, options.predictions, options.data, options.protocol), indent=2))
 

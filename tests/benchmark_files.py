@@ -1,5 +1,8 @@
 """A dozen items of each benchmark in its published file format, with pictures drawn on the spot."""
 
+import base64
+import csv
+import io
 import json
 
 from PIL import Image
@@ -139,9 +142,57 @@ def scienceqa(data):
     write(data / "llava_test_CQM-A.json", asked)
 
 
+def mmbench(data, file="mmbench_dev_20230712.tsv"):
+    """Six questions and their circular copies, which name the row that holds the picture."""
+    data.mkdir(parents=True, exist_ok=True)
+    with (data / file).open("w", newline="", encoding="utf-8") as stream:
+        table = csv.writer(stream, delimiter="\t")
+        table.writerow(["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"])
+        for n in range(12):
+            own, turn = n % 6, n // 6
+            memory = io.BytesIO()
+            Image.fromarray(render(sample_scene(own))).save(memory, "PNG")
+            options = [SAID[(k + turn) % 3] for k in range(3)]
+            picture = base64.b64encode(memory.getvalue()).decode() if turn == 0 else str(own)
+            table.writerow([own + turn * 1_000_000, ASKED[own % 3], "look" if own else "nan", *options, "",
+                            "ABC"[options.index(SAID[own % 3])], "kind", picture])  # fmt: skip
+
+
+def mmvet(data):
+    for n in range(12):
+        picture(data / "images" / f"v1_{n}.png", n)
+    write_lines(
+        data / "llava-mm-vet.jsonl",
+        [{"question_id": n, "image": f"v1_{n}.png", "text": ASKED[n % 3]} for n in range(12)],
+    )
+
+
+def chartqa(data):
+    for kind in ("human", "augmented"):
+        for n in range(6):
+            picture(data / "png" / f"{kind}{n}.png", n)
+        records = [{"imgname": f"{kind}{n}.png", "query": ASKED[n % 3], "label": SAID[n % 3]} for n in range(6)]
+        write(data / f"test_{kind}.json", records)
+
+
+def ocrbench(data):
+    records = []
+    for n in range(12):
+        picture(data / "OCRBench_Images" / "set" / f"{n}.jpg", n)
+        answers = [SAID[n % 3], "other"] if n % 2 else SAID[n % 3]
+        records.append({"dataset_name": "HME100k" if n == 11 else "set", "type": f"kind {n % 2}", "id": n,
+                        "question": ASKED[n % 3], "answers": answers, "image_path": f"set/{n}.jpg"})  # fmt: skip
+    write(data / "OCRBench.json", records)
+
+
 FILES = {
+    "chartqa": chartqa,
     "gqa": gqa,
+    "mmbench": mmbench,
+    "mmbench_cn": lambda data: mmbench(data, "mmbench_dev_cn_20231003.tsv"),
     "mme": mme,
+    "mmvet": mmvet,
+    "ocrbench": ocrbench,
     "okvqa": okvqa,
     "pope": pope,
     "scienceqa": scienceqa,

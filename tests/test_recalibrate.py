@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,6 +182,22 @@ def test_text_merging_bf16_and_workers_agree_under_zero2_and_zero3(untrained_fol
         if pruner != "trimtokenator":  # its choice reads the projector, where a last bit in bfloat16 can flip a pick
             torch.testing.assert_close(tensor, tensors[1][name], rtol=0.05, atol=0.02)
         assert not torch.equal(tensor, base[name.removeprefix("base_model.model.")])
+
+
+def test_grouped_sampling_resumes_into_its_second_epoch(untrained_folder, mixed_recipe, tmp_path):
+    """16 samples on two ranks are 8 steps an epoch; the order of the second epoch is its own, and resuming finds it."""
+    options = [*mixed_recipe, "--pruning.pruner", "divprune", "--train.sampling", "modality_length",
+               "--train.max_steps", "14", "--train.save_steps", "11"]  # fmt: skip
+    output = tmp_path / "grouped"
+    run(untrained_folder, output, *options)
+    whole, projector = losses(output), load_file(output / "adapter" / "adapter_model.safetensors")
+    assert len(whole) == 14
+    for later in ("checkpoint-14", "adapter"):
+        shutil.rmtree(output / later)
+    assert "resuming from" in run(untrained_folder, output, *options)
+    assert losses(output) == whole
+    again = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in projector.items())
 
 
 def test_a_corrupt_picture_on_any_rank_stops_with_its_name(untrained_folder, mixed_recipe, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from evaluation.metrics.vqa import normalize, vqa_accuracy
 from evaluation.score import score_file
-from evaluation.tasks import TaskError, mme, pope, scienceqa
+from evaluation.tasks import Item, TaskError, chartqa, mmbench, mme, ocrbench, pope, scienceqa
 from evaluation.tasks.vqa import question_of
 from scripts.prunetune import main
 
@@ -256,6 +256,48 @@ def test_scienceqa_total_and_pictures(tmp_path):
 )  # fmt: skip
 def test_scienceqa_letters(said, choice):
     assert scienceqa.chosen(said, 3) == choice
+
+
+def item(answer, source="s", number="1"):
+    return Item(number, source, "x.png", "?", answer)
+
+
+@pytest.mark.parametrize(
+    ("said", "true", "right"),
+    [("105", "100", 1), ("105.1", "100", 0), ("Yes", "yes", 1), ("50%", "0.5", 1), ("0", "0", 1), ("0.0", "0", 0),
+     ("-95", "-100", 1), ("95", "-100", 0), ("1,000", "1000", 0), ("blue", "blues", 0)],
+)  # fmt: skip
+def test_chartqa_is_relaxed_about_numbers_alone(said, true, right):
+    assert chartqa.score(said, item(true)) == right
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "formula", "right"),
+    [("The sign says STOP.", "stop", False, 1), ("sto p", "stop", False, 0), ("x ^ 2", "x^2", True, 1),
+     ("X^2", "x^2", True, 0), ("two\nlines", "two lines", False, 1)],
+)  # fmt: skip
+def test_ocrbench_looks_for_the_answer(said, answer, formula, right):
+    assert ocrbench.score(said, item({"any": ["nothing of it", answer], "formula": formula})) == right
+
+
+OPTIONS = {"A": "red", "B": "dark blue", "C": "blue"}
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [("B", "B"), ("B. dark blue", "B"), ("(C)", "C"), ("A red one", "A"), ("Apple", ""), ("it is red", "A"),
+     ("dark blue", ""), ("D", ""), ("", "")],
+)  # fmt: skip
+def test_mmbench_reads_the_letter_or_the_only_option_named(said, letter):
+    assert mmbench.chosen(said, OPTIONS) == letter
+
+
+def test_mmbench_counts_a_question_when_all_its_turns_are_right():
+    answer = {"letter": "A", "options": OPTIONS}
+    pairs = [("A", item(answer, number="1")), ("A", item(answer, number="1000001")),
+             ("A", item(answer, number="2")), ("B", item(answer, number="1000002"))]  # fmt: skip
+    assert mmbench.metrics(pairs) == {"accuracy": 50.0, "questions": 2, "evaluation": "circular"}
+    assert mmbench.metrics(pairs[2:3])["evaluation"] == "single round"
 
 
 # ---- what is wrong is named ------------------------------------------------------------------------------------

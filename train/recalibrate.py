@@ -30,6 +30,7 @@ from pruning.text import instruction_text
 from train.callbacks import CompleteCheckpointCallback, NumbersCallback, check_finite_weights
 from train.freeze import FrozenReport, freeze_all_but_projector
 from train.record import run_record
+from train.sampling import train_sampler
 from train.tracking import Tracker
 from train.trainer import (
     RecalibrationTrainer,
@@ -140,6 +141,7 @@ def train(run: Run, peft_model: PeftModel, processor: Any, tracker: Tracker | No
         pruned,
         formatter,
         run.data,
+        train_sampler(run.data, config.sampling, config.batch_size * run.world, config.seed),
         model=peft_model,
         args=training_arguments(run.config, run.output, steps),
         callbacks=[numbers, CompleteCheckpointCallback(run.settings)],

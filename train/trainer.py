@@ -22,6 +22,7 @@ from data_recipes.formatting import IGNORE_INDEX
 from pruning import PrunedModel
 from pruning.checkpoint import tensor_hash
 from train.callbacks import COMPLETE
+from train.sampling import GroupedSampler
 
 DEEPSPEED_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
 
@@ -42,12 +43,26 @@ class SampleDataset(Dataset):
 class RecalibrationTrainer(Trainer):
     """Hugging Face Trainer on a model whose forward pass is pruned by an attached :class:`PrunedModel`."""
 
-    def __init__(self, pruned: PrunedModel, formatter: Formatter, data: RecipeData, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        pruned: PrunedModel,
+        formatter: Formatter,
+        data: RecipeData,
+        sampler: GroupedSampler | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.pruned = pruned
+        self.sampler = sampler
+        if sampler is not None:
+            sampler.epoch = lambda: int((self.state.epoch or 0) + 1e-6)
         self.unsupervised = 0
         super().__init__(data_collator=formatter.training_batch, train_dataset=SampleDataset(data), **kwargs)
         self.remove_callback(PrinterCallback)  # the progress bar and the log say it
         self.model_accepts_loss_kwargs = False  # the stock loss is a mean over the batch's supervised tokens
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the configured order; without one the trainer shuffles."""
+        return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

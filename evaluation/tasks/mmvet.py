@@ -1,0 +1,46 @@
+"""MM-Vet: open answers that a grader scores; this writes what the grader takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from data_recipes.images import FolderImages
+from evaluation.files import find_file, read_lines
+from evaluation.tasks.base import Item, Pair, Task, TaskError, image_folder, register_task
+
+
+def read_items(data: Path) -> list[Item]:
+    """Return the questions; raises TaskError for one without picture or with a repeated id, naming the line."""
+    path = find_file(data, "llava-mm-vet.jsonl", "LLaVA's eval.zip, see its docs/Evaluation.md")
+    items: dict[str, Item] = {}
+    for line, record in read_lines(path):
+        number = str(record["question_id"])
+        if not record.get("image"):
+            raise TaskError(f"{path}, line {line}: question {number} has no image")
+        if number in items:
+            raise TaskError(f"{path}, line {line}: question_id {number} is there twice")
+        items[number] = Item(number, "mmvet", record["image"], record["text"], None)
+    return list(items.values())
+
+
+def upload(pairs: list[Pair], folder: Path) -> Path:
+    """Write ``{"v1_ID": answer}`` for the grader."""
+    path = folder / "mmvet_upload.json"
+    answers = {f"v1_{item.id}": prediction for prediction, item in pairs}
+    path.write_text(json.dumps(answers, indent=2, ensure_ascii=False))
+    return path
+
+
+register_task(
+    Task(
+        name="mmvet",
+        protocol="llava",
+        prompt="question",
+        read=read_items,
+        images=lambda data: FolderImages(image_folder(data, "images")),
+        score=None,
+        upload=upload,
+        about="MM-Vet: open answers, graded elsewhere; writes the grader's file",
+    )
+)

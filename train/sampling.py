@@ -1,0 +1,81 @@
+"""The order of training samples: shuffled, or grouped so that a batch holds samples of one kind and length."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from torch.utils.data import Sampler
+
+from data_recipes import RecipeData
+
+SAMPLINGS = ("shuffled", "length", "modality_length")
+MEGABATCH = 50
+"""Batches that are sorted by length together: more make even batches, fewer keep the order random."""
+PICTURE = 576
+"""What a picture counts in words; only the order matters, and every picture has as many tokens."""
+
+
+def approximate_lengths(data: RecipeData) -> list[int]:
+    """Return the words of every sample's conversation, pictures counted in, without tokenizing anything."""
+    return [
+        sum(len(f"{turn['question']} {turn['answer']}".split()) for turn in turns) + PICTURE * (image is not None)
+        for turns, image in zip(data.rows["turns"], data.rows["image"], strict=True)
+    ]
+
+
+class GroupedSampler(Sampler[int]):
+    """Every sample once per epoch, batches of similar length next to each other, batches in random order.
+
+    With ``modality`` a batch over all ranks holds pictures only or text only, but for the last of each; so no rank
+    waits for another's pictures. The order depends on seed and epoch alone, which is what resuming needs.
+
+    Args:
+        lengths: of every sample.
+        group: samples per step over all ranks.
+        seed: of the order.
+        modality: whether a sample has a picture; None mixes both.
+
+    Attributes:
+        epoch: says which epoch begins. It is asked and not told, because data loaders count from 0 after resuming.
+    """
+
+    def __init__(self, lengths: Sequence[int], group: int, seed: int, modality: Sequence[bool] | None = None) -> None:
+        self.lengths, self.group, self.seed, self.modality = lengths, group, seed, modality
+        self.epoch: Callable[[], int] = lambda: 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        chance = random.Random(f"{self.seed} {self.epoch()}")
+        everything = range(len(self.lengths))
+        kinds = [list(everything)]
+        if self.modality is not None:
+            kinds = [[n for n in everything if self.modality[n] == kind] for kind in (True, False)]
+        whole: list[list[int]] = []
+        rest: list[int] = []
+        for kind in kinds:
+            batches = list(self._batches(kind, chance))
+            whole += [batch for batch in batches if len(batch) == self.group]
+            rest += [n for batch in batches if len(batch) < self.group for n in batch]
+        chance.shuffle(whole)
+        for batch in whole:
+            yield from batch
+        yield from rest  # at the end, so that it shifts no other batch
+
+    def _batches(self, indices: list[int], chance: random.Random) -> Iterator[list[int]]:
+        chance.shuffle(indices)
+        size = self.group * MEGABATCH
+        for start in range(0, len(indices), size):
+            ordered = sorted(indices[start : start + size], key=lambda n: -self.lengths[n])
+            for first in range(0, len(ordered), self.group):
+                yield ordered[first : first + self.group]
+
+
+def train_sampler(data: RecipeData, sampling: str, group: int, seed: int) -> GroupedSampler | None:
+    """Return the sampler of a configuration; None leaves shuffling to the trainer."""
+    if sampling == "shuffled":
+        return None
+    modality = [image is not None for image in data.rows["image"]] if sampling == "modality_length" else None
+    return GroupedSampler(approximate_lengths(data), group, seed, modality)
