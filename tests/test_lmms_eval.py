@@ -1,7 +1,7 @@
 """The lmms-eval plugin, against a stand-in with the interface of lmms-eval 0.7.
 
-lmms-eval pins other versions of our libraries, so it is not installed beside them; what is used of it is small: the base
-class, the manifest, and requests whose ``args`` are (context, options, doc_to_visual, doc_id, task, split).
+lmms-eval pins other versions of our libraries, so it is not installed beside them. What is used of it is small: the
+base class, the manifest, and requests whose ``args`` are (context, options, doc_to_visual, doc_id, task, split).
 """
 
 import importlib
@@ -56,10 +56,11 @@ def config(untrained_folder, tmp_path):
 
 
 def request(context, doc, options=None, task="t"):
-    visual = lambda doc: doc["visuals"]
-    return types.SimpleNamespace(
-        args=(context, options or {"max_new_tokens": 3, "until": ["\n\n"]}, visual, doc, task, "v")
-    )
+    def visual(document):
+        return document["visuals"]
+
+    options = options or {"max_new_tokens": 3, "until": ["\n\n"]}
+    return types.SimpleNamespace(args=(context, options, visual, doc, task, "v"))
 
 
 def test_it_is_registered_under_its_name(plugin):
