@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data_recipes.formatting import template_text
 from data_recipes.images import FolderImages, ImageOpener, ParquetImages
 from data_recipes.llava_json import ROW, PlaceholderError, check_sources, parse_record, read_records
-from data_recipes.recipe import LlavaJsonRecipe, read_recipe
+from data_recipes.recipe import LlavaJsonRecipe, data_file, read_recipe
 from data_recipes.sample import DataError, Sample
 
 PERCENTILES = (50, 90, 95, 99, 100)
@@ -91,7 +91,7 @@ def check_data(
 
     Args:
         recipe_name: a shipped recipe or the path of a YAML file.
-        file: its data file.
+        file: its data file; None is the one the recipe names, or LLaVA's mix in the folder of the pictures.
         image_root: folder of the pictures.
         processor: the model's, for token lengths; without it they are not measured.
         template: conversation template.
@@ -104,8 +104,7 @@ def check_data(
     recipe = read_recipe(recipe_name)
     if not isinstance(recipe, LlavaJsonRecipe):
         raise DataError(f"recipe {recipe_name!r} draws its samples; there is no file to check")
-    if file is None:
-        raise DataError(f"recipe {recipe_name!r} reads a data file; give --file")
+    file = str(data_file(recipe, file, image_root))
     check_sources(recipe.sources or ())
     report = Report(recipe.name)
     samples = _samples(recipe, file, report)

@@ -39,7 +39,7 @@ def plan(recipe_name: str, file: str | None, image_root: str | None) -> tuple[st
     if recipe.sources is None:
         raise DataError(f"recipe {recipe_name!r} reads a file of your own; there is nothing to download")
     lines, complete = [f"recipe {recipe.name}"], True
-    data = Path(file) if file is not None else Path(MIX[0])
+    data = Path(file) if file is not None else Path(image_root or ".") / MIX[0]
     here = data.is_file()
     complete &= here
     lines.append(f"  {_mark(here)} {data}\n      {MIX[1]}")

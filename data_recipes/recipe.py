@@ -29,6 +29,7 @@ ROW_FEATURES = Features(
         "turns": [{"question": Value("string"), "answer": Value("string")}],
     }
 )
+MIX = "llava_v1_5_mix665k.json"
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 
@@ -49,6 +50,7 @@ class LlavaJsonRecipe(_Recipe):
     """Conversations in LLaVA's format, filtered by source and thinned by weights and caps."""
 
     format: Literal["llava_json"]
+    file: str | None = Field(None, description="data file, relative to the recipe's own folder")
     sources: list[str] | None = Field(None, description="by image prefix, and text; None is everything in the file")
     weights: dict[str, float] = Field(default_factory=dict, description="share of a source that is kept, (0, 1]")
     caps: dict[str, int] = Field(default_factory=dict, description="at most so many samples of a source")
@@ -109,7 +111,10 @@ def read_recipe(name: str) -> ShapesWorldRecipe | LlavaJsonRecipe:
             f"unknown recipe {name!r}; there are {', '.join(recipe_names())}, or give the path of a YAML file"
         )
     try:
-        return TypeAdapter(Recipe).validate_python(yaml.safe_load(path.read_text()))
+        recipe = TypeAdapter(Recipe).validate_python(yaml.safe_load(path.read_text()))
+        if isinstance(recipe, LlavaJsonRecipe) and recipe.file is not None:
+            recipe = recipe.model_copy(update={"file": str(path.parent / recipe.file)})
+        return recipe
     except ValidationError as error:
         details = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in error.errors())
         raise DataError(f"recipe {path}: {details}") from None
@@ -174,9 +179,7 @@ def open_rows(
     """
     if isinstance(recipe, ShapesWorldRecipe):
         return Dataset.from_list([sample.to_row() for sample in _scene_samples(recipe)]), SceneImages()
-    if file is None:
-        raise DataError(f"recipe {recipe.name!r} reads a data file; set data.file")
-    path = Path(file)
+    path = data_file(recipe, file, image_root)
     check_sources(recipe.sources or ())
     state = path.stat() if path.is_file() else None
     try:
@@ -198,6 +201,20 @@ def open_rows(
         raise DataError(f"{path} has no sample of {', '.join(recipe.sources or ['any source'])}")
     embedded = any(image is not None and image.startswith(ROW) for image in rows["image"])
     return rows, ParquetImages(path) if embedded else FolderImages(image_root)
+
+
+def data_file(recipe: LlavaJsonRecipe, file: str | None, image_root: str | None) -> Path:
+    """Return the data file: the one given, the recipe's own, or LLaVA's mix lying in the folder of the pictures.
+
+    Raises:
+        DataError: if there is none of them.
+    """
+    named = file or recipe.file
+    if named is not None:
+        return Path(named)
+    if image_root is not None and (Path(image_root) / MIX).is_file():
+        return Path(image_root) / MIX
+    raise DataError(f"recipe {recipe.name!r} reads a data file; set data.file")
 
 
 def _llava_rows(path: str, sources: tuple[str, ...] | None, version: Any) -> Iterator[dict[str, Any]]:

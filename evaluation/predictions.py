@@ -59,14 +59,19 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
     return found
 
 
-def paired(predictions: list[Prediction], keys: list[str], questions: list[str], path: str) -> dict[str, Prediction]:
+def paired(
+    predictions: list[Prediction], keys: list[str], questions: list[str], path: str, complete: bool = True
+) -> dict[str, Prediction]:
     """Return the prediction of every question; the two must match one to one.
+
+    Where the annotations hold a question several times (``KEY``, ``KEY#2``, ...), so may the predictions.
 
     Args:
         predictions: all of them.
         keys: the question of each.
         questions: all questions.
         path: name of the predictions, for messages.
+        complete: whether a question without a prediction is an error.
 
     Raises:
         TaskError: for an unknown or repeated question, naming the line, or questions without a prediction.
@@ -74,6 +79,9 @@ def paired(predictions: list[Prediction], keys: list[str], questions: list[str],
     known = set(questions)
     found: dict[str, Prediction] = {}
     for prediction, key in zip(predictions, keys, strict=True):
+        name, number = key, 2
+        while key in found and f"{name}#{number}" in known:
+            key, number = f"{name}#{number}", number + 1
         if key not in known:
             raise TaskError(f"{path}, line {prediction.line}: question {key!r} is not in the annotations")
         if key in found:
@@ -82,7 +90,7 @@ def paired(predictions: list[Prediction], keys: list[str], questions: list[str],
             )
         found[key] = prediction
     missing = [key for key in questions if key not in found]
-    if missing:
+    if missing and complete:
         raise TaskError(
             f"{path} has no prediction for {len(missing)} of {len(questions)} questions, such as {missing[0]!r}"
         )

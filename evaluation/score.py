@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,17 @@ def score_file(name: str, predictions: Path, data: Path, protocol: str | None = 
         keys = task.keys(found, data, where)
     else:
         keys = [task.key(p, f"{where}, line {p.line}") if task.key else p.id for p in found]
-    by_item = paired(found, keys, list(items), where)
-    pairs = [(by_item[number].text, item) for number, item in items.items()]
+    by_item = paired(found, keys, list(items), where, complete=task.failed is None)
+    missing = [number for number in items if number not in by_item]
+    pairs = [(by_item[n].text, item) for n, item in items.items() if n in by_item]
+    # As LLaVA's scorer has it: wrong, and of no source, since it goes by the prompt that is not there.
+    pairs += [(task.failed or "", replace(items[number], source="missing")) for number in missing]
     return {
         "task": name,
         "protocol": task.protocol,
         "prompt": _prompt(task, [prediction.prompt for prediction in found]),
         "items": len(pairs),
+        "missing": len(missing),
         **task.measure(pairs),
         "interval_95": interval(task, pairs),
         "notes": list(task.notes),

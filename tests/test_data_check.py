@@ -90,6 +90,21 @@ def test_data_within_the_thresholds_passes(broken, capsys):
     assert code == 1 and "missing image                 1\n    gone: gqa/gone.png" in printed
 
 
+def test_the_file_may_stand_in_the_recipe_or_with_the_pictures(broken, capsys):
+    records = [r for r in json.loads((broken / "mix.json").read_text()) if r["id"] == "good"]
+    (broken / "own.json").write_text(json.dumps(records))
+    (broken / "own.yaml").write_text("name: own\nformat: llava_json\nfile: own.json\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "check", "--recipe", str(broken / "own.yaml"), "--image-root", str(broken / "images")])
+    assert stop.value.code == 0 and "recipe own: 1 samples" in capsys.readouterr().out
+    (broken / "images" / "llava_v1_5_mix665k.json").write_text(json.dumps(records))
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "check", "--recipe", "vg", "--image-root", str(broken / "images")])
+    assert stop.value.code == 0
+    with pytest.raises(DataError, match="set data.file"):
+        check_data("vg", None, str(broken))
+
+
 def test_a_recipe_without_a_file_says_so():
     with pytest.raises(DataError, match="draws its samples"):
         check_data("tiny_world", None, None)

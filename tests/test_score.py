@@ -118,6 +118,18 @@ def test_textvqa_pairs_by_picture_and_question_whatever_the_prompt(tmp_path):
     assert result["accuracy"] == 50 and result["prompt"] == "question, short answer"
 
 
+def test_textvqa_may_ask_the_same_twice(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    record = {"image_id": "img", "question": "What?", "answers": ["red"] * 10}
+    (data / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [record, {**record, "answers": ["blue"] * 10}]}))
+    ask = f"What?\n{S}"
+    file = answers(tmp_path, ("img", ask, "red"), ("img", ask, "blue"))
+    assert score_file("textvqa", file, data)["accuracy"] == 100
+    with pytest.raises(TaskError, match="line 3: question 'img/what[?]#2' was answered in line 2"):
+        score_file("textvqa", answers(tmp_path, *[("img", ask, "red")] * 3), data)
+
+
 @pytest.mark.parametrize(
     ("prompt", "question"),
     [
@@ -247,6 +259,16 @@ def test_scienceqa_total_and_pictures(tmp_path):
     file = answers(tmp_path, ("1", "<image>\nWhich?", "B"), ("2", "Which?", "B. y"), ("3", "<image>\nWhich?", "y"))
     result = score_file("scienceqa", file, data)
     assert result["accuracy"] == pytest.approx(200 / 3) and result["image_accuracy"] == 50
+
+
+def test_scienceqa_counts_a_missing_answer_as_wrong_as_llava_does(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    problem = {"question": "Which?", "choices": ["x", "y"], "hint": "", "answer": 1, "image": "image.png"}
+    (data / "problems.json").write_text(json.dumps({"1": problem, "2": problem}))
+    (data / "pid_splits.json").write_text(json.dumps({"test": ["1", "2"]}))
+    result = score_file("scienceqa", answers(tmp_path, ("2", "<image>\nWhich?", "B")), data)
+    assert (result["accuracy"], result["image_accuracy"], result["missing"]) == (50, 100, 1)
 
 
 @pytest.mark.parametrize(

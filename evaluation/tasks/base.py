@@ -56,6 +56,8 @@ class Task:
         key: returns the item's id of a saved prediction, given its place for messages; None is the prediction's id.
         keys: the same for all predictions at once, where that takes a file.
         upload: writes the file that the benchmark's server takes.
+        failed: the text that stands for a missing prediction, where the published scorer counts it as wrong; None
+            makes a missing prediction an error.
         notes: where numbers are defined otherwise than by the published scorer, on purpose.
     """
 
@@ -71,6 +73,7 @@ class Task:
     key: Callable[[Prediction, str], str] | None = None
     keys: Callable[[list[Prediction], Path, str], list[str]] | None = None
     upload: Callable[[list[Pair], Path], Path] | None = None
+    failed: str | None = None
     notes: Sequence[str] = ()
 
     def measure(self, pairs: list[Pair]) -> dict[str, Any]:

@@ -77,6 +77,7 @@ register_task(
         images=lambda data: FolderImages(image_folder(data, "test")),
         score=score,
         metrics=metrics,
+        failed="FAILED",
         about="ScienceQA test: multiple choice (total and IMG accuracy)",
     )
 )

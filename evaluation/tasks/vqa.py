@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,11 @@ LLAVA_EVAL = "LLaVA's eval.zip, see its docs/Evaluation.md"
 def textvqa_items(data: Path) -> list[Item]:
     """Return the validation questions; ids are ``IMAGE/QUESTION``, lower-case, as LLaVA pairs them."""
     items = []
+    seen: Counter[str] = Counter()
     for record in read_json(find_file(data, TEXTVQA, TEXTVQA_SOURCE))["data"]:
         name = _textvqa_id(record["image_id"], record["question"])
+        seen[name] += 1
+        name = name if seen[name] == 1 else f"{name}#{seen[name]}"
         question = f"{record['question'].capitalize()}\n{SHORT_ANSWER}"
         items.append(Item(name, "textvqa", f"{record['image_id']}.jpg", question, record["answers"]))
     return items
@@ -57,9 +61,14 @@ def textvqa_items_with_ocr(data: Path) -> list[Item]:
     """Return the questions as LLaVA asks them, with the reference OCR tokens between question and format."""
     known = {item.id: item for item in textvqa_items(data)}
     items = []
+    seen: Counter[str] = Counter()
     path = find_file(data, TEXTVQA_OCR, LLAVA_EVAL)
     for line, record in read_lines(path):
+        if not record.get("image"):
+            raise TaskError(f"{path}, line {line}: question {record.get('question_id')!r} has no image")
         name = _textvqa_id(record["question_id"], question_of(record["text"], f"{path}, line {line}"))
+        seen[name] += 1
+        name = name if seen[name] == 1 else f"{name}#{seen[name]}"
         if name not in known:
             raise TaskError(f"{path}, line {line}: question {name!r} is not in {TEXTVQA}")
         items.append(Item(name, "textvqa", record["image"], record["text"], known[name].answer))
