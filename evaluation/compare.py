@@ -82,7 +82,10 @@ def read_arm(folder: str | Path) -> Arm:
         raise TaskError(f"{folder} has {len(rows)} results, its manifest says {expected}; evaluate it again")
     hidden = sorted({row["task"] for row in rows if row["score"] is None})
     if hidden:
-        raise TaskError(f"{folder}: the answers of {', '.join(hidden)} are hidden; upload their files instead")
+        raise TaskError(
+            f"{folder}: {', '.join(hidden)} has no score per item (hidden answers, or a score of the whole set); "
+            "see its upload file or the metrics in manifest.json"
+        )
     many = len(manifest["tasks"]) > 1
     sources = [f"{row['task']}/{row['source']}" if many else row["source"] for row in rows]
     return Arm(

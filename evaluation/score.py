@@ -31,7 +31,7 @@ def score_file(name: str, predictions: Path, data: Path, protocol: str | None = 
     task = get_task(name)
     if protocol not in (None, task.protocol):
         raise TaskError(f"{name} is scored by protocol {task.protocol!r}, not {protocol!r}")
-    if task.score is None:
+    if task.hidden:
         raise TaskError(f"the answers of {name} are hidden; upload the file that prunetune evaluate wrote")
     if not data.is_dir():
         raise TaskError(f"{data} is no folder; give the folder of the benchmark's annotation files")

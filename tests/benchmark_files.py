@@ -185,8 +185,22 @@ def ocrbench(data):
     write(data / "OCRBench.json", records)
 
 
+def captions(data, file, folder, domains=()):
+    images, annotations = [], []
+    for n in range(12):
+        picture(data / folder / f"{n:012d}.jpg", n)
+        image = {"id": n, "file_name": f"{n:012d}.jpg"}
+        images.append(image | ({"domain": domains[n % len(domains)]} if domains else {}))
+        annotations += [
+            {"image_id": n, "id": 2 * n + k, "caption": f"A {SAID[n % 3]} thing, seen {k}."} for k in (0, 1)
+        ]
+    write(data / file, {"images": images, "annotations": annotations})
+
+
 FILES = {
     "chartqa": chartqa,
+    "coco_caption": lambda data: captions(data, "captions_val2017.json", "val2017"),
+    "nocaps": lambda data: captions(data, "nocaps_val_4500_captions.json", "val", ("in-domain", "out-domain")),
     "gqa": gqa,
     "mmbench": mmbench,
     "mmbench_cn": lambda data: mmbench(data, "mmbench_dev_cn_20231003.tsv"),

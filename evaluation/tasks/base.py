@@ -49,7 +49,8 @@ class Task:
         prompt: which variant of the question is asked, in words.
         read: reads all items, in their fixed order, from the folder of its published files.
         images: returns the picture opener for that folder.
-        score: compares a prediction with an item, from 0 to 1; None where the answers are hidden.
+        score: compares a prediction with an item, from 0 to 1; None where the answers are hidden, or only a whole
+            set has a score.
         about: one line for ``prunetune list tasks``.
         metrics: computes all metrics of the task; None is accuracy in percent.
         answers: reads items for saved predictions, where that takes fewer files than ``read``.
@@ -75,6 +76,11 @@ class Task:
     upload: Callable[[list[Pair], Path], Path] | None = None
     failed: str | None = None
     notes: Sequence[str] = ()
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the answers are hidden, so that only the benchmark's server can score."""
+        return self.score is None and self.metrics is None
 
     def measure(self, pairs: list[Pair]) -> dict[str, Any]:
         """Return all metrics of some predictions; empty where the answers are hidden."""
