@@ -31,7 +31,8 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
 
     Args:
         path: a JSONL file with ``question_id``, ``text`` and ``prompt`` (LLaVA's), or ``id``, ``prediction``,
-            ``question`` and ``task`` (ours; rows of other tasks are not this task's and are left out).
+            ``question`` and ``task`` (ours; rows of other tasks are not this task's and are left out), or ``id`` and
+            ``pred`` (Video-ChatGPT's).
         task: the task's name.
 
     Raises:
@@ -41,7 +42,7 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
         raise TaskError(f"predictions file {path} does not exist")
     found = []
     for line, record in read_lines(path):
-        text = record.get("text", record.get("prediction"))
+        text = record.get("text", record.get("prediction", record.get("pred")))
         if not isinstance(text, str) and text is not None:
             raise TaskError(f"{path}, line {line}: the answer is no text but {text!r}")
         if "question_id" in record and "text" in record:
@@ -49,6 +50,8 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
         elif "id" in record and "prediction" in record:
             if record.get("task", task) == task:
                 found.append(Prediction(str(record["id"]), record["prediction"], str(record.get("question", "")), line))
+        elif "id" in record and "pred" in record:
+            found.append(Prediction(str(record["id"]), record["pred"], str(record.get("question", "")), line))
         else:
             raise TaskError(
                 f"{path}, line {line}: neither LLaVA's format (question_id, text, prompt) nor ours (id, prediction, "

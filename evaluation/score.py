@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 
 from evaluation.errors import TaskError
+from evaluation.grader import Grader
 from evaluation.intervals import bootstrap_interval
 from evaluation.predictions import paired, read_predictions
 from evaluation.tasks import get_task
 from evaluation.tasks.base import Pair, Task
 
 
-def score_file(name: str, predictions: Path, data: Path, protocol: str | None = None) -> dict[str, Any]:
+def score_file(
+    name: str, predictions: Path, data: Path, protocol: str | None = None, grader: Grader | None = None
+) -> dict[str, Any]:
     """Return every metric of a task for a file of predictions.
 
     Args:
@@ -23,6 +26,7 @@ def score_file(name: str, predictions: Path, data: Path, protocol: str | None = 
         predictions: JSONL file, see :func:`evaluation.predictions.read_predictions`.
         data: folder with the published annotation files.
         protocol: whose rules; each task has one, which None takes.
+        grader: judges open answers beside the task's own metrics.
 
     Raises:
         TaskError: for files that can't be used, predictions that don't match the questions one to one, a task whose
@@ -54,6 +58,7 @@ def score_file(name: str, predictions: Path, data: Path, protocol: str | None = 
         "items": len(pairs),
         "missing": len(missing),
         **task.measure(pairs),
+        **(grader.grade((item.question, str(item.answer), text) for text, item in pairs) if grader else {}),
         "interval_95": interval(task, pairs),
         "notes": list(task.notes),
     }

@@ -87,6 +87,7 @@ def score(arguments: list[str]) -> None:
     """Print one JSON object with every metric of the task."""
     import json
 
+    from evaluation.grader import Grader
     from evaluation.score import score_file
 
     parser = argparse.ArgumentParser("prunetune score")
@@ -94,8 +95,12 @@ def score(arguments: list[str]) -> None:
     parser.add_argument("--predictions", type=Path, required=True, help="our results.jsonl or LLaVA's answers.jsonl")
     parser.add_argument("--data", type=Path, required=True, help="folder with the published annotation files")
     parser.add_argument("--protocol", help="whose rules; each task has one, which is the default")
+    parser.add_argument("--grader", metavar="URL", help="OpenAI-compatible endpoint that judges open answers too")
+    parser.add_argument("--grader-model", default="gpt-3.5-turbo")
     options = parser.parse_args(arguments)
-    print(json.dumps(score_file(options.task, options.predictions, options.data, options.protocol), indent=2))
+    grader = Grader(options.grader, options.grader_model) if options.grader else None
+    result = score_file(options.task, options.predictions, options.data, options.protocol, grader)
+    print(json.dumps(result, indent=2))
 
 
 @command("data", "check a recipe's data, or say what to download: check | prepare --recipe R --image-root DIR")

@@ -1,0 +1,85 @@
+"""An optional grader for open answers: any OpenAI-compatible endpoint. Off unless its address is given."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from evaluation.errors import TaskError
+
+INSTRUCTION = (
+    "You grade answers to questions about videos. Compare the predicted answer with the correct one: do they mean the "
+    "same? Synonyms and paraphrases count. Reply with a JSON object only, with the keys pred, yes or no, and score, an "
+    "integer from 0 (wrong) to 5 (fully right)."
+)
+
+
+@dataclass(frozen=True)
+class Grader:
+    """Asks a language model whether an answer is right.
+
+    Attributes:
+        endpoint: address of an OpenAI-compatible API, for example http://localhost:8000/v1.
+        model: name of the model there.
+        key_variable: environment variable that holds the key; it may be unset for local servers.
+        timeout: seconds per question.
+    """
+
+    endpoint: str
+    model: str
+    key_variable: str = "OPENAI_API_KEY"
+    timeout: float = 60.0
+
+    def grade(self, triples: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
+        """Return accuracy in percent and the mean score of (question, correct answer, predicted answer) triples.
+
+        Raises:
+            TaskError: if the endpoint can't be reached or does not answer as asked.
+        """
+        grades = [
+            self.ask(*triple) for triple in tqdm(list(triples), desc="grading", unit="answer", dynamic_ncols=True)
+        ]
+        return {
+            "graded_accuracy": 100 * sum(right for right, _ in grades) / len(grades),
+            "graded_score": sum(score for _, score in grades) / len(grades),
+            "grader": self.model,
+        }
+
+    def ask(self, question: str, correct: str, predicted: str) -> tuple[bool, int]:
+        """Return whether the prediction is right, and its score from 0 to 5."""
+        content = f"Question: {question}\nCorrect answer: {correct}\nPredicted answer: {predicted}"
+        body = {
+            "model": self.model,
+            "temperature": 0,
+            "messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": content}],
+        }
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.key_variable):
+            headers["Authorization"] = f"Bearer {key}"
+        url = f"{self.endpoint.rstrip('/')}/chat/completions"
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=self.timeout
+            ) as reply:
+                text = json.load(reply)["choices"][0]["message"]["content"]
+        except (urllib.error.URLError, OSError, KeyError, IndexError, json.JSONDecodeError) as error:
+            raise TaskError(f"the grader at {url} did not answer: {error}") from error
+        return read_grade(text)
+
+
+def read_grade(text: str) -> tuple[bool, int]:
+    """Return the grade in a reply; raises TaskError if there is none."""
+    found = re.search(r"\{[^{}]*\}", text)
+    try:
+        grade = json.loads(found.group(0).replace("'", '"')) if found else {}
+        return str(grade["pred"]).strip().lower() == "yes", max(0, min(5, int(grade["score"])))
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        raise TaskError(f"the grader replied {text!r}, expected a JSON object with pred and score") from None
