@@ -11,8 +11,9 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from data_recipes.formatting import template_text
-from data_recipes.images import FolderImages, ImageOpener, ParquetImages
-from data_recipes.llava_json import ROW, PlaceholderError, check_sources, parse_record, read_records
+from data_recipes.images import FolderImages, ImageOpener
+from data_recipes.llava_json import PlaceholderError, check_sources, parse_record, read_records
+from data_recipes.parquet import ROW, ParquetImages, parquet_rows
 from data_recipes.recipe import LlavaJsonRecipe, data_file, read_recipe
 from data_recipes.sample import DataError, Sample
 
@@ -139,7 +140,7 @@ def _samples(recipe: LlavaJsonRecipe, file: str, report: Report) -> list[Sample]
 
 def _opener(samples: list[Sample], file: str, image_root: str | None) -> ImageOpener:
     if any(sample.image is not None and sample.image.startswith(ROW) for sample in samples):
-        return ParquetImages(Path(file))
+        return ParquetImages(parquet_rows(Path(file)))
     return FolderImages(image_root)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Protocol
 
@@ -56,31 +55,6 @@ class FolderImages:
             raise DataError(
                 f"sample {sample_id!r}: image {path} can't be decoded ({error}); replace the file"
             ) from error
-
-
-class ParquetImages:
-    """Pictures stored in the image column of a Parquet file; a reference is ``row:NUMBER``."""
-
-    def __init__(self, path: Path) -> None:
-        from data_recipes.llava_json import parquet_rows
-
-        self._rows = parquet_rows(path)
-
-    def exists(self, reference: str) -> bool:
-        """Return whether the row is there."""
-        number = reference.removeprefix("row:")
-        return number.isdigit() and int(number) < len(self._rows)
-
-    def open(self, reference: str, sample_id: str) -> Image.Image:
-        """Return the decoded RGB picture."""
-        if not self.exists(reference):
-            raise DataError(f"sample {sample_id!r}: {reference!r} is no row of the data file")
-        data = self._rows[int(reference.removeprefix("row:"))]["image"]["bytes"]
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                return image.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"sample {sample_id!r}: the picture in {reference} can't be decoded ({error})") from error
 
 
 class SceneImages:

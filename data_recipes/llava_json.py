@@ -9,6 +9,7 @@ from typing import Any
 
 import ijson
 
+from data_recipes.parquet import ROW, parquet_rows
 from data_recipes.sample import DataError, Sample, Turn
 
 PREFIXES = {
@@ -19,9 +20,6 @@ PREFIXES = {
     "textvqa": "textvqa/",
 }
 """Image path prefixes of LLaVA-1.5's mix, by source; ``text`` stands for samples without a picture."""
-
-ROW = "row:"
-"""A picture stored in the data file itself is referred to by its row, ``row:7``."""
 
 _IMAGE = "<image>"
 
@@ -83,16 +81,6 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         if isinstance(image, dict):  # an image column: the picture itself is in the file
             record = {**record, "image": f"{ROW}{number}" if image.get("bytes") else image.get("path")}
         yield f"{path}, row {number}", record
-
-
-def parquet_rows(path: Path) -> Any:
-    """Return a Parquet file as a data set whose image column is not decoded."""
-    from datasets import Image, load_dataset
-
-    rows = load_dataset("parquet", data_files=str(path), split="train")
-    if isinstance(rows.features.get("image"), Image):
-        rows = rows.cast_column("image", Image(decode=False))
-    return rows
 
 
 def parse_record(record: dict[str, Any], place: str, sources: Sequence[str] | None) -> Sample | None:

@@ -16,8 +16,9 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from data_recipes.images import FolderImages, ImageOpener, ParquetImages, SceneImages
-from data_recipes.llava_json import ROW, check_sources, read_llava
+from data_recipes.images import FolderImages, ImageOpener, SceneImages
+from data_recipes.llava_json import check_sources, read_llava
+from data_recipes.parquet import ROW, ParquetImages, parquet_rows
 from data_recipes.sample import DataError, Sample, Turn
 from data_recipes.shapes_world import ask, sample_scene, split_seeds
 
@@ -200,7 +201,7 @@ def open_rows(
     if not len(rows):
         raise DataError(f"{path} has no sample of {', '.join(recipe.sources or ['any source'])}")
     embedded = any(image is not None and image.startswith(ROW) for image in rows["image"])
-    return rows, ParquetImages(path) if embedded else FolderImages(image_root)
+    return rows, ParquetImages(parquet_rows(path)) if embedded else FolderImages(image_root)
 
 
 def data_file(recipe: LlavaJsonRecipe, file: str | None, image_root: str | None) -> Path:

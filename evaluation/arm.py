@@ -21,6 +21,7 @@ from data_recipes.formatting import template_text
 from evaluation.ranks import Ranks, join_ranks
 from evaluation.results import MANIFEST, gather, read_manifest, read_results, shard, start, write_json
 from evaluation.score import interval
+from evaluation.sources import open_images, read_items
 from evaluation.tasks import Item, Task, get_task
 from evaluation.tasks.base import Pair, items_hash, task_folder
 from pruning import PrunedModel, PruningSpec
@@ -121,7 +122,7 @@ def _run(
         for work, batch in todo:
             name = work.task.name
             if name not in formatters:
-                images = work.task.images(work.data)
+                images = open_images(work.task, work.data)
                 formatters[name] = Formatter(
                     processor, images, config.model.template, config.model.square, instructions=read
                 )
@@ -143,7 +144,7 @@ def _measured(work: Work, rows: list[dict[str, Any]], output: Path) -> dict[str,
 
 def _work(name: str, config: EvaluateConfig) -> Work:
     task, data = get_task(name), task_folder(config.data, name)
-    items, size = task.read(data)[: config.limit], config.batch_size
+    items, size = read_items(task, data)[: config.limit], config.batch_size
     return Work(task, data, [items[start : start + size] for start in range(0, len(items), size)])
 
 

@@ -12,6 +12,7 @@ from evaluation.errors import TaskError
 from evaluation.grader import Grader
 from evaluation.intervals import bootstrap_interval
 from evaluation.predictions import paired, read_predictions
+from evaluation.sources import read_items
 from evaluation.tasks import get_task
 from evaluation.tasks.base import Pair, Task
 
@@ -39,7 +40,7 @@ def score_file(
         raise TaskError(f"the answers of {name} are hidden; upload the file that prunetune evaluate wrote")
     if not data.is_dir():
         raise TaskError(f"{data} is no folder; give the folder of the benchmark's annotation files")
-    items = {item.id: item for item in (task.answers or task.read)(data)}
+    items = {item.id: item for item in read_items(task, data, answers_only=True)}
     found = read_predictions(predictions, name)
     where = str(predictions)
     if task.keys is not None:

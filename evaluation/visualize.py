@@ -12,6 +12,7 @@ from PIL import Image
 from configs import ModelConfig
 from data_recipes import Formatter, Sample, Turn
 from evaluation.pictures import kept_overlay
+from evaluation.sources import open_images, read_items
 from evaluation.tasks import TaskError, get_task
 from evaluation.tasks.base import task_folder
 from pruning import PrunedModel, PruningSpec
@@ -38,8 +39,8 @@ def visualize(
     output.mkdir(parents=True, exist_ok=True)
     model, processor = load_model(**config.model_dump(include={"path", "revision", "dtype", "attention"}))
     benchmark, folder = get_task(task), task_folder(data, task)
-    items = [item for item in benchmark.read(folder) if item.image is not None]
-    images = benchmark.images(folder)
+    items = [item for item in read_items(benchmark, folder) if item.image is not None]
+    images = open_images(benchmark, folder)
     formatter = Formatter(processor, images, config.template, config.square, instructions=instruction_text)
     first = {str(item.image): item for item in reversed(items)}  # each picture with its first question
     plugs = [PrunedModel(model, spec, processor.tokenizer) for spec in specs]

@@ -197,7 +197,21 @@ def captions(data, file, folder, domains=()):
     write(data / file, {"images": images, "annotations": annotations})
 
 
+def chair(data):
+    data.mkdir(parents=True, exist_ok=True)
+    (data / "synonyms.txt").write_text("person, man, woman\ndog, puppy\nhot dog\nbus\n")
+    images = [{"id": n, "file_name": f"COCO_val2014_{n:012d}.jpg"} for n in range(12)]
+    for n, image in enumerate(images):
+        picture(data / "val2014" / image["file_name"], n)
+    write(data / "instances_val2014.json",
+          {"images": images, "categories": [{"id": 1, "name": "person"}, {"id": 2, "name": "dog"}],
+           "annotations": [{"image_id": n, "category_id": 1 + n % 2} for n in range(12)]})  # fmt: skip
+    write(data / "captions_val2014.json",
+          {"annotations": [{"image_id": 3, "caption": "A bus."}, {"image_id": 99, "caption": "a man"}]})  # fmt: skip
+
+
 FILES = {
+    "chair": chair,
     "chartqa": chartqa,
     "coco_caption": lambda data: captions(data, "captions_val2017.json", "val2017"),
     "nocaps": lambda data: captions(data, "nocaps_val_4500_captions.json", "val", ("in-domain", "out-domain")),

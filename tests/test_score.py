@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from evaluation.metrics.chair import Objects
+from evaluation.metrics.chair import chair as chair_metrics
 from evaluation.metrics.vqa import normalize, vqa_accuracy
 from evaluation.score import score_file
 from evaluation.tasks import Item, TaskError, chartqa, mmbench, mme, ocrbench, pope, scienceqa
@@ -320,6 +322,32 @@ def test_mmbench_counts_a_question_when_all_its_turns_are_right():
              ("A", item(answer, number="2")), ("B", item(answer, number="1000002"))]  # fmt: skip
     assert mmbench.metrics(pairs) == {"accuracy": 50.0, "questions": 2, "evaluation": "circular"}
     assert mmbench.metrics(pairs[2:3])["evaluation"] == "single round"
+
+
+LINES = ["person, man, woman", "dog, puppy", "hot dog", "bus", "knife", "bear", "teddy bear", "train", "wine glass"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("Two puppies and a dog.", ["dog", "dog"]),
+        ("a man eats a hot dog", ["person", "hot dog"]),
+        ("women with knives near buses", ["person", "knife", "bus"]),
+        ("a teddy bear and a baby bear", ["teddy bear", "bear"]),
+        ("the passenger train, wine glasses", ["train", "wine glass"]),
+        ("nothing here", []),
+    ],
+)
+def test_chair_knows_synonyms_plurals_and_double_words(text, named):
+    assert Objects(LINES).of(text) == named
+
+
+def test_chair_counts_what_is_invented():
+    truth = {"1": {"dog", "person"}, "2": {"bus"}}
+    result = chair_metrics({"1": "A dog and a bus and a dog.", "2": "One bus"}, truth, Objects(LINES))
+    assert result == {"C_S": 50, "C_I": 25, "recall": pytest.approx(200 / 3), "length": 5}
+    nothing = chair_metrics({"1": "sky", "2": "sky"}, truth, Objects(LINES))
+    assert nothing["C_I"] is None and nothing["C_S"] == nothing["recall"] == 0
 
 
 # ---- what is wrong is named ------------------------------------------------------------------------------------

@@ -1,0 +1,61 @@
+"""Parquet files with pictures in a column, read through ``datasets`` without decoding them all."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Image as ImageColumn
+from PIL import Image, UnidentifiedImageError
+
+from data_recipes.sample import DataError
+
+ROW, NAMED = "row:", "id:"
+"""How a picture in a file is referred to: by its row, or by the value of the file's ``id`` column."""
+
+
+def parquet_rows(paths: Path | Sequence[Path]) -> Dataset:
+    """Return the rows of one or more files in order; an image column holds bytes, not pictures."""
+    tables = []
+    for path in [paths] if isinstance(paths, Path) else paths:
+        rows = load_dataset("parquet", data_files=str(path), split="train")
+        if isinstance(rows.features.get("image"), ImageColumn):
+            rows = rows.cast_column("image", ImageColumn(decode=False))
+        tables.append(rows)
+    return tables[0] if len(tables) == 1 else concatenate_datasets(tables)
+
+
+class ParquetImages:
+    """Pictures in the ``image`` column of rows; a reference is ``row:NUMBER`` or ``id:NAME``."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self._rows = rows
+        self._places: dict[str, int] | None = None
+
+    def _place(self, reference: str) -> int | None:
+        if reference.startswith(ROW):
+            number = reference.removeprefix(ROW)
+            return int(number) if number.isdigit() and int(number) < len(self._rows) else None
+        if self._places is None:
+            names = self._rows["id"] if "id" in self._rows.column_names else []
+            self._places = {f"{NAMED}{name}": place for place, name in enumerate(names)}
+        return self._places.get(reference)
+
+    def exists(self, reference: str) -> bool:
+        """Return whether the row is there."""
+        return self._place(reference) is not None
+
+    def open(self, reference: str, sample_id: str) -> Image.Image:
+        """Return the decoded RGB picture."""
+        place = self._place(reference)
+        if place is None:
+            raise DataError(f"sample {sample_id!r}: {reference!r} is no row of the data file")
+        cell: Any = self._rows[place]["image"]
+        try:
+            with Image.open(io.BytesIO(cell["bytes"])) as image:
+                return image.convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
+            raise DataError(f"sample {sample_id!r}: the picture in {reference} can't be decoded ({error})") from error
