@@ -81,6 +81,9 @@ class TrainConfig(Section):
     sampling: Literal["shuffled", "length", "modality_length"] = Field(
         "shuffled", description="order of samples: random, or batches of similar length, of one modality (as LLaVA's)"
     )
+    packing: bool = Field(
+        False, description="put a device's batch into one row without padding; samples do not see each other"
+    )
     deepspeed: str = Field("zero2", description="zero2, zero3, or the path of a DeepSpeed JSON")
     gradient_checkpointing: bool = Field(
         False, description="recompute the LLM's activations; the tower is never touched"

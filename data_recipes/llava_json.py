@@ -34,15 +34,19 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     JSON lists are streamed, so that a file of a gigabyte does not have to fit in memory.
 
     Args:
-        path: ``llava_v1_5_mix665k.json`` or a file like it: ``.json`` (a list), ``.jsonl`` or ``.parquet``.
+        path: ``llava_v1_5_mix665k.json`` or a file like it: ``.json`` (a list), ``.jsonl`` or ``.parquet``; or a folder
+            written by ``Dataset.save_to_disk``.
 
     Raises:
         DataError: if the file is missing, of another kind, or can't be read.
     """
     path = Path(path)
+    if (path / "dataset_info.json").is_file():
+        yield from _rows(path)
+        return
     if not path.is_file():
         raise DataError(f"data file {path} does not exist; set data.file to llava_v1_5_mix665k.json or a file like it")
-    reader = {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix.lower())
+    reader = {".json": _json, ".jsonl": _jsonl, ".parquet": _rows}.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"data file {path}: expected .json, .jsonl or .parquet, got {path.suffix or 'no suffix'!r}")
     for place, record in reader(path):
@@ -74,9 +78,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                     raise DataError(f"{path}, line {number} is not valid JSON: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    rows = parquet_rows(path)
-    for number, record in enumerate(rows):
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, record in enumerate(parquet_rows(path)):
         image = record.get("image")
         if isinstance(image, dict):  # an image column: the picture itself is in the file
             record = {**record, "image": f"{ROW}{number}" if image.get("bytes") else image.get("path")}

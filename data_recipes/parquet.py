@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets import Image as ImageColumn
 from PIL import Image, UnidentifiedImageError
 
@@ -18,10 +18,12 @@ ROW, NAMED = "row:", "id:"
 
 
 def parquet_rows(paths: Path | Sequence[Path]) -> Dataset:
-    """Return the rows of one or more files in order; an image column holds bytes, not pictures."""
+    """Return the rows of files, or of folders of ``save_to_disk``, in order; an image column holds bytes."""
     tables = []
     for path in [paths] if isinstance(paths, Path) else paths:
-        rows = load_dataset("parquet", data_files=str(path), split="train")
+        rows = (
+            load_from_disk(str(path)) if path.is_dir() else load_dataset("parquet", data_files=str(path), split="train")
+        )
         if isinstance(rows.features.get("image"), ImageColumn):
             rows = rows.cast_column("image", ImageColumn(decode=False))
         tables.append(rows)

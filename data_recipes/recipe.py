@@ -182,7 +182,7 @@ def open_rows(
         return Dataset.from_list([sample.to_row() for sample in _scene_samples(recipe)]), SceneImages()
     path = data_file(recipe, file, image_root)
     check_sources(recipe.sources or ())
-    state = path.stat() if path.is_file() else None
+    state = path.stat() if path.exists() else None
     try:
         rows = Dataset.from_generator(
             _llava_rows,

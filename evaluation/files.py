@@ -66,3 +66,21 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if head.startswith("["):
             return read_json(path)
     return [record for _, record in read_lines(path)]
+
+
+def read_questions(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield line number and question of a file in LLaVA's format: ``question_id``, ``image`` and ``text``.
+
+    Raises:
+        TaskError: for a question without one of them, or with a repeated id, naming the line.
+    """
+    seen: dict[str, int] = {}
+    for line, record in read_lines(path):
+        for name in ("question_id", "image", "text"):
+            if record.get(name) in (None, ""):
+                raise TaskError(f"{path}, line {line}: question {record.get('question_id', '?')} has no {name}")
+        number = str(record["question_id"])
+        if number in seen:
+            raise TaskError(f"{path}, line {line}: question_id {number} is in line {seen[number]} already")
+        seen[number] = line
+        yield line, record

@@ -15,7 +15,7 @@ from pruning.budget import Budget, check_budget
 from pruning.families.base import NEWLINE_POLICIES, Encoded, family_of
 from pruning.registry import build_pruner
 from pruning.select import SCOPES, check_signals, select, with_text
-from pruning.sequence import POSITION_POLICIES, placeholder_runs, shorten
+from pruning.sequence import POSITION_POLICIES, pack, placeholder_runs, shorten
 from pruning.text import TextReader
 from pruning.types import TEXT_SIGNALS, Pruner, PruningError, Selection, signal_name
 
@@ -82,13 +82,18 @@ class PrunedModel:
         model: a conditional-generation model (under PEFT: ``peft_model.get_base_model()``).
         spec: pruner, budget and position policy.
         tokenizer: the model's tokenizer, for methods that read the instruction's tokens.
+        packed: whether an attached model, while training, gets its batch as one row without padding.
 
     Raises:
-        PruningError: if the model does not offer what the pruner reads, naming what works or what to set.
+        PruningError: if the model does not offer what the pruner reads, naming what works or what to set; for packing
+            with original positions, whose gaps would be read as the ends of samples.
     """
 
-    def __init__(self, model: nn.Module, spec: PruningSpec, tokenizer: Any = None) -> None:
+    def __init__(self, model: nn.Module, spec: PruningSpec, tokenizer: Any = None, packed: bool = False) -> None:
         self.model: Any = model
+        self.packed = packed
+        if packed and spec.position_policy != "compact":
+            raise PruningError("packing needs position_policy: compact; gaps between positions would end a sample")
         config: Any = model.config
         self.spec = spec
         self.family = family_of(model)
@@ -212,4 +217,5 @@ class PrunedModel:
                 "generate with PrunedModel.generate instead of model.generate"
             )
         self.last = self.prepare(kwargs)
-        return (), self.last.inputs
+        packed = self.packed and self.model.training and kwargs.get("labels") is not None
+        return (), pack(self.last.inputs) if packed else self.last.inputs

@@ -90,3 +90,23 @@ def shorten(inputs: Mapping[str, Any], kept: Tensor, position_policy: str, paddi
     else:
         result["position_ids"] = (new_mask.long().cumsum(dim=1) - 1).clamp(min=0)
     return result
+
+
+def pack(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Put all rows of a right-padded batch behind one another in a single row, without padding.
+
+    Every sample's positions begin at 0 and there is no mask: transformers then keeps samples from seeing each other,
+    with a block mask or the kernel's variable lengths. The loss is that of the batch, a mean over the same tokens.
+
+    Args:
+        inputs: model inputs with ``input_ids``, ``attention_mask`` and ``labels``, all (B, L), as :func:`shorten`
+            leaves them with compact positions; everything else passes.
+    """
+    result = dict(inputs)
+    mask = result.pop("attention_mask").bool()
+    result["position_ids"] = (mask.long().cumsum(dim=1) - 1)[mask][None]
+    labels = result["labels"].clone()
+    labels[:, 0] = IGNORE_INDEX  # the token before it belongs to another sample
+    result["labels"], result["input_ids"] = labels[mask][None], result["input_ids"][mask][None]
+    result["use_cache"] = False  # with a cache the positions would not be read as several samples
+    return result

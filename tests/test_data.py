@@ -387,7 +387,11 @@ def test_pictures_may_lie_in_the_file_itself(tmp_path):
         for n, picture in enumerate(pictures)
     ]).cast_column("image", ImageColumn())  # fmt: skip
     rows.to_parquet(tmp_path / "own.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    saved = load_recipe("custom", file=str(tmp_path / "saved"))
+    assert saved.images.open("row:1", "1").getpixel((0, 0)) == (10, 0, 0)
     data = load_recipe("custom", file=str(tmp_path / "own.parquet"))
+    assert saved.content_hash == data.content_hash
     assert [data[n].image for n in range(3)] == ["row:0", "row:1", "row:2"]
     assert data.images.open("row:2", "2").getpixel((0, 0)) == (20, 0, 0)
     with pytest.raises(DataError, match="row:9"):

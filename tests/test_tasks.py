@@ -15,6 +15,7 @@ from configs import EvaluateConfig, load_config, to_yaml
 from evaluation.arm import evaluate, read_results
 from evaluation.compare import compare
 from evaluation.score import score_file
+from evaluation.sources import read_items
 from evaluation.tasks import TaskError, get_task, tasks
 from evaluation.tasks.video import NAMES as VIDEO
 
@@ -147,3 +148,32 @@ def test_captions_are_scored_by_the_coco_servers_code():
     assert same["BLEU-4"] == pytest.approx(1) and same["CIDEr"] > 4
     other = caption_metrics({"1": "two dogs", "2": "a green hill"}, people)
     assert other["CIDEr"] < 0.2 and other["BLEU-1"] < 0.3
+
+
+@pytest.mark.parametrize("name", ["vqav2_testdev", "vizwiz_test", "mmvet"])
+def test_questions_without_picture_or_with_a_repeated_id_stop_with_their_line(name, tmp_path):
+    FILES[name](tmp_path)
+    file = next(tmp_path.glob("*.jsonl"))
+    lines = file.read_text().splitlines()
+    broken = json.loads(lines[4])
+    del broken["image"]
+    file.write_text("\n".join([*lines[:4], json.dumps(broken), *lines[5:]]))
+    with pytest.raises(TaskError, match=r"jsonl, line 5: question .*4.* has no image"):
+        read_items(get_task(name), tmp_path)
+    file.write_text("\n".join([*lines, lines[2]]))
+    with pytest.raises(TaskError, match=r"jsonl, line 13: question_id .* is in line 3 already"):
+        read_items(get_task(name), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gqa", "vqav2", "vizwiz", "chartqa", "ocrbench", "scienceqa", "nocaps", "chair"])
+def test_files_of_another_kind_are_named(name, tmp_path):
+    FILES[name](tmp_path)
+    for file in tmp_path.glob("*.json"):
+        value = json.loads(file.read_text())
+        strip = {"question", "questions", "query", "problems", "images", "test", "structural", "1"}
+        text = json.dumps(value)
+        for key in strip:
+            text = text.replace(f'"{key}":', f'"no_{key}":')
+        file.write_text(text)
+    with pytest.raises(TaskError, match=rf"a record of {name}'s files in .* has no '"):
+        read_items(get_task(name), tmp_path)

@@ -126,7 +126,8 @@ def train(run: Run, peft_model: PeftModel, processor: Any, tracker: Tracker | No
     config, model = run.config.train, peft_model.get_base_model()
     if config.gradient_checkpointing:
         _checkpoint_language_model(model)
-    pruned = PrunedModel(model, PruningSpec(**run.config.pruning.model_dump()), processor.tokenizer)
+    spec = PruningSpec(**run.config.pruning.model_dump())
+    pruned = PrunedModel(model, spec, processor.tokenizer, packed=config.packing)
     formatter = Formatter(
         processor,
         run.data.images,

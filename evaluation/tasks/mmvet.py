@@ -6,22 +6,17 @@ import json
 from pathlib import Path
 
 from data_recipes.images import FolderImages
-from evaluation.files import find_file, read_lines
-from evaluation.tasks.base import Item, Pair, Task, TaskError, image_folder, register_task
+from evaluation.files import find_file, read_questions
+from evaluation.tasks.base import Item, Pair, Task, image_folder, register_task
 
 
 def read_items(data: Path) -> list[Item]:
-    """Return the questions; raises TaskError for one without picture or with a repeated id, naming the line."""
+    """Return the questions."""
     path = find_file(data, "llava-mm-vet.jsonl", "LLaVA's eval.zip, see its docs/Evaluation.md")
-    items: dict[str, Item] = {}
-    for line, record in read_lines(path):
-        number = str(record["question_id"])
-        if not record.get("image"):
-            raise TaskError(f"{path}, line {line}: question {number} has no image")
-        if number in items:
-            raise TaskError(f"{path}, line {line}: question_id {number} is there twice")
-        items[number] = Item(number, "mmvet", record["image"], record["text"], None)
-    return list(items.values())
+    return [
+        Item(str(record["question_id"]), "mmvet", record["image"], record["text"], None)
+        for _, record in read_questions(path)
+    ]
 
 
 def upload(pairs: list[Pair], folder: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_recipes.images import FolderImages
-from evaluation.files import find_file, read_json, read_lines
+from evaluation.files import find_file, read_json, read_lines, read_questions
 from evaluation.metrics.vqa import normalize, vqa_accuracy
 from evaluation.predictions import Prediction
 from evaluation.tasks.base import (
@@ -186,7 +186,7 @@ def testdev_items(data: Path) -> list[Item]:
     path = find_file(data, "llava_vqav2_mscoco_test-dev2015.jsonl", LLAVA_EVAL)
     return [
         Item(str(record["question_id"]), "hidden", record["image"], record["text"], None)
-        for _, record in read_lines(path)
+        for _, record in read_questions(path)
     ]
 
 
@@ -241,7 +241,7 @@ def vizwiz_test_items(data: Path) -> list[Item]:
     path = find_file(data, "llava_test.jsonl", LLAVA_EVAL)
     return [
         Item(str(record["question_id"]), "hidden", record["image"], record["text"], None)
-        for _, record in read_lines(path)
+        for _, record in read_questions(path)
     ]
 
 
