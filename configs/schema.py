@@ -60,8 +60,10 @@ class DataConfig(Section):
     )
     image_root: str | None = Field(None, description="folder that the image paths of the data file are relative to")
     max_samples: int | None = Field(None, ge=1, description="use this many samples, drawn by the seed; None is all")
-    seed: int = Field(0, description="seed of the subset")
-    max_missing: float = Field(0.01, ge=0, le=1, description="largest share of samples whose image file may be missing")
+    seed: int | None = Field(None, description="seed of the subset; None is the recipe's, or 0")
+    max_missing: float | None = Field(
+        None, ge=0, le=1, description="largest share of samples without their image file; None is the recipe's, or 1 %"
+    )
 
 
 class TrainConfig(Section):

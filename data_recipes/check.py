@@ -107,12 +107,13 @@ def check_data(
         raise DataError(f"recipe {recipe_name!r} draws its samples; there is no file to check")
     file = str(data_file(recipe, file, image_root))
     check_sources(recipe.sources or ())
+    per_picture = _tokens_per_picture(processor) if processor is not None else 0
     report = Report(recipe.name)
     samples = _samples(recipe, file, report)
     if any(sample.image is not None for sample in samples):
         _check_pictures(samples, _opener(samples, file, image_root), report, num_proc)
     if processor is not None and samples:
-        _measure(samples, processor, template, max_length, report)
+        _measure(samples, processor, template, max_length, per_picture, report)
     return report
 
 
@@ -169,9 +170,10 @@ def _decode(row: dict[str, str], images: ImageOpener) -> dict[str, str]:
     return {"error": ""}
 
 
-def _measure(samples: list[Sample], processor: Any, template: str, max_length: int, report: Report) -> None:
+def _measure(
+    samples: list[Sample], processor: Any, template: str, max_length: int, per_picture: int, report: Report
+) -> None:
     source = template_text(processor, template)
-    per_picture = _tokens_per_picture(processor)
     lengths = []
     for sample in tqdm(samples, desc="lengths", unit="sample", dynamic_ncols=True):
         messages: list[dict[str, Any]] = []
@@ -190,7 +192,13 @@ def _measure(samples: list[Sample], processor: Any, template: str, max_length: i
 
 
 def _tokens_per_picture(processor: Any) -> int:
-    """Return the visual tokens of one picture of the processor's own size, as its placeholder expands."""
+    """Return the visual tokens of one picture of the processor's own size, as its placeholder expands.
+
+    Raises:
+        DataError: for a processor that does not say.
+    """
+    if not hasattr(processor, "patch_size") or not hasattr(processor, "vision_feature_select_strategy"):
+        raise DataError(f"{type(processor).__name__} does not say how many tokens a picture has; leave --model out")
     size = processor.image_processor.crop_size if hasattr(processor.image_processor, "crop_size") else None
     side = (size or processor.image_processor.size).get("height") or processor.image_processor.size["shortest_edge"]
     patches = (side // processor.patch_size) ** 2 + getattr(processor, "num_additional_image_tokens", 0)

@@ -51,7 +51,7 @@ class FolderImages:
                 return image.convert("RGB")
         except FileNotFoundError:
             raise DataError(f"sample {sample_id!r}: image {path} is missing") from None
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(
                 f"sample {sample_id!r}: image {path} can't be decoded ({error}); replace the file"
             ) from error

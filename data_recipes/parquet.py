@@ -59,5 +59,7 @@ class ParquetImages:
         try:
             with Image.open(io.BytesIO(cell["bytes"])) as image:
                 return image.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
+        except (
+            UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError
+        ) as error:  # fmt: skip
             raise DataError(f"sample {sample_id!r}: the picture in {reference} can't be decoded ({error})") from error

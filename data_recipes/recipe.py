@@ -30,6 +30,8 @@ ROW_FEATURES = Features(
         "turns": [{"question": Value("string"), "answer": Value("string")}],
     }
 )
+PARSER_VERSION = 1
+"""Part of the cache's key: raise it when the same file is read into other rows."""
 MIX = "llava_v1_5_mix665k.json"
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
@@ -53,9 +55,13 @@ class LlavaJsonRecipe(_Recipe):
     format: Literal["llava_json"]
     file: str | None = Field(None, description="data file, relative to the recipe's own folder")
     sources: list[str] | None = Field(None, description="by image prefix, and text; None is everything in the file")
-    weights: dict[str, float] = Field(default_factory=dict, description="share of a source that is kept, (0, 1]")
-    caps: dict[str, int] = Field(default_factory=dict, description="at most so many samples of a source")
-    held_out: int = Field(0, ge=0, description="samples set aside, never trained on")
+    weights: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=dict, description="share of a source that is kept"
+    )
+    caps: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="at most so many samples of a source"
+    )
+    held_out: int = Field(0, ge=0, description="samples set aside with all others of their pictures, never trained on")
     max_samples: int | None = Field(None, ge=1)
     max_missing: float | None = Field(None, ge=0, le=1)
     seed: int = 0
@@ -127,8 +133,8 @@ def load_recipe(
     file: str | None = None,
     image_root: str | None = None,
     max_samples: int | None = None,
-    seed: int = 0,
-    max_missing: float = 0.01,
+    seed: int | None = None,
+    max_missing: float | None = None,
 ) -> RecipeData:
     """Read a recipe's samples, check that their pictures are there, and draw the subset.
 
@@ -137,28 +143,28 @@ def load_recipe(
         file: data file, for recipes that read one.
         image_root: folder of the pictures, for recipes that read files.
         max_samples: size of a seeded subset in file order; None is all.
-        seed: seed of the subset.
-        max_missing: largest tolerated share of samples without their picture; those are left out and named.
+        seed: seed of the subset; None is the recipe's, or 0.
+        max_missing: largest tolerated share of samples without their picture, which are left out and named; None is
+            the recipe's, or 1 %.
 
     Raises:
         DataError: for anything that can't be read, or too many missing pictures.
     """
     recipe = read_recipe(name)
     rows, images = open_rows(recipe, file, image_root)
-    asked = max_missing
-    if isinstance(recipe, LlavaJsonRecipe):
-        seed, max_samples = seed or recipe.seed, max_samples or recipe.max_samples
-        asked = recipe.max_missing if recipe.max_missing is not None else max_missing
-    rows, missing = _present(rows, images, asked)
+    own = recipe if isinstance(recipe, LlavaJsonRecipe) else None
+    seed = next(value for value in (seed, own.seed if own else None, 0) if value is not None)
+    max_samples = max_samples or (own.max_samples if own else None)
+    rows, missing = _present(rows, images, tolerated(recipe, max_missing))
     order = list(range(len(rows)))
     held_out = None
     if isinstance(recipe, LlavaJsonRecipe):
         order = _thinned(recipe, rows["source"], seed)
         if recipe.held_out:
-            if recipe.held_out >= len(order):
-                raise DataError(f"recipe {recipe.name!r} holds out {recipe.held_out} of only {len(order)} samples")
-            apart = set(random.Random(f"held out {seed}").sample(order, recipe.held_out))
+            apart = _held_out(recipe, rows["image"], order, seed)
             held_out, order = rows.select(sorted(apart)), [index for index in order if index not in apart]
+    if not order:
+        raise DataError(f"recipe {recipe.name!r} leaves no sample to train on")
     if max_samples is not None and max_samples < len(order):
         order = sorted(random.Random(seed).sample(order, max_samples))
     if len(order) < len(rows):
@@ -182,7 +188,8 @@ def open_rows(
         return Dataset.from_list([sample.to_row() for sample in _scene_samples(recipe)]), SceneImages()
     path = data_file(recipe, file, image_root)
     check_sources(recipe.sources or ())
-    state = path.stat() if path.exists() else None
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     try:
         rows = Dataset.from_generator(
             _llava_rows,
@@ -190,7 +197,7 @@ def open_rows(
             gen_kwargs={
                 "path": str(path.resolve()),
                 "sources": None if recipe.sources is None else tuple(recipe.sources),  # lists are taken for shards
-                "version": None if state is None else (state.st_size, state.st_mtime_ns),
+                "version": f"{PARSER_VERSION} {state}",
             },
         )
     except DatasetGenerationError as error:
@@ -218,7 +225,7 @@ def data_file(recipe: LlavaJsonRecipe, file: str | None, image_root: str | None)
     raise DataError(f"recipe {recipe.name!r} reads a data file; set data.file")
 
 
-def _llava_rows(path: str, sources: tuple[str, ...] | None, version: Any) -> Iterator[dict[str, Any]]:
+def _llava_rows(path: str, sources: tuple[str, ...] | None, version: str) -> Iterator[dict[str, Any]]:
     """Yield rows; ``version`` is part of the cache's key, so that an edited file is read again."""
     for sample in read_llava(path, sources):
         yield sample.to_row()
@@ -228,7 +235,7 @@ def _thinned(recipe: LlavaJsonRecipe, sources: list[str], seed: int) -> list[int
     """Return the rows that weights and caps leave, in order.
 
     Raises:
-        DataError: for a weight outside (0, 1] or a source that the data does not have.
+        DataError: for a source that the data does not have.
     """
     strange = (set(recipe.weights) | set(recipe.caps)) - set(sources)
     if strange:
@@ -238,12 +245,34 @@ def _thinned(recipe: LlavaJsonRecipe, sources: list[str], seed: int) -> list[int
         places.setdefault(source, []).append(index)
     kept = []
     for source, own in places.items():
-        weight = recipe.weights.get(source, 1.0)
-        if not 0 < weight <= 1:
-            raise DataError(f"recipe {recipe.name!r}: the weight of {source} is a share in (0, 1], got {weight}")
-        number = min(round(weight * len(own)), recipe.caps.get(source, len(own)))
+        number = min(max(round(recipe.weights.get(source, 1.0) * len(own)), 1), recipe.caps.get(source, len(own)))
         kept += own if number == len(own) else random.Random(f"{source} {seed}").sample(own, number)
     return sorted(kept)
+
+
+def tolerated(recipe: ShapesWorldRecipe | LlavaJsonRecipe, max_missing: float | None) -> float:
+    """Return the share of pictures that may be missing: the one asked for, the recipe's, or 1 %."""
+    own = recipe.max_missing if isinstance(recipe, LlavaJsonRecipe) else None
+    return next(value for value in (max_missing, own, 0.01) if value is not None)
+
+
+def _held_out(recipe: LlavaJsonRecipe, images: list[str | None], order: list[int], seed: int) -> set[int]:
+    """Return at least ``held_out`` of the rows in ``order``, whole pictures at a time, so that none is trained on.
+
+    Raises:
+        DataError: if nothing would be left.
+    """
+    groups: dict[str, list[int]] = {}
+    for index in order:
+        groups.setdefault(images[index] or f"text {index}", []).append(index)
+    names = list(groups)
+    random.Random(f"held out {seed}").shuffle(names)
+    apart: set[int] = set()
+    while names and len(apart) < recipe.held_out:
+        apart.update(groups[names.pop()])
+    if len(apart) >= len(order):
+        raise DataError(f"recipe {recipe.name!r} holds out {recipe.held_out} of only {len(order)} samples")
+    return apart
 
 
 def _present(rows: Dataset, images: ImageOpener, max_missing: float) -> tuple[Dataset, list[str]]:

@@ -122,7 +122,7 @@ def _run(
         for work, batch in todo:
             name = work.task.name
             if name not in formatters:
-                images = open_images(work.task, work.data)
+                images = open_images(work.task, work.data, batch)
                 formatters[name] = Formatter(
                     processor, images, config.model.template, config.model.square, instructions=read
                 )

@@ -70,7 +70,9 @@ def calibrate(config: RecalibrateConfig, count: int, batch_size: int = 8, device
     pictured = [index for index, image in enumerate(data.rows["image"]) if image is not None]
     if not pictured:
         raise DataError(f"recipe {data.name!r} has no sample with a picture to calibrate on")
-    order = torch.randperm(len(pictured), generator=torch.Generator().manual_seed(config.data.seed))[:count].tolist()
+    order = torch.randperm(len(pictured), generator=torch.Generator().manual_seed(config.data.seed or 0))[
+        :count
+    ].tolist()
     samples = [data[pictured[place]] for place in order]
     model, processor = load_model(**config.model.model_dump(include={"path", "revision", "dtype", "attention"}))
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -3,3 +3,7 @@
 
 class TaskError(ValueError):
     """A benchmark, a file of one or saved predictions that can't be used; the message says what to do."""
+
+
+class MissingFile(TaskError):
+    """A published file that is not there."""

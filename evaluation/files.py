@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evaluation.errors import TaskError
+from evaluation.errors import MissingFile, TaskError
 
 
 def find_file(data: Path, name: str, source: str) -> Path:
@@ -27,7 +27,7 @@ def find_file(data: Path, name: str, source: str) -> Path:
     if len(found) > 1:
         raise TaskError(f"{data} holds {name} {len(found)} times ({found[0]}, {found[1]}); name the folder of one")
     if not found:
-        raise TaskError(f"{name} is not in {data}; get it from {source}")
+        raise MissingFile(f"{name} is not in {data}; get it from {source}")
     return found[0]
 
 

@@ -67,7 +67,7 @@ def _scienceqa(row: Row, number: int) -> Item:
     image = f"{ROW}{number}" if row.get("image") else None
     answer = {"index": row["answer"], "choices": len(row["choices"])}
     question = f"{context}{row['question']}\n{choices}\n{LETTER}"
-    return Item(str(number), "text" if image is None else "image", image, question, answer)
+    return Item(f"row {number}", "text" if image is None else "image", image, question, answer)
 
 
 def _chartqa(row: Row, number: int) -> Item:

@@ -42,8 +42,8 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
         raise TaskError(f"predictions file {path} does not exist")
     found = []
     for line, record in read_lines(path):
-        text = record.get("text", record.get("prediction", record.get("pred")))
-        if not isinstance(text, str) and text is not None:
+        text = next((record[name] for name in ("text", "prediction", "pred") if name in record), "")
+        if not isinstance(text, str):
             raise TaskError(f"{path}, line {line}: the answer is no text but {text!r}")
         if "question_id" in record and "text" in record:
             found.append(Prediction(str(record["question_id"]), record["text"], str(record.get("prompt", "")), line))
@@ -63,7 +63,12 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
 
 
 def paired(
-    predictions: list[Prediction], keys: list[str], questions: list[str], path: str, complete: bool = True
+    predictions: list[Prediction],
+    keys: list[str],
+    questions: list[str],
+    path: str,
+    complete: bool = True,
+    first_counts: bool = False,
 ) -> dict[str, Prediction]:
     """Return the prediction of every question; the two must match one to one.
 
@@ -75,6 +80,7 @@ def paired(
         questions: all questions.
         path: name of the predictions, for messages.
         complete: whether a question without a prediction is an error.
+        first_counts: whether a repeated prediction is left out instead of being an error.
 
     Raises:
         TaskError: for an unknown or repeated question, naming the line, or questions without a prediction.
@@ -88,6 +94,8 @@ def paired(
         if key not in known:
             raise TaskError(f"{path}, line {prediction.line}: question {key!r} is not in the annotations")
         if key in found:
+            if first_counts:
+                continue
             raise TaskError(
                 f"{path}, line {prediction.line}: question {key!r} was answered in line {found[key].line} already"
             )

@@ -47,7 +47,7 @@ def score_file(
         keys = task.keys(found, data, where)
     else:
         keys = [task.key(p, f"{where}, line {p.line}") if task.key else p.id for p in found]
-    by_item = paired(found, keys, list(items), where, complete=task.failed is None)
+    by_item = paired(found, keys, list(items), where, complete=task.failed is None, first_counts=task.first_counts)
     missing = [number for number in items if number not in by_item]
     pairs = [(by_item[n].text, item) for n, item in items.items() if n in by_item]
     # As LLaVA's scorer has it: wrong, and of no source, since it goes by the prompt that is not there.
@@ -58,6 +58,7 @@ def score_file(
         "prompt": _prompt(task, [prediction.prompt for prediction in found]),
         "items": len(pairs),
         "missing": len(missing),
+        "repeated": len(found) - len(by_item),
         **task.measure(pairs),
         **(grader.grade((item.question, str(item.answer), text) for text, item in pairs) if grader else {}),
         "interval_95": interval(task, pairs),

@@ -40,7 +40,7 @@ def visualize(
     model, processor = load_model(**config.model_dump(include={"path", "revision", "dtype", "attention"}))
     benchmark, folder = get_task(task), task_folder(data, task)
     items = [item for item in read_items(benchmark, folder) if item.image is not None]
-    images = open_images(benchmark, folder)
+    images = open_images(benchmark, folder, items)
     formatter = Formatter(processor, images, config.template, config.square, instructions=instruction_text)
     first = {str(item.image): item for item in reversed(items)}  # each picture with its first question
     plugs = [PrunedModel(model, spec, processor.tokenizer) for spec in specs]

@@ -16,7 +16,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--model", help="folder or hub id; its tokenizer and template measure lengths")
     parser.add_argument("--template", default="model")
     parser.add_argument("--max-length", type=int, default=2048)
-    parser.add_argument("--max-missing", type=float, default=0.01, help="largest share of unusable pictures")
+    parser.add_argument("--max-missing", type=float, help="largest share of unusable pictures (the recipe's, or 0.01)")
     parser.add_argument("--num-proc", type=int, default=1, help="processes that decode pictures")
     options = parser.parse_args(arguments)
     if options.what == "prepare":
@@ -26,6 +26,7 @@ def run(arguments: list[str]) -> None:
         print(text)
         sys.exit(0 if complete else 1)
     from data_recipes.check import check_data
+    from data_recipes.recipe import read_recipe, tolerated
     from pruning.checkpoint import load_processor
 
     processor = load_processor(options.model) if options.model else None
@@ -39,6 +40,6 @@ def run(arguments: list[str]) -> None:
         options.num_proc,
     )
     print(report.to_text())
-    failures = report.failures(options.max_missing)
+    failures = report.failures(tolerated(read_recipe(options.recipe), options.max_missing))
     print("\n".join(f"FAILED: {failure}" for failure in failures) or "ok")
     sys.exit(1 if failures else 0)

@@ -49,7 +49,7 @@ def test_calibrate_measures_the_configured_sample_and_writes_it(tmp_path, capsys
     assert {line.split(":")[0].strip() for line in changed} == {"erank_avg", "entropy_avg"}  # comments are still there
 
     data = load_recipe("tiny_world")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.data.seed))[:12].tolist()
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.data.seed or 0))[:12].tolist()
     model, processor = load_model(str(TINY_VLM))
     batch = Formatter(processor, data.images).prompt_batch([data[index] for index in order])
     with torch.no_grad():

@@ -418,8 +418,9 @@ def test_recipes_that_ask_for_what_is_not_there_say_so(tmp_path):
     files = many(tmp_path)
     with pytest.raises(DataError, match=r"weighs or caps \['coco'\], which the data does not have"):
         load_recipe(recipe(tmp_path, caps={"coco": 3}), **files)
-    with pytest.raises(DataError, match=r"weight of vg is a share in \(0, 1\], got 2"):
-        load_recipe(recipe(tmp_path, weights={"vg": 2}), **files)
+    for wrong in ({"weights": {"vg": 2}}, {"weights": {"vg": 0}}, {"caps": {"vg": -1}}, {"caps": {"vg": 0}}):
+        with pytest.raises(DataError, match="recipe .*vg: Input should be"):
+            load_recipe(recipe(tmp_path, **wrong), **files)
     with pytest.raises(DataError, match="holds out 120 of only 120"):
         load_recipe(recipe(tmp_path, held_out=120), **files)
     with pytest.raises(DataError, match=r"expected .json, .jsonl or .parquet, got '.csv'"):
@@ -434,3 +435,22 @@ def test_an_edited_file_is_read_again(tmp_path):
     records[0]["conversations"][1]["value"] = "another"
     (tmp_path / "many.json").write_text(json.dumps(records))
     assert load_recipe("custom", **files).content_hash != before.content_hash
+
+
+def test_pictures_are_held_out_whole(tmp_path):
+    """Several conversations about one picture go to the same side."""
+    files = many(tmp_path)
+    records = json.loads((tmp_path / "many.json").read_text())
+    (tmp_path / "many.json").write_text(json.dumps([{**r, "id": f"{r['id']}{c}"} for r in records for c in "abc"]))
+    data = load_recipe(recipe(tmp_path, held_out=30, sources=["vg", "gqa"]), **files)
+    assert len(data.held_out) == 30 and not set(data.rows["image"]) & set(data.held_out["image"])
+
+
+def test_what_is_asked_for_comes_before_the_recipe(tmp_path):
+    files = many(tmp_path)
+    (tmp_path / "images" / "vg" / "VG_100K" / "0.jpg").unlink()
+    strict = recipe(tmp_path, max_missing=0.0, seed=3, max_samples=20)
+    with pytest.raises(DataError, match="max_missing=0.00%"):
+        load_recipe(strict, **files)
+    loose = load_recipe(strict, **files, max_missing=0.5)
+    assert load_recipe(strict, **files, max_missing=0.5, seed=0).content_hash != loose.content_hash

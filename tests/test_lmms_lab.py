@@ -87,7 +87,7 @@ def test_both_layouts_hold_the_same(name, both):
             assert other.image is None
             continue
         first = task.images(published).open(one.image, "")
-        assert list(first.getdata()) == list(open_images(task, lab).open(other.image, "").getdata())
+        assert list(first.getdata()) == list(open_images(task, lab, ours).open(other.image, "").getdata())
 
 
 def test_an_arm_runs_on_it(both, untrained_folder, tmp_path):

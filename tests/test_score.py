@@ -127,7 +127,7 @@ def test_textvqa_may_ask_the_same_twice(tmp_path):
     (data / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [record, {**record, "answers": ["blue"] * 10}]}))
     ask = f"What?\n{S}"
     file = answers(tmp_path, ("img", ask, "red"), ("img", ask, "blue"))
-    assert score_file("textvqa", file, data)["accuracy"] == 100
+    assert score_file("textvqa", file, data)["accuracy"] == 50  # LLaVA compares both with the last annotation
     with pytest.raises(TaskError, match="line 3: question 'img/what[?]#2' was answered in line 2"):
         score_file("textvqa", answers(tmp_path, *[("img", ask, "red")] * 3), data)
 
@@ -162,6 +162,15 @@ def test_vqav2_and_vizwiz(tmp_path):
         [{"image": "VizWiz_val_1.jpg", "question": "What?", "answers": [{"answer": "unanswerable"}] * 10,
           "answer_type": "unanswerable"}]))  # fmt: skip
     assert score_file("vizwiz", answers(tmp_path, ("VizWiz_val_1.jpg", "", "Unanswerable")), data)["accuracy"] == 100
+
+
+def test_an_id_that_the_annotations_hold_twice_stops(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    record = {"image": "a.jpg", "question": "What?", "answers": [{"answer": "x"}] * 10}
+    (data / "val.json").write_text(json.dumps([record, record]))
+    with pytest.raises(TaskError, match=r"vizwiz: question 'a.jpg' is in the files in .* 2 times"):
+        score_file("vizwiz", answers(tmp_path, ("a.jpg", "", "x")), data)
 
 
 def pope_data(tmp_path, categories=("random", "popular", "adversarial")):
@@ -241,6 +250,10 @@ def test_mme_scores_pictures_and_answers(tmp_path, layout):
     result = score_file("mme", answers(tmp_path, *rows), data)
     assert result["subtasks"]["existence"] == {"score": 125.0, "accuracy": 75.0, "accuracy_plus": 50.0}
     assert result["perception"] == 125 and result["cognition"] == 200 and result["total"] == 325
+    assert len(result["missing_subtasks"]) == 12 and "count" in result["missing_subtasks"]
+    again = [*rows, (rows[0][0], rows[0][1], "the first answer counts")]
+    repeated = score_file("mme", answers(tmp_path, *again), data)
+    assert repeated["total"] == 325 and repeated["repeated"] == 1
 
 
 @pytest.mark.parametrize(
@@ -367,6 +380,8 @@ def test_bad_files_stop_with_their_line(tmp_path):
         file = answers(tmp_path, good[0])
         file.write_text(file.read_text() + '{"qid": 1, "answer": "x"}\n')
         score_file("textvqa", file, data)
+    with pytest.raises(TaskError, match="line 1: the answer is no text but None"):
+        score_file("textvqa", answers(tmp_path, ("img1", ask, None)), data)
     with pytest.raises(TaskError, match="line 1 is not valid JSON"):
         file.write_text("{nothing\n")
         score_file("textvqa", file, data)

@@ -59,6 +59,8 @@ class Task:
         upload: writes the file that the benchmark's server takes.
         failed: the text that stands for a missing prediction, where the published scorer counts it as wrong; None
             makes a missing prediction an error.
+        first_counts: whether of several predictions of one question the first counts, as the published scorer has it;
+            otherwise a repeated prediction is an error.
         notes: where numbers are defined otherwise than by the published scorer, on purpose.
     """
 
@@ -75,6 +77,7 @@ class Task:
     keys: Callable[[list[Prediction], Path, str], list[str]] | None = None
     upload: Callable[[list[Pair], Path], Path] | None = None
     failed: str | None = None
+    first_counts: bool = False
     notes: Sequence[str] = ()
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_recipes.images import FolderImages
+from evaluation.errors import MissingFile
 from evaluation.predictions import Prediction
 from evaluation.tasks.base import SHORT_ANSWER, Item, Pair, Task, TaskError, register_task
 
@@ -19,17 +20,15 @@ _PICTURES = (".jpg", ".png", ".jpeg")
 def read_items(data: Path) -> list[Item]:
     """Return the questions of all subtasks, by subtask and picture; ids are ``SUBTASK/PICTURE/QUESTION``.
 
+    A question that a file holds twice is one question.
+
     Raises:
-        TaskError: if subtasks are missing, or a line is not a question, a tab and yes or no.
+        TaskError: if there is no subtask, a line is not a question, a tab and yes or no, or a question has two answers.
     """
-    root = data / "MME_Benchmark_release_version"
-    root = root if root.is_dir() else data
-    items, there = [], []
+    root = _root(data)
+    items: dict[str, Item] = {}
     for subtask in (*PERCEPTION, *COGNITION):
         folder = root / subtask
-        if not folder.is_dir():
-            continue
-        there.append(subtask)
         questions = folder / "questions_answers_YN"
         pictures = folder / "images" if questions.is_dir() else folder
         for path in sorted((questions if questions.is_dir() else folder).glob("*.txt")):
@@ -39,10 +38,26 @@ def read_items(data: Path) -> list[Item]:
                 if text.strip():
                     question, answer = _split(text, f"{path}, line {line}")
                     name = f"{subtask}/{path.stem}/{plain(question)}"
-                    items.append(Item(name, subtask, image, f"{plain(question)}\n{SHORT_ANSWER}", answer))
-    if not there:
-        raise TaskError(f"{data} holds none of MME's subtasks ({', '.join(PERCEPTION[:3])}, ...); get it from {SOURCE}")
-    return items
+                    if name in items and items[name].answer != answer:
+                        raise TaskError(f"{path}, line {line}: the question has another answer above")
+                    items[name] = Item(name, subtask, image, f"{plain(question)}\n{SHORT_ANSWER}", answer)
+    return list(items.values())
+
+
+def _root(data: Path) -> Path:
+    """Return the folder that holds the subtasks' folders, anywhere below ``data``."""
+    if any((data / name).is_dir() for name in (*PERCEPTION, *COGNITION)):
+        return data
+    found = {
+        path.parent for name in ("existence", "code_reasoning", "OCR") for path in data.rglob(name) if path.is_dir()
+    }
+    if not found:
+        raise MissingFile(
+            f"{data} holds none of MME's subtasks ({', '.join(PERCEPTION[:3])}, ...); get it from {SOURCE}"
+        )
+    if len(found) > 1:
+        raise TaskError(f"{data} holds MME's subtasks several times: {', '.join(map(str, sorted(found)))}; name one")
+    return found.pop()
 
 
 def _split(text: str, where: str) -> tuple[str, str]:
@@ -69,7 +84,10 @@ def score(prediction: str, item: Item) -> float:
 
 
 def metrics(pairs: list[Pair]) -> dict[str, Any]:
-    """Return the score of every subtask (accuracy plus accuracy over whole pictures, in percent) and the two sums."""
+    """Return the score of every subtask (accuracy plus accuracy over whole pictures, in percent) and the two sums.
+
+    Sums are over the subtasks that are there; the others are listed.
+    """
     subtasks: dict[str, dict[str, float]] = {}
     for subtask in (*PERCEPTION, *COGNITION):
         own = [(prediction, item) for prediction, item in pairs if item.source == subtask]
@@ -84,7 +102,8 @@ def metrics(pairs: list[Pair]) -> dict[str, Any]:
         kind: sum(subtasks[name]["score"] for name in names if name in subtasks)
         for kind, names in (("perception", PERCEPTION), ("cognition", COGNITION))
     }
-    return {**sums, "total": sum(sums.values()), "subtasks": subtasks}
+    missing = [name for name in (*PERCEPTION, *COGNITION) if name not in subtasks]
+    return {**sums, "total": sum(sums.values()), "subtasks": subtasks, "missing_subtasks": missing}
 
 
 def key(prediction: Prediction, where: str) -> str:
@@ -107,7 +126,11 @@ register_task(
         score=score,
         metrics=metrics,
         key=key,
-        notes=("questions are paired by subtask, picture and text, not by their order in the files",),
+        first_counts=True,
+        notes=(
+            "questions are paired by subtask, picture and text, not by their order in the files",
+            "of a question that was answered several times the first answer counts, as in LLaVA's conversion",
+        ),
         about="MME: perception and cognition (accuracy + accuracy over pictures)",
     )
 )

@@ -78,6 +78,7 @@ register_task(
         score=score,
         metrics=metrics,
         failed="FAILED",
+        notes=("a missing answer counts as wrong, and in no group, as in LLaVA's scorer",),
         about="ScienceQA test: multiple choice (total and IMG accuracy)",
     )
 )

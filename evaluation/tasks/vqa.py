@@ -46,14 +46,17 @@ LLAVA_EVAL = "LLaVA's eval.zip, see its docs/Evaluation.md"
 
 def textvqa_items(data: Path) -> list[Item]:
     """Return the validation questions; ids are ``IMAGE/QUESTION``, lower-case, as LLaVA pairs them."""
+    records = read_json(find_file(data, TEXTVQA, TEXTVQA_SOURCE))["data"]
+    # Where a picture is asked the same twice, LLaVA's scorer compares both answers with the last annotation.
+    last = {_textvqa_id(record["image_id"], record["question"]): record["answers"] for record in records}
     items = []
     seen: Counter[str] = Counter()
-    for record in read_json(find_file(data, TEXTVQA, TEXTVQA_SOURCE))["data"]:
+    for record in records:
         name = _textvqa_id(record["image_id"], record["question"])
         seen[name] += 1
-        name = name if seen[name] == 1 else f"{name}#{seen[name]}"
+        number = name if seen[name] == 1 else f"{name}#{seen[name]}"
         question = f"{record['question'].capitalize()}\n{SHORT_ANSWER}"
-        items.append(Item(name, "textvqa", f"{record['image_id']}.jpg", question, record["answers"]))
+        items.append(Item(number, "textvqa", f"{record['image_id']}.jpg", question, last[name]))
     return items
 
 
@@ -130,9 +133,11 @@ for _name, _read, _prompt in (
 
 def coco_items(data: Path, questions: str, annotations: str, source: str) -> list[Item]:
     """Return the questions of a COCO-style pair of files, with ten answers each; the source is the answer's type."""
-    answers = {
-        str(record["question_id"]): record for record in read_json(find_file(data, annotations, source))["annotations"]
-    }
+    answers: dict[str, Any] = {}
+    for record in read_json(find_file(data, annotations, source))["annotations"]:
+        if str(record["question_id"]) in answers:
+            raise TaskError(f"{annotations}: question {record['question_id']} is annotated twice")
+        answers[str(record["question_id"])] = record
     items = []
     path = find_file(data, questions, source)
     for record in read_json(path)["questions"]:
