@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_recipes.parquet import NAMED, ROW, ParquetImages, parquet_rows
 from evaluation.errors import TaskError
+from evaluation.tasks import captions, mmbench
 from evaluation.tasks.base import LETTER, SHORT_ANSWER, Item
 from evaluation.tasks.mme import plain
 from evaluation.tasks.vqa import UNANSWERABLE
@@ -83,8 +85,32 @@ def _ocrbench(row: Row, number: int) -> Item:
     return Item(str(number), row["question_type"], f"{ROW}{number}", row["question"], answer)
 
 
+def _mmbench(suffix: str, row: Row, number: int) -> Item:
+    cells = {name: value for name, value in row.items() if name != "image"}
+    return replace(mmbench.item_of(cells, suffix), image=f"{ROW}{number}")
+
+
+def _mmvet(row: Row, number: int) -> Item:
+    name = str(row["question_id"]).removeprefix("v1_")
+    return Item(name, "mmvet", f"{ROW}{number}", row["question"], None)
+
+
+def _coco_caption(row: Row, number: int) -> Item:
+    return Item(str(row["id"]), "coco", f"{ROW}{number}", captions.PROMPT, list(row["answer"]))
+
+
+def _nocaps(row: Row, number: int) -> Item:
+    domain = str(row.get("image_domain") or "nocaps")
+    return Item(str(row["image_id"]), domain, f"{ROW}{number}", captions.PROMPT, list(row["annotations_captions"]))
+
+
 ROWS: dict[str, Callable[[Row, int], Item]] = {
     "chartqa": _chartqa,
+    "coco_caption": _coco_caption,
+    "mmbench": partial(_mmbench, mmbench.SUFFIXES["mmbench"]),
+    "mmbench_cn": partial(_mmbench, mmbench.SUFFIXES["mmbench_cn"]),
+    "mmvet": _mmvet,
+    "nocaps": _nocaps,
     "gqa": _gqa,
     "mme": _mme,
     "ocrbench": _ocrbench,
@@ -142,7 +168,7 @@ def _tables(data: Path) -> tuple[Any, Any]:
     pictures: list[Path] = []
     for path in sorted(data.rglob("*.parquet")):
         columns = parquet_rows(path).column_names
-        (questions if "question" in columns else pictures).append(path)
+        (questions if set(columns) - {"id", "image"} else pictures).append(path)
     if not questions:
-        raise TaskError(f"{data}: none of the Parquet files has a column `question`")
+        raise TaskError(f"{data}: the Parquet files hold pictures only, and no questions")
     return parquet_rows(questions), parquet_rows(pictures) if pictures else None

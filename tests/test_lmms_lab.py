@@ -40,6 +40,18 @@ def row_of(name, item):
         lines = item.question.splitlines()
         return {"question": lines[1], "hint": "N/A", "choices": [line[3:] for line in lines[2:-1]],
                 "answer": answers["index"]}  # fmt: skip
+    if name.startswith("mmbench"):
+        options = {letter: answers["options"].get(letter, "nan") for letter in "ABCD"}
+        hint = question if question == "look" else "nan"
+        asked = item.question.split("\n")[1 if hint != "nan" else 0]
+        return {"index": int(item.id), "hint": hint, "question": asked, "answer": answers["letter"], **options,
+                "category": item.source}  # fmt: skip
+    if name == "mmvet":
+        return {"question_id": f"v1_{item.id}", "question": question, "answer": "", "capability": "ocr"}
+    if name == "coco_caption":
+        return {"question_id": "x", "id": int(item.id), "question": "Please carefully observe", "answer": answers}
+    if name == "nocaps":
+        return {"image_id": int(item.id), "annotations_captions": answers, "image_domain": item.source}
     if name == "chartqa":
         return {"type": f"{item.source}_test", "question": question, "answer": answers}
     return {"question_type": item.source, "question": item.question, "answer": answers["any"],

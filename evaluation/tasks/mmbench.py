@@ -38,15 +38,18 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def read_items(file: str, suffix: str, data: Path) -> list[Item]:
     """Return the questions with hint and options as LLaVA asks them; the source is the category."""
-    items = []
-    for row in read_rows(find_file(data, file, SOURCE)):
-        hint = f"{row['hint']}\n" if row.get("hint") and row["hint"].lower() != "nan" else ""
-        options = {letter: row[letter] for letter in LETTERS if row.get(letter) and row[letter].lower() != "nan"}
-        lines = "".join(f"\n{letter}. {text}" for letter, text in options.items())
-        answer = {"letter": row["answer"], "options": options} if row.get("answer") else None
-        question = f"{hint}{row['question']}{lines}\n{suffix}"
-        items.append(Item(row["index"], row.get("category", ""), f"row:{row['index']}", question, answer))
-    return items
+    return [item_of(row, suffix) for row in read_rows(find_file(data, file, SOURCE))]
+
+
+def item_of(row: dict[str, Any], suffix: str) -> Item:
+    """Return one row of the table as an item."""
+    cells = {name: str(value) for name, value in row.items() if value not in (None, "") and str(value).lower() != "nan"}
+    hint = f"{cells['hint']}\n" if "hint" in cells else ""
+    options = {letter: cells[letter] for letter in LETTERS if letter in cells}
+    lines = "".join(f"\n{letter}. {text}" for letter, text in options.items())
+    answer = {"letter": cells["answer"], "options": options} if "answer" in cells else None
+    question = f"{hint}{cells['question']}{lines}\n{suffix}"
+    return Item(cells["index"], cells.get("category", ""), f"index:{cells['index']}", question, answer)
 
 
 def chosen(prediction: str, options: dict[str, str]) -> str:
@@ -92,18 +95,18 @@ def upload(file: str, pairs: list[Pair], folder: Path) -> Path:
 
 
 class TableImages:
-    """Pictures in the table itself, base64 or the index of the row that has it; a reference is ``row:INDEX``."""
+    """Pictures in the table itself, base64 or the index of the row that has it; a reference is ``index:INDEX``."""
 
     def __init__(self, path: Path) -> None:
         self._images = {row["index"]: row["image"] for row in read_rows(path)}
 
     def exists(self, reference: str) -> bool:
         """Return whether the row is there."""
-        return reference.removeprefix("row:") in self._images
+        return reference.removeprefix("index:") in self._images
 
     def open(self, reference: str, sample_id: str) -> Image.Image:
         """Return the decoded RGB picture."""
-        data = self._images[reference.removeprefix("row:")]
+        data = self._images[reference.removeprefix("index:")]
         data = self._images.get(data, data)  # circular copies name the row that holds the picture
         try:
             with Image.open(io.BytesIO(base64.b64decode(data))) as image:
@@ -117,13 +120,14 @@ def open_images(file: str, data: Path) -> TableImages:
     return TableImages(find_file(data, file, SOURCE))
 
 
-for _name, _suffix, _language in (("mmbench", LETTER, "English"), ("mmbench_cn", "请直接回答选项字母。", "Chinese")):
+SUFFIXES = {"mmbench": LETTER, "mmbench_cn": "请直接回答选项字母。"}
+for _name, _language in (("mmbench", "English"), ("mmbench_cn", "Chinese")):
     register_task(
         Task(
             name=_name,
             protocol="llava",
             prompt="hint, question, options, letter",
-            read=partial(read_items, FILES[_name], _suffix),
+            read=partial(read_items, FILES[_name], SUFFIXES[_name]),
             images=partial(open_images, FILES[_name]),
             score=score,
             metrics=metrics,
