@@ -104,6 +104,8 @@ def test_one_folder_holds_the_files_of_many_tasks(settings, tmp_path):
 def test_missing_files_are_named_with_their_source(settings, tmp_path):
     with pytest.raises(TaskError, match=r"data folder .* does not exist"):
         evaluate(settings("gqa", "a"))
+    with pytest.raises(TaskError, match=r"testdev_balanced_questions.json is not in <data is not set>"):
+        evaluate(settings("gqa", "a").model_copy(update={"data": None}))
     (tmp_path / "data").mkdir()
     for name in FILES:
         with pytest.raises(TaskError, match=r"(get it from|name the folder)"):

@@ -120,13 +120,21 @@ def get_task(name: str) -> Task:
     return known[name]
 
 
+UNSET = Path("<data is not set>")
+"""Stands for the folder of tasks that need none; what a task that needs one says is missing there."""
+
+
 def task_folder(data: str | Path | None, name: str) -> Path:
     """Return the folder of a task's files: ``data/NAME``, its first word ``data/textvqa`` for textvqa_no_ocr, or data.
+
+    Without ``data`` it is :data:`UNSET`, where nothing is found.
 
     Raises:
         TaskError: if ``data`` is set and no folder.
     """
-    root = Path(data) if data is not None else Path()
+    if data is None:
+        return UNSET
+    root = Path(data)
     if not root.is_dir():
         raise TaskError(f"data folder {str(root)!r} does not exist; set data to the folder of the benchmarks' files")
     return next((root / part for part in (name, name.split("_")[0]) if (root / part).is_dir()), root)
