@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_recipes.images import FolderImages
-from evaluation.files import find_file, read_lines
+from evaluation.files import find_file, read_lines, read_questions
 from evaluation.predictions import Prediction
 from evaluation.tasks.base import SHORT_ANSWER, Item, Pair, Task, TaskError, image_folder, register_task
 
@@ -88,11 +88,9 @@ def keys(predictions: list[Prediction], data: Path, where: str) -> list[str]:
         return [prediction.id for prediction in predictions]
     asked = {}
     path = find_file(data, QUESTIONS, "LLaVA's eval.zip, see its docs/Evaluation.md")
-    for line, record in read_lines(path):
-        name = str(record["question_id"])
-        if name in asked:
-            raise TaskError(f"{path}, line {line}: question_id {name} is there twice")
-        asked[name] = _id(record["category"], record["image"], record["text"].split("\n")[0])
+    for _, record in read_questions(path):
+        question = record["text"].split("\n")[0]
+        asked[str(record["question_id"])] = _id(record["category"], record["image"], question)
     unknown = next((p for p in predictions if p.id not in asked), None)
     if unknown is not None:
         raise TaskError(f"{where}, line {unknown.line}: question_id {unknown.id} is not in {path}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,9 @@ register_task(
 )
 
 
-def testdev_items(data: Path) -> list[Item]:
-    """Return VQAv2's test-dev questions; their answers are hidden."""
-    path = find_file(data, "llava_vqav2_mscoco_test-dev2015.jsonl", LLAVA_EVAL)
+def hidden_items(file: str, data: Path) -> list[Item]:
+    """Return the questions of one of LLaVA's question files whose answers are hidden."""
+    path = find_file(data, file, LLAVA_EVAL)
     return [
         Item(str(record["question_id"]), "hidden", record["image"], record["text"], None)
         for _, record in read_questions(path)
@@ -208,7 +209,7 @@ register_task(
         name="vqav2_testdev",
         protocol="llava",
         prompt="question, short answer",
-        read=testdev_items,
+        read=partial(hidden_items, "llava_vqav2_mscoco_test-dev2015.jsonl"),
         images=lambda data: FolderImages(image_folder(data, "test2015")),
         score=None,
         upload=upload_vqav2,
@@ -241,15 +242,6 @@ def vizwiz_key(prediction: Prediction, where: str) -> str:
     return prediction.id if "." in prediction.id else f"{prediction.id}.jpg"
 
 
-def vizwiz_test_items(data: Path) -> list[Item]:
-    """Return the test questions as LLaVA asks them; their answers are hidden."""
-    path = find_file(data, "llava_test.jsonl", LLAVA_EVAL)
-    return [
-        Item(str(record["question_id"]), "hidden", record["image"], record["text"], None)
-        for _, record in read_questions(path)
-    ]
-
-
 def upload_vizwiz(pairs: list[Pair], folder: Path) -> Path:
     """Write the file that VizWiz's server takes."""
     path = folder / "vizwiz_upload.json"
@@ -276,7 +268,7 @@ register_task(
         name="vizwiz_test",
         protocol="llava",
         prompt="question, unanswerable hint, short answer",
-        read=vizwiz_test_items,
+        read=partial(hidden_items, "llava_test.jsonl"),
         images=lambda data: FolderImages(image_folder(data, "test")),
         score=None,
         upload=upload_vizwiz,

@@ -85,7 +85,7 @@ def record_signals(model: nn.Module, needs: frozenset[str]) -> Iterator[dict[str
     """
     tower = tower_of(model)
     base: Any = model.base_model
-    wanted = {signal_name(need): tower.layer_of(need) for need in needs & _attention_needs(needs)}
+    wanted = {signal_name(need): tower.layer_of(need) for need in _attention_needs(needs)}
     modules: dict[str, nn.Module] = {name: _attention(tower.layers[index]) for name, index in wanted.items()}
     watched = tower.layers[tower.feature] if "cls_feature" in needs else nn.Identity()
     with (
