@@ -10,6 +10,8 @@ DEMO_ARGS ?=
 # To use the build for your CUDA version: make setup TORCH="torch==VERSION".
 TORCH ?= torch==2.13.0
 
+FOLDERS := assets configs data_recipes evaluation models pruning scripts tiny_world train
+
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
@@ -25,7 +27,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.installed-dev
+types: $(VENV)/.installed-dev ## mypy, on a folder of links that shows it our folders under their one root
+	rm -rf build/types && mkdir -p build/types/prunetune
+	ln -s $(foreach part,$(wildcard prunetune/*.py) $(FOLDERS),$(CURDIR)/$(part)) build/types/prunetune/
 	$(BIN)/mypy
 
 check: lint types test
@@ -46,4 +50,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,11 +1,13 @@
 """Typed configuration: the schema, how a YAML file and overrides become one object, and the YAML files themselves."""
 
-from configs.load import ConfigError, load_config, to_yaml
-from configs.schema import (
+if __name__ != "prunetune.configs":
+    raise ImportError("import prunetune.configs, not configs: a second name would load everything twice")
+
+from prunetune.configs.load import ConfigError, load_config, to_yaml
+from prunetune.configs.schema import (
     DataConfig,
     EvaluateConfig,
     ModelConfig,
-    PruningConfig,
     RecalibrateConfig,
     TrackingConfig,
     TrainConfig,
@@ -16,7 +18,6 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "ModelConfig",
-    "PruningConfig",
     "RecalibrateConfig",
     "TrackingConfig",
     "TrainConfig",

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 Config = TypeVar("Config", bound=BaseModel)
+FOLDER = Path(__file__).parent
 
 
 class ConfigError(ValueError):
@@ -20,12 +21,17 @@ class ConfigError(ValueError):
 def load_config(schema: type[Config], file: str | Path | None, overrides: list[str] | None = None) -> Config:
     """Read ``file``, apply overrides such as ``["--train.learning_rate", "1e-4"]`` and validate.
 
+    Args:
+        schema: the kind of configuration.
+        file: a path or a shipped configuration's name; None starts from the defaults.
+        overrides: command-line arguments.
+
     Raises:
         ConfigError: with all errors at once, each with its key, what was expected and what was got.
     """
     values: dict[str, Any] = {}
     if file is not None:
-        values = _read(Path(file))
+        values = _read(config_file(file))
     for key, value in _pairs(overrides or []):
         _put(values, key.split("."), value)
     try:
@@ -62,9 +68,29 @@ _Loader.add_implicit_resolver(
 )
 
 
+def shipped_configs() -> dict[str, Path]:
+    """Return the shipped configurations by name, for example ``evaluate/tiny_dense``."""
+    return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
+
+
+def config_file(name: str | Path) -> Path:
+    """Return the file of a path or, where there is none, of a shipped configuration's name.
+
+    Raises:
+        ConfigError: if there is neither, with the nearest name.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_configs()
+    asked = Path(name).with_suffix("").as_posix().removeprefix("configs/")
+    if asked in shipped:
+        return shipped[asked]
+    close = difflib.get_close_matches(asked, shipped, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(shipped)}"
+    raise ConfigError(f"config file {name} does not exist, and no shipped configuration has that name; {hint}")
+
+
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist; the shipped ones are under configs/")
     try:
         values = yaml.load(path.read_text(), Loader=_Loader)
     except yaml.YAMLError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from prunetune.pruning.spec import PruningSpec
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -27,27 +29,6 @@ class ModelConfig(Section):
     )
     square: Literal["processor", "pad"] = Field(
         "processor", description="make pictures square as the processor does, or pad them first as LLaVA-1.5 does"
-    )
-
-
-class PruningConfig(Section):
-    """Which pruner, and how many visual tokens it keeps."""
-
-    pruner: str = Field("identity", description="a name from `prunetune list pruners`")
-    keep: int | float | str = Field("100%", description='budget per item or image, see scope: 64, 0.111 or "11.1%"')
-    options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
-    scope: Literal["item", "image"] = Field(
-        "item", description="what the budget counts for where images are cut into crops: each crop, or the whole image"
-    )
-    text_tower: str | None = Field(
-        None,
-        description="folder or hub id of the CLIP checkpoint that the vision tower comes from, for methods that "
-        "compare visual tokens with text in CLIP's space",
-    )
-    position_policy: Literal["compact", "original"] = Field("compact", description="positions of the kept tokens")
-    newline: Literal["rows", "all", "none"] = Field(
-        "rows",
-        description="row-end tokens that stay, in families that have them: of rows with kept tokens, all or none",
     )
 
 
@@ -113,7 +94,7 @@ class RecalibrateConfig(Section):
     """Recalibrate the projector of one model for one pruner and budget."""
 
     model: ModelConfig
-    pruning: PruningConfig
+    pruning: PruningSpec
     data: DataConfig
     train: TrainConfig = TrainConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -127,7 +108,7 @@ class EvaluateConfig(Section):
     """Run one arm on the named tasks."""
 
     model: ModelConfig
-    pruning: PruningConfig = PruningConfig()
+    pruning: PruningSpec = PruningSpec()
     adapter: str | None = Field(None, description="folder of a recalibrated projector; None is training-free")
     tasks: list[str] = Field(description="names from `prunetune list tasks`")
     data: str | None = Field(

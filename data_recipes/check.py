@@ -10,12 +10,13 @@ from typing import Any
 from datasets import Dataset
 from tqdm import tqdm
 
-from data_recipes.formatting import template_text
-from data_recipes.images import FolderImages, ImageOpener
-from data_recipes.llava_json import PlaceholderError, check_sources, parse_record, read_records
-from data_recipes.parquet import ROW, ParquetImages, parquet_rows
-from data_recipes.recipe import LlavaJsonRecipe, data_file, read_recipe
-from data_recipes.sample import DataError, Sample
+from prunetune.data_recipes.formats import LlavaJsonRecipe
+from prunetune.data_recipes.formatting import template_text
+from prunetune.data_recipes.images import FolderImages, ImageOpener
+from prunetune.data_recipes.llava_json import PlaceholderError, check_sources, parse_record, read_records
+from prunetune.data_recipes.parquet import ROW, ParquetImages, parquet_rows
+from prunetune.data_recipes.recipe import read_recipe
+from prunetune.data_recipes.sample import DataError, Sample
 
 PERCENTILES = (50, 90, 95, 99, 100)
 SHOWN = 5
@@ -105,7 +106,7 @@ def check_data(
     recipe = read_recipe(recipe_name)
     if not isinstance(recipe, LlavaJsonRecipe):
         raise DataError(f"recipe {recipe_name!r} draws its samples; there is no file to check")
-    file = str(data_file(recipe, file, image_root))
+    file = str(recipe.data_file(file, image_root))
     check_sources(recipe.sources or ())
     per_picture = _tokens_per_picture(processor) if processor is not None else 0
     report = Report(recipe.name)

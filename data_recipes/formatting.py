@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_recipes.images import ImageOpener, pad_to_square
-from data_recipes.sample import DataError, Sample
+from prunetune.data_recipes.images import ImageOpener, pad_to_square
+from prunetune.data_recipes.sample import DataError, Sample
 
 IGNORE_INDEX = -100
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
@@ -52,6 +52,9 @@ class Formatter:
     def training_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return right-padded ``input_ids``, ``attention_mask``, ``labels`` (B, L) and the picture inputs.
 
+        What else the processor returns for every token, such as ``token_type_ids``, stays, and ``sample_ids`` name the
+        rows; ``PrunedModel.prepare`` takes both.
+
         Only the assistant's answers and end tokens are supervised; every other label is -100. A sample cut so short
         that nothing supervised is left keeps its place with -100 everywhere.
 
@@ -85,7 +88,7 @@ class Formatter:
             **options,
         )
         batch = dict(encoded)
-        batch.pop("token_type_ids", None)
+        batch["sample_ids"] = [sample.id for sample in samples]  # for messages; the plug takes them out
         if self.instructions is not None:
             batch["instructions"] = [self.instructions([turn.question for turn in s.turns]) for s in samples]
         return batch
@@ -118,8 +121,10 @@ class Formatter:
                 raise DataError(
                     f"sample {sample.id!r}: max_length={limit} would cut its picture apart; raise train.max_length"
                 )
-        for name in ("input_ids", "attention_mask", "labels"):
-            batch[name] = batch[name][:, :limit]
+        shape = batch["input_ids"].shape
+        for name, values in batch.items():
+            if isinstance(values, Tensor) and values.shape == shape:
+                batch[name] = values[:, :limit]
 
 
 def check_supervision(tokenizer: Any, ids: Tensor, mask: Tensor, sample: Sample) -> None:

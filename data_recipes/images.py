@@ -1,4 +1,4 @@
-"""Opening pictures: from a folder, or drawn by the tiny world."""
+"""Opening pictures."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Protocol
 
 from PIL import Image, UnidentifiedImageError
 
-from data_recipes.sample import DataError
-from data_recipes.shapes_world import render, sample_scene
+from prunetune.data_recipes.sample import DataError
 
 
 class ImageOpener(Protocol):
@@ -55,21 +54,6 @@ class FolderImages:
             raise DataError(
                 f"sample {sample_id!r}: image {path} can't be decoded ({error}); replace the file"
             ) from error
-
-
-class SceneImages:
-    """Pictures of the tiny world; a reference is ``scene:SEED``."""
-
-    def exists(self, reference: str) -> bool:
-        """Return whether the reference names a scene."""
-        kind, _, seed = reference.partition(":")
-        return kind == "scene" and seed.isdigit()
-
-    def open(self, reference: str, sample_id: str) -> Image.Image:
-        """Draw the scene."""
-        if not self.exists(reference):
-            raise DataError(f"sample {sample_id!r}: {reference!r} is no scene of the tiny world (scene:SEED)")
-        return Image.fromarray(render(sample_scene(int(reference.partition(":")[2]))))
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:

@@ -9,8 +9,8 @@ from typing import Any
 
 import ijson
 
-from data_recipes.parquet import ROW, parquet_rows
-from data_recipes.sample import DataError, Sample, Turn
+from prunetune.data_recipes.parquet import ROW, parquet_rows
+from prunetune.data_recipes.sample import DataError, Sample, Turn
 
 PREFIXES = {
     "coco": "coco/",

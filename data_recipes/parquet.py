@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets import Image as ImageColumn
 from PIL import Image, UnidentifiedImageError
 
-from data_recipes.sample import DataError
+from prunetune.data_recipes.sample import DataError
 
 ROW, NAMED = "row:", "id:"
 """How a picture in a file is referred to: by its row, or by the value of the file's ``id`` column."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_recipes.llava_json import PREFIXES
-from data_recipes.recipe import LlavaJsonRecipe, read_recipe
-from data_recipes.sample import DataError
+from prunetune.data_recipes.llava_json import PREFIXES
+from prunetune.data_recipes.recipe import LlavaJsonRecipe, read_recipe
+from prunetune.data_recipes.sample import DataError
 
 MIX = (
     "llava_v1_5_mix665k.json",

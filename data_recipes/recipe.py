@@ -6,68 +6,16 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import yaml
-from datasets import Dataset, Features, Value
-from datasets.exceptions import DatasetGenerationError
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from datasets import Dataset
+from pydantic import ValidationError
 
-from data_recipes.images import FolderImages, ImageOpener, SceneImages
-from data_recipes.llava_json import check_sources, read_llava
-from data_recipes.parquet import ROW, ParquetImages, parquet_rows
-from data_recipes.sample import DataError, Sample, Turn
-from data_recipes.shapes_world import ask, sample_scene, split_seeds
-
-ROW_FEATURES = Features(
-    {
-        "id": Value("string"),
-        "source": Value("string"),
-        "image": Value("string"),
-        "turns": [{"question": Value("string"), "answer": Value("string")}],
-    }
-)
-PARSER_VERSION = 1
-"""Part of the cache's key: raise it when the same file is read into other rows."""
-MIX = "llava_v1_5_mix665k.json"
-RECIPE_FOLDER = Path(__file__).parent / "recipes"
-
-
-class _Recipe(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
-
-
-class ShapesWorldRecipe(_Recipe):
-    """Questions about scenes of the tiny world."""
-
-    format: Literal["shapes_world"]
-    split: str
-    scenes: int = Field(ge=1)
-
-
-class LlavaJsonRecipe(_Recipe):
-    """Conversations in LLaVA's format, filtered by source and thinned by weights and caps."""
-
-    format: Literal["llava_json"]
-    file: str | None = Field(None, description="data file, relative to the recipe's own folder")
-    sources: list[str] | None = Field(None, description="by image prefix, and text; None is everything in the file")
-    weights: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
-        default_factory=dict, description="share of a source that is kept"
-    )
-    caps: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        default_factory=dict, description="at most so many samples of a source"
-    )
-    held_out: int = Field(0, ge=0, description="samples set aside with all others of their pictures, never trained on")
-    max_samples: int | None = Field(None, ge=1)
-    max_missing: float | None = Field(None, ge=0, le=1)
-    seed: int = 0
-
-
-Recipe = Annotated[ShapesWorldRecipe | LlavaJsonRecipe, Field(discriminator="format")]
+from prunetune.data_recipes.formats import LlavaJsonRecipe, Recipe, format_of, recipe_folders
+from prunetune.data_recipes.images import ImageOpener
+from prunetune.data_recipes.sample import DataError, Sample
 
 
 @dataclass(frozen=True)
@@ -101,30 +49,45 @@ class RecipeData:
 
 def recipe_names() -> list[str]:
     """Return the shipped recipes."""
-    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
+    return sorted(_shipped())
 
 
-def read_recipe(name: str) -> ShapesWorldRecipe | LlavaJsonRecipe:
+def recipe_file(name: str) -> Path:
+    """Return the file of a shipped recipe's name, or of a path.
+
+    Raises:
+        DataError: if there is none.
+    """
+    path = _shipped().get(name, Path(name))
+    if not path.is_file():
+        raise DataError(
+            f"unknown recipe {name!r}; there are {', '.join(recipe_names())}, or give the path of a YAML file"
+        )
+    return path
+
+
+def _shipped() -> dict[str, Path]:
+    return {path.stem: path for folder in recipe_folders() for path in folder.glob("*.yaml")}
+
+
+def read_recipe(name: str) -> Recipe:
     """Return the recipe of a shipped name or of a YAML path.
 
     Raises:
         DataError: if there is none, or it does not validate.
     """
-    path = RECIPE_FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        path = Path(name)
-    if not path.is_file():
-        raise DataError(
-            f"unknown recipe {name!r}; there are {', '.join(recipe_names())}, or give the path of a YAML file"
-        )
+    path = recipe_file(name)
+    values = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict) or "format" not in values:
+        raise DataError(f"recipe {path} names no format; write `format: llava_json`, for example")
     try:
-        recipe = TypeAdapter(Recipe).validate_python(yaml.safe_load(path.read_text()))
-        if isinstance(recipe, LlavaJsonRecipe) and recipe.file is not None:
-            recipe = recipe.model_copy(update={"file": str(path.parent / recipe.file)})
-        return recipe
+        recipe = format_of(values["format"]).model_validate(values)
     except ValidationError as error:
         details = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in error.errors())
         raise DataError(f"recipe {path}: {details}") from None
+    if isinstance(recipe, LlavaJsonRecipe) and recipe.file is not None:
+        recipe = recipe.model_copy(update={"file": str(path.parent / recipe.file)})
+    return recipe
 
 
 def load_recipe(
@@ -151,18 +114,15 @@ def load_recipe(
         DataError: for anything that can't be read, or too many missing pictures.
     """
     recipe = read_recipe(name)
-    rows, images = open_rows(recipe, file, image_root)
-    own = recipe if isinstance(recipe, LlavaJsonRecipe) else None
-    seed = next(value for value in (seed, own.seed if own else None, 0) if value is not None)
-    max_samples = max_samples or (own.max_samples if own else None)
+    rows, images = recipe.open_rows(file, image_root)
+    seed = recipe.seed if seed is None else seed
+    max_samples = max_samples or recipe.max_samples
     rows, missing = _present(rows, images, tolerated(recipe, max_missing))
-    order = list(range(len(rows)))
+    order = _thinned(recipe, rows["source"], seed)
     held_out = None
-    if isinstance(recipe, LlavaJsonRecipe):
-        order = _thinned(recipe, rows["source"], seed)
-        if recipe.held_out:
-            apart = _held_out(recipe, rows["image"], order, seed)
-            held_out, order = rows.select(sorted(apart)), [index for index in order if index not in apart]
+    if recipe.held_out:
+        apart = _held_out(recipe, rows["image"], order, seed)
+        held_out, order = rows.select(sorted(apart)), [index for index in order if index not in apart]
     if not order:
         raise DataError(f"recipe {recipe.name!r} leaves no sample to train on")
     if max_samples is not None and max_samples < len(order):
@@ -176,62 +136,7 @@ def load_recipe(
     return RecipeData(recipe.name, rows, images, digest.hexdigest(), dict(sorted(counts.items())), missing, held_out)
 
 
-def open_rows(
-    recipe: ShapesWorldRecipe | LlavaJsonRecipe, file: str | None, image_root: str | None
-) -> tuple[Dataset, ImageOpener]:
-    """Return all rows of a recipe in their order, from the Arrow cache if they were read before, and the pictures.
-
-    Raises:
-        DataError: for a file or record that can't be used.
-    """
-    if isinstance(recipe, ShapesWorldRecipe):
-        return Dataset.from_list([sample.to_row() for sample in _scene_samples(recipe)]), SceneImages()
-    path = data_file(recipe, file, image_root)
-    check_sources(recipe.sources or ())
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    try:
-        rows = Dataset.from_generator(
-            _llava_rows,
-            features=ROW_FEATURES,
-            gen_kwargs={
-                "path": str(path.resolve()),
-                "sources": None if recipe.sources is None else tuple(recipe.sources),  # lists are taken for shards
-                "version": f"{PARSER_VERSION} {state}",
-            },
-        )
-    except DatasetGenerationError as error:
-        cause = error.__cause__
-        raise cause if isinstance(cause, DataError) else error from None
-    except DataError:
-        raise
-    if not len(rows):
-        raise DataError(f"{path} has no sample of {', '.join(recipe.sources or ['any source'])}")
-    embedded = any(image is not None and image.startswith(ROW) for image in rows["image"])
-    return rows, ParquetImages(parquet_rows(path)) if embedded else FolderImages(image_root)
-
-
-def data_file(recipe: LlavaJsonRecipe, file: str | None, image_root: str | None) -> Path:
-    """Return the data file: the one given, the recipe's own, or LLaVA's mix lying in the folder of the pictures.
-
-    Raises:
-        DataError: if there is none of them.
-    """
-    named = file or recipe.file
-    if named is not None:
-        return Path(named)
-    if image_root is not None and (Path(image_root) / MIX).is_file():
-        return Path(image_root) / MIX
-    raise DataError(f"recipe {recipe.name!r} reads a data file; set data.file")
-
-
-def _llava_rows(path: str, sources: tuple[str, ...] | None, version: str) -> Iterator[dict[str, Any]]:
-    """Yield rows; ``version`` is part of the cache's key, so that an edited file is read again."""
-    for sample in read_llava(path, sources):
-        yield sample.to_row()
-
-
-def _thinned(recipe: LlavaJsonRecipe, sources: list[str], seed: int) -> list[int]:
+def _thinned(recipe: Recipe, sources: list[str], seed: int) -> list[int]:
     """Return the rows that weights and caps leave, in order.
 
     Raises:
@@ -250,13 +155,12 @@ def _thinned(recipe: LlavaJsonRecipe, sources: list[str], seed: int) -> list[int
     return sorted(kept)
 
 
-def tolerated(recipe: ShapesWorldRecipe | LlavaJsonRecipe, max_missing: float | None) -> float:
+def tolerated(recipe: Recipe, max_missing: float | None) -> float:
     """Return the share of pictures that may be missing: the one asked for, the recipe's, or 1 %."""
-    own = recipe.max_missing if isinstance(recipe, LlavaJsonRecipe) else None
-    return next(value for value in (max_missing, own, 0.01) if value is not None)
+    return next(value for value in (max_missing, recipe.max_missing, 0.01) if value is not None)
 
 
-def _held_out(recipe: LlavaJsonRecipe, images: list[str | None], order: list[int], seed: int) -> set[int]:
+def _held_out(recipe: Recipe, images: list[str | None], order: list[int], seed: int) -> set[int]:
     """Return at least ``held_out`` of the rows in ``order``, whole pictures at a time, so that none is trained on.
 
     Raises:
@@ -285,10 +189,3 @@ def _present(rows: Dataset, images: ImageOpener, max_missing: float) -> tuple[Da
             f"max_missing={max_missing:.2%} allows; check data.image_root or raise data.max_missing"
         )
     return (rows.select([index for index, here in enumerate(there) if here]) if missing else rows), missing
-
-
-def _scene_samples(recipe: ShapesWorldRecipe) -> Iterator[Sample]:
-    for seed in split_seeds(recipe.split, recipe.scenes):
-        for number, question in enumerate(ask(sample_scene(seed))):
-            turn = Turn(question.text, question.answer)
-            yield Sample(f"{seed}-{number}", question.source, f"scene:{seed}", (turn,))

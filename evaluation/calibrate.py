@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +11,10 @@ import torch
 from ruamel.yaml import YAML
 from tqdm import tqdm
 
-from configs import ConfigError, RecalibrateConfig
-from data_recipes import DataError, Formatter, Sample, load_recipe
-from pruning import PrunedModel, Pruner, PruningSpec, Selection, VisualTokens
-from pruning.checkpoint import load_model
-from pruning.complexity import attention_entropy, erank
-from pruning.text import instruction_text
+from prunetune.configs import ConfigError, RecalibrateConfig
+from prunetune.data_recipes import DataError, Formatter, Sample, load_recipe
+from prunetune.models import Arm
+from prunetune.pruning.ops.complexity import attention_entropy, erank
 
 OPTIONS = {"erank": "erank_avg", "attention_entropy": "entropy_avg"}
 """Which option of the method `adaptive` each measure's mean belongs to."""
@@ -74,18 +71,12 @@ def calibrate(config: RecalibrateConfig, count: int, batch_size: int = 8, device
         :count
     ].tolist()
     samples = [data[pictured[place]] for place in order]
-    model, processor = load_model(**config.model.model_dump(include={"path", "revision", "dtype", "attention"}))
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pruned = PrunedModel(model, PruningSpec(**config.pruning.model_dump()), processor.tokenizer)
-    seen = Recorder(pruned.pruner)
-    pruned.pruner = seen
-    formatter = Formatter(
-        processor, data.images, config.model.template, config.model.square, instructions=instruction_text
-    )
+    arm = Arm.load(config.model, config.pruning, device=device)
+    formatter = arm.formatter(data.images)
     before: dict[str, list[float]] = {name: [] for name in OPTIONS}
     after: dict[str, list[float]] = {name: [] for name in OPTIONS}
     for start in tqdm(range(0, len(samples), batch_size), desc="calibrate", unit="batch", dynamic_ncols=True):
-        _measure(pruned, seen, formatter, samples[start : start + batch_size], before, after)
+        _measure(arm, formatter, samples[start : start + batch_size], before, after)
     return Calibration(
         len(before["erank"]),
         {name: Spread.of(values) for name, values in before.items() if values},
@@ -93,55 +84,22 @@ def calibrate(config: RecalibrateConfig, count: int, batch_size: int = 8, device
     )
 
 
-class Recorder:
-    """A pruner that keeps what it was given and what it answered: crops, or with scope "image" their pools."""
-
-    def __init__(self, pruner: Pruner) -> None:
-        self.pruner = pruner
-        self.calls: list[tuple[VisualTokens, Selection]] = []
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """The signals of the pruner itself."""
-        return self.pruner.needs
-
-    @property
-    def general_prompts(self) -> Sequence[str]:
-        """The prompts of the pruner itself."""
-        return getattr(self.pruner, "general_prompts", ())
-
-    def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Prune and record."""
-        selection = self.pruner(tokens, keep)
-        self.calls.append((tokens, selection))
-        return selection
-
-
 def _measure(
-    pruned: PrunedModel,
-    seen: Recorder,
-    formatter: Formatter,
-    samples: list[Sample],
-    before: dict[str, list[float]],
-    after: dict[str, list[float]],
+    arm: Arm, formatter: Formatter, samples: list[Sample], before: dict[str, list[float]], after: dict[str, list[float]]
 ) -> None:
-    inputs = formatter.prompt_batch(samples)
-    instructions = inputs.pop("instructions")
-    inputs = {name: value.to(pruned.model.device) for name, value in inputs.items()}
-    inputs["pixel_values"] = inputs["pixel_values"].to(pruned.model.dtype)
-    prepared = pruned.prepare({**inputs, "instructions": instructions})
+    prepared = arm.pruned.prepare(arm.place(formatter.prompt_batch(samples)))
     for features in prepared.inputs["mm_encoder_outputs"]["image"].pooler_output:
         after["erank"] += erank(features[None]).tolist()
-    for tokens, selection in seen.calls:
-        before["erank"] += erank(tokens.finite("projected")).tolist()
-        if tokens.cls_attention is not None:
-            attention = tokens.finite("cls_attention")
-            before["attention_entropy"] += attention_entropy(attention).tolist()
-            for item in range(len(attention)):
-                after["attention_entropy"] += attention_entropy(
-                    attention[item : item + 1, :, selection.of(item)]
-                ).tolist()
-    seen.calls.clear()
+    chosen = prepared.chosen["image"]
+    for among, selection in zip(chosen.candidates, chosen.selections, strict=True):
+        before["erank"] += erank(among.tokens.finite("projected")).tolist()
+        if "cls_attention" not in among.tokens.signals:
+            continue
+        attention = among.tokens.finite("cls_attention")
+        before["attention_entropy"] += attention_entropy(attention).tolist()
+        for item in range(len(attention)):
+            kept = attention[item : item + 1, :, selection.of(item)]
+            after["attention_entropy"] += attention_entropy(kept).tolist()
 
 
 def write_averages(file: Path, calibration: Calibration) -> dict[str, float]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.arm import read_manifest, read_results
-from evaluation.intervals import bootstrap_interval
-from evaluation.quoted import Quoted
-from evaluation.tasks import TaskError
+from prunetune.evaluation.intervals import bootstrap_interval
+from prunetune.evaluation.quoted import Quoted
+from prunetune.evaluation.results import read_manifest, read_results
+from prunetune.evaluation.tasks import TaskError
 
 # What may differ between arms of one table. Within a tuned arm and its training-free twin only the projector may.
 _ARM = {"projector", "pruning", "kept_tokens", "items_per_second", "metrics"}

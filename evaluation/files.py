@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evaluation.errors import MissingFile, TaskError
+from prunetune.evaluation.errors import MissingFile, TaskError
 
 
 def find_file(data: Path, name: str, source: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evaluation.errors import TaskError
+from prunetune.evaluation.errors import TaskError
 
 INSTRUCTION = (
     "You grade answers to questions about videos. Compare the predicted answer with the correct one: do they mean the "

@@ -17,17 +17,15 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from configs import EvaluateConfig, load_config
-from data_recipes import Formatter, Sample, Turn
-from evaluation.errors import TaskError
-from pruning import PrunedModel, PruningSpec
-from pruning.checkpoint import load_model
-from pruning.text import instruction_text
+from prunetune.configs import EvaluateConfig, load_config
+from prunetune.data_recipes import Sample, Turn
+from prunetune.evaluation.errors import TaskError
+from prunetune.models import Arm
 
 
 def manifest() -> ModelManifest:
     """Return what lmms-eval registers."""
-    return ModelManifest("prunetune", simple_class_path="evaluation.lmms_eval_plugin.PrunetuneModel")
+    return ModelManifest("prunetune", simple_class_path="prunetune.evaluation.lmms_eval_plugin.PrunetuneModel")
 
 
 class PrunetuneModel(lmms):
@@ -47,17 +45,9 @@ class PrunetuneModel(lmms):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise TaskError("the prunetune plugin runs in one process; split the tasks, or use prunetune evaluate")
         self.config = load_config(EvaluateConfig, config)
-        model, processor = load_model(
-            **self.config.model.model_dump(include={"path", "revision", "dtype", "attention"}),
-            adapter=self.config.adapter,
-        )
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.pruned = PrunedModel(model, PruningSpec(**self.config.pruning.model_dump()), processor.tokenizer)
+        self.arm = Arm.load(self.config.model, self.config.pruning, self.config.adapter, device)
         self.pictures = _Pictures()
-        read = instruction_text if self.pruned.reads_text else None
-        self.formatter = Formatter(
-            processor, self.pictures, self.config.model.template, self.config.model.square, instructions=read
-        )
+        self.formatter = self.arm.formatter(self.pictures)
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
@@ -83,14 +73,9 @@ class PrunetuneModel(lmms):
             question = context.replace("<image>", "").strip()
             samples.append(Sample(name, task, image, (Turn(question, None),)))
             limits.append(int(options.get("max_new_tokens", self.config.max_new_tokens)))
-        inputs = {
-            name: value.to(self.pruned.model.device) if isinstance(value, torch.Tensor) else value
-            for name, value in self.formatter.prompt_batch(samples).items()
-        }
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.pruned.model.dtype)
         with torch.inference_mode():
-            tokens = self.pruned.generate(**inputs, max_new_tokens=max(limits), do_sample=False)
+            inputs = self.arm.place(self.formatter.prompt_batch(samples))
+            tokens = self.arm.pruned.generate(**inputs, max_new_tokens=max(limits), do_sample=False).tokens
         rows = [row[:limit] for row, limit in zip(tokens, limits, strict=True)]
         texts = self.formatter.processor.batch_decode(rows, skip_special_tokens=True)
         return [_until(text, options).strip() for text, (_, options, *_) in zip(texts, batch, strict=True)]

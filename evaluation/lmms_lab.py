@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_recipes.parquet import NAMED, ROW, ParquetImages, parquet_rows
-from evaluation.errors import TaskError
-from evaluation.tasks import captions, mmbench
-from evaluation.tasks.base import LETTER, SHORT_ANSWER, Item
-from evaluation.tasks.mme import plain
-from evaluation.tasks.vqa import UNANSWERABLE
+from prunetune.data_recipes.parquet import NAMED, ROW, ParquetImages, parquet_rows
+from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.tasks import captions, mmbench
+from prunetune.evaluation.tasks.base import LETTER, SHORT_ANSWER, Item
+from prunetune.evaluation.tasks.mme import plain
+from prunetune.evaluation.tasks.vqa import UNANSWERABLE
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from evaluation.compare import Row
+from prunetune.evaluation.compare import Row
 
 _COLORS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.errors import TaskError
-from evaluation.files import read_lines
+from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.files import read_lines
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from evaluation.errors import TaskError
+from prunetune.evaluation.errors import TaskError
 
 
 @dataclass(frozen=True)

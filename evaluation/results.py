@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evaluation.errors import TaskError
+from prunetune.evaluation.errors import TaskError
 
 RESULTS, MANIFEST = "results.jsonl", "manifest.json"
 Batches = dict[str, list[list[str]]]

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.errors import TaskError
-from evaluation.grader import Grader
-from evaluation.intervals import bootstrap_interval
-from evaluation.predictions import paired, read_predictions
-from evaluation.sources import read_items
-from evaluation.tasks import get_task
-from evaluation.tasks.base import Pair, Task
+from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.grader import Grader
+from prunetune.evaluation.intervals import bootstrap_interval
+from prunetune.evaluation.predictions import paired, read_predictions
+from prunetune.evaluation.sources import read_items
+from prunetune.evaluation.tasks import get_task
+from prunetune.evaluation.tasks.base import Pair, Task
 
 
 def score_file(

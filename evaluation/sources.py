@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from data_recipes.images import ImageOpener
-from data_recipes.parquet import NAMED, ROW
-from evaluation import lmms_lab
-from evaluation.errors import MissingFile, TaskError
-from evaluation.tasks.base import Item, Task
+from prunetune.data_recipes.images import ImageOpener
+from prunetune.data_recipes.parquet import NAMED, ROW
+from prunetune.evaluation import lmms_lab
+from prunetune.evaluation.errors import MissingFile, TaskError
+from prunetune.evaluation.tasks.base import Item, Task
 
 
 def read_items(task: Task, data: Path, answers_only: bool = False) -> list[Item]:

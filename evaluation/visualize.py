@@ -9,19 +9,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-from configs import ModelConfig
-from data_recipes import Formatter, Sample, Turn
-from evaluation.pictures import kept_overlay
-from evaluation.sources import open_images, read_items
-from evaluation.tasks import TaskError, get_task
-from evaluation.tasks.base import task_folder
-from pruning import PrunedModel, PruningSpec
-from pruning.checkpoint import load_model
-from pruning.text import instruction_text
+from prunetune.configs import ModelConfig
+from prunetune.data_recipes import Sample, Turn
+from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.pictures import kept_overlay
+from prunetune.evaluation.sources import open_images, read_items
+from prunetune.evaluation.tasks import get_task
+from prunetune.evaluation.tasks.base import task_folder
+from prunetune.models import Arm
+from prunetune.pruning import PruningSpec
 
 
 def visualize(
-    config: ModelConfig, specs: list[PruningSpec], task: str, count: int, output: Path, data: str | None = None
+    config: ModelConfig,
+    specs: list[PruningSpec],
+    task: str,
+    count: int,
+    output: Path,
+    data: str | None = None,
+    arm: Arm | None = None,
 ) -> list[Path]:
     """Write one PNG per picture with a panel per method, for the first ``count`` pictures of a task.
 
@@ -32,36 +38,37 @@ def visualize(
         count: how many pictures.
         output: folder of the PNG files.
         data: folder of the benchmark's files, see EvaluateConfig.
+        arm: one of that model that is loaded already; None loads it.
 
     Raises:
         TaskError: if the visual tokens of this model form no grid.
     """
     output.mkdir(parents=True, exist_ok=True)
-    model, processor = load_model(**config.model_dump(include={"path", "revision", "dtype", "attention"}))
+    loaded = Arm.load(config) if arm is None else arm
+    arms = [loaded.with_pruning(spec) for spec in specs]
     benchmark, folder = get_task(task), task_folder(data, task)
     items = [item for item in read_items(benchmark, folder) if item.image is not None]
     images = open_images(benchmark, folder, items)
-    formatter = Formatter(processor, images, config.template, config.square, instructions=instruction_text)
     first = {str(item.image): item for item in reversed(items)}  # each picture with its first question
-    plugs = [PrunedModel(model, spec, processor.tokenizer) for spec in specs]
     written = []
     for number, reference in enumerate(list(dict.fromkeys(str(item.image) for item in items))[:count]):
         sample = Sample(reference, task, reference, (Turn(first[reference].question, None),))
-        inputs = formatter.prompt_batch([sample])
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)  # type: ignore[arg-type]
         panels: dict[str, np.ndarray] = {}
-        grid = None
-        for spec, plug in zip(specs, plugs, strict=True):
+        grid: tuple[int, int] | None = None
+        for one in arms:
+            inputs = one.place(one.formatter(images).prompt_batch([sample]))
             with torch.inference_mode():
-                pruned = plug.prepare(inputs)
-            assert pruned.selection is not None and pruned.encoded is not None  # there is a picture
-            grid = pruned.encoded.tokens.grid
-            positions = pruned.selection.of(0).cpu().numpy()
-            panels[f"{spec.pruner}, {len(positions)}"] = positions
-        if grid is None:
-            raise TaskError("the visual tokens of this model form no grid, so they can't be drawn over the picture")
+                chosen = one.pruned.prepare(inputs).chosen["image"]
+            tokens = chosen.vision.groups[0]
+            grid = tokens.grid
+            if grid is None:
+                raise TaskError("the visual tokens of this model form no grid, so they can't be drawn over the picture")
+            base_view = chosen.kept_tokens()[: tokens.count]  # of several crops, the first
+            positions = base_view.nonzero()[:, 0].cpu().numpy()
+            panels[f"{one.spec.pruner}, {len(positions)}"] = positions
+        assert grid is not None  # there is at least one method
         path = output / f"kept_{number:02d}.png"
-        kept_overlay(_seen(inputs["pixel_values"][0], processor), panels, grid).save(path)
+        kept_overlay(_seen(inputs["pixel_values"][0], loaded.processor), panels, grid).save(path)
         written.append(path)
     return written
 

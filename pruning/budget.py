@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pruning.types import PruningError
+from prunetune.pruning.errors import PruningError
 
 Budget = int | float | str
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pruning.types import PruningError
+from prunetune.pruning.errors import PruningError
 
 
 def whole(number: float) -> int:

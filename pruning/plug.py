@@ -2,220 +2,248 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruning.budget import Budget, check_budget
-from pruning.families.base import NEWLINE_POLICIES, Encoded, family_of
-from pruning.registry import build_pruner
-from pruning.select import SCOPES, check_signals, select, with_text
-from pruning.sequence import POSITION_POLICIES, pack, placeholder_runs, shorten
-from pruning.text import TextReader
-from pruning.types import TEXT_SIGNALS, Pruner, PruningError, Selection, signal_name
+from prunetune.pruning.budget import Budget, check_budget
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.families.base import PrunedOutput, family_of
+from prunetune.pruning.hooks import frozen_parts_at_rest
+from prunetune.pruning.registry import merges
+from prunetune.pruning.rewrite import Chosen, Pruned, check_inputs, rewrite
+from prunetune.pruning.select import candidates, check_poolable, check_signals, choose
+from prunetune.pruning.sequence import pack, placeholders
+from prunetune.pruning.signals import of_source, signal_of
+from prunetune.pruning.spec import PruningSpec
+from prunetune.pruning.text import TextReader
+from prunetune.pruning.vision import Vision
 
 
 @dataclass(frozen=True)
-class PruningSpec:
-    """What to prune with, as a configuration says it.
+class Generated:
+    """What a pruned model generated.
 
     Attributes:
-        pruner: a name from ``prunetune list pruners``.
-        keep: budget per item or image, see ``scope``: 64, 0.111 or "11.1%".
-        options: the method's own hyperparameters.
-        scope: what the budget counts for where the family cuts images into crops: each "item" or the whole "image".
-        text_tower: CLIP checkpoint of the vision tower, for methods that compare with text in CLIP's space.
-        position_policy: "compact" (LLaVA-style re-indexing) or "original".
-        newline: which row-end tokens stay where the family has them: those of "rows" with kept tokens, "all" or "none".
+        tokens: (B, T) new token ids, without the prompt.
+        kept: for each modality how many visual tokens of each image reached the LLM, images in reading order.
     """
 
-    pruner: str = "identity"
-    keep: Budget = "100%"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    scope: str = "item"
-    text_tower: str | None = None
-    position_policy: str = "compact"
-    newline: str = "rows"
-
-    def build(self) -> Pruner:
-        """Return the pruner; raises PruningError for an unknown name, option, budget or policy."""
-        check_budget(self.keep)
-        for name, value, known in (
-            ("scope", self.scope, SCOPES),
-            ("position_policy", self.position_policy, POSITION_POLICIES),
-            ("newline", self.newline, NEWLINE_POLICIES),
-        ):
-            if value not in known:
-                raise PruningError(f"{name} is one of {', '.join(known)}, got {value!r}")
-        return build_pruner(self.pruner, self.options)
-
-
-@dataclass
-class Pruned:
-    """Rewritten inputs, and what became of the images.
-
-    Attributes:
-        inputs: keyword arguments for the stock model.
-        selection: what the pruner kept of each item; None without images.
-        encoded: the items; None without images.
-        kept: how many visual tokens of each image reach the LLM, images in reading order.
-    """
-
-    inputs: dict[str, Any]
-    selection: Selection | None = None
-    encoded: Encoded | None = None
-    kept: list[int] = field(default_factory=list)
+    tokens: Tensor
+    kept: Mapping[str, list[int]]
 
 
 class PrunedModel:
     """A stock Hugging Face model and the pruner in front of its LLM.
 
-    The model itself is not changed. ``prepare`` rewrites inputs; ``forward`` and ``generate`` call the stock model on
-    them; ``attach`` lets a trainer call the model as usual.
+    The model itself is not changed, and nothing is remembered between calls. ``prepare`` rewrites inputs; ``forward``
+    and ``generate`` call the stock model on them; ``attach`` lets a trainer call the model as usual.
 
     Args:
         model: a conditional-generation model (under PEFT: ``peft_model.get_base_model()``).
         spec: pruner, budget and position policy.
         tokenizer: the model's tokenizer, for methods that read the instruction's tokens.
-        packed: whether an attached model, while training, gets its batch as one row without padding.
 
     Raises:
-        PruningError: if the model does not offer what the pruner reads, naming what works or what to set; for packing
-            with original positions, whose gaps would be read as the ends of samples.
+        PruningError: if the model does not offer what the pruner reads, naming what works or what to set; for a
+            position policy that the family can't have.
     """
 
-    def __init__(self, model: nn.Module, spec: PruningSpec, tokenizer: Any = None, packed: bool = False) -> None:
+    def __init__(self, model: nn.Module, spec: PruningSpec, tokenizer: Any = None) -> None:
         self.model: Any = model
-        self.packed = packed
-        if packed and spec.position_policy != "compact":
-            raise PruningError("packing needs position_policy: compact; gaps between positions would end a sample")
-        config: Any = model.config
         self.spec = spec
         self.family = family_of(model)
         self.pruner = spec.build()
+        self.merges = merges(spec.pruner, self.pruner)
+        self.position_policy = self._position_policy()
         self.text = TextReader(model, tokenizer, spec.text_tower)
-        check_signals(self.pruner, self.family.signals(model), self.text.signals(), config.vision_config.model_type)
-        needs = {signal_name(need) for need in self.pruner.needs}
-        self.reads_text = bool(needs & TEXT_SIGNALS)
-        if needs & {"image_embeds", "text_embeds", "general_embeds"}:
+        config: Any = model.config
+        tower = config.vision_config.model_type
+        check_signals(self.pruner, self.family.signals(model), self.text.signals(), tower)
+        texts = [signal_of(need) for need in of_source(self.pruner.needs, "text")]
+        self.reads_text = bool(texts)
+        if any(signal.space == "clip" for signal in texts):
             _ = self.text.clip  # loaded now: later an active ZeRO-3 configuration would partition it
-        self.last: Pruned | None = None
-        self._prepared = False
 
-    def prepare(self, inputs: Mapping[str, Any], padding_side: str = "right") -> Pruned:
+    def _position_policy(self) -> str:
+        known = self.family.position_policies
+        policy = known[0] if self.spec.position_policy == "auto" else self.spec.position_policy
+        if policy not in known:
+            raise PruningError(
+                f"family {self.family.name!r} can't have position_policy: {policy}; its positions are "
+                f"{' or '.join(known)}. Numbered anew they would be another model's: they count rows and columns"
+            )
+        return policy
+
+    def encode(self, inputs: Mapping[str, Any]) -> dict[str, Vision]:
+        """Run the model's own vision side and return the images and videos of a batch, by modality.
+
+        The result is plain data: it can be stored and given to :meth:`prepare` later.
+        """
+        with frozen_parts_at_rest(*self.family.frozen_parts(self.model)):
+            return {
+                modality: self.family.encode(self.model, inputs, modality, self.pruner.needs)
+                for modality, name in self.family.pixels.items()
+                if inputs.get(name) is not None
+            }
+
+    def prepare(
+        self,
+        inputs: Mapping[str, Any],
+        padding_side: str = "right",
+        keep: Budget | None = None,
+        vision: Mapping[str, Vision] | None = None,
+    ) -> Pruned:
         """Encode the images, prune, and return inputs for the stock model.
+
+        A row ``<s> i i i i Q </s>`` of whose image the first and the third token are kept becomes ``<s> i i Q </s>``,
+        with the two features in ``inputs["mm_encoder_outputs"]``.
 
         Args:
             inputs: what the processor returned, ``attention_mask`` (B, L) included; for methods that read the
-                instruction also ``instructions``, one text per row without any answer (a ``Formatter`` adds them).
+                instruction also ``instructions``, one text per row without any answer, and for messages
+                ``sample_ids``, one name per row (a ``Formatter`` adds both).
             padding_side: where the shortened rows are padded.
+            keep: the budget of this call; None is the specification's.
+            vision: the images, if they were encoded before; pixels are not read then.
 
         Raises:
             PruningError: if placeholders and images disagree, the mask is missing or the budget does not fit.
         """
         inputs = {key: value for key, value in inputs.items() if value is not None}
-        instructions = inputs.pop("instructions", None)
+        instructions = inputs.pop("instructions", ())
+        sample_ids = inputs.pop("sample_ids", ())
+        keep = self.spec.keep if keep is None else check_budget(keep)
         if inputs.get("attention_mask") is None:
             raise PruningError(
                 "pruned inputs need a 2-D attention_mask: without it, gaps in the positions are read "
                 "as several packed sequences; call the processor with padding=True"
             )
-        if "pixel_values" not in inputs:
+        check_inputs(inputs, self.family)
+        visions = self.encode(inputs) if vision is None else dict(vision)
+        if not visions:
             return self._without_images(inputs)
-        encoded = self.family.encode(self.model, inputs, self.pruner.needs)
-        runs = placeholder_runs(inputs["input_ids"], self.model.config.image_token_id, encoded.lengths)
-        if self.reads_text and len(instructions or ()) != len(inputs["input_ids"]):
+        ids = inputs["input_ids"]
+        self._check_instructions(instructions, len(ids))
+        places, chosen = {}, {}
+        for modality, images in visions.items():
+            token = self.family.token_id(self.model, modality)
+            places[modality], rows = placeholders(ids, token, images.lengths, modality)
+            names = {image: f"sample {sample_ids[row]!r}" for image, row in enumerate(rows) if sample_ids}
+            chosen[modality] = self._choose(images, instructions, rows, keep, names)
+        return rewrite(
+            self.model,
+            self.family,
+            inputs,
+            chosen,
+            places,
+            newline=self.spec.newline,
+            position_policy=self.position_policy,
+            padding_side=padding_side,
+            merges=self.merges,
+        )
+
+    def _choose(
+        self,
+        vision: Vision,
+        instructions: Sequence[str],
+        rows: list[int],
+        keep: Budget,
+        names: Mapping[int, str],
+    ) -> Chosen:
+        """Let the pruner choose from every group of images."""
+        if self.spec.scope == "image" and vision.cut_up:
+            check_poolable(self.pruner)
+        vision = self.text.add(vision, self.pruner, instructions, rows)
+        among = candidates(vision, self.spec.scope)
+        small = self.spec.small_images
+        return Chosen(vision, among, [choose(self.pruner, group, keep, small, names) for group in among])
+
+    def _check_instructions(self, instructions: Sequence[str], rows: int) -> None:
+        if self.reads_text and len(instructions) != rows:
             raise PruningError(
                 f"{self.spec.pruner} reads the instruction: pass `instructions`, one text per row "
-                f"({len(inputs['input_ids'])} rows, {len(instructions or ())} texts), or build batches with "
-                "Formatter(..., instructions=True)"
+                f"({rows} rows, {len(instructions)} texts), or build batches with "
+                "Formatter(..., instructions=instruction_text)"
             )
-        selection, images = self._kept(encoded, instructions or (), [row for row, _ in runs], self.spec)
-        kept = inputs["input_ids"] != self.model.config.image_token_id
-        for (row, run), (positions, _) in zip(runs, images, strict=True):
-            kept[row, run[positions]] = True
-        rewritten = shorten(inputs, kept, self.spec.position_policy, padding_side)
-        return self._with_features(rewritten, encoded, [features for _, features in images], selection)
-
-    def _with_features(
-        self, inputs: dict[str, Any], encoded: Encoded, features: list[Tensor], selection: Selection | None
-    ) -> Pruned:
-        for name in self.family.drop:
-            inputs.pop(name, None)
-        output = copy.copy(encoded.output)
-        output.pooler_output = features
-        inputs["mm_encoder_outputs"] = {"image": output}
-        return Pruned(inputs, selection, encoded, [len(rows) for rows in features])
 
     def _without_images(self, inputs: dict[str, Any]) -> Pruned:
         """Pass text through; in training, send zero tokens of a blank image along so that gradients and ranks agree."""
+        keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+        inputs = {name: value for name, value in inputs.items() if name not in self.family.unread}
         if not (self.model.training and torch.is_grad_enabled()):
-            return Pruned(inputs)
-        encoded = self.family.encode(self.model, self.family.blank(self.model), self.pruner.needs)
-        # Its crops may be fewer than a picture's; a method that merges must still merge, as on the other ranks.
-        keep, count = self.spec.keep, encoded.tokens.count
-        fits = keep if not isinstance(keep, int) or keep < count else max(count - 1, 1)
-        _, images = self._kept(encoded, [""], [0], replace(self.spec, keep=fits, scope="item"))
-        return self._with_features(dict(inputs), encoded, [images[0][1][:0]], None)
-
-    def _kept(
-        self, encoded: Encoded, instructions: Sequence[str], rows: list[int], spec: PruningSpec
-    ) -> tuple[Selection, list[tuple[Tensor, Tensor]]]:
-        """Prune the images of ``rows``: each image's kept placeholders (K,) and features (K, D)."""
-        tokens = encoded.tokens
-        if len(encoded.lengths) < len(encoded.owner):
-            tokens = replace(tokens, image=torch.tensor(encoded.owner, device=tokens.features.device))
-        if self.reads_text:
-            tokens = with_text(tokens, self.pruner, self.text, instructions, [rows[image] for image in encoded.owner])
-        selection = select(self.pruner, encoded, tokens, spec.keep, spec.scope)
-        return selection, encoded.keep_of(selection, spec.newline)
+            return Pruned(inputs, keep)
+        # Every module that the ranks with images call is called here, too: ZeRO-3 gathers weights in step.
+        vision = self.text.add(self.encode(self.family.blank(self.model))["image"], self.pruner, [""], [0])
+        features = vision.slots[0][:0]
+        if self.merges:
+            features = torch.cat([features, self.family.project(self.model, vision.groups[0].features[0, :0])])
+        levels = [[level[0][:0]] for level in vision.levels]
+        return Pruned({**inputs, "mm_encoder_outputs": {"image": self.family.put_back([features], levels)}}, keep)
 
     def forward(self, **inputs: Any) -> Any:
         """Run the stock model on pruned inputs and return its output; ``labels`` are shortened with the rest."""
-        with self._running(self.prepare(inputs)) as pruned:
-            return self.model(**pruned.inputs)
+        return self.model(**self.prepare(inputs).inputs)
 
-    def generate(self, **inputs: Any) -> Tensor:
-        """Generate from pruned inputs and return the new tokens only, (B, T).
+    def generate(self, **inputs: Any) -> Generated:
+        """Generate from pruned inputs.
 
         ``inputs`` may hold generation options (``max_new_tokens`` and so on); they pass through to the stock method.
         """
-        with torch.no_grad(), self._running(self.prepare(inputs, padding_side="left")) as pruned:
+        with torch.no_grad():
+            pruned = self.prepare(inputs, padding_side="left")
             output = self.model.generate(**pruned.inputs)
-        return output[:, pruned.inputs["input_ids"].shape[1] :]
+        return Generated(output[:, pruned.inputs["input_ids"].shape[1] :], pruned.kept)
 
     @contextmanager
-    def attach(self) -> Iterator[PrunedModel]:
-        """While open, ``model(**processor_output)`` prunes by itself: for trainers that call the model."""
-        handle = self.model.register_forward_pre_hook(self._hook, with_kwargs=True)
+    def attach(self, seen: Callable[[Pruned], None] | None = None, packed: bool = False) -> Iterator[PrunedModel]:
+        """While open, ``model(**processor_output)`` prunes by itself: for trainers that call the model.
+
+        Args:
+            seen: is called with every batch that was pruned.
+            packed: whether a batch with labels, while training, goes to the model as one row without padding.
+
+        Raises:
+            PruningError: for packing with gaps between positions, which would be read as the ends of samples.
+        """
+        if packed and self.position_policy != "compact" and not self.family.counts_rows_and_columns:
+            raise PruningError("packing needs position_policy: compact; gaps between positions would end a sample")
+
+        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            if self._is_prepared(args, kwargs):
+                return None
+            pruned = self.prepare(kwargs)
+            if seen is not None:
+                seen(pruned)
+            into_one_row = packed and self.model.training and kwargs.get("labels") is not None
+            return (), pack(pruned.inputs) if into_one_row else pruned.inputs
+
+        handle = self.model.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             yield self
         finally:
             handle.remove()
 
-    @contextmanager
-    def _running(self, pruned: Pruned) -> Iterator[Pruned]:
-        self.last, self._prepared = pruned, True
-        try:
-            yield pruned
-        finally:
-            self._prepared = False
+    def _is_prepared(self, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+        """Return whether a call's inputs were pruned before: the type of its encoded images says so.
 
-    def _hook(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if self._prepared:
-            return None
+        Raises:
+            PruningError: for a call that would run unpruned.
+        """
         if args:
             raise PruningError("a model with an attached pruner takes keyword arguments only")
-        if kwargs.get("mm_encoder_outputs"):
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        if any(not isinstance(output, PrunedOutput) for output in encoded.values()):
             raise PruningError(
                 "these images were encoded before the pruner saw them, so the run would be unpruned; "
                 "generate with PrunedModel.generate instead of model.generate"
             )
-        self.last = self.prepare(kwargs)
-        packed = self.packed and self.model.training and kwargs.get("labels") is not None
-        return (), pack(self.last.inputs) if packed else self.last.inputs
+        has_pixels = any(kwargs.get(name) is not None for name in self.family.pixels.values())
+        later = kwargs.get("past_key_values") is not None
+        if has_pixels and later:
+            raise PruningError("images in a later turn can't be pruned: the cache holds the turns before as they were")
+        return bool(encoded) or later  # beyond the prefill there is nothing to prune, and nothing to send along

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pruning.types import SIGNALS, Pruner, PruningError, signal_name
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.signals import signal_of
+from prunetune.pruning.types import Pruner
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,11 @@ def register_pruner(
         parameters = getattr(pruner, "__dataclass_params__", None)
         if parameters is None or not parameters.frozen:
             raise PruningError(f"{pruner.__name__} must be a frozen dataclass: its fields are the method's options")
-        unknown = {signal_name(need) for need in pruner().needs} - SIGNALS
-        if unknown:
-            raise PruningError(f"{name} needs unknown signals {sorted(unknown)}; there are {sorted(SIGNALS)}")
+        for need in pruner().needs:
+            try:
+                signal_of(need)
+            except PruningError as error:
+                raise PruningError(f"{name} needs {need!r}: {error}") from None
         _METHODS[name] = Method(name, paper, pruner, merges, exact, golden)
         return pruner
 
@@ -71,10 +75,10 @@ def register_pruner(
 
 def registered_methods() -> Mapping[str, Method]:
     """Return all methods by name, alphabetically; importing every file of ``pruning/methods/`` once."""
-    import pruning.methods as package
+    import prunetune.pruning.methods as package
 
     for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"pruning.methods.{module.name}")
+        importlib.import_module(f"prunetune.pruning.methods.{module.name}")
     return dict(sorted(_METHODS.items()))
 
 
@@ -95,6 +99,11 @@ def build_pruner(name: str, options: Mapping[str, Any] | None = None) -> Pruner:
                 f"pruner {name!r} has no option {option!r}{nearest(option, valid)}; it has {', '.join(valid) or 'none'}"
             )
     return pruner(**(options or {}))
+
+
+def merges(name: str, pruner: Pruner) -> bool:
+    """Return whether a method may return merged features; where its options decide, its ``merges`` says so."""
+    return bool(getattr(pruner, "merges", registered_methods()[name].merges))
 
 
 def nearest(name: str, valid: Any) -> str:

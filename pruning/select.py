@@ -1,25 +1,146 @@
-"""Between encoding and shortening: add the text signals, and let the pruner choose per item or per image."""
+"""What a pruner chooses from, and its choice: per item, or per image over the pooled tokens of its items."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pruning.budget import Budget, resolve_budget
-from pruning.families.base import Encoded
-from pruning.precision import exact_float32
-from pruning.registry import registered_methods
-from pruning.text import TextReader
-from pruning.types import TEXT_SIGNALS, VISION_SIGNALS, Pruner, PruningError, Selection, VisualTokens, signal_name
+from prunetune.pruning.budget import Budget, resolve_budget
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.ops.precision import exact_float32
+from prunetune.pruning.registry import registered_methods
+from prunetune.pruning.signals import of_source, signal_of
+from prunetune.pruning.types import Pruner, Selection, VisualTokens
+from prunetune.pruning.vision import NEWLINE, Vision
 
-SCOPES = ("item", "image")
-_PER_TOKEN = {"features", "projected", "keys", "reader_attention", "reader_keys", "image_embeds"}
-_PER_HEAD_AND_TOKEN = {"cls_attention", "received_attention", "object_attention"}
-_PER_IMAGE = {"text_embeds", "general_embeds", "text_token_embeds", "general_token_embeds"}
+
+@dataclass(frozen=True)
+class Candidates:
+    """G items, or G images with the tokens of their items pooled, from which a pruner chooses.
+
+    Attributes:
+        tokens: (G, P) tokens.
+        numbers: (G, P) the number of each among all tokens of its ``Vision``.
+        images: the image that each of the G belongs to.
+    """
+
+    tokens: VisualTokens
+    numbers: Tensor
+    images: tuple[int, ...]
+
+
+def candidates(vision: Vision, scope: str) -> list[Candidates]:
+    """Return what the pruner chooses from: the items, or with scope "image" each image's tokens together."""
+    found: list[Candidates] = []
+    for tokens, numbers, owner in zip(vision.groups, vision.numbers(), vision.owner, strict=True):
+        several = len(set(owner)) < len(owner)
+        if several and scope == "image":
+            found += _pooled(vision, tokens, owner, first=int(numbers[0, 0]))
+            continue
+        if several:
+            tokens = replace(tokens, image=_counted(owner, tokens.features.device))
+        found.append(Candidates(tokens, numbers, owner))
+    return found
+
+
+def _counted(owner: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the images of a group's items numbered from 0, (B,)."""
+    place = {image: number for number, image in enumerate(dict.fromkeys(owner))}
+    return torch.tensor([place[image] for image in owner], device=device)
+
+
+def _pooled(vision: Vision, tokens: VisualTokens, owner: tuple[int, ...], first: int) -> list[Candidates]:
+    """Return each image's tokens that the LLM would see as one item; images with equally many go together.
+
+    Args:
+        vision: the images.
+        tokens: one of its groups, (B, N).
+        owner: the image of each of the B items.
+        first: the number of the group's first token.
+    """
+    pools: dict[int, Tensor] = {}
+    for image in dict.fromkeys(owner):
+        numbers = vision.origin[image]
+        pools[image] = numbers[numbers != NEWLINE].sort().values
+    found = []
+    for size in sorted({len(pool) for pool in pools.values()}):
+        images = tuple(image for image, pool in pools.items() if len(pool) == size)
+        numbers = torch.stack([pools[image] for image in images])  # (G, P)
+        items = torch.tensor([owner.index(image) for image in images], device=numbers.device)
+        found.append(Candidates(_gathered(tokens, numbers - first, items), numbers, images))
+    return found
+
+
+def _gathered(tokens: VisualTokens, places: Tensor, items: Tensor) -> VisualTokens:
+    """Return the tokens at ``places`` (G, P), counted through all B * N, as G items with P tokens each and no grid.
+
+    Args:
+        tokens: (B, N) items.
+        places: (G, P).
+        items: (G,) one item of each image, for what belongs to images as a whole.
+    """
+
+    def per_token(values: Tensor) -> Tensor:
+        return values.flatten(0, 1)[places]
+
+    signals = {}
+    for name, values in tokens.signals.items():
+        axes = signal_of(name).axes
+        if axes == "B H N":
+            signals[name] = per_token(values.transpose(1, 2)).transpose(1, 2)
+        elif signal_of(name).per_token:
+            signals[name] = per_token(values)
+        else:
+            signals[name] = values[items]
+    return VisualTokens(
+        features=per_token(tokens.features),
+        projected=None if tokens.projected is None else per_token(tokens.projected),
+        signals=signals,
+        layers=tokens.layers,
+    )
+
+
+def check_poolable(pruner: Pruner) -> None:
+    """Check that a method can choose over the pooled items of an image.
+
+    Raises:
+        PruningError: if it reads something of which every item has its own.
+    """
+    own = [need for need in of_source(pruner.needs, "attention", "reader", "output") if not signal_of(need).per_token]
+    if own:
+        raise PruningError(
+            f"{type(pruner).__name__} reads {', '.join(own)}, of which every item has its own, so one budget "
+            "over all crops of an image is undefined; set pruning.scope to item"
+        )
+
+
+@torch.no_grad()
+def choose(pruner: Pruner, among: Candidates, keep: Budget, small_images: str, names: Mapping[int, str]) -> Selection:
+    """Let the pruner choose; the choice itself carries no gradient.
+
+    Args:
+        pruner: the method.
+        among: the candidates, with all signals that the method reads.
+        keep: the budget of each of them.
+        small_images: what happens if there are fewer tokens than the budget: "stop" or "keep_all".
+        names: what to call an image in a message.
+
+    Raises:
+        PruningError: if the budget does not fit.
+    """
+    tokens = among.tokens
+    if isinstance(keep, int) and keep > tokens.count and small_images == "keep_all":
+        keep = tokens.count
+    try:
+        number = resolve_budget(keep, tokens.count)
+    except PruningError as error:
+        image = among.images[0]
+        raise PruningError(f"{names.get(image, f'image {image} of the batch')}: {error}") from None
+    with exact_float32(tokens.features.device):
+        return pruner(tokens, number)
 
 
 def check_signals(pruner: Pruner, vision: frozenset[str], text: frozenset[str], tower: str) -> None:
@@ -34,118 +155,27 @@ def check_signals(pruner: Pruner, vision: frozenset[str], text: frozenset[str], 
     Raises:
         PruningError: naming what is missing, and what works or what to set.
     """
-    needs = {signal_name(need) for need in pruner.needs}
     name = type(pruner).__name__
-    if missing := (needs & VISION_SIGNALS) - vision:
-        works = [
-            other
-            for other, method in registered_methods().items()
-            if {signal_name(need) for need in method.needs} & VISION_SIGNALS <= vision
-        ]
+    missing = _seen(pruner) - vision
+    if missing:
+        works = [other for other, method in registered_methods().items() if _seen(method.pruner()) <= vision]
         raise PruningError(
             f"{name} reads {', '.join(sorted(missing))}, which the vision tower {tower!r} does not offer (for [CLS] "
             "signals it needs a [CLS] token that does not enter the projector; for reader signals, a layer after "
             f"vision_feature_layer). Methods that work there with their default options: {', '.join(works)}"
         )
-    missing = (needs & TEXT_SIGNALS) - text
-    if missing & {"image_embeds", "text_embeds", "general_embeds"}:
+    asked = [signal_of(need) for need in of_source(pruner.needs, "text")]
+    lacking = [signal for signal in asked if signal.name not in text]
+    if any(signal.space == "clip" for signal in lacking):
         raise PruningError(
             f"{name} compares visual tokens with text in CLIP's space, and LLaVA checkpoints have no text tower: set "
             "pruning.text_tower to the CLIP checkpoint its vision tower comes from, a folder or an id such as "
             "openai/clip-vit-large-patch14-336"
         )
-    if missing:
+    if lacking:
         raise PruningError(f"{name} reads the instruction's tokens: give PrunedModel the model's tokenizer")
 
 
-def with_text(
-    tokens: VisualTokens, pruner: Pruner, reader: TextReader, instructions: Sequence[str], rows: Sequence[int]
-) -> VisualTokens:
-    """Return the items with the text signals that the pruner needs.
-
-    Args:
-        tokens: B items.
-        pruner: the method.
-        reader: computes the signals.
-        instructions: one text per row of the batch.
-        rows: the row that each item belongs to, (B,).
-    """
-    wanted = {signal_name(need) for need in pruner.needs} & TEXT_SIGNALS
-    found: dict[str, Any] = {}
-    where = torch.tensor(list(rows), device=tokens.features.device)
-    prompts = list(getattr(pruner, "general_prompts", ()))
-    if "image_embeds" in wanted:
-        found["image_embeds"] = reader.image_embeds(tokens.features)
-    if "text_embeds" in wanted:
-        found["text_embeds"] = reader.text_embeds(instructions)[where]
-    if "general_embeds" in wanted:
-        found["general_embeds"] = reader.prompt_embeds(prompts, "clip").expand(len(where), -1, -1)
-    if "text_token_embeds" in wanted:
-        found["text_token_embeds"] = reader.token_embeds(instructions)[where]
-    if "general_token_embeds" in wanted:
-        found["general_token_embeds"] = reader.prompt_embeds(prompts, "llm").expand(len(where), -1, -1)
-    return replace(tokens, layers={**tokens.layers, "image_embeds": "CLIP's visual projection"}, **found)
-
-
-@torch.no_grad()
-def select(pruner: Pruner, encoded: Encoded, tokens: VisualTokens, keep: Budget, scope: str) -> Selection:
-    """Let the pruner choose; the choice itself carries no gradient.
-
-    Args:
-        pruner: the method.
-        encoded: the images.
-        tokens: their items with all signals.
-        keep: the budget, counted per item or per image.
-        scope: "item" prunes every item (crop) on its own; "image" pools all items of an image.
-
-    Raises:
-        PruningError: if the budget does not fit, or the method can't choose over several items.
-    """
-    with exact_float32(tokens.features.device):
-        if scope == "image" and len(encoded.lengths) < len(tokens.features):
-            return _per_image(pruner, encoded.pools(), encoded.owner, tokens, keep)
-        return pruner(tokens, resolve_budget(keep, tokens.count))
-
-
-def _per_image(pruner: Pruner, pools: list[Tensor], owner: list[int], tokens: VisualTokens, keep: Budget) -> Selection:
-    """Choose from each image's pool of tokens; images with equally large pools go together."""
-    unfit = {signal_name(need) for need in pruner.needs} - _PER_TOKEN - _PER_HEAD_AND_TOKEN - _PER_IMAGE - {"image_key"}
-    if unfit:
-        raise PruningError(
-            f"{type(pruner).__name__} reads {', '.join(sorted(unfit))}, of which every item has its own, so one budget "
-            "over all crops of an image is undefined; set pruning.scope to item"
-        )
-    kept: list[Tensor] = [torch.empty(0, dtype=torch.long, device=tokens.features.device)] * len(owner)
-    merged: list[Tensor] = [tokens.features[0, :0]] * len(owner)
-    merges = False
-    for size in sorted({len(pool) for pool in pools}):
-        images = [image for image, pool in enumerate(pools) if len(pool) == size]
-        pool = torch.stack([pools[image] for image in images])
-        first = [owner.index(image) for image in images]
-        chosen = pruner(_pooled(tokens, pool, first), resolve_budget(keep, size))
-        merges = merges or chosen.merged is not None
-        for group, image in enumerate(images):
-            slots, order = pool[group][chosen.slots_of(group)].sort()  # each output sits where it was made around
-            features = tokens.features.flatten(0, 1)[slots] if chosen.merged is None else chosen.merged[group][order]
-            numbers = torch.bincount(slots // tokens.count, minlength=len(owner)).tolist()
-            pieces, parts = (slots % tokens.count).split(numbers), features.split(numbers)
-            for item in range(len(owner)):
-                if owner[item] == image:
-                    kept[item], merged[item] = pieces[item], parts[item]
-    return Selection(kept, merged if merges else None, kept if merges else None)
-
-
-def _pooled(tokens: VisualTokens, pool: Tensor, first: list[int]) -> VisualTokens:
-    """Return the tokens at ``pool`` (G, P), places among all B * N, as G items with P tokens each and no grid."""
-    signals: dict[str, Any] = {}
-    for field in fields(tokens):
-        value = getattr(tokens, field.name)
-        if not isinstance(value, Tensor):
-            continue
-        if field.name in _PER_TOKEN:
-            signals[field.name] = value.flatten(0, 1)[pool]
-        elif field.name in _PER_HEAD_AND_TOKEN:
-            signals[field.name] = value.transpose(1, 2).flatten(0, 1)[pool].transpose(1, 2)
-        elif field.name in _PER_IMAGE or field.name == "image_key":
-            signals[field.name] = value[first]
-    return VisualTokens(**signals, layers=tokens.layers)
+def _seen(pruner: Pruner) -> set[str]:
+    """Return the signals that a method reads of the vision side."""
+    return {signal_of(need).name for need in of_source(pruner.needs, "attention", "reader", "output", "pixels")}

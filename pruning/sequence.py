@@ -1,4 +1,4 @@
-"""Shortening a batch of sequences: drop positions, close the gaps, pad again."""
+"""Rewriting a batch of sequences: find placeholders, drop positions, close the gaps, pad again, pack."""
 
 from __future__ import annotations
 
@@ -8,71 +8,86 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning.types import PruningError
+from prunetune.pruning.errors import PruningError
 
 IGNORE_INDEX = -100
-POSITION_POLICIES = ("compact", "original")
 
 
-def placeholder_runs(input_ids: Tensor, token_id: int, lengths: list[int]) -> list[tuple[int, Tensor]]:
-    """Return for every image its row and its placeholder positions (N,), images in reading order.
+def placeholders(input_ids: Tensor, token_id: int, lengths: list[int], what: str = "image") -> tuple[Tensor, list[int]]:
+    """Return row and column (S, 2) of all placeholders in reading order, and the row of every image.
+
+    With placeholder 9 and lengths [2, 1], the rows ``[1 9 9 2]`` and ``[1 9 3 0]`` give ``[[0, 1], [0, 2], [1, 1]]``
+    and ``[0, 1]``. The placeholders of an image need not follow one another.
+
+    Args:
+        input_ids: (B, L).
+        token_id: the placeholder.
+        lengths: how many placeholders each image has, images in reading order.
+        what: what to call an image in a message.
 
     Raises:
-        PruningError: if placeholders and images disagree, naming the first row whose placeholders do not add up.
+        PruningError: if placeholders and images disagree.
     """
-    where = (input_ids == token_id).nonzero()
-    if len(where) != sum(lengths):
+    places = (input_ids == token_id).nonzero()
+    if len(places) != sum(lengths):
         raise PruningError(
-            f"the batch has {len(where)} image placeholder tokens but its {len(lengths)} images have "
-            f"{sum(lengths)} visual tokens; each image needs exactly one run of placeholders. "
-            f"{_where_they_disagree(input_ids, token_id, lengths)}"
+            f"the batch has {len(places)} {what} placeholder tokens but its {len(lengths)} {what}s have "
+            f"{sum(lengths)} visual tokens; each {what} needs exactly one run of placeholders. "
+            f"{_where_they_disagree(input_ids, token_id, lengths, what)}"
         )
-    ends = torch.tensor(lengths).cumsum(0)
-    rows = where[:, 0].tolist()
-    runs = []
-    for image, (end, piece) in enumerate(zip(ends.tolist(), where[:, 1].split(lengths), strict=True)):
-        row, last = rows[end - len(piece)], rows[end - 1]
+    of_token = places[:, 0].tolist()
+    rows, first = [], 0
+    for image, length in enumerate(lengths):
+        row, last = of_token[first], of_token[first + length - 1]
         if last != row:
             raise PruningError(
-                f"image {image} would span rows {row} and {last} of the batch: "
-                f"a sample's placeholders and images disagree. "
-                f"{_where_they_disagree(input_ids, token_id, lengths)}"
+                f"{what} {image} would span rows {row} and {last} of the batch: "
+                f"a sample's placeholders and {what}s disagree. "
+                f"{_where_they_disagree(input_ids, token_id, lengths, what)}"
             )
-        runs.append((row, piece))
-    return runs
+        rows.append(row)
+        first += length
+    return places, rows
 
 
-def _where_they_disagree(input_ids: Tensor, token_id: int, lengths: list[int]) -> str:
+def _where_they_disagree(input_ids: Tensor, token_id: int, lengths: list[int], what: str) -> str:
     counts = (input_ids == token_id).sum(dim=1).tolist()
-    return f"Placeholders per row: {counts}; visual tokens per image: {lengths}"
+    return f"Placeholders per row: {counts}; visual tokens per {what}: {lengths}"
 
 
-def shorten(inputs: Mapping[str, Any], kept: Tensor, position_policy: str, padding_side: str) -> dict[str, Any]:
-    """Drop every position that ``kept`` (B, L) denies, and pad the rows to one length again.
+def shorten(
+    inputs: Mapping[str, Any],
+    keep: Tensor,
+    positions: Tensor | None,
+    padding_side: str,
+    aligned: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Drop every position that ``keep`` (B, L) denies, and pad the rows to one length again.
 
-    ``input_ids``, ``attention_mask``, ``labels`` and ``position_ids``, all (B, L), are shortened; everything else
-    passes. With nothing to drop the inputs come back as they are.
+    ``input_ids``, ``attention_mask``, ``labels`` and what ``aligned`` names, all (B, L), are cut, ``position_ids`` are
+    set; everything else passes. With ``keep`` ``[[1, 0, 1], [1, 1, 1]]``, ids ``[[5, 9, 6], [5, 9, 7]]``, compact
+    positions and padding on the right, the ids become ``[[5, 6, 0], [5, 9, 7]]``, the positions
+    ``[[0, 1, 1], [0, 1, 2]]``. With nothing to drop the inputs come back as they are, with positions only where these
+    have three parts: a model computes those from pixels, which pruning takes away.
 
     Args:
         inputs: model inputs with ``input_ids`` and ``attention_mask``.
-        kept: boolean; padding may be kept or denied, it is dropped either way.
-        position_policy: "compact" numbers the kept tokens 0, 1, 2, ...; "original" keeps the full sequence's numbers.
+        keep: boolean; padding may be kept or denied, it is dropped either way.
+        positions: those of the full sequence, (B, L) or (3, B, L), of which the kept ones stay; None numbers the kept
+            tokens 0, 1, 2, ... With three parts the result is (4, B, L'): the first row counts tokens, for the mask.
         padding_side: "right" for training, "left" for generation.
+        aligned: other inputs to cut, and the value that padding gets.
     """
-    if position_policy not in POSITION_POLICIES:
-        raise PruningError(f"position_policy is one of {', '.join(POSITION_POLICIES)}, got {position_policy!r}")
     if padding_side not in ("left", "right"):
         raise PruningError(f"padding_side is 'left' or 'right', got {padding_side!r}")
     result = dict(inputs)
-    if bool(kept.all()):
-        return result
     mask = inputs["attention_mask"].bool()
-    positions = inputs.get("position_ids")
-    if positions is None:
-        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    stays = kept & mask
-    lengths = stays.sum(dim=1)
-    length = int(lengths.max())
+    if bool(keep.all()):
+        if positions is not None and positions.ndim == 3:
+            result["position_ids"] = torch.cat([_counted(mask)[None], positions])
+        return result
+    stays = keep & mask
+    length = int(stays.sum(dim=1).max())
     # Stable sorting moves the kept positions to one side without changing their order.
     order = torch.sort(stays.long(), dim=1, descending=padding_side == "right", stable=True).indices
     order = order[:, :length] if padding_side == "right" else order[:, order.shape[1] - length :]
@@ -81,15 +96,23 @@ def shorten(inputs: Mapping[str, Any], kept: Tensor, position_policy: str, paddi
     def gather(values: Tensor, fill: int) -> Tensor:
         return values.gather(1, order).masked_fill(~new_mask, fill)
 
-    result["input_ids"] = gather(inputs["input_ids"], 0)
+    fills = {"input_ids": 0, "labels": IGNORE_INDEX, **(aligned or {})}
+    for name, fill in fills.items():
+        if inputs.get(name) is not None:
+            result[name] = gather(inputs[name], fill)
     result["attention_mask"] = new_mask.to(inputs["attention_mask"].dtype)
-    if inputs.get("labels") is not None:
-        result["labels"] = gather(inputs["labels"], IGNORE_INDEX)
-    if position_policy == "original":
-        result["position_ids"] = gather(positions, 0)
+    if positions is None:
+        result["position_ids"] = _counted(new_mask)
+    elif positions.ndim == 3:
+        result["position_ids"] = torch.stack([_counted(new_mask), *(gather(part, 0) for part in positions)])
     else:
-        result["position_ids"] = (new_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        result["position_ids"] = gather(positions, 0)
     return result
+
+
+def _counted(mask: Tensor) -> Tensor:
+    """Return the positions 0, 1, 2, ... of what ``mask`` (B, L) shows."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 def pack(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,14 +120,20 @@ def pack(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
     Every sample's positions begin at 0 and there is no mask: transformers then keeps samples from seeing each other,
     with a block mask or the kernel's variable lengths. The loss is that of the batch, a mean over the same tokens.
+    The rows ``[5, 6, 7]`` and ``[8, 9, 0]`` with one padding become ``[5, 6, 7, 8, 9]`` at ``[0, 1, 2, 0, 1]``.
 
     Args:
         inputs: model inputs with ``input_ids``, ``attention_mask`` and ``labels``, all (B, L), as :func:`shorten`
-            leaves them with compact positions; everything else passes.
+            leaves them with compact positions, or with positions (4, B, L), of which each part is packed; everything
+            else passes.
     """
     result = dict(inputs)
     mask = result.pop("attention_mask").bool()
-    result["position_ids"] = (mask.long().cumsum(dim=1) - 1)[mask][None]
+    positions = result.get("position_ids")
+    if positions is not None and positions.ndim == 3:
+        result["position_ids"] = positions[:, mask][:, None]
+    else:
+        result["position_ids"] = (mask.long().cumsum(dim=1) - 1)[mask][None]
     labels = result["labels"].clone()
     labels[:, 0] = IGNORE_INDEX  # the token before it belongs to another sample
     result["labels"], result["input_ids"] = labels[mask][None], result["input_ids"][mask][None]

@@ -1,139 +1,121 @@
-"""Vision signals read while the stock model encodes its images: hooks on single modules, nothing else computed."""
+"""The signals that methods can ask for: one record each says what it is, where it comes from and how it is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pruning.precision import exact_float32
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.ops.attention import received_attention
 
-QUERIES_AT_ONCE = 128
-
-
-@contextmanager
-def record_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the first positional input of every call of ``module`` while the context is open."""
-    seen: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.append(args[0] if args else next(iter(kwargs.values())))
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+Axes = Literal["B N C", "B N", "B H N", "B C", "B M E", "B"]
+"""B items, N tokens, H heads, C channels, M pieces of text of width E."""
+Source = Literal["attention", "reader", "output", "pixels", "text"]
 
 
-@contextmanager
-def record_output(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the output of every call of ``module`` while the context is open."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _args, output: seen.append(output))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+@dataclass(frozen=True)
+class Signal:
+    """Something that methods can ask for in ``needs``.
 
+    The feature layer is the vision layer whose output enters the projector; the reader is the layer after it. An entry
+    of ``needs`` may name a layer by its number from 1, ``"object_attention@9"``; then that layer is read.
 
-@contextmanager
-def record_attention(wanted: Mapping[str, nn.Module], has_cls: bool) -> Iterator[dict[str, Tensor]]:
-    """Collect attention signals of ViT self-attention modules while the context is open.
-
-    Each is recomputed from the module's own projections, so the model keeps its fast attention kernel.
-
-    Args:
-        wanted: for each signal name the module (with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``) to read.
-        has_cls: whether token 0 is [CLS].
+    Attributes:
+        name: as it stands in ``needs`` and in ``VisualTokens.signals``.
+        axes: its shape; what has no N belongs to an item as a whole.
+        source: "attention" of the feature layer, of the "reader", the feature layer's "output", the "pixels", or the
+            "text" of the instruction.
+        read: makes it of its source: an :class:`Attention`, the layer's output (B, T, C), or pixels; None for text.
+        about: what it is, in words.
+        cls: whether there must be a [CLS] token, and it must not enter the projector.
+        space: for text, the space it lives in: "clip" or "llm".
     """
-    seen: dict[str, Tensor] = {}
 
-    def reader(name: str) -> Callable[[nn.Module, tuple, dict], None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            with torch.no_grad(), exact_float32(hidden.device):
-                seen[name] = _READERS[name](module, hidden, int(has_cls))
+    name: str
+    axes: Axes
+    source: Source
+    read: Callable[[Any], Tensor] | None
+    about: str
+    cls: bool = False
+    space: Literal["clip", "llm"] | None = None
 
-        return hook
-
-    handles = [module.register_forward_pre_hook(reader(name), with_kwargs=True) for name, module in wanted.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    @property
+    def per_token(self) -> bool:
+        """Whether every token has its own, so that tokens of several items can be pooled."""
+        return "N" in self.axes.split()
 
 
-def cls_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Return the softmaxed attention of [CLS] to the patches, (B, H, N) float32.
+@dataclass(frozen=True)
+class Attention:
+    """The input and the projections of one self-attention layer, for B items of T positions.
 
-    Args:
-        query: (B, H, 1, d) of [CLS].
-        key: (B, H, 1 + N, d), [CLS] first.
+    Numbers are computed in float64 and rounded to float32 once, so that they have the same bits whatever the batch, the
+    number of threads and the model's dtype are.
+
+    Attributes:
+        hidden: (B, T, C) what enters the projections, in the model's dtype.
+        query_weight: (H * d, C).
+        query_bias: (H * d,) or None.
+        key_weight: (H * d, C).
+        key_bias: (H * d,) or None.
+        heads: H.
         scale: factor of the logits.
+        skip: leading positions that are no patches, [CLS] first.
+        rotate: turns (B, H, T, d) as the layer turns queries and keys; None where it does not.
     """
-    logits = (query.float() @ key.float().transpose(-1, -2)) * scale
-    return logits.softmax(dim=-1)[:, :, 0, 1:]
+
+    hidden: Tensor
+    query_weight: Tensor
+    query_bias: Tensor | None
+    key_weight: Tensor
+    key_bias: Tensor | None
+    heads: int
+    scale: float
+    skip: int
+    rotate: Callable[[Tensor], Tensor] | None = None
+
+    def query(self) -> Tensor:
+        """Return all queries, (B, H, T, d) float32."""
+        return self._turned(_linear(self.hidden, self.query_weight, self.query_bias))
+
+    def key(self) -> Tensor:
+        """Return all keys, (B, H, T, d) float32."""
+        return self._turned(_linear(self.hidden, self.key_weight, self.key_bias))
+
+    def patch_keys(self) -> Tensor:
+        """Return the keys of the patches with heads side by side, (B, N, H * d) float32, not turned."""
+        return _linear(self.hidden[:, self.skip :], self.key_weight, self.key_bias).float()
+
+    def cls_attention(self, heads: int | None = None) -> Tensor:
+        """Return the softmaxed attention of [CLS] to the patches, (B, heads, N) float32.
+
+        ``q . (W x + b)`` is ``(W' q) . x`` plus a constant of the row, which the softmax removes: so the one query is
+        sent back through the key projection, and no key is computed (CLIP-L: 19 MFLOP an image instead of 1.2 GFLOP).
+
+        Args:
+            heads: how many heads the query is cut into; None is the layer's. With 1 the scale is that of one head.
+        """
+        scale = self.scale if heads is None else (self.query_weight.shape[0] // heads) ** -0.5
+        query = _linear(self.hidden[:, :1], self.query_weight, self.query_bias)[:, 0]  # (B, H * d)
+        query = query.unflatten(-1, (heads or self.heads, -1))  # (B, H, d)
+        key_weight = self.key_weight.double().unflatten(0, (heads or self.heads, -1))  # (H, d, C)
+        back = torch.einsum("bhd,hdc->bhc", query, key_weight)
+        logits = (back @ self.hidden.double().transpose(1, 2)) * scale  # (B, H, T)
+        return logits.softmax(dim=-1)[..., self.skip :].float()
+
+    def _turned(self, projected: Tensor) -> Tensor:
+        split = projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return (split if self.rotate is None else self.rotate(split)).float()
 
 
-def received_attention(query: Tensor, key: Tensor, scale: float, skip: int) -> Tensor:
-    """Return the attention that each patch receives, mean over all queries, (B, H, N) float32.
-
-    Queries go through in chunks, so that no full attention map is held.
-
-    Args:
-        query: (B, H, skip + N, d).
-        key: (B, H, skip + N, d).
-        scale: factor of the logits.
-        skip: leading tokens that are no patches; they are queries too, but their columns are dropped.
-    """
-    received = torch.zeros(key.shape[:-1], device=key.device)
-    columns = key.float().transpose(-1, -2)
-    for rows in query.float().split(QUERIES_AT_ONCE, dim=2):
-        received += ((rows @ columns) * scale).softmax(dim=-1).sum(dim=2)
-    return received[..., skip:] / query.shape[2]
-
-
-def _cls_attention(module: Any, hidden: Tensor, skip: int) -> Tensor:
-    query = _heads(module.q_proj(hidden[:, :1]), module.num_heads)
-    return cls_attention(query, _heads(module.k_proj(hidden), module.num_heads), module.scale)
-
-
-def _received_attention(module: Any, hidden: Tensor, skip: int) -> Tensor:
-    query, key = (_heads(linear(hidden), module.num_heads) for linear in (module.q_proj, module.k_proj))
-    return received_attention(query, key, module.scale, skip)
-
-
-def _keys(module: Any, hidden: Tensor, skip: int) -> Tensor:
-    return _heads(module.k_proj(hidden[:, skip:]), module.num_heads).float().mean(dim=1)
-
-
-def _reader_attention(module: Any, hidden: Tensor, skip: int) -> Tensor:
-    query, key = module.q_proj(hidden[:, :1]), module.k_proj(hidden)
-    return cls_attention(query[:, None], key[:, None], query.shape[-1] ** -0.5)[:, 0]
-
-
-def _reader_keys(module: Any, hidden: Tensor, skip: int) -> Tensor:
-    return module.k_proj(hidden[:, skip:])
-
-
-def _heads(vectors: Tensor, heads: int) -> Tensor:
-    """Return (B, T, H * d) as (B, H, T, d)."""
-    return vectors.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-_READERS: dict[str, Callable[[Any, Tensor, int], Tensor]] = {
-    "cls_attention": _cls_attention,
-    "received_attention": _received_attention,
-    "object_attention": _received_attention,
-    "keys": _keys,
-    "reader_attention": _reader_attention,
-    "reader_keys": _reader_keys,
-}
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``hidden`` (B, T, C) through a linear layer, item by item, float64."""
+    product = hidden.double() @ weight.double().transpose(0, 1)
+    return product if bias is None else product + bias.double()
 
 
 def image_keys(pixels: Tensor) -> Tensor:
@@ -144,3 +126,159 @@ def image_keys(pixels: Tensor) -> Tensor:
     bits = pixels.float().flatten(1).contiguous().view(torch.int32).long()
     place = torch.arange(bits.shape[1], device=bits.device) % 8191 + 1
     return (bits * place).sum(dim=1) & ((1 << 31) - 1)
+
+
+def _received(attention: Attention) -> Tensor:
+    return received_attention(attention.query(), attention.key(), attention.scale, attention.skip)
+
+
+def _mean_keys(attention: Attention) -> Tensor:
+    return attention.patch_keys().unflatten(-1, (attention.heads, -1)).mean(dim=2)
+
+
+_SIGNALS: dict[str, Signal] = {}
+
+
+def register_signal(signal: Signal) -> Signal:
+    """Add a signal; every tower that has its source then offers it.
+
+    Raises:
+        PruningError: if the name is taken.
+    """
+    if signal.name in _SIGNALS or signal.name in ("features", "projected"):
+        raise PruningError(f"two signals are called {signal.name!r}; rename one")
+    _SIGNALS[signal.name] = signal
+    return signal
+
+
+def registered_signals() -> dict[str, Signal]:
+    """Return all signals by name."""
+    return dict(_SIGNALS)
+
+
+def signal_of(need: str) -> Signal:
+    """Return the signal that an entry of ``needs`` asks for: ``"object_attention@9"`` is ``object_attention``.
+
+    Raises:
+        PruningError: if there is none.
+    """
+    name = need.partition("@")[0]
+    if name not in _SIGNALS:
+        raise PruningError(f"there is no signal {name!r}; there are {', '.join(sorted(_SIGNALS))}")
+    return _SIGNALS[name]
+
+
+def layer_of(need: str) -> int | None:
+    """Return the layer that an entry of ``needs`` names, counted from 1; None if it leaves it to the signal."""
+    number = need.partition("@")[2]
+    return int(number) if number else None
+
+
+def of_source(needs: Iterable[str], *sources: Source) -> list[str]:
+    """Return the entries of ``needs`` whose signals come from ``sources``, in alphabetical order."""
+    return sorted(need for need in needs if signal_of(need).source in sources)
+
+
+for _signal in (
+    Signal(
+        name="cls_attention",
+        axes="B H N",
+        source="attention",
+        read=Attention.cls_attention,
+        about="softmaxed [CLS]-to-patch attention of the feature layer",
+        cls=True,
+    ),
+    Signal(
+        name="received_attention",
+        axes="B H N",
+        source="attention",
+        read=_received,
+        about="attention each patch receives in the feature layer, mean over all queries",
+    ),
+    Signal(
+        name="object_attention",
+        axes="B H N",
+        source="attention",
+        read=_received,
+        about="the same at the layer that the method names as object_attention@LAYER",
+    ),
+    Signal(
+        name="keys",
+        axes="B N C",
+        source="attention",
+        read=_mean_keys,
+        about="key vectors of the feature layer with bias, unscaled, mean over heads",
+    ),
+    Signal(
+        name="cls_feature",
+        axes="B C",
+        source="output",
+        read=lambda hidden: hidden[:, 0],
+        about="hidden state of [CLS] where the features come from",
+        cls=True,
+    ),
+    Signal(
+        name="reader_attention",
+        axes="B N",
+        source="reader",
+        read=lambda attention: attention.cls_attention(heads=1)[:, 0],
+        about="[CLS]-to-patch attention of the reader, its heads taken as one",
+        cls=True,
+    ),
+    Signal(
+        name="reader_keys",
+        axes="B N C",
+        source="reader",
+        read=Attention.patch_keys,
+        about="key vectors of the reader, heads side by side",
+        cls=True,
+    ),
+    Signal(
+        name="image_key",
+        axes="B",
+        source="pixels",
+        read=image_keys,
+        about="int64 fingerprint of each item's pixels, the same in any batch",
+    ),
+    Signal(
+        name="image_embeds",
+        axes="B N C",
+        source="text",
+        read=None,
+        about="the tokens in CLIP's shared space, not normalised",
+        space="clip",
+    ),
+    Signal(
+        name="text_embeds",
+        axes="B M E",
+        source="text",
+        read=None,
+        about="the instruction there, in pieces of at most 77 CLIP tokens; rows of zeros are padding",
+        space="clip",
+    ),
+    Signal(
+        name="general_embeds",
+        axes="B M E",
+        source="text",
+        read=None,
+        about="the method's general_prompts there",
+        space="clip",
+    ),
+    Signal(
+        name="text_token_embeds",
+        axes="B M E",
+        source="text",
+        read=None,
+        about="the instruction's LLM token embeddings; rows of zeros are padding",
+        space="llm",
+    ),
+    Signal(
+        name="general_token_embeds",
+        axes="B M E",
+        source="text",
+        read=None,
+        about="mean LLM token embedding of each general prompt",
+        space="llm",
+    ),
+):
+    register_signal(_signal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,11 +12,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
-from pruning.precision import exact_float32
-from pruning.types import PruningError
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.ops.precision import exact_float32
+from prunetune.pruning.quiet import no_progress_bar
+from prunetune.pruning.signals import of_source, registered_signals, signal_of
+from prunetune.pruning.types import Pruner
+from prunetune.pruning.vision import Vision
 
 ANSWER_FORMATS = (
     "\nAnswer the question using a single word or phrase.",
+    "\nAnswer the question with a single word.",
     "\nAnswer with the option's letter from the given choices directly.",
 )
 """What benchmarks append to a question; CDPruner's published evaluation cuts it off before encoding the text."""
@@ -51,12 +57,41 @@ class TextReader:
 
     def signals(self) -> frozenset[str]:
         """Return the text signals that can be computed."""
-        offered: set[str] = set()
-        if self._tokenizer is not None:
-            offered |= {"text_token_embeds", "general_token_embeds"}
-        if self._clip is not None:
-            offered |= {"image_embeds", "text_embeds", "general_embeds"}
+        spaces = {"llm": self._tokenizer is not None, "clip": self._clip is not None}
+        offered = [name for name, signal in registered_signals().items() if spaces.get(signal.space or "", False)]
         return frozenset(offered)
+
+    def add(self, vision: Vision, pruner: Pruner, instructions: Sequence[str], rows: Sequence[int]) -> Vision:
+        """Return the images with the text signals that the pruner needs.
+
+        Args:
+            vision: the images.
+            pruner: the method.
+            instructions: one text per row of the batch.
+            rows: the row that each image belongs to.
+        """
+        wanted = [signal_of(need).name for need in of_source(pruner.needs, "text")]
+        if not wanted:
+            return vision
+        prompts = list(getattr(pruner, "general_prompts", ()))
+        texts = {}  # one per row, or one for all rows
+        if "text_embeds" in wanted:
+            texts["text_embeds"] = self.text_embeds(instructions)
+        if "text_token_embeds" in wanted:
+            texts["text_token_embeds"] = self.token_embeds(instructions)
+        groups = []
+        for tokens, owner in zip(vision.groups, vision.owner, strict=True):
+            where = torch.tensor([rows[image] for image in owner], device=tokens.features.device)
+            found = {name: values[where] for name, values in texts.items()}
+            if "image_embeds" in wanted:
+                found["image_embeds"] = self.image_embeds(tokens.features)
+            if "general_embeds" in wanted:
+                found["general_embeds"] = self.prompt_embeds(prompts, "clip").expand(len(where), -1, -1)
+            if "general_token_embeds" in wanted:
+                found["general_token_embeds"] = self.prompt_embeds(prompts, "llm").expand(len(where), -1, -1)
+            layers = {**tokens.layers, "image_embeds": "CLIP's visual projection"}
+            groups.append(replace(tokens, signals={**tokens.signals, **found}, layers=layers))
+        return replace(vision, groups=tuple(groups))
 
     @torch.no_grad()
     def token_embeds(self, texts: Sequence[str]) -> Tensor:
@@ -137,7 +172,8 @@ class TextReader:
                 raise PruningError(
                     f"pruning.text_tower {self._clip!r} is a {config.model_type!r}, not a CLIP checkpoint"
                 )
-            clip = CLIPModel.from_pretrained(self._clip, dtype=torch.float32)
+            with no_progress_bar():
+                clip = CLIPModel.from_pretrained(self._clip, dtype=torch.float32)
         except OSError as error:
             raise PruningError(
                 f"pruning.text_tower {self._clip!r} is neither a folder nor a checkpoint that could be fetched: {error}"

@@ -3,84 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-VISION_SIGNALS = frozenset(
-    {
-        "cls_attention",
-        "received_attention",
-        "object_attention",
-        "keys",
-        "cls_feature",
-        "reader_attention",
-        "reader_keys",
-        "image_key",
-    }
-)
-TEXT_SIGNALS = frozenset(
-    {"image_embeds", "text_embeds", "general_embeds", "text_token_embeds", "general_token_embeds"},
-)
-SIGNALS = VISION_SIGNALS | TEXT_SIGNALS
-"""Optional fields of :class:`VisualTokens` that a method can ask for in ``needs``."""
-
-
-class PruningError(ValueError):
-    """A pruner, a budget or an input that can't work; the message says what to change."""
-
-
-def signal_name(need: str) -> str:
-    """Return the signal of an entry of ``needs``: ``"object_attention@9"`` asks for it at the tower's 9th layer."""
-    return need.partition("@")[0]
+from prunetune.pruning.errors import PruningError
 
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """B items (images, crops or pooled crops) with N visual tokens each, on one device.
+    """B items (images, crops or pooled crops) with N visual tokens each, on one device: one vector per LLM token.
 
-    ``features`` and ``projected`` are always there; the rest only if the method asks for it. The feature layer is the
-    vision layer whose output enters the projector; the reader is the layer after it.
+    ``features`` and ``projected`` are always there; of the signals only those that the method asks for.
 
     Attributes:
         features: (B, N, C) vision hidden states that enter the projector.
         projected: (B, N, D) the same tokens after the projector, in LLM embedding space.
-        cls_attention: (B, H, N) softmaxed [CLS]-to-patch attention of the feature layer, float32.
-        received_attention: (B, H, N) attention each patch receives in the feature layer, mean over all queries.
-        object_attention: (B, H, N) the same at the layer that the method names as ``object_attention@LAYER``.
-        keys: (B, N, d) key vectors of the feature layer with bias, unscaled, mean over heads.
-        cls_feature: (B, C) hidden state of [CLS] where ``features`` come from.
-        reader_attention: (B, N) [CLS]-to-patch attention of the reader, its heads taken as one.
-        reader_keys: (B, N, C) key vectors of the reader, heads side by side.
-        image_embeds: (B, N, E) the tokens in CLIP's shared space, not normalised.
-        text_embeds: (B, M, E) the instruction there, in M pieces of at most 77 CLIP tokens; rows of zeros are padding.
-        general_embeds: (B, P, E) the method's ``general_prompts`` there.
-        text_token_embeds: (B, M, D) the instruction's LLM token embeddings; rows of zeros are padding.
-        general_token_embeds: (B, P, D) mean LLM token embedding of each general prompt.
-        image_key: (B,) int64 fingerprint of each item's pixels, the same in any batch.
-        image: (B,) int64, the image that each item belongs to; None where every item is an image of its own.
-        grid: patch rows and columns with ``rows * columns == N``, or None where tokens form no grid.
+        signals: what else was asked for, by name; :mod:`prunetune.pruning.signals` says what each is.
+        image: (B,) int64, the image that each item belongs to, numbered from 0; None where every item is an image.
+        grid: rows and columns with ``rows * columns == N``, or None where tokens form no grid.
         layers: the module that each signal was read from, for error messages.
     """
 
     features: Tensor
     projected: Tensor | None = None
-    cls_attention: Tensor | None = None
-    received_attention: Tensor | None = None
-    object_attention: Tensor | None = None
-    keys: Tensor | None = None
-    cls_feature: Tensor | None = None
-    reader_attention: Tensor | None = None
-    reader_keys: Tensor | None = None
-    image_embeds: Tensor | None = None
-    text_embeds: Tensor | None = None
-    general_embeds: Tensor | None = None
-    text_token_embeds: Tensor | None = None
-    general_token_embeds: Tensor | None = None
-    image_key: Tensor | None = None
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
     image: Tensor | None = None
     grid: tuple[int, int] | None = None
     layers: Mapping[str, str] = field(default_factory=dict)
@@ -91,18 +41,19 @@ class VisualTokens:
         return self.features.shape[1]
 
     def require(self, signal: str) -> Tensor:
-        """Return a signal as it is.
+        """Return ``features``, ``projected`` or a signal as it is.
 
         Raises:
             PruningError: if it was not computed.
         """
-        value = getattr(self, signal)
+        own = {"features": self.features, "projected": self.projected}
+        value = own[signal] if signal in own else self.signals.get(signal)
         if value is None:
             raise PruningError(f"this pruner reads `{signal}`, which was not computed; list it in the pruner's `needs`")
         return value
 
     def finite(self, signal: str) -> Tensor:
-        """Return a signal as float32. This reads one number back from the device.
+        """Return ``features``, ``projected`` or a signal as float32. This reads one number back from the device.
 
         Raises:
             PruningError: if it was not computed, or holds NaN or infinity, naming the layer it was read from.
@@ -115,6 +66,16 @@ class VisualTokens:
                 "projector overflowed, try bfloat16 or float32"
             )
         return value
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> VisualTokens:
+        """Return the same items with every tensor changed, for example moved to another device."""
+        return replace(
+            self,
+            features=change(self.features),
+            projected=None if self.projected is None else change(self.projected),
+            signals={name: change(value) for name, value in self.signals.items()},
+            image=None if self.image is None else change(self.image),
+        )
 
 
 @dataclass(frozen=True)

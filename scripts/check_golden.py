@@ -13,18 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # started by its path
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from pruning import VisualTokens, build_pruner
-from pruning.methods.cdpruner import CDPruner
-from pruning.methods.tome import merge_step, unmerged
-from pruning.signals import cls_attention, received_attention
-from scripts.golden_cases import Case, Differs, agree, agree_per_item, defined_differently, kept
+from prunetune.pruning import VisualTokens, build_pruner
+from prunetune.pruning.methods.cdpruner import CDPruner
+from prunetune.pruning.methods.tome import merge_step, unmerged
+from prunetune.pruning.ops.attention import cls_attention, received_attention
+from prunetune.scripts.golden_cases import Case, Differs, agree, agree_per_item, defined_differently, kept
 
 
 def tensor(case: Case, key: str) -> Tensor:
@@ -48,7 +45,7 @@ def either_way(check: Callable[[Tensor | None], None], count: int) -> None:
 def check_fastervlm(case: Case) -> None:
     """Attention alone."""
     attention = tensor(case, "cls_attention")
-    tokens = VisualTokens(attention.transpose(1, 2), cls_attention=attention)
+    tokens = VisualTokens(attention.transpose(1, 2), signals={"cls_attention": attention})
     agree_per_item(case, "kept_indices", kept(build_pruner("fastervlm")(tokens, int(case["keep"]))))
 
 
@@ -58,7 +55,7 @@ def check_vispruner(case: Case) -> None:
         "important_ratio": float(case["important_ratio"]),
         "removed_per_round": int(case["remove_per_iter"]),
     }
-    tokens = VisualTokens(tensor(case, "vision_hidden"), cls_attention=tensor(case, "cls_attention"))
+    tokens = VisualTokens(tensor(case, "vision_hidden"), signals={"cls_attention": tensor(case, "cls_attention")})
     agree_per_item(case, "kept_indices", kept(build_pruner("vispruner", options)(tokens, int(case["keep"]))))
 
 
@@ -78,7 +75,10 @@ def check_cdpruner(case: Case) -> None:
 
     def tokens(image: Tensor | None) -> VisualTokens:
         return VisualTokens(
-            projected, projected, image_embeds=tensor(case, "image_embeds"), text_embeds=text, image=image
+            projected,
+            projected,
+            signals={"image_embeds": tensor(case, "image_embeds"), "text_embeds": text},
+            image=image,
         )
 
     either_way(lambda image: agree(case, "relevance", pruner.quality(tokens(image))), len(projected))
@@ -101,8 +101,7 @@ def check_hiprune(case: Case) -> None:
     count = received["deep"].shape[-1]
     tokens = VisualTokens(
         received["deep"].transpose(1, 2),
-        received_attention=received["deep"],
-        object_attention=received["object"],
+        signals={"received_attention": received["deep"], "object_attention": received["object"]},
         grid=(count // columns, columns),
     )
     pruner = build_pruner("hiprune", {"alpha": float(case["alpha"]), "object_layer": int(case["object_layer_1based"])})
@@ -114,7 +113,8 @@ def check_visionzip(case: Case) -> None:
     hidden, keys = tensor(case, "vision_hidden_with_cls"), tensor(case, "metric_with_cls")
     contextual, keep = int(case["contextual"]), int(case["total_tokens"])
     tokens = VisualTokens(
-        hidden[:, 1:], cls_attention=tensor(case, "cls_attention"), cls_feature=hidden[:, 0], keys=keys[:, 1:]
+        hidden[:, 1:],
+        signals={"cls_attention": tensor(case, "cls_attention"), "cls_feature": hidden[:, 0], "keys": keys[:, 1:]},
     )
     selection = build_pruner("visionzip", {"contextual_ratio": contextual / keep})(tokens, keep)
     assert selection.merged is not None and selection.origin is not None
@@ -142,7 +142,7 @@ def _prumerge(case: Case, name: str) -> None:
         options |= {"count": "ratio", "ratio": ratio}
 
     def check(image: Tensor | None) -> None:
-        tokens = VisualTokens(hidden, reader_attention=attention, reader_keys=keys[:, 1:], image=image)
+        tokens = VisualTokens(hidden, signals={"reader_attention": attention, "reader_keys": keys[:, 1:]}, image=image)
         selection = build_pruner(name, options)(tokens, keep)
         assert selection.merged is not None and selection.origin is not None
         agree_per_item(case, "selection_order", [row[row >= 0] for row in selection.origin])
@@ -172,8 +172,7 @@ def check_trim(case: Case) -> None:
     def check(image: Tensor | None) -> None:
         tokens = VisualTokens(
             hidden,
-            image_embeds=tensor(case, "image_embeds"),
-            text_embeds=tensor(case, "text_embeds")[:, None],
+            signals={"image_embeds": tensor(case, "image_embeds"), "text_embeds": tensor(case, "text_embeds")[:, None]},
             image=image,
         )
         selection = pruner(tokens, keep)
@@ -203,7 +202,7 @@ def check_tome(case: Case) -> None:
                 raise Differs(f"a class token can't merge, so {int(case['keep'])} tokens can't be reached")
             state = left
         if not bool(case["class_token"]):
-            tokens = VisualTokens(tensor(case, "vision_hidden"), keys=tensor(case, "metric"))
+            tokens = VisualTokens(tensor(case, "vision_hidden"), signals={"keys": tensor(case, "metric")})
             selection = build_pruner("tome")(tokens, int(case["keep"]))
             assert selection.merged is not None
             agree(case, "merged_features", torch.stack(selection.merged))

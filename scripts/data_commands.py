@@ -20,14 +20,14 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--num-proc", type=int, default=1, help="processes that decode pictures")
     options = parser.parse_args(arguments)
     if options.what == "prepare":
-        from data_recipes.prepare import plan
+        from prunetune.data_recipes.prepare import plan
 
         text, complete = plan(options.recipe, options.file, options.image_root)
         print(text)
         sys.exit(0 if complete else 1)
-    from data_recipes.check import check_data
-    from data_recipes.recipe import read_recipe, tolerated
-    from pruning.checkpoint import load_processor
+    from prunetune.data_recipes.check import check_data
+    from prunetune.data_recipes.recipe import read_recipe, tolerated
+    from prunetune.models.loading import load_processor
 
     processor = load_processor(options.model) if options.model else None
     report = check_data(

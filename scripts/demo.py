@@ -8,24 +8,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import (
+from prunetune.configs import (
     ConfigError,
     EvaluateConfig,
-    ModelConfig,
-    PruningConfig,
     RecalibrateConfig,
     TrackingConfig,
     load_config,
 )
-from evaluation.compare import to_markdown
-from evaluation.visualize import visualize
-from pruning import PruningSpec
-from scripts.launch import ROOT, launch_environment, launch_line
-from scripts.tracked import tracked_compare, tracked_evaluate
+from prunetune.evaluation.compare import to_markdown
+from prunetune.evaluation.visualize import visualize
+from prunetune.models import Arm
+from prunetune.pruning import PruningSpec
+from prunetune.scripts.launch import launch_environment, launch_line
+from prunetune.scripts.tracked import tracked_compare, tracked_evaluate
 
 METHODS = ("fastervlm", "vispruner", "prismprune", "divprune")
 BUDGETS = (36, 16)
-RECALIBRATION = ROOT / "configs" / "recalibrate" / "tiny_divprune_16.yaml"
+RECALIBRATION = "recalibrate/tiny_divprune_16"
 
 
 @dataclass(frozen=True)
@@ -54,29 +53,28 @@ def run_demo(output: Path, quick: bool = False) -> None:
     began = time.monotonic()
     _fresh_folder(output)
     recipe = load_config(RecalibrateConfig, RECALIBRATION)
-    model = recipe.model.model_copy(update={"path": str(ROOT / recipe.model.path)})
     size = QUICK if quick else FULL
     limit = 8 * size.scenes
 
     _say("1/4  dense and training-free")
-    arms = [_evaluate(output, "dense", model, PruningConfig(), limit)]
+    dense = Arm.load(recipe.model, device="cpu")  # the one model of every arm below
+    arms = [_evaluate(output, "dense", dense, limit)]
     for keep in BUDGETS:
         for method in METHODS:
-            arms.append(_evaluate(output, f"{method}_{keep}", model, PruningConfig(pruner=method, keep=keep), limit))
+            arms.append(_evaluate(output, f"{method}_{keep}", dense.with_pruning(PruningSpec(method, keep)), limit))
 
     _say("2/4  recalibrate the projector for divprune at 16 tokens, DeepSpeed on 2 CPU ranks")
-    _recalibrate(output / "recalibrate", model, size.samples)
+    _recalibrate(output / "recalibrate", size.samples)
 
     _say("3/4  tuned")
-    arms.append(
-        _evaluate(output, "divprune_16_tuned", model, recipe.pruning, limit, output / "recalibrate" / "adapter")
-    )
+    tuned = dense.with_pruning(recipe.pruning).with_adapter(output / "recalibrate" / "adapter")
+    arms.append(_evaluate(output, "divprune_16_tuned", tuned, limit))
 
     _say("4/4  compare")
     rows = tracked_compare(arms, output / "comparison", TrackingConfig(wandb="offline", name="demo"))
     print(to_markdown(rows))
     specs = [PruningSpec(method, 16) for method in METHODS]
-    pictures = visualize(model, specs, "tiny_world", 4, output / "kept_tokens")
+    pictures = visualize(recipe.model, specs, "tiny_world", 4, output / "kept_tokens", arm=dense)
     gain = next(row for row in rows if row.gain is not None)
     assert gain.gain is not None and gain.gain_interval is not None  # the tuned row has both
     print(
@@ -91,26 +89,22 @@ def run_demo(output: Path, quick: bool = False) -> None:
     )
 
 
-def _evaluate(
-    output: Path, name: str, model: ModelConfig, pruning: PruningConfig, limit: int | None, adapter: Path | None = None
-) -> Path:
-    return tracked_evaluate(
-        EvaluateConfig(
-            model=model,
-            pruning=pruning,
-            adapter=str(adapter) if adapter else None,
-            tasks=["tiny_world"],
-            limit=limit,
-            batch_size=80,
-            max_new_tokens=6,
-            output=str(output / "arms" / name),
-        )
+def _evaluate(output: Path, name: str, arm: Arm, limit: int) -> Path:
+    config = EvaluateConfig(
+        model=arm.base.config,
+        pruning=arm.spec,
+        adapter=arm.adapter,
+        tasks=["tiny_world"],
+        limit=limit,
+        batch_size=80,
+        max_new_tokens=6,
+        output=str(output / "arms" / name),
     )
+    return tracked_evaluate(config, arm)
 
 
-def _recalibrate(output: Path, model: ModelConfig, samples: int) -> None:
-    arguments = ["--config", str(RECALIBRATION), "--model.path", model.path, "--output", str(output)]
-    arguments += ["--data.max_samples", str(samples)]
+def _recalibrate(output: Path, samples: int) -> None:
+    arguments = ["--config", RECALIBRATION, "--output", str(output), "--data.max_samples", str(samples)]
     status = subprocess.run(launch_line(2, arguments), env=launch_environment(2), check=False).returncode
     if status != 0:
         raise RuntimeError(f"the recalibration ended with status {status}; its messages are above")

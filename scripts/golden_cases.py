@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning import Selection
+from prunetune.pruning import Selection
 
 Case = Mapping[str, Any]
 ATOL = 2e-4

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import torch
 
-from configs import RecalibrateConfig, load_config
-
-ROOT = Path(__file__).resolve().parent.parent
+from prunetune.configs import RecalibrateConfig, load_config
 
 
 def launch_recalibration(file: str | None, overrides: list[str]) -> int:
-    """Launch ``train/recalibrate.py`` on ``devices`` devices (default: all) and return its exit status.
+    """Launch :mod:`prunetune.train.recalibrate` on ``devices`` devices (default: all) and return its exit status.
 
     Raises:
         ConfigError: if the configuration is wrong; nothing is launched then.
@@ -31,12 +29,13 @@ def launch_recalibration(file: str | None, overrides: list[str]) -> int:
 def launch_line(devices: int, arguments: list[str]) -> list[str]:
     """Return the launcher's command line."""
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(devices)]
-    return [*runner, "--master_port", str(_free_port()), str(ROOT / "train" / "recalibrate.py"), *arguments]
+    return [*runner, "--master_port", str(_free_port()), "--module", "prunetune.train.recalibrate", *arguments]
 
 
 def launch_environment(devices: int) -> dict[str, str]:
     """Return the environment of the ranks: on a CPU they share its cores instead of fighting for them."""
     environment = dict(os.environ)
+    environment.setdefault("PYTHONSAFEPATH", "1")  # a `datasets.py` where the user stands is not the library
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))

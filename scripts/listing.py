@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from data_recipes.recipe import RECIPE_FOLDER, recipe_names
-from evaluation.tasks import tasks
-from pruning import registered_families, registered_methods
+from prunetune.data_recipes.recipe import recipe_file, recipe_names
+from prunetune.evaluation.tasks import tasks
+from prunetune.pruning import registered_families, registered_methods
 
 
 def list_pruners() -> str:
@@ -36,7 +36,7 @@ def list_families() -> str:
 
 def list_recipes() -> str:
     """Return a table of data recipes with the first comment line of each."""
-    first = {name: (RECIPE_FOLDER / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ") for name in recipe_names()}
+    first = {name: recipe_file(name).read_text().splitlines()[0].lstrip("# ") for name in recipe_names()}
     return _table([["name", "about"], *([name, about] for name, about in first.items())])
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs import EvaluateConfig, TrackingConfig
-from evaluation.arm import evaluate, read_results
-from evaluation.compare import Row, compare, to_csv, to_markdown
-from evaluation.pictures import plot_rows
-from evaluation.quoted import Quoted
-from train.tracking import Tracker
+from prunetune.configs import EvaluateConfig, TrackingConfig
+from prunetune.evaluation.compare import Row, compare, to_csv, to_markdown
+from prunetune.evaluation.evaluate import evaluate
+from prunetune.evaluation.pictures import plot_rows
+from prunetune.evaluation.quoted import Quoted
+from prunetune.evaluation.results import read_results
+from prunetune.models import Arm
+from prunetune.models.ranks import launched_ranks
+from prunetune.train.tracking import Tracker
 
 
-def tracked_evaluate(config: EvaluateConfig) -> Path:
-    """Run one arm; its accuracy per source and overall goes to the log and to W&B."""
-    chief = os.environ.get("RANK", "0") == "0"
-    tracker = Tracker(config.tracking, Path(config.output), config.model_dump()) if chief else None
-    folder = evaluate(config)
+def tracked_evaluate(config: EvaluateConfig, arm: Arm | None = None) -> Path:
+    """Run one arm, or one that is loaded already; its accuracy per source and overall goes to the log and to W&B."""
+    tracker = Tracker(config.tracking, Path(config.output), config.model_dump()) if launched_ranks().is_zero else None
+    folder = evaluate(config, arm)
     if tracker is None:
         return folder
     scores: dict[str, list[float]] = {"overall": []}

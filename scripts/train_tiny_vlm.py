@@ -1,12 +1,9 @@
 """Train the bundled tiny VLM from scratch (about 40 minutes on 2 CPU cores): ``python scripts/train_tiny_vlm.py``."""
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from train.tiny_vlm.run import train_tiny_vlm
+from prunetune.tiny_world.training.run import train_tiny_vlm
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

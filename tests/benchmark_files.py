@@ -7,7 +7,7 @@ import json
 
 from PIL import Image
 
-from data_recipes.shapes_world import render, sample_scene
+from prunetune.tiny_world import render, sample_scene
 
 S = "Answer the question using a single word or phrase."
 HINT = "When the provided information is insufficient, respond with 'Unanswerable'."

@@ -7,7 +7,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="prunetune-datasets-"))
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -17,11 +16,11 @@ import hypothesis
 import pytest
 import torch
 
-from data_recipes import Formatter, Sample, Turn
-from data_recipes.images import SceneImages
-from pruning import PruningSpec
-from pruning.text import instruction_text
-from train.tiny_vlm.model import build_llava, build_processor, build_tokenizer
+from prunetune.data_recipes import Formatter, Sample, Turn
+from prunetune.pruning import PruningSpec
+from prunetune.pruning.text import instruction_text
+from prunetune.tiny_world.recipe import SceneImages
+from prunetune.tiny_world.training.model import build_llava, build_processor, build_tokenizer
 
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
@@ -31,9 +30,12 @@ TINY_VLM = ROOT / "assets" / "tiny_vlm"
 GOLDEN = ROOT.parent / "shared" / "golden"
 
 
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
 @pytest.fixture(autouse=True)
 def _threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def of(tokens, signal, item):
-    return getattr(tokens, signal)[item].double().numpy()
+    return tokens.require(signal)[item].double().numpy()
 
 
 def cosine(a, b):
@@ -259,7 +259,7 @@ def random_tokens(tokens, item, keep, seed=0):
             value = ((value ^ (value >> 16)) * factor) % 2**31
         return value ^ (value >> 15)
 
-    key = (int(tokens.image_key[item]) + seed * 0x9E3779B1) % 2**31
+    key = (int(tokens.signals["image_key"][item]) + seed * 0x9E3779B1) % 2**31
     return sorted(by([scramble(scramble(key) + scramble(i + 1)) for i in range(tokens.count)])[:keep])
 
 

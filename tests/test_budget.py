@@ -2,8 +2,8 @@
 
 import pytest
 
-from pruning import PruningError
-from pruning.budget import resolve_budget
+from prunetune.pruning import PruningError
+from prunetune.pruning.budget import resolve_budget
 
 
 @pytest.mark.parametrize(

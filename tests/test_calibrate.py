@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY_VLM
 
-from configs import ConfigError, RecalibrateConfig, load_config
-from data_recipes import Formatter, load_recipe
-from evaluation.calibrate import Spread, calibrate, write_averages
-from pruning import PrunedModel, PruningSpec
-from pruning.checkpoint import load_model
-from pruning.complexity import attention_entropy, erank
-from scripts.prunetune import main
+from prunetune.cli import main
+from prunetune.configs import ConfigError, RecalibrateConfig, load_config
+from prunetune.data_recipes import Formatter, load_recipe
+from prunetune.evaluation.calibrate import Spread, calibrate, write_averages
+from prunetune.models import load_model
+from prunetune.pruning import PrunedModel, PruningSpec
+from prunetune.pruning.ops.complexity import attention_entropy, erank
 
 CONFIG = ROOT / "configs" / "recalibrate" / "tiny_adaptive_16.yaml"
 
@@ -53,10 +53,10 @@ def test_calibrate_measures_the_configured_sample_and_writes_it(tmp_path, capsys
     model, processor = load_model(str(TINY_VLM))
     batch = Formatter(processor, data.images).prompt_batch([data[index] for index in order])
     with torch.no_grad():
-        tokens = PrunedModel(model, PruningSpec("fastervlm", 16)).prepare(batch).encoded.tokens
+        (tokens,) = PrunedModel(model, PruningSpec("fastervlm", 16)).prepare(batch).vision["image"].groups
     ranks = [oracles.erank(oracles.of(tokens, "projected", item)) for item in range(12)]
     assert config.pruning.options["erank_avg"] == pytest.approx(np.mean(ranks), abs=2e-3)
-    p = tokens.cls_attention.double().mean(1)
+    p = tokens.signals["cls_attention"].double().mean(1)
     p = p / p.sum(1, keepdim=True)
     assert config.pruning.options["entropy_avg"] == pytest.approx(float(-(p * p.log()).sum(1).mean()), abs=2e-3)
 

@@ -9,19 +9,21 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pruning import PrunedModel, PruningSpec
-from pruning.checkpoint import (
+from prunetune.configs import ModelConfig
+from prunetune.models import (
+    Arm,
     CheckpointError,
     export_merged,
-    frozen_hash,
     load_model,
-    projector_state,
-    tensor_hash,
+    load_processor,
     wrap_projector,
     write_adapter,
 )
-from train.freeze import freeze_all_but_projector
-from train.trainer import gathered_projector
+from prunetune.models.adapter import projector_state
+from prunetune.models.hashes import frozen_files_hash, tensor_hash
+from prunetune.pruning import PrunedModel, PruningSpec
+from prunetune.train.freeze import freeze_all_but_projector
+from prunetune.train.trainer import gathered_projector
 
 PROJECTORS = ("multi_modal_projector",)
 
@@ -36,11 +38,16 @@ def adapter(untrained_folder, tmp_path):
         tensors = gathered_projector(peft_model)
         if change is not None:
             tensors = {key: change(value) for key, value in tensors.items()}
-        record = {"base_model": str(untrained_folder), "frozen_hash": frozen_hash(untrained_folder, PROJECTORS)}
+        record = {"base_model": str(untrained_folder), "frozen_hash": frozen_files_hash(untrained_folder, PROJECTORS)}
         write_adapter(tmp_path / name, tensors, peft_model, record)
         return tmp_path / name
 
     return write
+
+
+def tuned(folder, adapter):
+    """The model with an adapter's projector."""
+    return Arm.load(ModelConfig(path=str(folder), dtype="float32"), adapter=adapter, device="cpu").model
 
 
 def shifted(tensor):
@@ -51,18 +58,17 @@ def shifted(tensor):
 def test_step_zero_adapter_is_training_free_bit_for_bit(untrained_folder, adapter, formatter, samples):
     spec = PruningSpec("divprune", 16)
     free = PrunedModel(load_model(str(untrained_folder))[0], spec)
-    tuned = PrunedModel(load_model(str(untrained_folder), adapter=str(adapter()))[0], spec)
+    after = PrunedModel(tuned(untrained_folder, adapter()), spec)
     batch, prompts = formatter.training_batch(samples), formatter.prompt_batch(samples)
-    assert torch.equal(free.forward(**batch).logits, tuned.forward(**batch).logits)
-    assert torch.equal(free.generate(**prompts, max_new_tokens=5), tuned.generate(**prompts, max_new_tokens=5))
+    assert torch.equal(free.forward(**batch).logits, after.forward(**batch).logits)
+    assert torch.equal(
+        free.generate(**prompts, max_new_tokens=5).tokens, after.generate(**prompts, max_new_tokens=5).tokens
+    )
 
 
 def test_only_projector_tensors_differ_between_the_arms(untrained_folder, adapter):
-    free, tuned = (
-        load_model(str(untrained_folder))[0],
-        load_model(str(untrained_folder), adapter=str(adapter(shifted)))[0],
-    )
-    one, other = free.state_dict(), tuned.state_dict()
+    free = load_model(str(untrained_folder))[0]
+    one, other = free.state_dict(), tuned(untrained_folder, adapter(shifted)).state_dict()
     assert one.keys() == other.keys()
     differ = {name for name in one if tensor_hash({"": one[name]}) != tensor_hash({"": other[name]})}
     assert differ == set(projector_state(free)) and len(differ) == 4
@@ -71,7 +77,7 @@ def test_only_projector_tensors_differ_between_the_arms(untrained_folder, adapte
 @torch.no_grad()
 def test_stock_peft_loads_the_adapter_with_the_same_logits(untrained_folder, adapter, formatter, samples):
     folder = adapter(shifted)
-    ours = load_model(str(untrained_folder), adapter=str(folder))[0]
+    ours = tuned(untrained_folder, folder)
     base = AutoModelForImageTextToText.from_pretrained(untrained_folder).eval()
     batch = formatter.training_batch(samples)
     stock = base(**batch).logits
@@ -84,14 +90,14 @@ def test_stock_peft_loads_the_adapter_with_the_same_logits(untrained_folder, ada
 
 @torch.no_grad()
 def test_merged_export_is_a_stock_checkpoint(untrained_folder, adapter, formatter, samples, tmp_path):
-    tuned, processor = load_model(str(untrained_folder), adapter=str(adapter(shifted)))
-    export_merged(tuned, processor, tmp_path / "merged")
+    model, processor = tuned(untrained_folder, adapter(shifted)), load_processor(str(untrained_folder))
+    export_merged(model, processor, tmp_path / "merged")
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
     batch = formatter.training_batch(samples)
-    assert torch.equal(stock(**batch).logits, tuned(**batch).logits)
+    assert torch.equal(stock(**batch).logits, model(**batch).logits)
     assert AutoProcessor.from_pretrained(tmp_path / "merged").image_token == "<image>"
     binary = torch.load(tmp_path / "merged" / "mm_projector.bin", weights_only=True)
-    weight = tuned.model.multi_modal_projector
+    weight = model.model.multi_modal_projector
     assert set(binary) == {f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
     assert torch.equal(binary["model.mm_projector.2.weight"], weight.linear_2.weight)
 
@@ -110,18 +116,18 @@ def test_a_projector_for_another_base_is_refused(untrained_folder, adapter, tmp_
     name = next(n for n in weights if "language_model" in n)
     save_file(weights | {name: weights[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="recalibrated for another base"):
-        load_model(str(other), adapter=str(adapter()))
+        tuned(other, adapter())
 
 
 def test_the_frozen_hash_ignores_the_projector_and_nothing_else(untrained_folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(untrained_folder, other)
     weights = load_file(other / "model.safetensors")
-    before = frozen_hash(other, PROJECTORS)
+    before = frozen_files_hash(other, PROJECTORS)
     for part, same in (("multi_modal_projector", True), ("vision_tower", False), ("language_model", False)):
         name = next(n for n in weights if part in n)
         save_file(weights | {name: weights[name] * 2 + 1}, other / "model.safetensors", metadata={"format": "pt"})
-        assert (frozen_hash(other, PROJECTORS) == before) is same, part
+        assert (frozen_files_hash(other, PROJECTORS) == before) is same, part
 
 
 @pytest.mark.parametrize(("damage", "message"), [
@@ -135,7 +141,7 @@ def test_a_damaged_adapter_says_what_is_wrong(untrained_folder, adapter, damage,
     folder = adapter()
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
-        load_model(str(untrained_folder), adapter=str(folder))
+        tuned(untrained_folder, folder)
 
 
 def _rewrite(folder, change):

@@ -6,11 +6,11 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from configs import ConfigError, EvaluateConfig, RecalibrateConfig, load_config, to_yaml
-from data_recipes.recipe import read_recipe
-from evaluation.tasks import get_task
-from pruning import PruningSpec
-from train.trainer import deepspeed_file
+from prunetune.configs import ConfigError, EvaluateConfig, RecalibrateConfig, load_config, to_yaml
+from prunetune.data_recipes.recipe import read_recipe
+from prunetune.evaluation.tasks import get_task
+from prunetune.pruning import PruningSpec
+from prunetune.train.trainer import deepspeed_config, deepspeed_file
 
 RECALIBRATE = sorted((ROOT / "configs" / "recalibrate").glob("*.yaml"))
 EVALUATE = sorted((ROOT / "configs" / "evaluate").glob("*.yaml"))
@@ -27,7 +27,7 @@ GOOD = "model: {path: m}\npruning: {pruner: divprune, keep: 16}\ndata: {recipe: 
 @pytest.mark.parametrize("path", RECALIBRATE, ids=lambda p: p.stem)
 def test_shipped_recalibrations_load_and_name_real_things(path):
     config = load_config(RecalibrateConfig, path)
-    PruningSpec(**config.pruning.model_dump()).build()
+    config.pruning.build()
     read_recipe(config.data.recipe)
     assert deepspeed_file(config.train.deepspeed).is_file()
     header = path.read_text().split("model:")[0]
@@ -118,3 +118,36 @@ def test_tasks_must_be_named_once(tmp_path):
     path = write(tmp_path, "model: {path: m}\noutput: o\ntasks: [a, a]\n")
     with pytest.raises(ConfigError, match="each only once"):
         load_config(EvaluateConfig, path)
+
+
+def test_deepspeed_settings_that_round_features_twice_are_refused(tmp_path):
+    """Under them training keeps other tokens than evaluation, see test_launched_selections."""
+    for name in ("zero2", "zero3"):
+        assert deepspeed_config(name)["zero_optimization"]["memory_efficient_linear"] is False
+    own = tmp_path / "own.json"
+    own.write_text('{"zero_optimization": {"stage": 3}}')
+    assert deepspeed_config(str(own))["zero_optimization"] == {"stage": 3, "memory_efficient_linear": False}
+    own.write_text('{"zero_optimization": {"stage": 3, "memory_efficient_linear": true}}')
+    with pytest.raises(ConfigError, match="memory_efficient_linear.*other visual tokens than evaluation"):
+        deepspeed_config(str(own))
+    for broken in ("{", "[1]", '{"zero_optimization": 3}'):
+        own.write_text(broken)
+        with pytest.raises(ConfigError, match="is no DeepSpeed JSON"):
+            deepspeed_config(str(own))
+
+
+def test_shipped_configurations_are_found_by_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["--output", "o"]
+    by_name = load_config(RecalibrateConfig, "recalibrate/tiny_divprune_16", overrides)
+    assert by_name == load_config(RecalibrateConfig, "configs/recalibrate/tiny_divprune_16.yaml", overrides)
+    assert by_name == load_config(RecalibrateConfig, ROOT / "configs/recalibrate/tiny_divprune_16.yaml", overrides)
+    with pytest.raises(ConfigError, match="did you mean 'recalibrate/tiny_divprune_16'"):
+        load_config(RecalibrateConfig, "recalibrate/tiny_divprune_61")
+
+
+def test_pruning_options_are_written_once():
+    """The configuration's section is the specification itself."""
+    assert RecalibrateConfig.model_fields["pruning"].annotation is PruningSpec
+    spec = PruningSpec("divprune", 16, scope="image")
+    assert PruningSpec(**spec.model_dump()) == spec

@@ -10,12 +10,13 @@ import torch
 from conftest import scene_sample
 from PIL import Image
 
-from data_recipes import DataError, Formatter, Sample, Turn, load_recipe
-from data_recipes.formatting import TEMPLATE_FOLDER
-from data_recipes.images import FolderImages, SceneImages, pad_to_square
-from data_recipes.llava_json import read_llava
-from data_recipes.shapes_world import SPLITS, ask, render, sample_scene, vocabulary
-from data_recipes.shapes_world.scene import PLACES, patch_cover
+from prunetune.data_recipes import DataError, Formatter, Sample, Turn, load_recipe
+from prunetune.data_recipes.formatting import TEMPLATE_FOLDER
+from prunetune.data_recipes.images import FolderImages, pad_to_square
+from prunetune.data_recipes.llava_json import read_llava
+from prunetune.tiny_world import SPLITS, ask, render, sample_scene, vocabulary
+from prunetune.tiny_world.recipe import SceneImages
+from prunetune.tiny_world.scene import PLACES, patch_cover
 
 # Records as llava_v1_5_mix665k.json has them: string and integer ids, multi-turn, the prefixes, a text-only one.
 RECORDS = [

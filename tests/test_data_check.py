@@ -6,12 +6,12 @@ import pytest
 from conftest import TINY_VLM, scene_sample
 from PIL import Image
 
-from data_recipes import DataError, Formatter
-from data_recipes.check import check_data
-from data_recipes.images import FolderImages
-from data_recipes.sample import Sample
-from pruning.checkpoint import load_processor
-from scripts.prunetune import main
+from prunetune.cli import main
+from prunetune.data_recipes import DataError, Formatter
+from prunetune.data_recipes.check import check_data
+from prunetune.data_recipes.images import FolderImages
+from prunetune.data_recipes.sample import Sample
+from prunetune.models.loading import load_processor
 
 
 def said(question, answer="red"):

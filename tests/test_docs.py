@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT
 
-from pruning import registered_methods
+from prunetune.pruning import registered_methods
 
 PAGES = {path: path.read_text() for path in sorted((ROOT / "docs" / "pruners").glob("*.md"))}
 

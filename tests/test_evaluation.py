@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import EvaluateConfig, PruningConfig, load_config
-from evaluation import arm as arm_module
-from evaluation.arm import evaluate, read_results
-from evaluation.compare import bootstrap_interval, compare, to_csv, to_markdown
-from evaluation.pictures import kept_overlay, plot_rows
-from evaluation.tasks import TaskError, get_task
-from evaluation.visualize import visualize
-from pruning import PruningSpec
-from pruning.checkpoint import frozen_hash, load_model, wrap_projector, write_adapter
-from train.trainer import gathered_projector
+from prunetune.configs import EvaluateConfig, load_config
+from prunetune.evaluation import evaluate as evaluate_module
+from prunetune.evaluation.compare import bootstrap_interval, compare, to_csv, to_markdown
+from prunetune.evaluation.evaluate import evaluate, read_results
+from prunetune.evaluation.pictures import kept_overlay, plot_rows
+from prunetune.evaluation.tasks import TaskError, get_task
+from prunetune.evaluation.visualize import visualize
+from prunetune.models import load_model, wrap_projector, write_adapter
+from prunetune.models.hashes import frozen_files_hash
+from prunetune.pruning import PruningSpec
+from prunetune.train.trainer import gathered_projector
 
 
 @pytest.fixture
@@ -40,8 +41,8 @@ def adapter(untrained_folder, tmp_path):
     model, _ = load_model(str(untrained_folder))
     peft_model = wrap_projector(model)
     tensors = {name: tensor * -1 for name, tensor in gathered_projector(peft_model).items()}
-    pruning = PruningConfig(pruner="divprune", keep=16).model_dump()
-    record = {"frozen_hash": frozen_hash(untrained_folder, ("multi_modal_projector",)), "pruning": pruning}
+    pruning = PruningSpec(pruner="divprune", keep=16).model_dump()
+    record = {"frozen_hash": frozen_files_hash(untrained_folder, ("multi_modal_projector",)), "pruning": pruning}
     write_adapter(tmp_path / "adapter", tensors, peft_model, record)
     return str(tmp_path / "adapter")
 
@@ -59,7 +60,7 @@ def test_rows_carry_what_a_reader_needs(settings):
 
 def test_an_interrupted_arm_goes_on_to_the_same_results(settings, monkeypatch):
     whole = (evaluate(settings("whole", *DIVPRUNE)) / "results.jsonl").read_text()
-    real, calls = arm_module._answers, []
+    real, calls = evaluate_module._answers, []
 
     def dies_in_the_third_batch(*args):
         calls.append(1)
@@ -68,10 +69,10 @@ def test_an_interrupted_arm_goes_on_to_the_same_results(settings, monkeypatch):
         return real(*args)
 
     config = settings("interrupted", *DIVPRUNE)
-    monkeypatch.setattr(arm_module, "_answers", dies_in_the_third_batch)
+    monkeypatch.setattr(evaluate_module, "_answers", dies_in_the_third_batch)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config)
-    results = arm_module.Path(config.output) / "results.jsonl"
+    results = evaluate_module.Path(config.output) / "results.jsonl"
     assert len(results.read_text().splitlines()) == 16
     lines = whole.splitlines(keepends=True)
     results.write_text("".join(lines[:19]) + lines[19][:30])  # killed inside a batch, inside a line
@@ -84,7 +85,7 @@ def test_an_interrupted_arm_goes_on_to_the_same_results(settings, monkeypatch):
 def test_a_finished_arm_is_not_run_again(settings, monkeypatch):
     config = settings("arm", *DIVPRUNE)
     evaluate(config)
-    monkeypatch.setattr(arm_module, "_answers", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(evaluate_module, "_answers", lambda *_: pytest.fail("ran again"))
     evaluate(config)
 
 
@@ -134,7 +135,7 @@ def test_compare_computes_what_its_columns_say(arms):
 
 
 def test_rows_say_how_they_came_about_and_quoted_rows_stay_out_of_computations(arms, tmp_path):
-    from evaluation.quoted import read_quoted
+    from prunetune.evaluation.quoted import read_quoted
 
     folders = [arms["dense"], arms["free"], arms["tuned"]]
     rows = compare(folders)

@@ -10,10 +10,10 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning import duplicates
-from pruning.duplicates import without_duplicates, without_duplicates_each
-from pruning.greedy import pick_determinantal, pick_spread
-from pruning.selection import cosine_similarity
+from prunetune.pruning.ops import duplicates
+from prunetune.pruning.ops.duplicates import without_duplicates, without_duplicates_each
+from prunetune.pruning.ops.greedy import pick_determinantal, pick_spread
+from prunetune.pruning.ops.similarity import cosine_similarity
 
 
 def features(seed, batch, count, channels):
@@ -75,8 +75,8 @@ def test_all_ways_to_remove_duplicates_agree(seed, count, per_round, data):
 
 KERNELS = """
 import torch
-from pruning import greedy, greedy_triton
-from pruning.selection import cosine_similarity
+from prunetune.pruning.ops import greedy, greedy_triton
+from prunetune.pruning.ops.similarity import cosine_similarity
 for seed in range(12):
     g = torch.Generator().manual_seed(seed)
     count = int(torch.randint(2, 70, (1,), generator=g))

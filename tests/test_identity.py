@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import scene_sample, spec_of
 
-from data_recipes import Sample, Turn
-from pruning import PrunedModel, PruningError, PruningSpec, registered_methods
-from pruning.sequence import shorten
+from prunetune.data_recipes import Sample, Turn
+from prunetune.pruning import PrunedModel, PruningError, PruningSpec, Vision, registered_methods
+from prunetune.pruning.sequence import shorten
 
 NAMES = [name for name in registered_methods() if name != "identity"]
 every_method = pytest.mark.parametrize("name", NAMES)
@@ -18,7 +18,13 @@ def greedy(model, inputs, count=5):
 
 def stock(batch):
     """A batch as the unpruned model takes it."""
-    return {key: value for key, value in batch.items() if key != "instructions"}
+    return {key: value for key, value in batch.items() if key not in ("instructions", "sample_ids")}
+
+
+def selection(prepared):
+    """What was kept of the images of a batch; they are all of one size here."""
+    (only,) = prepared.selections["image"]
+    return only
 
 
 @pytest.fixture
@@ -36,7 +42,7 @@ def test_keep_all_is_bit_identical_to_stock(model, reading, samples, plug, name)
         assert torch.equal(ours.logits, theirs.logits)
         assert torch.equal(ours.loss, theirs.loss)
         assert torch.equal(
-            pruned.generate(**prompts, max_new_tokens=5, min_new_tokens=5, do_sample=False),
+            pruned.generate(**prompts, max_new_tokens=5, min_new_tokens=5, do_sample=False).tokens,
             greedy(model, prompts)[:, prompts["input_ids"].shape[1] :],
         )
 
@@ -50,12 +56,12 @@ def test_pruned_equals_full_length_run_with_dropped_tokens_masked(model, reading
         prepared = pruned.prepare(batch)
         ours = model(**prepared.inputs)
         run = (batch["input_ids"][0] == 4).nonzero()[:, 0]
-        kept = run[prepared.selection.of(0)]
+        chosen = selection(prepared)
+        kept = run[chosen.of(0)]
         encoded = model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
         features = encoded.pooler_output[0].clone()
-        if prepared.selection.merged is not None:
-            merged = model.model.multi_modal_projector(prepared.selection.merged[0])
-            features[prepared.selection.of(0)] = merged
+        if chosen.merged is not None:
+            features[chosen.slots_of(0)] = model.model.multi_modal_projector(chosen.merged[0])
         embeds = model.get_input_embeddings()(batch["input_ids"])
         embeds[0, run] = features
         length = embeds.shape[1]
@@ -110,7 +116,7 @@ def test_generate_equals_step_by_step(model, reading, samples, plug, name):
     pruned = plug(name)
     with torch.no_grad():
         options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "suppress_tokens": [4]}
-        generated = pruned.generate(**prompts, **options)
+        generated = pruned.generate(**prompts, **options).tokens
         for row, sample in enumerate(samples):
             prompt = reading.prompt_batch([sample])
             ids = prompt["input_ids"]
@@ -126,10 +132,10 @@ def test_generate_equals_step_by_step(model, reading, samples, plug, name):
 def test_selection_does_not_depend_on_the_batch_and_is_the_same_in_training_and_inference(reading, samples, plug, name):
     pruned = plug(name)
     with torch.no_grad():
-        together = pruned.prepare(reading.training_batch(samples)).selection
+        together = selection(pruned.prepare(reading.training_batch(samples)))
         for row, sample in enumerate(samples):
             for batch in (reading.training_batch([sample]), reading.prompt_batch([sample])):
-                assert torch.equal(together.of(row), pruned.prepare(batch).selection.of(0))
+                assert torch.equal(together.of(row), selection(pruned.prepare(batch)).of(0))
 
 
 @every_method
@@ -144,7 +150,7 @@ def test_answers_never_reach_the_pruner(reading, plug, name):
         batch = reading.training_batch([sample])
         assert batch["instructions"] == ["where is the circle ?"]
         with torch.no_grad():
-            kept.append(pruned.prepare(batch).selection)
+            kept.append(selection(pruned.prepare(batch)))
     for other in kept[1:]:
         assert torch.equal(kept[0].of(0), other.of(0))
         if kept[0].merged is not None:
@@ -158,10 +164,11 @@ def test_every_method_can_be_trained_through(model, reading, samples, plug, name
     model.model.multi_modal_projector.requires_grad_(True)
     model.train()
     batch = reading.training_batch(samples)
-    with plug(name).attach() as pruned:
+    seen = []
+    with plug(name).attach(seen.append):
         before = model(**batch).loss
         before.backward()
-        kept = pruned.last.selection
+        kept = selection(seen[0])
         assert all(not row.requires_grad for row in kept.indices)
         touched = {n.split(".")[1] for n, p in model.named_parameters() if p.grad is not None}
         assert touched == {"multi_modal_projector"}
@@ -187,8 +194,8 @@ def test_stock_generate_on_an_attached_model_is_refused_instead_of_running_unpru
     with pruned.attach():
         with pytest.raises(PruningError, match=r"use|generate with PrunedModel.generate"):
             greedy(model, prompts)
-        inside = pruned.generate(**prompts, max_new_tokens=4, do_sample=False)
-    assert torch.equal(inside, pruned.generate(**prompts, max_new_tokens=4, do_sample=False))
+        inside = pruned.generate(**prompts, max_new_tokens=4, do_sample=False).tokens
+    assert torch.equal(inside, pruned.generate(**prompts, max_new_tokens=4, do_sample=False).tokens)
     greedy(model, prompts)  # detached: stock again
 
 
@@ -218,7 +225,9 @@ def test_shorten_against_a_loop_over_rows(side, policy):
             mask[row, (slice(0, pad) if side == "left" else slice(30 - pad, 30))] = 0
     labels = torch.where(torch.rand(6, 30, generator=generator) < 0.5, ids, -100)
     kept = torch.rand(6, 30, generator=generator) < 0.6
-    result = shorten({"input_ids": ids, "attention_mask": mask, "labels": labels}, kept, policy, side)
+    full = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = full if policy == "original" else None
+    result = shorten({"input_ids": ids, "attention_mask": mask, "labels": labels}, kept, positions, side)
     width = max(sum(1 for i in range(30) if kept[r, i] and mask[r, i]) for r in range(6))
     assert result["input_ids"].shape == (6, width)
     for row in range(6):
@@ -250,10 +259,10 @@ def test_packing_a_batch_into_one_row_changes_neither_loss_nor_gradients(
         model.requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(True)
         model.train()
-        pruned = PrunedModel(model, spec_of(name), processor.tokenizer, packed=packed)
+        pruned = PrunedModel(model, spec_of(name), processor.tokenizer)
         seen = []
         handle = model.register_forward_hook(lambda m, a, k, out, seen=seen: seen.append((k, out)), with_kwargs=True)
-        with pruned.attach():
+        with pruned.attach(packed=packed):
             loss = model(**batch).loss
         loss.backward()
         handle.remove()
@@ -268,4 +277,80 @@ def test_packing_a_batch_into_one_row_changes_neither_loss_nor_gradients(
 
 def test_packing_with_gaps_between_positions_is_refused(model):
     with pytest.raises(PruningError, match="packing needs position_policy: compact"):
-        PrunedModel(model, PruningSpec("divprune", 16, position_policy="original"), packed=True)
+        PrunedModel(model, PruningSpec("divprune", 16, position_policy="original")).attach(packed=True).__enter__()
+
+
+def test_inputs_that_follow_the_sequence_are_cut_with_it_or_named(model, formatter, samples, monkeypatch):
+    """Gemma3 and PaliGemma build their masks from token types: left as long as before they would be wrong, silently."""
+    batch = formatter.training_batch(samples)
+    batch["token_type_ids"] = torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"])
+    pruned = PrunedModel(model, PruningSpec("divprune", 16))
+    assert "token_type_ids" not in pruned.prepare(batch).inputs  # Llava does not read them
+    monkeypatch.setattr(type(pruned.family), "aligned", {"token_type_ids": 7})
+    monkeypatch.setattr(type(pruned.family), "unread", ())
+    prepared = pruned.prepare(batch)
+    for row in range(3):
+        real = prepared.inputs["attention_mask"][row].bool()
+        kept = prepared.keep[row] & batch["attention_mask"][row].bool()
+        assert torch.equal(prepared.inputs["token_type_ids"][row, real], batch["token_type_ids"][row, kept])
+        assert (prepared.inputs["token_type_ids"][row, ~real] == 7).all()
+    monkeypatch.setattr(type(pruned.family), "aligned", {})
+    with pytest.raises(PruningError, match="'token_type_ids' has the sequence's shape.*`aligned`"):
+        pruned.prepare(batch)
+
+
+def test_a_modality_that_the_family_does_not_prune_is_refused(model, formatter, samples):
+    batch = formatter.training_batch(samples)
+    batch["pixel_values_videos"] = torch.zeros(1, 2, 3, 84, 84)
+    with pytest.raises(PruningError, match="'llava' prunes images.*'pixel_values_videos', which would run unpruned"):
+        PrunedModel(model, PruningSpec("divprune", 16)).prepare(batch)
+
+
+def test_images_in_a_later_turn_are_refused(model, formatter, samples):
+    prompts = stock(formatter.prompt_batch(samples))
+    with PrunedModel(model, PruningSpec("divprune", 16)).attach(), torch.no_grad():
+        cache = model(**prompts).past_key_values
+        with pytest.raises(PruningError, match="images in a later turn"):
+            model(**prompts, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["divprune", "crisprune", "tome"])
+def test_encoded_images_from_disk_give_the_same_logits(model, reading, samples, plug, tmp_path, name):
+    """Plain data: written, read back, pruned to any budget, without a pixel."""
+    batch = reading.training_batch(samples)
+    pruned = plug(name)
+    pruned.encode(batch)["image"].save(tmp_path / "vision.pt")
+    vision = Vision.load(tmp_path / "vision.pt")
+    without_pixels = {key: value for key, value in batch.items() if key != "pixel_values"}
+    cached = pruned.prepare(without_pixels, vision={"image": vision})
+    assert torch.equal(model(**cached.inputs).logits, pruned.forward(**batch).logits)
+    few = pruned.prepare(without_pixels, vision={"image": vision}, keep="5%")
+    assert few.kept["image"] == [7, 7, 7] and pruned.prepare(batch, keep=7).kept == few.kept
+
+
+def test_a_file_that_holds_no_images_is_refused_and_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (pytest.fail, ("code of a file was run",))
+
+    torch.save(Evil(), tmp_path / "evil.pt")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
+    (tmp_path / "broken.pt").write_bytes(b"no file")
+    for name in ("evil", "other", "broken", "missing"):
+        with pytest.raises(PruningError, match="holds no encoded images"):
+            Vision.load(tmp_path / f"{name}.pt")
+
+
+def test_what_stays_of_the_sequence_is_said(model, reading, samples, plug):
+    """``keep`` aligns the pruned run with the full one: a teacher's positions, reports, masks."""
+    text_only = Sample("t", "text", None, (Turn("what color is the red ring ?", "red"),))
+    batch = reading.training_batch([samples[0], text_only, samples[1]])
+    with torch.no_grad():
+        prepared = plug("fastervlm").prepare(batch)
+    for row in range(3):
+        real = prepared.inputs["attention_mask"][row].bool()
+        kept = prepared.keep[row] & batch["attention_mask"][row].bool()
+        assert torch.equal(batch["input_ids"][row, kept], prepared.inputs["input_ids"][row, real])
+        assert torch.equal(batch["labels"][row, kept], prepared.inputs["labels"][row, real])
+    assert prepared.keep[1].all() and int((~prepared.keep).sum()) == 2 * (144 - 16)

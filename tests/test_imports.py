@@ -1,30 +1,36 @@
 """Who may import whom: the table of the design, enforced on every file."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-OURS = ("pruning", "data_recipes", "train", "evaluation", "configs", "scripts")
-# folder -> (our packages it may import, third-party packages nobody else may)
+OURS = ("assets", "configs", "data_recipes", "evaluation", "models", "pruning", "scripts", "tiny_world", "train")
+# folder -> the folders of ours that it may import
 ALLOWED = {
+    "assets": {"assets"},
+    "configs": {"configs", "pruning"},  # of pruning the specification alone, see below
     "pruning": {"pruning"},
     "data_recipes": {"data_recipes"},
-    "train": {"train", "pruning", "data_recipes", "configs"},
-    "evaluation": {"evaluation", "pruning", "data_recipes", "configs"},
-    "configs": {"configs"},
+    "models": {"models", "assets", "pruning", "data_recipes", "configs"},
+    "train": {"train", "models", "pruning", "data_recipes", "configs"},
+    "evaluation": {"evaluation", "models", "pruning", "data_recipes", "configs"},
+    "tiny_world": set(OURS),
     "scripts": set(OURS),
+    "prunetune": set(OURS),
 }
 ONLY_IN = {
     "deepspeed": ("train/",),
     "wandb": ("train/",),
-    "peft": ("pruning/checkpoint.py", "train/"),
-    "datasets": ("data_recipes/",),
+    "peft": ("models/adapter.py", "train/"),
+    "datasets": ("data_recipes/", "tiny_world/"),
     "lmms_eval": ("evaluation/",),
-    "transformers": ("pruning/", "train/"),
+    "transformers": ("pruning/", "models/", "train/", "tiny_world/"),
 }
-FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(path for folder in (*OURS, "prunetune") for path in (ROOT / folder).rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
@@ -43,21 +49,56 @@ def test_imports_follow_the_table(path):
     place = path.relative_to(ROOT).as_posix()
     names = imported(path)
     for name in names:
-        top = name.split(".")[0]
-        if top in OURS:
-            assert top in ALLOWED[place.split("/")[0]], f"{place} imports {name}"
+        top, *below = name.split(".")
+        assert top not in OURS, f"{place} imports {name} by its bare name"
+        if top == "prunetune" and below:
+            assert below[0] in ALLOWED[place.split("/")[0]] | {"cli"}, f"{place} imports {name}"
         if top in ONLY_IN:
             assert place.startswith(ONLY_IN[top]), f"{place} imports {name}"
-    if place.startswith("pruning/methods/"):
-        assert not any(n.startswith(("transformers", "pruning.families", "pruning.plug")) for n in names), place
+    if place.startswith("configs/"):
+        ours = {n for n in names if n.startswith("prunetune.pruning")}
+        assert ours <= {"prunetune.pruning.spec", "prunetune.pruning.spec.PruningSpec"}, place
+    if place.startswith(("pruning/methods/", "pruning/ops/")):
+        assert not any(
+            n.startswith(("transformers", "prunetune.pruning.families", "prunetune.pruning.plug")) for n in names
+        ), place
     if place.startswith("pruning/families/"):
-        assert not any(n.startswith("pruning.methods") for n in names), place
+        assert not any(n.startswith("prunetune.pruning.methods") for n in names), place
 
 
 def test_all_files_are_walked():
-    assert len(FILES) > 50 and {path.relative_to(ROOT).parts[0] for path in FILES} == set(OURS)
+    assert len(FILES) > 50 and {path.relative_to(ROOT).parts[0] for path in FILES} == {*OURS, "prunetune"}
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("prunetune", ("torch", "transformers", "pydantic")),
+        ("prunetune.configs", ("torch", "transformers")),
+        ("prunetune.pruning.types", ("transformers", "pydantic")),
+        ("every method", ("transformers", "pydantic")),
+    ],
+)
+def test_an_import_loads_no_more_than_it_needs(module, absent):
+    if module == "every method":
+        files = (ROOT / "pruning" / "methods").glob("[a-z]*.py")
+        module = ", ".join(f"prunetune.pruning.methods.{path.stem}" for path in files)
+    code = f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= 300, f"{path} grew over 300 lines: split it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arms_alone_load_place_and_format(path):
+    """What five files wrote by hand has one home: others make an arm."""
+    place = path.relative_to(ROOT).as_posix()
+    if place.startswith(("models/", "pruning/", "tiny_world/training/")):
+        return
+    called = {node.func.id for node in ast.walk(ast.parse(path.read_text()))
+              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
+    assert not called & {"load_model", "PrunedModel", "Formatter", "TextReader"}, place

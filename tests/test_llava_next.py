@@ -7,8 +7,8 @@ from conftest import spec_of
 from PIL import Image
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from pruning import PrunedModel, PruningError, PruningSpec, VisualTokens, build_pruner, registered_methods
-from train.tiny_vlm.model import IMAGE, build_llava, build_tokenizer, vision_config
+from prunetune.pruning import PrunedModel, PruningError, PruningSpec, VisualTokens, build_pruner, registered_methods
+from prunetune.tiny_world.training.model import IMAGE, build_llava, build_tokenizer, vision_config
 
 PINPOINTS = [[84, 168], [168, 84], [168, 168]]
 
@@ -47,6 +47,23 @@ def rows(model, batch):
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), **batch}
 
 
+def items(prepared):
+    """The crops of all images."""
+    (group,) = prepared.vision["image"].groups
+    return group
+
+
+def kept_tokens(prepared, crops):
+    """The numbers of the kept tokens of some crops."""
+    kept = prepared.chosen["image"].kept_tokens().view(-1, 144)
+    return [crop * 144 + n for crop in crops for n in kept[crop].nonzero()[:, 0].tolist()]
+
+
+def pools(prepared):
+    """The tokens of each image that the LLM would see."""
+    return [numbers[numbers >= 0].sort().values for numbers in prepared.vision["image"].origin]
+
+
 def plug(model, name, keep=16, **fields):
     return PrunedModel(model, spec_of(name, keep, **fields), build_tokenizer())
 
@@ -74,7 +91,7 @@ def test_keep_all_is_bit_identical_to_stock(next_model, batch, name, scope):
 def test_each_crop_keeps_its_own_tokens_at_their_place(next_model, batch, newline):
     inputs = rows(next_model, batch)
     prepared = PrunedModel(next_model, PruningSpec("fastervlm", 20, newline=newline)).prepare(inputs)
-    attention = prepared.encoded.tokens.cls_attention.mean(1)
+    attention = items(prepared).signals["cls_attention"].mean(1)
     assert len(attention) == 3 + 5
     packed = next_model.model.get_image_features(**batch, return_dict=True).pooler_output
     newline_token = next_model.model.image_newline
@@ -95,7 +112,7 @@ def test_each_crop_keeps_its_own_tokens_at_their_place(next_model, batch, newlin
             assert not (newlines[1:] & newlines[:-1]).any()  # never two row ends with nothing between
         tokens = {tuple(t) for t in packed[image].tolist()}
         assert all(tuple(t) in tokens for t in kept.tolist())
-        assert len(kept) == prepared.kept[image] == int((prepared.inputs["input_ids"][image] == IMAGE).sum())
+        assert len(kept) == prepared.kept["image"][image] == int((prepared.inputs["input_ids"][image] == IMAGE).sum())
 
 
 @torch.no_grad()
@@ -123,19 +140,19 @@ def test_a_budget_per_image_chooses_over_all_crops(next_model, batch, name):
     inputs = rows(next_model, batch) | {"instructions": QUESTIONS}
     pruned = plug(next_model, name, 40, scope="image", newline="none")
     prepared = pruned.prepare(inputs)
-    assert prepared.kept == [40, 40]
-    tokens, selection = prepared.encoded.tokens, prepared.selection
-    counts = selection.counts()
-    assert [sum(counts[:3]), sum(counts[3:])] == [40, 40] and len(set(counts)) > 1
-    for pool, crops in zip(prepared.encoded.pools(), ([0, 1, 2], [3, 4, 5, 6, 7]), strict=True):
-        kept = torch.cat([crop * 144 + selection.of(crop) for crop in crops])
-        assert set(kept.tolist()) <= set(pool.tolist())
+    assert prepared.kept["image"] == [40, 40]
+    tokens = items(prepared)
+    per_crop = prepared.chosen["image"].kept_tokens().view(-1, 144).sum(1).tolist()
+    assert [sum(per_crop[:3]), sum(per_crop[3:])] == [40, 40] and len(set(per_crop)) > 1
+    for pool, crops in zip(pools(prepared), ([0, 1, 2], [3, 4, 5, 6, 7]), strict=True):
+        kept = kept_tokens(prepared, crops)
+        assert set(kept) <= set(pool.tolist())
         if name == "fastervlm":
-            score = tokens.cls_attention.mean(1).flatten()
-            assert set(kept.tolist()) == set(pool[score[pool].topk(40).indices].tolist())
+            score = tokens.signals["cls_attention"].mean(1).flatten()
+            assert set(kept) == set(pool[score[pool].topk(40).indices].tolist())
         if name == "divprune":
             pooled = VisualTokens(tokens.features, tokens.projected.flatten(0, 1)[pool][None])
-            assert kept.tolist() == pool[torch.tensor(oracles.divprune(pooled, 0, 40))].tolist()
+            assert kept == pool[torch.tensor(oracles.divprune(pooled, 0, 40))].tolist()
 
 
 def test_a_ratio_per_image_counts_what_the_model_shows(next_model, batch):
@@ -143,8 +160,8 @@ def test_a_ratio_per_image_counts_what_the_model_shows(next_model, batch):
     with torch.no_grad():
         pruned = plug(next_model, "fastervlm", "10%", scope="image", newline="none")
         prepared = pruned.prepare(inputs)
-    sizes = [len(pool) for pool in prepared.encoded.pools()]
-    assert prepared.kept == [round(0.1 * size) for size in sizes] and sizes[0] < 3 * 144  # padding was cut
+    sizes = [len(pool) for pool in pools(prepared)]
+    assert prepared.kept["image"] == [round(0.1 * size) for size in sizes] and sizes[0] < 3 * 144  # padding was cut
 
 
 @pytest.mark.parametrize(("name", "scope"), [("prumerge", "item"), ("trim", "item"), ("prumerge", "image"),
@@ -156,23 +173,20 @@ def test_merged_features_sit_where_they_were_made(next_model, batch, name, scope
     with torch.no_grad():
         for keep in (20, sizes[0]) if scope == "image" else (20,):  # one picture kept whole, the other merged
             prepared = plug(next_model, name, keep, scope=scope, newline="none").prepare(inputs)
-            selection, pools = prepared.selection, prepared.encoded.pools()
-            if selection.merged is None:
+            places, merged = prepared.chosen["image"].merged_tokens()
+            if not len(places):
                 continue
-            projector = next_model.model.multi_modal_projector
+            made = dict(zip(places.tolist(), next_model.model.multi_modal_projector(merged), strict=True))
+            projected = items(prepared).projected.flatten(0, 1)
             for image, crops in enumerate(([0, 1, 2], [3, 4, 5, 6, 7])):
                 features = prepared.inputs["mm_encoder_outputs"]["image"].pooler_output[image]
-                visible = set(pools[image].tolist())
-                expected = {}
-                for crop in crops:
-                    slots = (crop * 144 + selection.slots_of(crop)).tolist()
-                    projected = projector(selection.merged[crop]) if len(slots) else []
-                    expected |= {slot: row for slot, row in zip(slots, projected, strict=True) if slot in visible}
-                assert len(features) == len(expected)
+                kept = set(kept_tokens(prepared, crops))
+                order = [n for n in prepared.vision["image"].origin[image].tolist() if n in kept]  # as they are packed
+                assert len(features) == len(order)
                 if scope == "image":
                     assert len(features) == keep
-                close = (features[:, None] - torch.stack(list(expected.values()))).norm(dim=-1).amin(dim=1)
-                assert close.max() < 1e-3
+                expected = torch.stack([made.get(number, projected[number]) for number in order])
+                torch.testing.assert_close(features, expected)
 
 
 def test_text_alone_fits_a_budget_larger_than_the_blank_picture(next_model):
@@ -196,7 +210,7 @@ def test_methods_that_can_not_pool_crops_say_so(next_model, batch):
         for name in GRIDS:
             with pytest.raises(PruningError, match="scope: item"):
                 plug(next_model, name, scope="image").prepare(inputs)
-        with pytest.raises(PruningError, match="scope is one of item, image"):
+        with pytest.raises(ValueError, match="Input should be 'item' or 'image'"):
             plug(next_model, "fastervlm", scope="picture")
 
 
@@ -205,16 +219,18 @@ def test_crops_of_an_image_share_its_statistics(next_model, batch):
     inputs = rows(next_model, batch) | {"instructions": QUESTIONS}
     with torch.no_grad():
         together = plug(next_model, "cdpruner").prepare(inputs)
-    tokens = together.encoded.tokens
+    tokens = items(together)
     assert tokens.image is None  # the family does not say so; the plug tells the pruner
     reader = plug(next_model, "cdpruner").text
-    embeds = reader.image_embeds(tokens.features)
-    text = reader.text_embeds(QUESTIONS)
     owner = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
-    full = VisualTokens(tokens.features, tokens.projected, image_embeds=embeds, text_embeds=text[owner], image=owner)
+    signals = {
+        "image_embeds": reader.image_embeds(tokens.features),
+        "text_embeds": reader.text_embeds(QUESTIONS)[owner],
+    }
+    full = VisualTokens(tokens.features, tokens.projected, signals=signals, image=owner)
     expected = build_pruner("cdpruner")(full, 16)
     for crop in range(8):
-        assert torch.equal(together.selection.of(crop), expected.of(crop))
+        assert torch.equal(together.selections["image"][0].of(crop), expected.of(crop))
 
 
 def test_text_alone_reaches_the_projector_in_training(next_model):
@@ -232,3 +248,50 @@ def test_text_alone_reaches_the_projector_in_training(next_model):
     finally:
         next_model.eval()
         next_model.zero_grad()
+
+
+@torch.no_grad()
+def test_a_row_end_stays_only_with_a_token_of_its_own_row(next_model, batch):
+    """Kept tokens of the base view, which comes before the grid, do not hold the grid's first row."""
+    from prunetune.pruning.rewrite import staying_slots
+
+    vision = PrunedModel(next_model, PruningSpec("fastervlm", 20)).encode(rows(next_model, batch))["image"]
+    kept = torch.zeros(vision.total, dtype=torch.bool)
+    kept[: 144 // 2] = True  # of the first picture's base view alone
+    stays = staying_slots(vision, kept, "rows").split(vision.lengths)
+    assert int(stays[0].sum()) == 72 and not stays[1].any()
+    second_row = vision.origin[0][144:][13:26]  # 12 tokens of a row, after one row and its end
+    kept[int(second_row[second_row >= 0][3])] = True
+    stays = staying_slots(vision, kept, "rows").split(vision.lengths)
+    ends = (vision.origin[0] < 0).nonzero()[:, 0]
+    width = int(ends[1] - ends[0])
+    row_of_kept = int((vision.origin[0][144:] == int(second_row[second_row >= 0][3])).nonzero()[0, 0]) // width
+    assert stays[0][ends].nonzero()[:, 0].tolist() == [row_of_kept]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("newline", ["rows", "all"])
+@pytest.mark.parametrize("size", [(840, 6), (6, 840), (84, 84), (1000, 7)])
+def test_extreme_shapes_are_identical_to_stock_when_all_is_kept(next_model, size, newline):
+    """Of a portrait narrower than a token the model cuts every column away: rows of nothing but their end are left."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    crops = image_size_to_num_patches(torch.tensor(size), PINPOINTS, 84)
+    generator = torch.Generator().manual_seed(5)
+    pixels = torch.randn(1, crops, 3, 84, 84, generator=generator)
+    inputs = rows(next_model, {"pixel_values": pixels, "image_sizes": torch.tensor([size])})
+    ours = PrunedModel(next_model, PruningSpec("divprune", "100%", newline=newline)).forward(**inputs)
+    assert torch.equal(ours.logits, next_model(**inputs).logits)
+    few = PrunedModel(next_model, PruningSpec("divprune", 9, newline=newline)).prepare(inputs)
+    assert few.kept["image"][0] == int((few.inputs["input_ids"] == IMAGE).sum())
+
+
+def test_a_small_picture_under_one_budget_is_named(next_model, batch):
+    inputs = rows(next_model, batch) | {"sample_ids": ["vg/1", "vg/2"]}
+    with torch.no_grad():
+        with pytest.raises(PruningError, match="^sample 'vg/1': keep=500 asks for 500 visual tokens.*only 384"):
+            plug(next_model, "fastervlm", 500, scope="image").prepare(inputs)
+        kept = plug(next_model, "fastervlm", 500, scope="image", small_images="keep_all", newline="none").prepare(
+            inputs
+        )
+    assert kept.kept["image"] == [384, 500]

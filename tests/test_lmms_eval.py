@@ -13,10 +13,10 @@ from importlib.metadata import entry_points
 import pytest
 from PIL import Image
 
-from configs import EvaluateConfig, load_config, to_yaml
-from data_recipes.shapes_world import render, sample_scene
-from evaluation.arm import evaluate, read_results
-from evaluation.tasks import TaskError
+from prunetune.configs import EvaluateConfig, load_config, to_yaml
+from prunetune.evaluation.evaluate import evaluate, read_results
+from prunetune.evaluation.tasks import TaskError
+from prunetune.tiny_world import render, sample_scene
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def plugin(monkeypatch):
                          ("lmms_eval.api.model", base), ("lmms_eval.models", types.ModuleType("m")),
                          ("lmms_eval.models.registry_v2", registry)):  # fmt: skip
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "evaluation.lmms_eval_plugin", raising=False)
-    yield importlib.import_module("evaluation.lmms_eval_plugin")
-    sys.modules.pop("evaluation.lmms_eval_plugin", None)
+    monkeypatch.delitem(sys.modules, "prunetune.evaluation.lmms_eval_plugin", raising=False)
+    yield importlib.import_module("prunetune.evaluation.lmms_eval_plugin")
+    sys.modules.pop("prunetune.evaluation.lmms_eval_plugin", None)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def request(context, doc, options=None, task="t"):
 
 def test_it_is_registered_under_its_name(plugin):
     found = [point for point in entry_points(group="lmms_eval.models") if point.name == "prunetune"]
-    assert found and found[0].value == "evaluation.lmms_eval_plugin:manifest"
+    assert found and found[0].value == "prunetune.evaluation.lmms_eval_plugin:manifest"
     made = plugin.manifest()
     module, name = made.simple_class_path.rsplit(".", 1)
     assert made.model_id == "prunetune" and getattr(importlib.import_module(module), name).is_simple

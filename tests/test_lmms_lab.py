@@ -7,11 +7,11 @@ from benchmark_files import FILES
 from datasets import Dataset
 from datasets import Image as ImageColumn
 
-from configs import EvaluateConfig, load_config
-from evaluation.arm import evaluate, read_results
-from evaluation.lmms_lab import ROWS
-from evaluation.sources import open_images, read_items
-from evaluation.tasks import TaskError, get_task
+from prunetune.configs import EvaluateConfig, load_config
+from prunetune.evaluation.evaluate import evaluate, read_results
+from prunetune.evaluation.lmms_lab import ROWS
+from prunetune.evaluation.sources import open_images, read_items
+from prunetune.evaluation.tasks import TaskError, get_task
 
 
 def row_of(name, item):

@@ -1,5 +1,8 @@
 """Every registered method keeps its contract, equals a slow version of itself, and agrees with published code."""
 
+import threading
+from dataclasses import replace
+
 import numpy as np
 import oracles
 import pytest
@@ -7,13 +10,15 @@ import torch
 from conftest import GOLDEN
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokens import cases, make_tokens, only
+from tokens import cases, make_tokens, only, reading
 
-from pruning import PruningError, VisualTokens, build_pruner, register_pruner, registered_methods
-from pruning.methods.downsample import pooling
-from pruning.precision import exact_float32
-from pruning.types import signal_name
-from scripts.check_golden import CHECKS, check
+from prunetune.pruning import PruningError, VisualTokens, build_pruner, register_pruner, registered_methods
+from prunetune.pruning.methods.downsample import pooling
+from prunetune.pruning.ops.precision import exact_float32
+from prunetune.pruning.select import candidates, choose
+from prunetune.pruning.signals import signal_of
+from prunetune.pruning.vision import of_equal_images
+from prunetune.scripts.check_golden import CHECKS, check
 
 NAMES = [name for name in registered_methods() if name != "identity"]
 
@@ -35,10 +40,14 @@ def test_always_k_distinct_ascending_positions(name, case):
             assert len(selection.origin[item]) == keep
 
 
+ATTENTIONS = ("cls_attention", "received_attention", "object_attention", "reader_attention")
+PER_TOKEN = ("features", "projected", "keys", "reader_keys", "image_embeds")
+
+
 def degenerate(kind: str) -> VisualTokens:
     tokens = make_tokens(2, 4, 5)
-    by_token = [tokens.features, tokens.projected, tokens.keys, tokens.reader_keys, tokens.image_embeds]
-    by_attention = [tokens.cls_attention, tokens.received_attention, tokens.object_attention, tokens.reader_attention]
+    by_token = [tokens.require(name) for name in PER_TOKEN]
+    by_attention = [tokens.require(name) for name in ATTENTIONS]
     if kind == "duplicates":
         for value in by_token:
             value[:] = value[:, :1].clone()
@@ -46,7 +55,8 @@ def degenerate(kind: str) -> VisualTokens:
         for value in by_token:
             value[:, ::2] = 0
     elif kind == "all zero":
-        for value in [*by_token, tokens.text_embeds, tokens.text_token_embeds, tokens.general_embeds]:
+        texts = [tokens.require(name) for name in ("text_embeds", "text_token_embeds", "general_embeds")]
+        for value in [*by_token, *texts]:
             value.zero_()
     elif kind == "equal attention":
         for value in by_attention:
@@ -79,8 +89,8 @@ def test_degenerate_inputs_still_give_k_distinct_positions(name, kind):
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("random", "vispruner", "tome")])
 def test_where_nothing_differs_the_lower_index_wins(name, kind):
     tokens = degenerate(kind)
-    for value in (tokens.cls_attention, tokens.received_attention, tokens.object_attention, tokens.reader_attention):
-        value[:] = 1 / 21
+    for name_ in ATTENTIONS:
+        tokens.require(name_)[:] = 1 / 21
     kept = build_pruner(name)(tokens, 1).of(0).tolist()
     assert kept == ([12] if name == "downsample" else [0])  # downsample's one region has its centre there
 
@@ -107,11 +117,11 @@ def test_items_are_pruned_independently_and_half_precision_is_widened(name):
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "random"])
 def test_nan_is_an_error_that_names_the_layer(name):
     tokens = make_tokens(2, 4, 4)
-    needs = {signal_name(need) for need in registered_methods()[name].needs}
+    needs = {signal_of(need).name for need in registered_methods()[name].needs}
     for signal in needs or {"features", "projected"}:
         broken = make_tokens(2, 4, 4)
-        getattr(broken, signal).view(-1)[7] = float("nan")
-        broken = VisualTokens(**{**vars(broken), "layers": {signal: "vision_tower.encoder.layers.22"}})
+        broken.require(signal).view(-1)[7] = float("nan")
+        broken = replace(broken, layers={signal: "vision_tower.encoder.layers.22"})
         if signal == "projected" and name == "downsample":
             continue
         if signal == "features" and name in ("divprune", "fps"):
@@ -132,9 +142,7 @@ def test_a_missing_signal_is_named(name):
 def test_only_declared_signals_are_read(name):
     """What is not in `needs` is not computed by the families, so a method that reads it would break there."""
     tokens = make_tokens(2, 4, 4)
-    needs = {signal_name(need) for need in registered_methods()[name].needs}
-    given_ = {signal: getattr(tokens, signal) for signal in needs | {"features", "projected"}}
-    build_pruner(name)(VisualTokens(**given_, grid=(4, 4)), 5)
+    build_pruner(name)(reading(tokens, registered_methods()[name].needs), 5)
 
 
 # ---- oracles ---------------------------------------------------------------------------------------------------
@@ -253,12 +261,16 @@ def test_outlier_counts_equal_their_oracle(name, oracle, case):
 
 def test_outliers_and_relevance_are_measured_over_all_crops_of_an_image():
     tokens = make_tokens(3, 6, 6)
-    tokens.cls_attention[0] *= 3
-    tokens.reader_attention[0] *= 3
-    tokens.image_embeds[0] = tokens.text_embeds[:1, 0] + 0.05 * tokens.image_embeds[0]  # all alike relevant
+    tokens.signals["cls_attention"][0] *= 3
+    tokens.signals["reader_attention"][0] *= 3
+    tokens.signals["image_embeds"][0] = (
+        tokens.signals["text_embeds"][:1, 0] + 0.05 * tokens.signals["image_embeds"][0]
+    )  # all alike relevant
     image = torch.tensor([0, 0, 1])
-    pooled = VisualTokens(**{**vars(tokens), "image": image})
-    shares = oracles.outliers(torch.cat([tokens.reader_attention[0], tokens.reader_attention[1]]).numpy())
+    pooled = replace(tokens, image=image)
+    shares = oracles.outliers(
+        torch.cat([tokens.signals["reader_attention"][0], tokens.signals["reader_attention"][1]]).numpy()
+    )
     counts = build_pruner("prumerge", {"count": "outliers"})(pooled, 1).counts()
     assert counts[:2] == [int(36 * shares) + 1] * 2
     alone = build_pruner("prumerge", {"count": "outliers"})(tokens, 1)
@@ -350,9 +362,7 @@ def test_every_variant_keeps_its_contract(name, options):
                     assert len(selection.merged[item]) == len(kept)
                     slots = selection.slots_of(item).tolist()
                     assert sorted(slots) == kept  # every output has a place of its own
-            needs = {signal_name(need) for need in build_pruner(name, options).needs}
-            given_ = {signal: getattr(tokens, signal) for signal in needs | {"features", "projected"}}
-            build_pruner(name, options)(VisualTokens(**given_, grid=(5, 6)), keep)
+            build_pruner(name, options)(reading(tokens, build_pruner(name, options).needs), keep)
 
 
 def test_prumerge_plus_with_a_ratio_is_the_published_training_branch():
@@ -369,7 +379,7 @@ def test_bat_finds_clusters_at_the_scale_of_real_features():
     middle = 30 * torch.randn(3, 1024, generator=g)
     features = (middle.repeat_interleave(20, dim=0) + 8 * torch.randn(60, 1024, generator=g))[None]
     attention = torch.full((1, 1, 60), 0.001)
-    tokens = VisualTokens(features, cls_attention=attention)
+    tokens = VisualTokens(features, signals={"cls_attention": attention})
     kept = build_pruner("bat", {"attentive_ratio": 0.0})(tokens, 3).of(0)
     assert sorted((kept // 20).tolist()) == [0, 1, 2]
 
@@ -385,22 +395,37 @@ def test_duplicates_fill_the_budget_by_lower_index():
 
 def test_mixed_precision_settings_do_not_reach_the_selection():
     """Under autocast, as a trainer may run, the plug prunes as without."""
-    from pruning.families.base import Encoded
-    from pruning.select import select
-
     tokens = make_tokens(2, 8, 8, channels=64)
-    encoded = Encoded(None, tokens, [64, 64], [0, 1], lambda *_: [], list)
+    (among,) = candidates(of_equal_images(tokens), "item")
     for name in NAMES:
-        plain = select(build_pruner(name), encoded, tokens, 16, "item")
+        plain = choose(build_pruner(name), among, 16, "stop", {})
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            mixed = select(build_pruner(name), encoded, tokens, 16, "item")
+            mixed = choose(build_pruner(name), among, 16, "stop", {})
         assert torch.equal(plain.indices, mixed.indices), name
+
+
+def test_exact_products_are_restored_when_the_last_thread_leaves():
+    knob = torch.backends.cuda.matmul
     torch.backends.fp32_precision = "tf32"
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with exact_float32(torch.device("cpu")):
+            inside.set()
+            leave.wait(10)
+
     try:
         with exact_float32(torch.device("cpu")):
-            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+            assert knob.fp32_precision == "ieee"
+            thread = threading.Thread(target=other)
+            thread.start()
+            assert inside.wait(10)
+        assert knob.fp32_precision == "ieee"  # the other one still computes
+        leave.set()
+        thread.join()
+        assert knob.fp32_precision == "tf32"
     finally:
+        leave.set()
         torch.backends.fp32_precision = "none"
         torch.backends.cuda.matmul.fp32_precision = "none"
         torch.backends.mkldnn.matmul.fp32_precision = "none"
@@ -429,7 +454,7 @@ def test_downsample_is_average_pooling_where_that_exists():
 
 def test_random_is_uniform_seeded_and_its_own_for_every_picture():
     keys = torch.arange(4000)
-    tokens = VisualTokens(features=torch.zeros(4000, 20, 1), image_key=keys)
+    tokens = VisualTokens(features=torch.zeros(4000, 20, 1), signals={"image_key": keys})
     kept = build_pruner("random")(tokens, 5).indices
     share = torch.bincount(kept.flatten(), minlength=20) / 4000
     assert (share - 0.25).abs().max() < 0.035  # 5 standard errors of a fair draw
@@ -498,19 +523,19 @@ def test_quirks_are_told_by_their_condition(tmp_path):
 def test_several_text_segments_and_separate_items_of_equal_count(tmp_path):
     tokens = make_tokens(2, 6, 6)
     text = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-    own = VisualTokens(**{**vars(tokens), "text_embeds": text.expand(2, -1, -1)})
+    own = replace(tokens, signals={**tokens.signals, "text_embeds": text.expand(2, -1, -1)})
     relevance = []
     for item in range(2):
         r = [-np.mean([oracles.cosine(e, t) for t in text.double().numpy()])
              for e in oracles.of(tokens, "image_embeds", item)]  # fmt: skip
         relevance.append([(v - min(r) + 1e-6) / (max(r) - min(r)) for v in r])
-    save(tmp_path, "cdpruner", projected=tokens.projected.numpy(), image_embeds=tokens.image_embeds.numpy(),
+    save(tmp_path, "cdpruner", projected=tokens.projected.numpy(), image_embeds=tokens.signals["image_embeds"].numpy(),
          text_embeds=text.numpy(), keep=7, eps=1e-6, relevance=np.array(relevance, dtype=np.float32),
          kept_indices=build_pruner("cdpruner")(own, 7).indices.numpy())  # fmt: skip
-    score = tokens.image_embeds @ tokens.text_embeds[:, 0, :, None]
+    score = tokens.signals["image_embeds"] @ tokens.signals["text_embeds"][:, 0, :, None]
     selection = build_pruner("trim")(tokens, 8)
-    save(tmp_path, "trim", vision_hidden=tokens.features.numpy(), image_embeds=tokens.image_embeds.numpy(),
-         text_embeds=tokens.text_embeds[:, 0].numpy(), ratio=7 / 36, keep=7,
+    save(tmp_path, "trim", vision_hidden=tokens.features.numpy(), image_embeds=tokens.signals["image_embeds"].numpy(),
+         text_embeds=tokens.signals["text_embeds"][:, 0].numpy(), ratio=7 / 36, keep=7,
          kept_indices=torch.stack([row[:-1] for row in selection.origin]).numpy(),
          aggregated_token=torch.stack([row[-1] for row in selection.merged]).numpy())  # fmt: skip
     assert check(tmp_path)[1:] == (2, 2) and score.shape == (2, 36, 1)
@@ -542,7 +567,7 @@ def test_a_new_method_is_one_registered_class():
     from dataclasses import dataclass
     from typing import ClassVar
 
-    from pruning import Selection, registry
+    from prunetune.pruning import Selection, registry
 
     @register_pruner("first_tokens", paper="test")
     @dataclass(frozen=True)

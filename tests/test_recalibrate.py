@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,43 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_VLM
-from PIL import Image
+from conftest import ROOT
+from launches import STEPS, arguments, environment, losses, run
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
-from configs import ConfigError, TrackingConfig, TrainConfig
-from data_recipes.shapes_world import render, sample_scene
-from pruning.checkpoint import load_model, projector_state, tensor_hash
-from scripts.launch import launch_environment, launch_line
-from train.callbacks import NumbersCallback, check_finite_weights
-from train.tracking import Tracker, wandb_mode
-from train.trainer import last_complete_checkpoint, set_aside, steps_in_total
-
-STEPS = 6
-
-
-def arguments(model, output, *more):
-    return ["--config", "configs/recalibrate/tiny_divprune_16.yaml",
-            "--model.path", str(model), "--output", str(output),
-            "--data.max_samples", "96", "--train.batch_size", "4", "--train.max_steps", str(STEPS),
-            "--train.save_steps", "3", "--tracking.wandb", "off", *more]  # fmt: skip
-
-
-def environment():
-    return {**launch_environment(2), "OMP_NUM_THREADS": "1"}
-
-
-def run(model, output, *more):
-    done = subprocess.run(launch_line(2, arguments(model, output, *more)), env=environment(), cwd=ROOT, text=True,
-                          capture_output=True, timeout=600)  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
-
-
-def losses(output):
-    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows}
+from prunetune.configs import ConfigError, ModelConfig, RecalibrateConfig, TrackingConfig, TrainConfig, load_config
+from prunetune.models import Arm
+from prunetune.models.adapter import projector_state
+from prunetune.models.hashes import tensor_hash
+from prunetune.scripts.launch import launch_line
+from prunetune.train.callbacks import NumbersCallback, check_finite_weights
+from prunetune.train.recalibrate import start
+from prunetune.train.tracking import Tracker, wandb_mode
+from prunetune.train.trainer import last_complete_checkpoint, set_aside, steps_in_total
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +57,8 @@ def test_the_log_has_every_step_and_w_and_b_is_offline(whole):
 
 def test_the_adapter_changes_the_projector_and_records_the_run(whole, untrained_folder):
     output, _ = whole
-    base, tuned = (
-        load_model(str(untrained_folder))[0],
-        load_model(str(untrained_folder), adapter=str(output / "adapter"))[0],
-    )
+    arm = Arm.load(ModelConfig(path=str(untrained_folder), dtype="float32"), device="cpu")
+    base, tuned = arm.model, arm.with_adapter(output / "adapter").model
     after = tuned.state_dict()
     changed = {n for n, t in base.state_dict().items() if tensor_hash({"": t}) != tensor_hash({"": after[n]})}
     assert changed == set(projector_state(base))
@@ -141,83 +115,16 @@ def test_zero3_trains_and_resumes_to_the_same_projector_as_zero2(whole, untraine
     assert all(torch.equal(tensor, mine[name]) for name, tensor in load_file(adapter).items())
 
 
-@pytest.fixture
-def mixed_recipe(tmp_path):
-    """A LLaVA-format file with pictures, text alone and a long conversation, and the options that name it."""
-    folder = tmp_path / "images" / "vg"
-    folder.mkdir(parents=True)
-    records = []
-    for number in range(16):
-        turns = [{"from": "human", "value": "what number is shown ?"}, {"from": "gpt", "value": "4 7"}]
-        record = {"id": str(number), "conversations": turns}
-        if number % 2:
-            Image.fromarray(render(sample_scene(number))).save(folder / f"{number}.png")
-            record["image"] = f"vg/{number}.png"
-            turns[0]["value"] = "<image>\n" + turns[0]["value"]
-        records.append(record)
-    records[0]["conversations"][0]["value"] = "what number is shown ? " * 60  # its answer lies beyond max_length
-    (tmp_path / "mix.json").write_text(json.dumps(records))
-    (tmp_path / "recipe.yaml").write_text("name: mixed\nformat: llava_json\nsources: [vg, text]\n")
-    return ["--data.recipe", str(tmp_path / "recipe.yaml"), "--data.file", str(tmp_path / "mix.json"),
-            "--data.image_root", str(tmp_path / "images"), "--data.max_samples", "16", "--train.batch_size", "1",
-            "--train.max_steps", "8", "--train.max_length", "200", "--train.workers", "1"]  # fmt: skip
-
-
-@pytest.mark.parametrize("pruner", ["downsample", "trim", "trimtokenator"])  # merging; merging by CLIP text; LLM text
-def test_text_merging_bf16_and_workers_agree_under_zero2_and_zero3(untrained_folder, mixed_recipe, tmp_path, pruner):
-    """Batches of one: ranks see text alone, pictures, and a sample without any supervised token, in any order."""
-    options = [*mixed_recipe, "--model.dtype", "bfloat16", "--pruning.pruner", pruner,
-               "--pruning.text_tower", str(TINY_VLM / "clip")]  # fmt: skip
-    runs = {}
-    for stage in ("zero2", "zero3"):
-        printed = run(untrained_folder, tmp_path / stage, *options, "--train.deepspeed", stage)
-        assert "1 samples lost every answer token to max_length=200" in printed
-        runs[stage] = losses(tmp_path / stage)
-    assert len(runs["zero2"]) == 8 and all(math.isfinite(loss) for loss in runs["zero2"].values())
-    assert runs["zero3"] == pytest.approx(runs["zero2"], rel=0.02)
-    tensors = [load_file(tmp_path / stage / "adapter" / "adapter_model.safetensors") for stage in runs]
-    base = projector_state(load_model(str(untrained_folder), dtype="bfloat16")[0])
-    for name, tensor in tensors[0].items():
-        assert tensor.dtype == torch.bfloat16
-        if pruner != "trimtokenator":  # its choice reads the projector, where a last bit in bfloat16 can flip a pick
-            torch.testing.assert_close(tensor, tensors[1][name], rtol=0.05, atol=0.02)
-        assert not torch.equal(tensor, base[name.removeprefix("base_model.model.")])
-
-
-def test_grouped_sampling_resumes_into_its_second_epoch(untrained_folder, mixed_recipe, tmp_path):
-    """16 samples on two ranks are 8 steps an epoch; the order of the second epoch is its own, and resuming finds it."""
-    options = [*mixed_recipe, "--pruning.pruner", "divprune", "--train.sampling", "modality_length",
-               "--train.max_steps", "14", "--train.save_steps", "11", "--train.packing", "true"]  # fmt: skip
-    output = tmp_path / "grouped"
-    run(untrained_folder, output, *options)
-    whole, projector = losses(output), load_file(output / "adapter" / "adapter_model.safetensors")
-    assert len(whole) == 14
-    for later in ("checkpoint-14", "adapter"):
-        shutil.rmtree(output / later)
-    assert "resuming from" in run(untrained_folder, output, *options)
-    assert losses(output) == whole
-    again = load_file(output / "adapter" / "adapter_model.safetensors")
-    assert all(torch.equal(tensor, again[name]) for name, tensor in projector.items())
-
-
-def test_a_corrupt_picture_on_any_rank_stops_with_its_name(untrained_folder, mixed_recipe, tmp_path):
-    for number in (1, 3, 5, 7, 9, 11, 13, 15):
-        (tmp_path / "images" / "vg" / f"{number}.png").write_bytes(b"no picture")
-    line = launch_line(2, arguments(untrained_folder, tmp_path / "out", *mixed_recipe))
-    done = subprocess.run(line, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300)
-    assert done.returncode != 0
-    assert "error (rank " in done.stderr and "can't be decoded" in done.stderr and ".png" in done.stderr
-
-
-def test_resuming_under_other_settings_is_refused(whole, untrained_folder):
-    line = launch_line(2, arguments(untrained_folder, whole[0], "--train.learning_rate", "1e-3"))
-    done = subprocess.run(line, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=300)
-    assert done.returncode != 0
-    assert "was written with other settings for train" in done.stdout + done.stderr
+def test_resuming_under_other_settings_is_refused(whole, untrained_folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, file, *overrides = arguments(untrained_folder, whole[0], "--train.learning_rate", "1e-3")
+    with pytest.raises(ConfigError, match="was written with other settings for train"):
+        start(load_config(RecalibrateConfig, file, overrides))
 
 
 def test_prunetune_recalibrate_stops_before_launching_on_a_wrong_key(tmp_path):
-    line = [sys.executable, "-m", "scripts.prunetune", "recalibrate", *arguments("m", tmp_path), "--train.lr", "1"]
+    line = [sys.executable, "-m", "prunetune", "recalibrate", *arguments("m", tmp_path), "--train.lr", "1"]
     done = subprocess.run(line, cwd=ROOT, text=True, capture_output=True, timeout=120)
     assert done.returncode == 1 and "train.lr: unknown key" in done.stderr and "Traceback" not in done.stderr
 

@@ -5,7 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.sampling import GroupedSampler
+from prunetune.train.sampling import GroupedSampler
 
 
 @settings(max_examples=60, deadline=None)

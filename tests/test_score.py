@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from evaluation.metrics.chair import Objects
-from evaluation.metrics.chair import chair as chair_metrics
-from evaluation.metrics.vqa import normalize, vqa_accuracy
-from evaluation.score import score_file
-from evaluation.tasks import Item, TaskError, chartqa, mmbench, mme, ocrbench, pope, scienceqa
-from evaluation.tasks.vqa import question_of
-from scripts.prunetune import main
+from prunetune.cli import main
+from prunetune.evaluation.metrics.chair import Objects
+from prunetune.evaluation.metrics.chair import chair as chair_metrics
+from prunetune.evaluation.metrics.vqa import normalize, vqa_accuracy
+from prunetune.evaluation.score import score_file
+from prunetune.evaluation.tasks import Item, TaskError, chartqa, mmbench, mme, ocrbench, pope, scienceqa
+from prunetune.evaluation.tasks.vqa import question_of
 
 S = "Answer the question using a single word or phrase."
 

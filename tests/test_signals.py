@@ -5,11 +5,11 @@ import torch
 from conftest import TINY_VLM, scene_sample, spec_of
 from transformers import AutoTokenizer, CLIPModel, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
-from data_recipes import Formatter, Sample, Turn
-from data_recipes.images import SceneImages
-from pruning import PrunedModel, PruningError, PruningSpec, registered_methods
-from pruning.text import TextReader, instruction_text
-from pruning.types import SIGNALS, signal_name
+from prunetune.data_recipes import Formatter, Sample, Turn
+from prunetune.pruning import PrunedModel, PruningError, PruningSpec, registered_methods
+from prunetune.pruning.signals import signal_of
+from prunetune.pruning.text import TextReader, instruction_text
+from prunetune.tiny_world.recipe import SceneImages
 
 CLIP = str(TINY_VLM / "clip")
 
@@ -23,7 +23,9 @@ def encoded(model, processor, reading, samples, name, **options):
     spec = spec_of(name)
     spec = PruningSpec(name, 16, {**spec.options, **options}, text_tower=CLIP)
     with torch.no_grad():
-        return PrunedModel(model, spec, processor.tokenizer).prepare(reading.training_batch(samples)).encoded.tokens
+        prepared = PrunedModel(model, spec, processor.tokenizer).prepare(reading.training_batch(samples))
+    (tokens,) = prepared.vision["image"].groups
+    return tokens
 
 
 # ---- vision ----------------------------------------------------------------------------------------------------
@@ -36,13 +38,13 @@ def test_attention_signals_equal_the_eager_attention_weights(eager, processor, r
     close = {"rtol": 1e-5, "atol": 1e-6}
     # The feature layer is hidden_states[-2], the output of the second-last layer, whose own attention this is.
     ours = encoded(eager, processor, reading, samples, "fastervlm")
-    torch.testing.assert_close(ours.cls_attention, out.attentions[-2][:, :, 0, 1:], **close)
+    torch.testing.assert_close(ours.signals["cls_attention"], out.attentions[-2][:, :, 0, 1:], **close)
     assert torch.equal(ours.features, out.hidden_states[-2][:, 1:])
     ours = encoded(eager, processor, reading, samples, "hiprune", object_layer=2)
-    torch.testing.assert_close(ours.received_attention, out.attentions[-2].mean(2)[:, :, 1:], **close)
-    torch.testing.assert_close(ours.object_attention, out.attentions[1].mean(2)[:, :, 1:], **close)
+    torch.testing.assert_close(ours.signals["received_attention"], out.attentions[-2].mean(2)[:, :, 1:], **close)
+    torch.testing.assert_close(ours.signals["object_attention"], out.attentions[1].mean(2)[:, :, 1:], **close)
     ours = encoded(eager, processor, reading, samples, "visionzip")
-    assert torch.equal(ours.cls_feature, out.hidden_states[-2][:, 0])
+    assert torch.equal(ours.signals["cls_feature"], out.hidden_states[-2][:, 0])
 
 
 def test_keys_are_those_of_the_layers_they_name(eager, processor, reading, samples):
@@ -55,18 +57,17 @@ def test_keys_are_those_of_the_layers_they_name(eager, processor, reading, sampl
         reader = layers[-1].self_attn
         query, wide = reader.q_proj(after[:, :1]), reader.k_proj(after)
         attention = (query @ wide.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
-    torch.testing.assert_close(encoded(eager, processor, reading, samples, "tome").keys, keys)
+    torch.testing.assert_close(encoded(eager, processor, reading, samples, "tome").signals["keys"], keys)
     ours = encoded(eager, processor, reading, samples, "prumerge")
-    torch.testing.assert_close(ours.reader_keys, wide[:, 1:])
-    torch.testing.assert_close(ours.reader_attention, attention)
+    torch.testing.assert_close(ours.signals["reader_keys"], wide[:, 1:])
+    torch.testing.assert_close(ours.signals["reader_attention"], attention)
 
 
 @pytest.mark.parametrize("name", [name for name in registered_methods() if name != "identity"])
 def test_signals_are_computed_only_when_asked_for(model, processor, reading, samples, name):
     tokens = encoded(model, processor, reading, samples, name)
-    needs = {signal_name(need) for need in PrunedModel(model, spec_of(name), processor.tokenizer).pruner.needs}
-    present = {signal for signal in SIGNALS if getattr(tokens, signal) is not None}
-    assert present == {need for need in needs if "embeds" not in need}  # text comes later, see below
+    pruner = PrunedModel(model, spec_of(name), processor.tokenizer).pruner
+    assert set(tokens.signals) == {signal_of(need).name for need in pruner.needs}
 
 
 def test_a_layer_that_the_tower_lacks_is_named(model, processor, reading, samples):
@@ -123,14 +124,14 @@ def test_towers_without_cls_are_pruned_by_what_they_have(without_cls, processor,
         out = without_cls.model.vision_tower(
             pixel_values=processor_batch["pixel_values"], output_hidden_states=True
         ).hidden_states
-    assert prepared.kept == [16, 16, 16] and torch.isfinite(logits).all()
-    tokens = prepared.encoded.tokens
+    assert prepared.kept["image"] == [16, 16, 16] and torch.isfinite(logits).all()
+    (tokens,) = prepared.vision["image"].groups
     if spec.pruner in ("hiprune", "crisprune"):
         attention = without_cls.model.vision_tower.encoder.layers[-2].self_attn
         hidden = without_cls.model.vision_tower.encoder.layers[-2].layer_norm1(out[-3])
         q, k = (p(hidden).unflatten(-1, (4, -1)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
         expected = (q @ k.transpose(-1, -2) * attention.scale).softmax(-1).mean(2)
-        torch.testing.assert_close(tokens.received_attention, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tokens.signals["received_attention"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_no_layer_after_the_features_means_no_reader(model):
@@ -175,7 +176,7 @@ def test_token_embeddings_are_those_of_the_instruction(model, processor):
 
 def test_each_picture_meets_the_question_of_its_own_row(model, processor, reading, monkeypatch):
     """Rows with a picture, without one, and with another: text signals follow the rows, not the order of pictures."""
-    from pruning.methods.trimtokenator import TrimTokenator
+    from prunetune.pruning.methods.trimtokenator import TrimTokenator
 
     seen = []
     plain = TrimTokenator.__call__
@@ -187,7 +188,7 @@ def test_each_picture_meets_the_question_of_its_own_row(model, processor, readin
         pruned.prepare(reading.training_batch(samples))
     own = TextReader(model, processor.tokenizer).token_embeds(["where is the circle ?", "red ring"])
     assert len(seen) == 1
-    words = seen[0].text_token_embeds
+    words = seen[0].signals["text_token_embeds"]
     assert torch.equal(words[:, : own.shape[1]], own) and not words[:, own.shape[1] :].any()
 
 
@@ -201,13 +202,14 @@ def test_the_question_decides_what_is_kept(model, processor, reading, name):
     with torch.no_grad():
         for question in ("where is the circle ?", "what number is shown ?"):
             batch = reading.prompt_batch([scene_sample(10_000_001, question, None)])
-            kept.append(pruned.prepare(batch).selection.of(0))
+            kept.append(pruned.prepare(batch).selections["image"][0].of(0))
     assert not torch.equal(*kept)
 
 
 def test_the_instruction_is_what_the_user_says_without_answer_formats():
     suffix = "\nAnswer the question using a single word or phrase."
     assert instruction_text([f"What is red?{suffix}"]) == "What is red?"
+    assert instruction_text(["How many?\nAnswer the question with a single word."]) == "How many?"  # ChartQA's
     assert instruction_text(["One?", f"Two?{suffix}"]) == "One?"  # later questions give earlier answers away
     assert instruction_text(["Which?\nAnswer with the option's letter from the given choices directly."]) == "Which?"
 
@@ -236,3 +238,58 @@ def test_what_is_missing_for_text_is_named(model, processor, formatter, reading,
     pruned = PrunedModel(model, PruningSpec("trimtokenator", 16), processor.tokenizer)
     with pytest.raises(PruningError, match=r"pass `instructions`, one text per row \(3 rows, 0 texts\)"):
         pruned.prepare(formatter.training_batch(samples))
+
+
+# ---- signals of one's own ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_new_signal_is_a_record_and_is_read_wherever_its_source_is(model, without_cls, processor, reading, samples):
+    """What everything accepts is recorded: no rule by spelling decides."""
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from prunetune.pruning import Selection, Signal, register_pruner, register_signal, registry, signals
+    from prunetune.pruning.ops import ascending, top_k
+
+    def sharpness(attention):
+        return attention.query().norm(dim=-1)[..., attention.skip :]
+
+    register_signal(Signal("sharpness", axes="B H N", source="attention", read=sharpness, about="norm of each query"))
+
+    @register_pruner("sharpest", paper="test")
+    @dataclass(frozen=True)
+    class Sharpest:
+        needs: ClassVar[frozenset] = frozenset({"sharpness", "sharpness@1"})
+
+        def __call__(self, tokens, keep):
+            return Selection(ascending(top_k(tokens.finite("sharpness").mean(dim=1), keep)))
+
+    try:
+        batch = reading.training_batch(samples)
+        for own in (model, without_cls):
+            prepared = PrunedModel(own, PruningSpec("sharpest", 16)).prepare(batch)
+            layer = own.model.vision_tower.encoder.layers[0]
+            out = own.model.vision_tower(pixel_values=batch["pixel_values"], output_hidden_states=True).hidden_states
+            query = layer.self_attn.q_proj(layer.layer_norm1(out[0])).unflatten(-1, (4, -1)).transpose(1, 2)
+            expected = query.norm(dim=-1)[..., -144:]
+            (tokens,) = prepared.vision["image"].groups
+            torch.testing.assert_close(tokens.signals["sharpness"], expected, rtol=1e-5, atol=1e-6)
+        with pytest.raises(PruningError, match="two signals are called 'keys'"):
+            register_signal(Signal("keys", axes="B N C", source="attention", read=sharpness, about="again"))
+    finally:
+        del registry._METHODS["sharpest"], signals._SIGNALS["sharpness"]
+
+
+def test_a_pruner_that_needs_what_no_signal_is_called_is_refused():
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from prunetune.pruning import register_pruner
+
+    with pytest.raises(PruningError, match="wishful needs 'wish': there is no signal 'wish'; there are cls_attention"):
+
+        @register_pruner("wishful", paper="test")
+        @dataclass(frozen=True)
+        class Wishful:
+            needs: ClassVar[frozenset] = frozenset({"wish"})

@@ -11,13 +11,13 @@ import pytest
 from benchmark_files import FILES, S
 from conftest import ROOT
 
-from configs import EvaluateConfig, load_config, to_yaml
-from evaluation.arm import evaluate, read_results
-from evaluation.compare import compare
-from evaluation.score import score_file
-from evaluation.sources import read_items
-from evaluation.tasks import TaskError, get_task, tasks
-from evaluation.tasks.video import NAMES as VIDEO
+from prunetune.configs import EvaluateConfig, load_config, to_yaml
+from prunetune.evaluation.compare import compare
+from prunetune.evaluation.evaluate import evaluate, read_results
+from prunetune.evaluation.score import score_file
+from prunetune.evaluation.sources import read_items
+from prunetune.evaluation.tasks import TaskError, get_task, tasks
+from prunetune.evaluation.tasks.video import NAMES as VIDEO
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_two_ranks_write_what_one_process_writes(settings, tmp_path):
     file = tmp_path / "two.yaml"
     file.write_text(to_yaml(config))
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29577",
-            "-m", "scripts.prunetune", "evaluate", "--config", str(file)]  # fmt: skip
+            "-m", "prunetune", "evaluate", "--config", str(file)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -143,7 +143,7 @@ def test_two_ranks_write_what_one_process_writes(settings, tmp_path):
 
 @CAPTIONS
 def test_captions_are_scored_by_the_coco_servers_code():
-    from evaluation.metrics.captions import caption_metrics
+    from prunetune.evaluation.metrics.captions import caption_metrics
 
     people = {"1": ["A red ring on the left.", "the ring is red"], "2": ["a blue star", "There is a star!"]}
     same = caption_metrics({"1": "A red ring, on the left", "2": "there is a star"}, people)

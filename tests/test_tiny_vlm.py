@@ -7,12 +7,12 @@ import torch
 from conftest import ROOT, TINY_VLM
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel
 
-from configs import EvaluateConfig, load_config
-from data_recipes.shapes_world import SPLITS
-from evaluation.arm import evaluate, read_results
-from train.tiny_vlm.model import build_tokenizer
-from train.tiny_vlm.run import train_tiny_vlm
-from train.tiny_vlm.stages import STAGES
+from prunetune.configs import EvaluateConfig, load_config
+from prunetune.evaluation.evaluate import evaluate, read_results
+from prunetune.tiny_world import SPLITS
+from prunetune.tiny_world.training.model import build_tokenizer
+from prunetune.tiny_world.training.run import train_tiny_vlm
+from prunetune.tiny_world.training.stages import STAGES
 
 
 def test_it_is_a_stock_checkpoint_of_at_most_6_mb():

@@ -6,11 +6,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from evaluation.grader import Grader, read_grade
-from evaluation.score import score_file
-from evaluation.tasks import TaskError, get_task
-from evaluation.tasks.video import NAMES, write_predictions
-from scripts.prunetune import main
+from prunetune.cli import main
+from prunetune.evaluation.grader import Grader, read_grade
+from prunetune.evaluation.score import score_file
+from prunetune.evaluation.tasks import TaskError, get_task
+from prunetune.evaluation.tasks.video import NAMES, write_predictions
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from train.tracking import Tracker
+from prunetune.train.tracking import Tracker
 
 COMPLETE = "complete.json"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from peft import PeftModel
 from torch import Tensor, nn
 
-from pruning.checkpoint import CheckpointError
-from pruning.families import family_of
+from prunetune.models.loading import CheckpointError
+from prunetune.pruning.families import family_of
 
 
 @dataclass(frozen=True)

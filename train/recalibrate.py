@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # the launcher starts this file by its path; imports count from the repository's root
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
 import deepspeed
 import torch
@@ -20,22 +15,20 @@ from peft import PeftModel
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from configs import ConfigError, RecalibrateConfig, load_config, to_yaml
-from data_recipes import DataError, Formatter, RecipeData, load_recipe
-from pruning import PrunedModel, PruningError, PruningSpec
-from pruning.checkpoint import checkpoint_folder, load_model, wrap_projector, write_adapter
-from pruning.checkpoint import frozen_hash as stored_hash
-from pruning.families import family_of
-from pruning.text import instruction_text
-from train.callbacks import CompleteCheckpointCallback, NumbersCallback, check_finite_weights
-from train.freeze import FrozenReport, freeze_all_but_projector
-from train.record import run_record
-from train.sampling import train_sampler
-from train.tracking import Tracker
-from train.trainer import (
+from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_yaml
+from prunetune.data_recipes import DataError, RecipeData, load_recipe
+from prunetune.models import Arm, wrap_projector, write_adapter
+from prunetune.models.ranks import Ranks, launched_ranks
+from prunetune.pruning import PruningError
+from prunetune.train.callbacks import CompleteCheckpointCallback, NumbersCallback, check_finite_weights
+from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
+from prunetune.train.record import run_record
+from prunetune.train.sampling import train_sampler
+from prunetune.train.tracking import Tracker
+from prunetune.train.trainer import (
     RecalibrationTrainer,
     drop_frozen_from_state_dict,
-    frozen_hash,
+    frozen_tensors_hash,
     gathered_projector,
     last_complete_checkpoint,
     set_aside,
@@ -51,8 +44,7 @@ class Run:
 
     config: RecalibrateConfig
     data: RecipeData
-    rank: int
-    world: int
+    ranks: Ranks
     settings: dict[str, Any]
     resume: Path | None
 
@@ -66,11 +58,6 @@ class Run:
         """The step to go on from."""
         return int(self.resume.name.split("-")[1]) if self.resume is not None else 0
 
-    @property
-    def chief(self) -> bool:
-        """Whether this rank prints and writes."""
-        return self.rank == 0
-
 
 def recalibrate(run: Run) -> Path:
     """Train the projector on pruned inputs and return the folder of the finished adapter; every rank calls this.
@@ -81,13 +68,13 @@ def recalibrate(run: Run) -> Path:
         RuntimeError: if a frozen weight changed.
     """
     config = run.config
-    tracker = Tracker(config.tracking, run.output, config.model_dump(), run.first_step) if run.chief else None
+    tracker = Tracker(config.tracking, run.output, config.model_dump(), run.first_step) if run.ranks.is_zero else None
     # The model is built before TrainingArguments: an active ZeRO-3 configuration would partition it while loading.
-    model, processor = load_model(config.model.path, config.model.revision, config.model.dtype, config.model.attention)
-    peft_model = wrap_projector(model, config.train.trainable)
+    arm = Arm.load(config.model, config.pruning, device="cpu")
+    peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
-    step = train(run, peft_model, processor, tracker)
-    save(run, peft_model, tracker, step)
+    step = train(run, arm, peft_model, tracker)
+    save(run, arm, peft_model, tracker, step)
     if tracker is not None:
         tracker.close()
     if torch.distributed.is_initialized():
@@ -102,73 +89,59 @@ def start(config: RecalibrateConfig) -> Run:
     Raises:
         ConfigError, PruningError, DataError: for options or data that can't work; the same on every rank.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = launched_ranks()
     set_seed(config.train.seed)
     use_plain_collectives_on_cpu()
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' about one another
-    if rank != 0:
+    if not ranks.is_zero:
         transformers_logging.set_verbosity_error()
-    PruningSpec(**config.pruning.model_dump()).build()  # a wrong name or option stops here, before anything is loaded
+    config.pruning.build()  # a wrong name or option stops here, before anything is loaded
     data = load_recipe(config.data.recipe, **config.data.model_dump(exclude={"recipe"}))
-    settings = _settings(config, data, world)
+    settings = _settings(config, data, ranks.world)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     resume = None
     if config.train.resume == "auto":
         resume = last_complete_checkpoint(output, settings)
-    elif rank == 0:
+    elif ranks.is_zero:
         set_aside(output)
-    return Run(config, data, rank, world, settings, resume)
+    return Run(config, data, ranks, settings, resume)
 
 
-def train(run: Run, peft_model: PeftModel, processor: Any, tracker: Tracker | None) -> int:
+def train(run: Run, arm: Arm, peft_model: PeftModel, tracker: Tracker | None) -> int:
     """Train with the pruner attached, check that nothing frozen changed, and return the last step's number."""
-    config, model = run.config.train, peft_model.get_base_model()
+    config = run.config.train
     if config.gradient_checkpointing:
-        _checkpoint_language_model(model)
-    spec = PruningSpec(**run.config.pruning.model_dump())
-    pruned = PrunedModel(model, spec, processor.tokenizer, packed=config.packing)
-    formatter = Formatter(
-        processor,
-        run.data.images,
-        run.config.model.template,
-        run.config.model.square,
-        config.max_length,
-        instructions=instruction_text if pruned.reads_text else None,
-    )
-    steps = steps_in_total(config, len(run.data), run.world)
-    numbers = NumbersCallback(tracker, config.batch_size * config.accumulation * run.world)
+        _checkpoint_language_model(arm)
+    steps = steps_in_total(config, len(run.data), run.ranks.world)
+    numbers = NumbersCallback(tracker, config.batch_size * config.accumulation * run.ranks.world)
     trainer = RecalibrationTrainer(
-        pruned,
-        formatter,
+        arm.formatter(run.data.images, config.max_length),
         run.data,
-        train_sampler(run.data, config.sampling, config.batch_size * run.world, config.seed),
+        train_sampler(run.data, config.sampling, config.batch_size * run.ranks.world, config.seed),
         model=peft_model,
         args=training_arguments(run.config, run.output, steps),
         callbacks=[numbers, CompleteCheckpointCallback(run.settings)],
     )
-    before = frozen_hash(peft_model)
+    before = frozen_tensors_hash(peft_model)
     drop_frozen_from_state_dict(peft_model)
-    with pruned.attach():
+    with arm.pruned.attach(packed=config.packing):
         trainer.train(resume_from_checkpoint=str(run.resume) if run.resume else None)
-    if frozen_hash(peft_model) != before:
+    if frozen_tensors_hash(peft_model) != before:
         raise RuntimeError("a frozen weight changed during training; the adapter is not written. Please report this")
     lost = trainer.unsupervised_samples()
-    if lost and run.chief:
+    if lost and run.ranks.is_zero:
         print(f"{lost} samples lost every answer token to max_length={config.max_length} and added no loss", flush=True)
     return trainer.state.global_step
 
 
-def save(run: Run, peft_model: PeftModel, tracker: Tracker | None, step: int) -> None:
+def save(run: Run, arm: Arm, peft_model: PeftModel, tracker: Tracker | None, step: int) -> None:
     """Write the adapter with its record."""
     check_finite_weights(peft_model)
     tensors = gathered_projector(peft_model)
-    if not run.chief:
+    if not run.ranks.is_zero:
         return
-    model = run.config.model
-    projectors = family_of(peft_model.get_base_model()).projectors
-    base_hash = stored_hash(checkpoint_folder(model.path, model.revision), projectors)
-    record = run_record(run.config, run.data, base_hash, tensors, step, tracker)
+    record = run_record(run.config, run.data, arm.base.frozen_hash, tensors, step, tracker)
     write_adapter(run.output / "adapter", tensors, peft_model, record)
     print(f"recalibrated projector: {run.output / 'adapter'}", flush=True)
 
@@ -185,17 +158,16 @@ def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[s
     }
 
 
-def _checkpoint_language_model(model: Any) -> None:
+def _checkpoint_language_model(arm: Arm) -> None:
     """Recompute activations in the LLM only: Trainer's own flag would also pull the frozen tower into the graph."""
-    family = family_of(model)
-    language_model = getattr(model.base_model, family.language_model)
+    language_model = getattr(arm.model.base_model, arm.pruned.family.language_model)
     language_model.activation_checkpointing_enable({"use_reentrant": False})
     language_model.train()
 
 
 def announce(run: Run, report: FrozenReport) -> None:
     """Print what will happen, and keep the effective configuration."""
-    if not run.chief:
+    if not run.ranks.is_zero:
         return
     config, data = run.config, run.data
     (run.output / "config.yaml").write_text(to_yaml(config))
@@ -204,7 +176,7 @@ def announce(run: Run, report: FrozenReport) -> None:
         f"model     {config.model.path} ({config.model.dtype})",
         f"pruning   {config.pruning.pruner}, keep {config.pruning.keep} {config.pruning.options or ''}",
         f"data      {data.name}: {len(data):,} samples ({sources})",
-        f"ranks     {run.world}, {config.train.batch_size} samples each, "
+        f"ranks     {run.ranks.world}, {config.train.batch_size} samples each, "
         f"DeepSpeed {deepspeed.__version__} {config.train.deepspeed}",
         *report.lines(),
     ]
@@ -221,15 +193,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--config")
     parser.add_argument("--local_rank")  # the launcher adds it
     options, overrides = parser.parse_known_args(arguments)
-    rank = os.environ.get("RANK", "0")
+    ranks = launched_ranks()
     try:
         run = start(load_config(RecalibrateConfig, options.config, overrides))
     except (ConfigError, PruningError, DataError) as error:
-        sys.exit(f"error: {error}" if rank == "0" else 1)  # all ranks fail alike; one says why
+        sys.exit(f"error: {error}" if ranks.is_zero else 1)  # all ranks fail alike; one says why
     try:
         recalibrate(run)
     except (ConfigError, PruningError, DataError, FloatingPointError) as error:
-        sys.exit(f"error (rank {rank}): {error}")
+        sys.exit(f"error (rank {ranks.rank}): {error}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from configs import RecalibrateConfig
-from data_recipes import RecipeData
-from pruning.checkpoint import tensor_hash
-from train.tracking import Tracker
+from prunetune.configs import RecalibrateConfig
+from prunetune.data_recipes import RecipeData
+from prunetune.models.hashes import tensor_hash
+from prunetune.train.tracking import Tracker
 
 
 def library_versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch.utils.data import Sampler
 
-from data_recipes import RecipeData
+from prunetune.data_recipes import RecipeData
 
 SAMPLINGS = ("shuffled", "length", "modality_length")
 MEGABATCH = 50

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from configs import ConfigError, TrackingConfig
+from prunetune.configs import ConfigError, TrackingConfig
 
 
 class Tracker:

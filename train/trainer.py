@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from configs import ConfigError, RecalibrateConfig, TrainConfig
-from data_recipes import Formatter, RecipeData, Sample
-from data_recipes.formatting import IGNORE_INDEX
-from pruning import PrunedModel
-from pruning.checkpoint import tensor_hash
-from train.callbacks import COMPLETE
-from train.sampling import GroupedSampler
+from prunetune.configs import ConfigError, RecalibrateConfig, TrainConfig
+from prunetune.data_recipes import Formatter, RecipeData, Sample
+from prunetune.data_recipes.formatting import IGNORE_INDEX
+from prunetune.models.hashes import tensor_hash
+from prunetune.train.callbacks import COMPLETE
+from prunetune.train.sampling import GroupedSampler
 
 DEEPSPEED_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
 
@@ -41,17 +40,15 @@ class SampleDataset(Dataset):
 
 
 class RecalibrationTrainer(Trainer):
-    """Hugging Face Trainer on a model whose forward pass is pruned by an attached :class:`PrunedModel`."""
+    """Hugging Face Trainer on a model whose forward pass is pruned: a `PrunedModel` is attached to it."""
 
     def __init__(
         self,
-        pruned: PrunedModel,
         formatter: Formatter,
         data: RecipeData,
         sampler: GroupedSampler | None = None,
         **kwargs: Any,
     ) -> None:
-        self.pruned = pruned
         self.sampler = sampler
         if sampler is not None:
             sampler.epoch = lambda: int((self.state.epoch or 0) + 1e-6)
@@ -89,7 +86,7 @@ def training_arguments(config: RecalibrateConfig, output: Path, total_steps: int
         output_dir=str(output),
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu else None,
-        deepspeed=str(deepspeed_file(train.deepspeed)),
+        deepspeed=deepspeed_config(train.deepspeed),
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=train.accumulation,
         learning_rate=train.learning_rate,
@@ -101,7 +98,6 @@ def training_arguments(config: RecalibrateConfig, output: Path, total_steps: int
         max_steps=train.max_steps,
         bf16=config.model.dtype == "bfloat16",
         fp16=config.model.dtype == "float16",
-        tf32=None if on_cpu else True,
         seed=train.seed,
         data_seed=train.seed,
         logging_steps=train.log_steps,
@@ -126,6 +122,30 @@ def deepspeed_file(name: str) -> Path:
         if path.is_file():
             return path
     raise ConfigError(f"train.deepspeed: {name!r} is neither zero2, zero3 nor the path of a DeepSpeed JSON")
+
+
+def deepspeed_config(name: str) -> dict[str, Any]:
+    """Return the settings of a shipped name or of a path, with linear layers computed as everywhere else.
+
+    Under ZeRO-3 DeepSpeed replaces ``F.linear`` in the whole process by one that saves memory and rounds twice. In
+    bfloat16 the features then differ from evaluation's, and a pruner keeps other tokens (VisPruner on every image).
+
+    Raises:
+        ConfigError: if there is no such file, it is no JSON object, or it asks for those linear layers.
+    """
+    path = deepspeed_file(name)
+    try:
+        settings = json.loads(path.read_text())
+        zero = settings.setdefault("zero_optimization", {})
+        wanted = zero.setdefault("memory_efficient_linear", False)
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"train.deepspeed: {path} is no DeepSpeed JSON: {error}") from None
+    if wanted:
+        raise ConfigError(
+            f"train.deepspeed: {path} sets zero_optimization.memory_efficient_linear, which rounds features twice, so "
+            "that training would keep other visual tokens than evaluation; set it to false or leave it out"
+        )
+    return settings
 
 
 def use_plain_collectives_on_cpu() -> None:
@@ -182,7 +202,7 @@ def gathered_projector(peft_model: PeftModel) -> dict[str, Tensor]:
         }
 
 
-def frozen_hash(peft_model: PeftModel) -> str:
+def frozen_tensors_hash(peft_model: PeftModel) -> str:
     """Return a SHA-256 of every frozen tensor, which must be the same before and after; all ranks call this."""
     digest = hashlib.sha256()
     for name, parameter in sorted(peft_model.get_base_model().named_parameters()):

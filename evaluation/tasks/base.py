@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_recipes.images import ImageOpener
-from evaluation.errors import TaskError
-from evaluation.predictions import Prediction
-from pruning.registry import nearest
+from prunetune.data_recipes.images import ImageOpener
+from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.predictions import Prediction
+from prunetune.pruning.registry import nearest
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -92,6 +92,9 @@ class Task:
         return {} if self.score is None else {"accuracy": percent(self.score, pairs)}
 
 
+BUILT_IN = ("prunetune.tiny_world.task",)
+"""Modules outside this folder that register benchmarks."""
+
 _TASKS: dict[str, Task] = {}
 
 
@@ -105,10 +108,12 @@ def register_task(task: Task) -> Task:
 
 def tasks() -> dict[str, Task]:
     """Return all benchmarks by name, importing every file of ``evaluation/tasks/`` once."""
-    import evaluation.tasks as package
+    import prunetune.evaluation.tasks as package
 
     for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"evaluation.tasks.{module.name}")
+        importlib.import_module(f"prunetune.evaluation.tasks.{module.name}")
+    for name in BUILT_IN:
+        importlib.import_module(name)
     return dict(sorted(_TASKS.items()))
 
 

@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_recipes.images import FolderImages
-from evaluation.files import find_file, read_json
-from evaluation.metrics.captions import caption_metrics
-from evaluation.tasks.base import Item, Pair, Task, TaskError, image_folder, register_task
+from prunetune.data_recipes.images import FolderImages
+from prunetune.evaluation.files import find_file, read_json
+from prunetune.evaluation.metrics.captions import caption_metrics
+from prunetune.evaluation.tasks.base import Item, Pair, Task, TaskError, image_folder, register_task
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 SETS = {

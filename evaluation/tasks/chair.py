@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_recipes.images import FolderImages
-from evaluation.files import find_file, read_json
-from evaluation.metrics.chair import Objects, chair
-from evaluation.tasks.base import Item, Pair, Task, image_folder, register_task
+from prunetune.data_recipes.images import FolderImages
+from prunetune.evaluation.files import find_file, read_json
+from prunetune.evaluation.metrics.chair import Objects, chair
+from prunetune.evaluation.tasks.base import Item, Pair, Task, image_folder, register_task
 
 PROMPT = "Please describe this image in detail."
 COCO = "https://cocodataset.org/#download (annotations, 2014)"

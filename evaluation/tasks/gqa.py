@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_recipes.images import FolderImages
-from evaluation.files import find_file, read_json
-from evaluation.tasks.base import SHORT_ANSWER, Item, Pair, Task, image_folder, percent, register_task
+from prunetune.data_recipes.images import FolderImages
+from prunetune.evaluation.files import find_file, read_json
+from prunetune.evaluation.tasks.base import SHORT_ANSWER, Item, Pair, Task, image_folder, percent, register_task
 
 QUESTIONS = "testdev_balanced_questions.json"
 

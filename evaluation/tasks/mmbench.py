@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from data_recipes.sample import DataError
-from evaluation.files import find_file
-from evaluation.tasks.base import LETTER, Item, Pair, Task, TaskError, register_task
+from prunetune.data_recipes.sample import DataError
+from prunetune.evaluation.files import find_file
+from prunetune.evaluation.tasks.base import LETTER, Item, Pair, Task, TaskError, register_task
 
 ROUND = 1_000_000
 """Circular copies of a question have its index plus a multiple of this."""

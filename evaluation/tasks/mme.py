@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_recipes.images import FolderImages
-from evaluation.errors import MissingFile
-from evaluation.predictions import Prediction
-from evaluation.tasks.base import SHORT_ANSWER, Item, Pair, Task, TaskError, register_task
+from prunetune.data_recipes.images import FolderImages
+from prunetune.evaluation.errors import MissingFile
+from prunetune.evaluation.predictions import Prediction
+from prunetune.evaluation.tasks.base import SHORT_ANSWER, Item, Pair, Task, TaskError, register_task
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from data_recipes.images import FolderImages
-from evaluation.files import find_file, read_questions
-from evaluation.tasks.base import Item, Pair, Task, image_folder, register_task
+from prunetune.data_recipes.images import FolderImages
+from prunetune.evaluation.files import find_file, read_questions
+from prunetune.evaluation.tasks.base import Item, Pair, Task, image_folder, register_task
 
 
 def read_items(data: Path) -> list[Item]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_recipes.images import FolderImages
-from evaluation.files import find_file, read_json
-from evaluation.tasks.base import Item, Pair, Task, image_folder, register_task
+from prunetune.data_recipes.images import FolderImages
+from prunetune.evaluation.files import find_file, read_json
+from prunetune.evaluation.tasks.base import Item, Pair, Task, image_folder, register_task
 
 SOURCE = "https://github.com/Yuliang-Liu/MultimodalOCR (OCRBench/OCRBench.json and its pictures)"
 FORMULAS = "HME100k"

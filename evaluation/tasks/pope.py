@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_recipes.images import FolderImages
-from evaluation.files import find_file, read_lines, read_questions
-from evaluation.predictions import Prediction
-from evaluation.tasks.base import SHORT_ANSWER, Item, Pair, Task, TaskError, image_folder, register_task
+from prunetune.data_recipes.images import FolderImages
+from prunetune.evaluation.files import find_file, read_lines, read_questions
+from prunetune.evaluation.predictions import Prediction
+from prunetune.evaluation.tasks.base import SHORT_ANSWER, Item, Pair, Task, TaskError, image_folder, register_task
 
 CATEGORIES = ("adversarial", "popular", "random")
 SOURCE = "https://github.com/AoiDragon/POPE/tree/main/output/coco (named coco_pope_CATEGORY.json)"

@@ -6,9 +6,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from data_recipes.images import FolderImages
-from evaluation.files import find_file, read_json
-from evaluation.tasks.base import LETTER, Item, Pair, Task, TaskError, image_folder, percent, register_task
+from prunetune.data_recipes.images import FolderImages
+from prunetune.evaluation.files import find_file, read_json
+from prunetune.evaluation.tasks.base import LETTER, Item, Pair, Task, TaskError, image_folder, percent, register_task
 
 LETTERS = "ABCDE"
 SOURCE = "https://github.com/lupantech/ScienceQA (problems.json and pid_splits.json in data/scienceqa)"

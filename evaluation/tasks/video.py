@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from evaluation.files import find_file, read_json
-from evaluation.metrics.vqa import normalize
-from evaluation.tasks.base import Item, Pair, Task, TaskError, register_task
+from prunetune.evaluation.files import find_file, read_json
+from prunetune.evaluation.metrics.vqa import normalize
+from prunetune.evaluation.tasks.base import Item, Pair, Task, TaskError, register_task
 
 SOURCE = "https://github.com/PKU-YuanGroup/Video-LLaVA (eval/GPT_Zero_Shot_QA, test_q.json and test_a.json)"
 NAMES = {

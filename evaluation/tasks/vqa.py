@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_recipes.images import FolderImages
-from evaluation.files import find_file, read_json, read_lines, read_questions
-from evaluation.metrics.vqa import normalize, vqa_accuracy
-from evaluation.predictions import Prediction
-from evaluation.tasks.base import (
+from prunetune.data_recipes.images import FolderImages
+from prunetune.evaluation.files import find_file, read_json, read_lines, read_questions
+from prunetune.evaluation.metrics.vqa import normalize, vqa_accuracy
+from prunetune.evaluation.predictions import Prediction
+from prunetune.evaluation.tasks.base import (
     SHORT_ANSWER,
     Item,
     Pair,

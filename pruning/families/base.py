@@ -1,69 +1,103 @@
-"""What a family says of itself, and how the family of a model is found."""
+"""What a family is, and how the family of a model is found."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
-from pruning.types import PruningError, Selection, VisualTokens
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.vision import Vision
 
-NEWLINE_POLICIES = ("rows", "all", "none")
 
-
-@dataclass(frozen=True)
-class Encoded:
-    """Images after the model's own encoding, ready to be pruned.
+@dataclass
+class PrunedOutput(ModelOutput):
+    """Encoded images as a stock model takes them in ``mm_encoder_outputs``; its type says that they were pruned here.
 
     Attributes:
-        output: what ``get_image_features`` returned; its ``pooler_output`` holds the projected tokens.
-        tokens: the items the pruner sees: images, or the crops of all images.
-        lengths: placeholders per image, in the order the images appear in the batch.
-        owner: the image that each item belongs to.
-        keep_of: maps a selection and a newline policy to each image's kept
-            ``(positions in its placeholder run (K,), features (K, D))``.
-        pools: returns for each image the tokens (P,) that the LLM would see of it, as ``item * N + position``,
-            ascending: what a budget per image chooses from.
+        pooler_output: the features of all images, in the container that the model expects.
+        deepstack_features: per level the features of all images, or None.
     """
 
-    output: Any
-    tokens: VisualTokens
-    lengths: list[int]
-    owner: list[int]
-    keep_of: Callable[[Selection, str], list[tuple[Tensor, Tensor]]]
-    pools: Callable[[], list[Tensor]]
+    pooler_output: Any = None
+    deepstack_features: Any = None
 
 
-@dataclass(frozen=True)
-class Family:
-    """A model family as a record.
+class Family(ABC):
+    """A model family: how its images are encoded, and what of its inputs follows the visual tokens.
+
+    The defaults are those of a family with plain positions whose projector is one module; a family is one file that
+    overrides what differs.
 
     Attributes:
         name: the name of the command line.
         model_types: values of ``config.model_type`` it covers.
+        pixels: for each modality the input that holds it.
+        replaced: further inputs that describe pixels; pruning removes them with the pixels.
+        aligned: inputs (B, L) beside ids, mask, labels and positions that are cut with the sequence, and the value that
+            padding gets.
+        unread: inputs (B, L) that a processor may return and the model does not read; they are left out.
         projectors: projector modules below the conditional-generation model, by their path from ``model.``.
         language_model: path of the language model.
-        drop: model inputs that pruning replaces and therefore removes.
-        item: what an item is, and so what a budget per item counts for: "image" or "crop".
-        signals: the vision signals that a model offers.
-        encode: runs the stock encoder, with the signals a method needs.
-        blank: inputs of one dummy image, so that a batch of text alone still reaches the projector in training.
+        item: what an item is, and so what a budget per item counts for: "image", "crop" or "frame".
+        position_policies: those that make sense; the first is what ``position_policy: auto`` means.
+        counts_rows_and_columns: whether positions have three parts (M-RoPE): time, row and column.
     """
 
-    name: str
-    model_types: tuple[str, ...]
-    projectors: tuple[str, ...]
-    language_model: str
-    drop: tuple[str, ...]
-    item: str
-    signals: Callable[[nn.Module], frozenset[str]]
-    encode: Callable[[nn.Module, Mapping[str, Any], frozenset[str]], Encoded]
-    blank: Callable[[nn.Module], dict[str, Tensor]]
+    name: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    pixels: ClassVar[Mapping[str, str]] = {"image": "pixel_values"}
+    replaced: ClassVar[tuple[str, ...]] = ("image_sizes",)
+    aligned: ClassVar[Mapping[str, int]] = {}
+    unread: ClassVar[tuple[str, ...]] = ("token_type_ids", "mm_token_type_ids")
+    projectors: ClassVar[tuple[str, ...]] = ("multi_modal_projector",)
+    language_model: ClassVar[str] = "language_model"
+    item: ClassVar[str] = "image"
+    position_policies: ClassVar[tuple[str, ...]] = ("compact", "original")
+    counts_rows_and_columns: ClassVar[bool] = False
+
+    @abstractmethod
+    def signals(self, model: nn.Module) -> frozenset[str]:
+        """Return the vision signals that a model offers."""
+
+    @abstractmethod
+    def encode(self, model: nn.Module, inputs: Mapping[str, Any], modality: str, needs: frozenset[str]) -> Vision:
+        """Run the stock encoder on one modality of a batch and read the signals in ``needs``."""
+
+    @abstractmethod
+    def blank(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return inputs of one dummy image, so that a batch of text alone still reaches the projector in training."""
+
+    def frozen_parts(self, model: nn.Module) -> tuple[nn.Module, ...]:
+        """Return the modules of the vision side that must behave in training as they do in inference."""
+        base: Any = model.base_model
+        return (base.vision_tower,)
+
+    def token_id(self, model: nn.Module, modality: str) -> int:
+        """Return the placeholder's token id."""
+        return getattr(model.config, f"{modality}_token_id")
+
+    def positions(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the positions of the full sequence: (B, L), or (3, B, L) for rotary positions in three parts."""
+        if inputs.get("position_ids") is not None:
+            return inputs["position_ids"]
+        return (inputs["attention_mask"].long().cumsum(dim=1) - 1).clamp(min=0)
+
+    def project(self, model: nn.Module, features: Tensor) -> Tensor:
+        """Return pre-projector features (K, C), one per LLM token, in LLM space (K, D)."""
+        base: Any = model.base_model
+        return base.get_submodule(self.projectors[0])(features)
+
+    def put_back(self, features: list[Tensor], levels: list[list[Tensor]]) -> PrunedOutput:
+        """Return the features of every image (K, D), and of every level, as the model takes them."""
+        return PrunedOutput(pooler_output=features, deepstack_features=levels or None)
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -85,10 +119,10 @@ def register_family(family: Family) -> Family:
 
 def registered_families() -> dict[str, Family]:
     """Return all families by name, importing every file of ``pruning/families/`` once."""
-    import pruning.families as package
+    import prunetune.pruning.families as package
 
     for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"pruning.families.{module.name}")
+        importlib.import_module(f"prunetune.pruning.families.{module.name}")
     return dict(sorted(_FAMILIES.items()))
 
 
@@ -110,17 +144,6 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
-def project_kept(selection: Selection, tokens: VisualTokens, projector: nn.Module) -> list[Tensor]:
-    """Return each item's kept tokens in LLM space, (K_b, D): gathered, or projected anew where they were merged."""
-    if selection.merged is not None:  # in one call: under ZeRO-3 all ranks must call the projector equally often
-        return list(projector(torch.cat(selection.merged)).split([len(features) for features in selection.merged]))
-    assert tokens.projected is not None  # every family fills it
-    if isinstance(selection.indices, Tensor):
-        index = selection.indices[..., None].expand(-1, -1, tokens.projected.shape[-1])
-        return list(tokens.projected.gather(1, index))
-    return [tokens.projected[item, indices] for item, indices in enumerate(selection.indices)]
-
-
-def stack_projected(pooler_output: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """Return equally long projected items as one tensor (B, N, D)."""
-    return pooler_output if isinstance(pooler_output, Tensor) else torch.stack(list(pooler_output))
+def stacked(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """Return equally long images as one tensor (B, N, D)."""
+    return features if isinstance(features, Tensor) else torch.stack(list(features))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from pruning.signals import image_keys, record_attention, record_input, record_output
-from pruning.types import PruningError, VisualTokens, signal_name
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.hooks import LinearCall, record_input, record_linear, record_output
+from prunetune.pruning.ops.precision import exact_float32
+from prunetune.pruning.signals import Attention, Signal, layer_of, of_source, registered_signals, signal_of
+from prunetune.pruning.types import VisualTokens
 
 TOWERS_WITH_CLS = ("clip_vision_model",)
 TOWERS = (*TOWERS_WITH_CLS, "siglip_vision_model")
@@ -20,6 +23,7 @@ TOWERS = (*TOWERS_WITH_CLS, "siglip_vision_model")
 class Tower:
     """A model's vision layers, seen from the one whose output enters the projector."""
 
+    module: nn.Module
     layers: nn.ModuleList
     feature: int
     has_cls: bool
@@ -28,32 +32,34 @@ class Tower:
 
     def signals(self) -> frozenset[str]:
         """Return the vision signals this tower offers."""
-        offered = {"image_key"}
-        if self.known and not self.with_cls_token:
-            offered |= {"received_attention", "object_attention", "keys"}
-            if self.has_cls:
-                offered |= {"cls_attention", "cls_feature"}
-                if self.feature + 1 < len(self.layers):
-                    offered |= {"reader_attention", "reader_keys"}
-        return frozenset(offered)
+        return frozenset(name for name, signal in registered_signals().items() if self._offers(signal))
 
-    def layer_of(self, need: str) -> int:
+    def _offers(self, signal: Signal) -> bool:
+        if signal.source == "text":
+            return False
+        if signal.source == "pixels":
+            return True
+        if not self.known or self.with_cls_token or (signal.cls and not self.has_cls):
+            return False
+        return signal.source != "reader" or self.feature + 1 < len(self.layers)
+
+    def index_of(self, need: str) -> int:
         """Return the index of the layer that a signal is read from.
 
         Raises:
             PruningError: if the tower has no such layer.
         """
-        name, _, number = need.partition("@")
-        if name.startswith("reader_"):
+        signal, number = signal_of(need), layer_of(need)
+        if signal.source == "reader":
             return self.feature + 1
-        if not number:
+        if number is None:
             return self.feature
-        if not 1 <= int(number) <= len(self.layers):
+        if not 1 <= number <= len(self.layers):
             raise PruningError(
-                f"`{name}` of vision layer {number} was asked for, but the tower has layers 1 to {len(self.layers)}; "
-                "set the method's layer option"
+                f"`{signal.name}` of vision layer {number} was asked for, but the tower has layers 1 to "
+                f"{len(self.layers)}; set the method's layer option"
             )
-        return int(number) - 1
+        return number - 1
 
 
 def tower_of(model: nn.Module) -> Tower:
@@ -68,49 +74,74 @@ def tower_of(model: nn.Module) -> Tower:
     # hidden_states[0] is the embedding: the output of layers[i] is hidden_states[i + 1]; from the end both count alike.
     feature = len(layers) + layer if layer < 0 else layer - 1
     full = kind in TOWERS_WITH_CLS and config.vision_feature_select_strategy == "full"
-    return Tower(layers, feature, kind in TOWERS_WITH_CLS, known and 0 <= feature < len(layers), full)
-
-
-def vision_signals(model: nn.Module) -> frozenset[str]:
-    """Return the vision signals a Llava-like model offers."""
-    return tower_of(model).signals()
+    inside = known and 0 <= feature < len(layers)
+    return Tower(base.vision_tower, layers, feature, kind in TOWERS_WITH_CLS, inside, full)
 
 
 @contextmanager
 def record_signals(model: nn.Module, needs: frozenset[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the vision signals in ``needs`` while the model encodes its images, by name.
+    """Collect the vision signals in ``needs`` while the model encodes its images; they are there as the context closes.
 
     Raises:
         PruningError: if the tower has no such layer.
     """
     tower = tower_of(model)
-    base: Any = model.base_model
-    wanted = {signal_name(need): tower.layer_of(need) for need in _attention_needs(needs)}
-    modules: dict[str, nn.Module] = {name: _attention(tower.layers[index]) for name, index in wanted.items()}
-    watched = tower.layers[tower.feature] if "cls_feature" in needs else nn.Identity()
-    with (
-        record_input(base.vision_tower) as pixels,
-        record_output(watched) as hidden,
-        record_attention(modules, tower.has_cls) as seen,
-    ):
-        signals: dict[str, Tensor] = {}
+    signals: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        pixels = hooks.enter_context(record_input(tower.module))
+        layers = {need: tower.index_of(need) for need in of_source(needs, "attention", "reader", "output")}
+        attentions = {}
+        for index in {layers[need] for need in of_source(needs, "attention", "reader")}:
+            module: Any = tower.layers[index]
+            linears = module.self_attn.q_proj, module.self_attn.k_proj
+            attentions[index] = [hooks.enter_context(record_linear(linear)) for linear in linears]
+        outputs = {}
+        for index in {layers[need] for need in of_source(needs, "output")}:
+            outputs[index] = hooks.enter_context(record_output(tower.layers[index]))
         yield signals
-    signals.update(seen)
-    if hidden:
-        signals["cls_feature"] = (hidden[0] if isinstance(hidden[0], Tensor) else hidden[0][0])[:, 0]
-    if "image_key" in needs:
-        signals["image_key"] = image_keys(pixels[0])
+
+    for need in of_source(needs, "attention", "reader"):
+        query, key = (calls[0] for calls in attentions[layers[need]])
+        attention = _attention(tower, layers[need], query, key)
+        with exact_float32(query.hidden.device):
+            signals[signal_of(need).name] = _read(need, attention)
+    for need in of_source(needs, "output"):
+        hidden = outputs[layers[need]][0]
+        signals[signal_of(need).name] = _read(need, hidden if isinstance(hidden, Tensor) else hidden[0])
+    for need in of_source(needs, "pixels"):
+        signals[signal_of(need).name] = _read(need, pixels[0])
 
 
-def signal_layers(model: nn.Module, needs: frozenset[str]) -> Mapping[str, str]:
+def _attention(tower: Tower, index: int, query: LinearCall, key: LinearCall) -> Attention:
+    module: Any = tower.layers[index]
+    return Attention(
+        hidden=key.hidden,
+        query_weight=query.weight,
+        query_bias=query.bias,
+        key_weight=key.weight,
+        key_bias=key.bias,
+        heads=module.self_attn.num_heads,
+        scale=module.self_attn.scale,
+        skip=int(tower.has_cls),
+    )
+
+
+def _read(need: str, source: Any) -> Tensor:
+    read = signal_of(need).read
+    assert read is not None  # only text has none
+    return read(source)
+
+
+def signal_layers(model: nn.Module, needs: frozenset[str]) -> dict[str, str]:
     """Return the module path that features, projected features and each needed signal are read from."""
     tower = tower_of(model)
+    paths = {"projected": "multi_modal_projector"}
     if not tower.known:
-        return {"projected": "multi_modal_projector"}
-    places = {"features": tower.feature, "cls_feature": tower.feature}
-    places |= {signal_name(need): tower.layer_of(need) for need in _attention_needs(needs)}
-    paths = {name: f"vision_tower.encoder.layers.{index}" for name, index in places.items()}
-    return paths | {"projected": "multi_modal_projector"}
+        return paths
+    indices = {"features": tower.feature}
+    for need in of_source(needs, "attention", "reader", "output"):
+        indices[signal_of(need).name] = tower.index_of(need)
+    return paths | {name: f"vision_tower.encoder.layers.{index}" for name, index in indices.items()}
 
 
 def patch_grid(model: nn.Module, count: int) -> tuple[int, int] | None:
@@ -121,21 +152,21 @@ def patch_grid(model: nn.Module, count: int) -> tuple[int, int] | None:
 
 
 def visual_tokens(
-    model: nn.Module, needs: frozenset[str], features: Tensor, projected: Tensor, signals: Mapping[str, Tensor]
+    model: nn.Module, needs: frozenset[str], features: Tensor, projected: Tensor, signals: dict[str, Tensor]
 ) -> VisualTokens:
     """Return the items (B, N) with their signals, grid and the layers they were read from."""
     return VisualTokens(
         features=features,
         projected=projected,
+        signals=signals,
         grid=patch_grid(model, projected.shape[1]),
         layers=signal_layers(model, needs),
-        **signals,  # type: ignore[arg-type]
     )
 
 
-def _attention_needs(needs: frozenset[str]) -> frozenset[str]:
-    return frozenset(need for need in needs if signal_name(need).endswith(("_attention", "keys")))
-
-
-def _attention(layer: Any) -> nn.Module:
-    return layer.self_attn
+def blank_image(model: nn.Module) -> Tensor:
+    """Return one black image (1, 3, H, W) for the vision tower."""
+    vision: Any = model.config.vision_config  # type: ignore[union-attr]
+    parameter = next(model.parameters())
+    size = vision.image_size
+    return parameter.new_zeros(1, 3, size, size)

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruning.complexity import MEASURES, attention_entropy, erank
-from pruning.duplicates import without_duplicates_each
-from pruning.greedy import pick_spread
-from pruning.methods.bat import BAT
-from pruning.methods.divprune import loneliest
-from pruning.options import check_choice, check_least, check_share
-from pruning.registry import register_pruner
-from pruning.selection import cosine_distance, cosine_similarity, mask_of, rows_of, top_k
-from pruning.types import PruningError, Selection, VisualTokens
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.methods.bat import BAT
+from prunetune.pruning.methods.divprune import loneliest
+from prunetune.pruning.ops.complexity import MEASURES, attention_entropy, erank
+from prunetune.pruning.ops.duplicates import without_duplicates_each
+from prunetune.pruning.ops.greedy import pick_spread
+from prunetune.pruning.ops.indexing import mask_of, rows_of, top_k
+from prunetune.pruning.ops.similarity import cosine_distance, cosine_similarity
+from prunetune.pruning.options import check_choice, check_least, check_share
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens
 
 VARIANTS = ("threshold", "vispruner", "bat", "divprune_fastervlm")
 COUNTS = ("fixed", "adaptive")
@@ -81,6 +83,11 @@ class Adaptive:
         """[CLS] attention."""
         return frozenset({"cls_attention"})
 
+    @property
+    def merges(self) -> bool:
+        """Whether the variant merges."""
+        return self.variant == "bat"
+
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K), or K_b per item with an adaptive count; variant "bat" also merges."""
         relative = self._relative(tokens)
@@ -97,7 +104,7 @@ class Adaptive:
         place = torch.arange(tokens.count, device=order.device)
         kept = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, place < attended[:, None])
         if self.variant == "vispruner":
-            similarity = cosine_similarity(tokens.finite("features"))
+            similarity = cosine_similarity(tokens.finite("features"), dtype=torch.float64)  # as VisPruner
             left = (wanted - attended).tolist()
             diverse = without_duplicates_each(similarity, order, attended.tolist(), left, REMOVED_PER_ROUND)
             return selection_of(kept | diverse, wanted)

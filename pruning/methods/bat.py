@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruning.options import check_least, check_share
-from pruning.registry import register_pruner
-from pruning.selection import euclidean_distance, top_k
-from pruning.types import Selection, VisualTokens, keep_all
+from prunetune.pruning.ops.indexing import top_k
+from prunetune.pruning.ops.similarity import euclidean_distance
+from prunetune.pruning.options import check_least, check_share
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens, keep_all
 
 
 @register_pruner("bat", paper="BAT (Beyond Attentive Tokens), CVPR 2023", merges=True, exact=False)

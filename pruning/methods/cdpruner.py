@@ -8,11 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruning.greedy import pick_determinantal
-from pruning.options import check_choice
-from pruning.registry import register_pruner
-from pruning.selection import ascending, cosine_similarity, image_range, instruction_relevance
-from pruning.types import Selection, VisualTokens
+from prunetune.pruning.ops.greedy import pick_determinantal
+from prunetune.pruning.ops.indexing import ascending
+from prunetune.pruning.ops.relevance import instruction_relevance
+from prunetune.pruning.ops.similarity import cosine_similarity
+from prunetune.pruning.ops.statistics import image_range
+from prunetune.pruning.options import check_choice
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens
 
 
 @register_pruner("cdpruner", paper="CDPruner, arXiv 2506.10967", golden=True)

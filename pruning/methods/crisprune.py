@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruning.greedy import pick_determinantal
-from pruning.options import check_choice, check_share
-from pruning.registry import register_pruner
-from pruning.selection import ascending, cosine_similarity, instruction_relevance
-from pruning.types import PruningError, Selection, VisualTokens
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.ops.greedy import pick_determinantal
+from prunetune.pruning.ops.indexing import ascending
+from prunetune.pruning.ops.relevance import instruction_relevance
+from prunetune.pruning.ops.similarity import cosine_similarity
+from prunetune.pruning.options import check_choice, check_share
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens
 
 GENERAL_PROMPTS = (
     "All objects in the image",

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruning.greedy import pick_spread
-from pruning.registry import register_pruner
-from pruning.selection import ascending, cosine_distance
-from pruning.types import Selection, VisualTokens
+from prunetune.pruning.ops.greedy import pick_spread
+from prunetune.pruning.ops.indexing import ascending
+from prunetune.pruning.ops.similarity import cosine_distance
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens
 
 
 @register_pruner("divprune", paper="DivPrune, arXiv 2503.02175", golden=True)

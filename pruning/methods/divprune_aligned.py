@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pruning.methods.divprune import most_distant
-from pruning.methods.trimtokenator import METRICS, aligned_tokens
-from pruning.options import check_choice, check_share, whole
-from pruning.registry import register_pruner
-from pruning.selection import ascending, mask_of
-from pruning.types import Selection, VisualTokens
+from prunetune.pruning.methods.divprune import most_distant
+from prunetune.pruning.methods.trimtokenator import METRICS, aligned_tokens
+from prunetune.pruning.ops.indexing import ascending, mask_of
+from prunetune.pruning.options import check_choice, check_share, whole
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens
 
 
 @register_pruner("divprune_aligned", paper="DivPrune* of TrimTokenator")

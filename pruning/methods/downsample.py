@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruning.registry import register_pruner
-from pruning.types import PruningError, Selection, VisualTokens, keep_all
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens, keep_all
 
 
 @register_pruner("downsample", paper="the baseline of VTC-Bench, arXiv 2510.07143", merges=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pruning.registry import register_pruner
-from pruning.selection import ascending, top_k
-from pruning.types import Selection, VisualTokens
+from prunetune.pruning.ops.indexing import ascending, top_k
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens
 
 
 @register_pruner("fastervlm", paper="FasterVLM, arXiv 2412.01818", golden=True)

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from pruning.greedy import pick_spread
-from pruning.options import check_choice
-from pruning.registry import register_pruner
-from pruning.selection import ascending, euclidean_distance
-from pruning.types import Selection, VisualTokens
+from prunetune.pruning.ops.greedy import pick_spread
+from prunetune.pruning.ops.indexing import ascending
+from prunetune.pruning.ops.similarity import euclidean_distance
+from prunetune.pruning.options import check_choice
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens
 
 
 @register_pruner("fps", paper="FPSPruner, appendix C of the adaptive pruning study")

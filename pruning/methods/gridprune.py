@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruning.options import check_choice, check_least, check_share
-from pruning.registry import register_pruner
-from pruning.selection import ascending, instruction_relevance, top_k
-from pruning.types import PruningError, Selection, VisualTokens
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.ops.indexing import ascending, top_k
+from prunetune.pruning.ops.relevance import instruction_relevance
+from prunetune.pruning.options import check_choice, check_least, check_share
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens
 
 
 @register_pruner("gridprune", paper="GridPrune, arXiv 2511.10081", exact=False)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruning.options import check_least, check_share
-from pruning.registry import register_pruner
-from pruning.selection import ascending, mask_of, top_k
-from pruning.types import PruningError, Selection, VisualTokens
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.ops.indexing import ascending, mask_of, top_k
+from prunetune.pruning.options import check_least, check_share
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens
 
 
 @register_pruner("hiprune", paper="HiPrune, arXiv 2508.00553", golden=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pruning.registry import register_pruner
-from pruning.types import PruningError, Selection, VisualTokens, keep_all
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens, keep_all
 
 
 @register_pruner("identity", paper="the unpruned model")

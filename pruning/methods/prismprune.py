@@ -8,12 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruning.greedy import pick_spread
-from pruning.methods.trimtokenator import METRICS
-from pruning.options import check_choice, check_share, whole
-from pruning.registry import register_pruner
-from pruning.selection import ascending, cosine_distance, euclidean_distance, mask_of, rows_of, top_k
-from pruning.types import PruningError, Selection, VisualTokens
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.methods.trimtokenator import METRICS
+from prunetune.pruning.ops.greedy import pick_spread
+from prunetune.pruning.ops.indexing import ascending, mask_of, rows_of, top_k
+from prunetune.pruning.ops.similarity import cosine_distance, euclidean_distance
+from prunetune.pruning.options import check_choice, check_share, whole
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens
 
 
 @register_pruner("prismprune", paper="PrismPrune, supplementary material (CVPR 2026)", exact=False)

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruning.options import check_choice, check_least, check_share
-from pruning.registry import register_pruner
-from pruning.selection import ascending, cosine_similarity, mask_of, outlier_share, rows_of, top_k
-from pruning.types import Selection, VisualTokens, keep_all
+from prunetune.pruning.ops.indexing import ascending, mask_of, rows_of, top_k
+from prunetune.pruning.ops.similarity import cosine_similarity
+from prunetune.pruning.ops.statistics import outlier_share
+from prunetune.pruning.options import check_choice, check_least, check_share
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens, keep_all
 
 COUNTS = ("budget", "outliers")
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruning.registry import register_pruner
-from pruning.selection import ascending, top_k
-from pruning.types import Selection, VisualTokens
+from prunetune.pruning.ops.indexing import ascending, top_k
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens
 
 _MASK = (1 << 31) - 1
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruning.options import check_choice
-from pruning.registry import register_pruner
-from pruning.selection import ascending, rows_of
-from pruning.types import Selection, VisualTokens, keep_all
+from prunetune.pruning.ops.indexing import ascending, rows_of
+from prunetune.pruning.options import check_choice
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens, keep_all
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from pruning.methods.prumerge import COUNTS, numbers_to_keep, with_rest
-from pruning.options import check_choice
-from pruning.registry import register_pruner
-from pruning.selection import rows_of, top_k
-from pruning.types import Selection, VisualTokens, keep_all
+from prunetune.pruning.methods.prumerge import COUNTS, numbers_to_keep, with_rest
+from prunetune.pruning.ops.indexing import rows_of, top_k
+from prunetune.pruning.options import check_choice
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens, keep_all
 
 
 @register_pruner("trim", paper="TRIM, arXiv 2409.10994", merges=True, golden=True)

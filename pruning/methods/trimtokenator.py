@@ -8,19 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruning.greedy import pick_spread
-from pruning.options import check_choice, check_share, whole
-from pruning.registry import register_pruner
-from pruning.selection import (
-    ascending,
-    cosine_similarity,
-    euclidean_distance,
-    mask_of,
-    masked_mean,
-    text_mask,
-    top_k,
-)
-from pruning.types import Selection, VisualTokens
+from prunetune.pruning.ops.greedy import pick_spread
+from prunetune.pruning.ops.indexing import ascending, mask_of, top_k
+from prunetune.pruning.ops.similarity import cosine_similarity, euclidean_distance
+from prunetune.pruning.ops.statistics import masked_mean, text_mask
+from prunetune.pruning.options import check_choice, check_share, whole
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens
 
 METRICS = ("l2", "cosine")
 STAGES = ("align_repmax", "repmax_align", "align", "repmax")

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from pruning.registry import register_pruner
-from pruning.selection import ascending, mask_of, rows_of, top_k
-from pruning.types import PruningError, Selection, VisualTokens, keep_all
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.ops.indexing import ascending, mask_of, rows_of, top_k
+from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.types import Selection, VisualTokens, keep_all
 
 
 @register_pruner("visionzip", paper="VisionZip, arXiv 2412.04467", merges=True, golden=True)

@@ -1,0 +1,174 @@
+"""The formats a recipe may have: what each reads, and the options its YAML takes."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
+from pydantic import BaseModel, ConfigDict, Field
+
+from prunetune.data_recipes.images import FolderImages, ImageOpener
+from prunetune.data_recipes.llava_json import check_sources, read_llava
+from prunetune.data_recipes.parquet import ROW, ParquetImages, parquet_rows
+from prunetune.data_recipes.sample import DataError
+
+ROW_FEATURES = Features(
+    {
+        "id": Value("string"),
+        "source": Value("string"),
+        "image": Value("string"),
+        "turns": [{"question": Value("string"), "answer": Value("string")}],
+    }
+)
+PARSER_VERSION = 1
+"""Part of the cache's key: raise it when the same file is read into other rows."""
+MIX = "llava_v1_5_mix665k.json"
+BUILT_IN = ("prunetune.tiny_world.recipe",)
+"""Modules outside this folder that register formats of their own."""
+
+
+class Recipe(BaseModel):
+    """What every recipe says, whatever its format: how much of its data is used.
+
+    A format is a subclass with the options of its own and ``open_rows``; :func:`register_format` makes it known.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    draws: ClassVar[bool] = False
+    """Whether samples are drawn, not read: then there is no data file to name or to check."""
+
+    name: str
+    format: str
+    weights: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=dict, description="share of a source that is kept"
+    )
+    caps: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="at most so many samples of a source"
+    )
+    held_out: int = Field(0, ge=0, description="samples set aside with all others of their pictures, never trained on")
+    max_samples: int | None = Field(None, ge=1)
+    max_missing: float | None = Field(None, ge=0, le=1)
+    seed: int = 0
+
+    @abstractmethod
+    def open_rows(self, file: str | None, image_root: str | None) -> tuple[Dataset, ImageOpener]:
+        """Return all rows in their order (see ``Sample.to_row``), and what opens their pictures.
+
+        Args:
+            file: the data file that a run names; None leaves it to the recipe.
+            image_root: folder of the pictures.
+
+        Raises:
+            DataError: for a file or record that can't be used.
+        """
+
+
+class LlavaJsonRecipe(Recipe):
+    """Conversations in LLaVA's format, filtered by source."""
+
+    file: str | None = Field(None, description="data file, relative to the recipe's own folder")
+    sources: list[str] | None = Field(None, description="by image prefix, and text; None is everything in the file")
+
+    def data_file(self, file: str | None, image_root: str | None) -> Path:
+        """Return the data file: the one given, the recipe's own, or LLaVA's mix lying in the folder of the pictures.
+
+        Raises:
+            DataError: if there is none of them.
+        """
+        named = file or self.file
+        if named is not None:
+            return Path(named)
+        if image_root is not None and (Path(image_root) / MIX).is_file():
+            return Path(image_root) / MIX
+        raise DataError(f"recipe {self.name!r} reads a data file; set data.file")
+
+    def open_rows(self, file: str | None, image_root: str | None) -> tuple[Dataset, ImageOpener]:
+        """Return the rows, from the Arrow cache if they were read before, and the pictures.
+
+        Raises:
+            DataError: for a file or record that can't be used.
+        """
+        path = self.data_file(file, image_root)
+        check_sources(self.sources or ())
+        rows = _cached_rows(path, self.sources)
+        if not len(rows):
+            raise DataError(f"{path} has no sample of {', '.join(self.sources or ['any source'])}")
+        embedded = any(image is not None and image.startswith(ROW) for image in rows["image"])
+        return rows, ParquetImages(parquet_rows(path)) if embedded else FolderImages(image_root)
+
+
+def _cached_rows(path: Path, sources: list[str] | None) -> Dataset:
+    files: list[Path] = []
+    if path.is_dir():
+        files = sorted(path.rglob("*"))
+    elif path.exists():
+        files = [path]
+    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    try:
+        return Dataset.from_generator(
+            _llava_rows,
+            features=ROW_FEATURES,
+            gen_kwargs={
+                "path": str(path.resolve()),
+                "sources": None if sources is None else tuple(sources),  # lists are taken for shards
+                "version": f"{PARSER_VERSION} {state}",
+            },
+        )
+    except DatasetGenerationError as error:
+        cause = error.__cause__
+        raise cause if isinstance(cause, DataError) else error from None
+
+
+def _llava_rows(path: str, sources: tuple[str, ...] | None, version: str) -> Iterator[dict[str, Any]]:
+    """Yield rows; ``version`` is part of the cache's key, so that an edited file is read again."""
+    for sample in read_llava(path, sources):
+        yield sample.to_row()
+
+
+_FORMATS: dict[str, type[Recipe]] = {}
+_FOLDERS: list[Path] = [Path(__file__).parent / "recipes"]
+
+
+def register_format(name: str, recipe: type[Recipe], folder: Path | None = None) -> None:
+    """Make a format known, and the folder of the recipe files that come with it.
+
+    Raises:
+        DataError: if the name is taken.
+    """
+    if _FORMATS.get(name, recipe) is not recipe:
+        raise DataError(f"two recipe formats are called {name!r}: {_FORMATS[name].__name__} and {recipe.__name__}")
+    _FORMATS[name] = recipe
+    if folder is not None and folder not in _FOLDERS:
+        _FOLDERS.append(folder)
+
+
+def registered_formats() -> dict[str, type[Recipe]]:
+    """Return all formats by name."""
+    for module in BUILT_IN:
+        importlib.import_module(module)
+    return dict(sorted(_FORMATS.items()))
+
+
+def recipe_folders() -> list[Path]:
+    """Return the folders of shipped recipe files."""
+    registered_formats()
+    return list(_FOLDERS)
+
+
+def format_of(name: str) -> type[Recipe]:
+    """Return a format; raises DataError with the nearest name if there is none."""
+    known = registered_formats()
+    if name not in known:
+        close = difflib.get_close_matches(str(name), list(known), n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise DataError(f"unknown format {name!r}{hint}; there are {', '.join(known)}")
+    return known[name]
+
+
+register_format("llava_json", LlavaJsonRecipe)

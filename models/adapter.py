@@ -1,0 +1,168 @@
+"""The recalibrated projector: what trains, how it is saved as a PEFT adapter, loaded again and merged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from prunetune.models.loading import CheckpointError
+from prunetune.pruning.families import family_of
+
+RECORD = "prunetune.json"
+_ADAPTER = "adapter_model.safetensors"
+
+
+def wrap_projector(model: nn.Module, modules: list[str] | None = None) -> PeftModel:
+    """Return the model under PEFT with full copies of ``modules`` (default: the family's projector) to train.
+
+    Raises:
+        CheckpointError: if a module does not exist, with the family's own names.
+    """
+    family = family_of(model)
+    wanted = list(family.projectors if modules is None else modules)
+    if not wanted:
+        raise CheckpointError(
+            f"nothing would train: the list of trainable modules is empty; leave it unset to train the projector "
+            f"({', '.join(family.projectors)})"
+        )
+    names = {name for name, _ in model.named_modules()}
+    absent = [w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names)]
+    if absent:
+        raise CheckpointError(
+            f"no module is called {absent[0]!r}, so nothing of it would train; the projector of "
+            f"family {family.name!r} is {', '.join(family.projectors)}"
+        )
+    return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=wanted))
+
+
+def load_projector(model: nn.Module, adapter: str | Path, base_hash: str | None = None) -> None:
+    """Copy an adapter's projector into ``model``; names, shapes and the base are checked first.
+
+    The tensors are those that ``PeftModel.from_pretrained`` loads; copying them leaves the model's code unwrapped.
+
+    Raises:
+        CheckpointError: if files are missing or broken, tensors don't match, or ``base_hash`` differs from the record.
+    """
+    folder = Path(adapter)
+    record = read_record(folder)
+    if base_hash is not None and record.get("frozen_hash") != base_hash:
+        raise CheckpointError(
+            f"projector {folder} was recalibrated for another base: it expects "
+            f"{record.get('base_model')!r} with frozen weights {record.get('frozen_hash', '')[:12]}, "
+            f"this model's are {base_hash[:12]}; load it with its own base"
+        )
+    try:
+        saved = load_file(folder / _ADAPTER)
+    except Exception as error:
+        raise CheckpointError(f"{folder / _ADAPTER} can't be read: {error}; save the projector again") from error
+    own = projector_state(model)
+    loaded = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
+    if loaded.keys() != own.keys():
+        raise CheckpointError(f"projector {folder} holds {sorted(loaded)}, the model expects {sorted(own)}")
+    for name, tensor in loaded.items():
+        if tensor.shape != own[name].shape:
+            raise CheckpointError(
+                f"projector {folder}: {name} has shape {tuple(tensor.shape)}, the model expects "
+                f"{tuple(own[name].shape)}; it belongs to a model of another size"
+            )
+    with torch.no_grad():
+        for name, tensor in loaded.items():
+            own[name].copy_(tensor)
+
+
+def projector_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
+    """Return the projector's tensors by name, sharing storage with the (unwrapped) model.
+
+    With ``keep_vars`` they are the model's own parameters, not views of them.
+    """
+    prefixes = tuple(f"model.{name}." for name in family_of(model).projectors)
+    state = model.state_dict(keep_vars=keep_vars)
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], peft_model: PeftModel, record: Mapping[str, Any]
+) -> None:
+    """Write a stock-loadable PEFT adapter and ``prunetune.json``; the folder appears complete or not at all.
+
+    Args:
+        folder: destination; an older adapter there is replaced.
+        tensors: the projector's weights by their name in the unwrapped model.
+        peft_model: supplies the adapter configuration.
+        record: what ``prunetune.json`` says of the run.
+    """
+    from safetensors.torch import save_file
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(named, partial / _ADAPTER, metadata={"format": "pt"})
+    config = peft_model.peft_config["default"]
+    config.inference_mode, training = True, config.inference_mode
+    config.save_pretrained(str(partial))
+    config.inference_mode = training
+    (partial / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n")
+    replace_folder(partial, folder)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an older one; there is a complete one at every moment but the swap."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Return an adapter's ``prunetune.json``.
+
+    Raises:
+        CheckpointError: if the folder is no recalibrated projector.
+    """
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} is no recalibrated projector: {RECORD} is missing; give the `adapter` folder of "
+            "a recalibration's output"
+        )
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is broken: {error}") from None
+
+
+def export_merged(model: nn.Module, processor: Any, folder: Path) -> None:
+    """Write the model with its current projector as a full stock checkpoint; LLaVA's own file lies beside it."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)  # type: ignore[operator]
+    processor.save_pretrained(partial)
+    projector = _llava_projector(projector_state(model))
+    if projector is not None:
+        torch.save(projector, partial / "mm_projector.bin")
+    replace_folder(partial, folder)
+
+
+def _llava_projector(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return a two-layer projector under LLaVA's own names, ``Sequential(Linear, GELU, Linear)``; None for another."""
+    places = {"linear_1": "0", "linear_2": "2"}
+    named = {}
+    for name, tensor in tensors.items():
+        *_, layer, kind = name.split(".")
+        if layer not in places:
+            return None
+        named[f"model.mm_projector.{places[layer]}.{kind}"] = tensor.cpu()
+    return named

@@ -1,0 +1,212 @@
+"""An arm: a loaded model with its pruner, projector, processor and device, and what identifies it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunetune.assets import shipped
+from prunetune.configs import ModelConfig
+from prunetune.data_recipes.formatting import Formatter, template_text
+from prunetune.data_recipes.images import ImageOpener
+from prunetune.data_recipes.sample import Sample
+from prunetune.models.adapter import load_projector, projector_state
+from prunetune.models.hashes import frozen_files_hash, settings_hash, tensor_hash
+from prunetune.models.loading import checkpoint_folder, load_model
+from prunetune.pruning import PrunedModel, PruningSpec
+from prunetune.pruning.families import family_of
+from prunetune.pruning.text import instruction_text
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an arm said to one sample.
+
+    Attributes:
+        id: the sample's.
+        text: the new text, stripped.
+        kept: how many visual tokens of the sample reached the LLM.
+    """
+
+    id: str
+    text: str
+    kept: int
+
+
+class Base:
+    """A stock model as it was loaded, shared by all arms that are made of it; its files are hashed at most once."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
+        self.config = config
+        self.folder = checkpoint_folder(config.path, config.revision)
+        self.model, self.processor = load_model(config.path, config.revision, config.dtype, config.attention)
+        self.model.to(device)
+
+    @cached_property
+    def frozen_hash(self) -> str:
+        """SHA-256 of all stored weights but the projector's."""
+        return frozen_files_hash(self.folder, family_of(self.model).projectors)
+
+    @cached_property
+    def settings_hash(self) -> str:
+        """SHA-256 of configuration, processor, tokenizer and template."""
+        return settings_hash(self.folder)
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """A model with its pruner and projector, ready to run.
+
+    Everything that runs a model does it through an arm, so that all of them load, place and format alike. Arms made of
+    one another by :meth:`with_pruning` and :meth:`with_adapter` share the base's weights.
+
+    Attributes:
+        base: the stock model.
+        pruned: the pruner on the model; ``pruned.model`` is the base's, or a copy that differs in its projector.
+        spec: the pruning as it was asked for.
+        adapter: folder of the recalibrated projector; None is training-free.
+    """
+
+    base: Base
+    pruned: PrunedModel
+    spec: PruningSpec
+    adapter: str | None = None
+
+    @classmethod
+    def load(
+        cls,
+        model: ModelConfig,
+        pruning: PruningSpec | None = None,
+        adapter: str | Path | None = None,
+        device: torch.device | str | None = None,
+    ) -> Arm:
+        """Load a model and put it on a device.
+
+        Args:
+            model: which, and how it is loaded.
+            pruning: pruner and budget; None keeps everything.
+            adapter: folder written by a recalibration.
+            device: None is the GPU of this process, or the CPU where there is none.
+
+        Raises:
+            CheckpointError: if the model can't be loaded, or the adapter belongs to another base or misses tensors.
+            PruningError: if the model does not offer what the pruner reads.
+        """
+        base = Base(model, default_device() if device is None else device)
+        spec = PruningSpec() if pruning is None else pruning
+        return cls._of(base, spec, adapter)
+
+    @classmethod
+    def _of(cls, base: Base, spec: PruningSpec, adapter: str | Path | None) -> Arm:
+        model = base.model
+        if adapter is not None:
+            model = _with_own_projector(base.model)
+            load_projector(model, adapter, base.frozen_hash)
+        return cls(base, _pruned(model, spec, base.processor), spec, None if adapter is None else str(adapter))
+
+    def with_pruning(self, spec: PruningSpec) -> Arm:
+        """Return an arm of the same weights with another pruner or budget."""
+        return replace(self, spec=spec, pruned=_pruned(self.model, spec, self.processor))
+
+    def with_adapter(self, adapter: str | Path | None) -> Arm:
+        """Return an arm with the projector of an adapter, or with the base's own; every other weight is shared.
+
+        Raises:
+            CheckpointError: if the adapter belongs to another base, or misses tensors.
+        """
+        return self._of(self.base, self.spec, adapter)
+
+    @property
+    def model(self) -> Any:
+        """The stock model with this arm's projector."""
+        return self.pruned.model
+
+    @property
+    def processor(self) -> Any:
+        """The model's Hugging Face processor."""
+        return self.base.processor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @cached_property
+    def projector_hash(self) -> str:
+        """SHA-256 of the projector's tensors as they are loaded."""
+        return tensor_hash(projector_state(self.model))
+
+    @property
+    def template(self) -> str:
+        """The source of the chat template that prompts are made with."""
+        return template_text(self.processor, self.base.config.template)
+
+    def formatter(self, images: ImageOpener, max_length: int | None = None) -> Formatter:
+        """Return what turns samples into batches for this arm.
+
+        Args:
+            images: opens the samples' images.
+            max_length: longest sequence in tokens, None for no limit.
+        """
+        config = self.base.config
+        read = instruction_text if self.pruned.reads_text else None
+        return Formatter(self.processor, images, config.template, config.square, max_length, instructions=read)
+
+    def place(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch on the arm's device, pixels in the model's dtype."""
+        placed = {}
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                value = value.to(self.device)
+                value = value.to(self.model.dtype) if value.is_floating_point() else value
+            placed[name] = value
+        return placed
+
+    def answer(self, formatter: Formatter, samples: Sequence[Sample], max_new_tokens: int) -> list[Answer]:
+        """Return the greedy answers to one batch of samples, which are one question each.
+
+        Args:
+            formatter: made by :meth:`formatter` for the samples' images.
+            samples: the last turn of each is a question without an answer.
+            max_new_tokens: longest answer in tokens.
+        """
+        with torch.inference_mode():
+            inputs = self.place(formatter.prompt_batch(samples))
+            generated = self.pruned.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        texts = self.processor.batch_decode(generated.tokens, skip_special_tokens=True)
+        kept = _per_sample(samples, generated.kept.get("image", ()))
+        return [Answer(s.id, text.strip(), number) for s, text, number in zip(samples, texts, kept, strict=True)]
+
+
+def default_device() -> str:
+    """Return this process's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def _pruned(model: nn.Module, spec: PruningSpec, processor: Any) -> PrunedModel:
+    if spec.text_tower is not None:
+        spec = spec.model_copy(update={"text_tower": shipped(spec.text_tower)})
+    return PrunedModel(model, spec, processor.tokenizer)
+
+
+def _with_own_projector(model: nn.Module) -> nn.Module:
+    """Return a copy of the modules that shares every tensor with ``model`` but the projector's."""
+    own = {id(tensor) for tensor in projector_state(model, keep_vars=True).values()}
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
+
+
+def _per_sample(samples: Sequence[Sample], kept: Iterable[int]) -> list[int]:
+    """Return how many visual tokens each sample kept; images come in the order of their samples."""
+    counts = iter(kept)
+    return [next(counts) if sample.image is not None else 0 for sample in samples]

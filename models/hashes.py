@@ -1,0 +1,52 @@
+"""Hashes of weights and of the files that decide how a checkpoint behaves."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from prunetune.models.loading import CheckpointError
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 over names, dtypes, shapes and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def frozen_files_hash(folder: Path, projectors: tuple[str, ...]) -> str:
+    """Return a SHA-256 of all stored weights but the projector's: the same for every dtype they are loaded in.
+
+    Raises:
+        CheckpointError: if the folder has no safetensors.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{folder} holds no .safetensors weights; convert the checkpoint with save_pretrained first"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for name in sorted(weights.keys()):
+                if not any(f"{projector}." in name for projector in projectors):
+                    digest.update(tensor_hash({name: weights.get_tensor(name)}).encode())
+    return digest.hexdigest()
+
+
+def settings_hash(folder: Path) -> str:
+    """Return a SHA-256 of a checkpoint's configuration, processor, tokenizer and template files."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.model")]):
+        if not file.name.endswith(".index.json"):
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,73 @@
+"""Stock checkpoints: from a folder, a hub id or the package's own assets to a model and its processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from prunetune.assets import shipped
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.quiet import no_progress_bar
+
+_CARRIED = "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"
+
+
+class CheckpointError(PruningError):
+    """A checkpoint that is missing, broken or made for something else."""
+
+
+def checkpoint_folder(path: str, revision: str | None = None) -> Path:
+    """Return the local folder of a checkpoint, downloading a hub id if it is not cached.
+
+    Raises:
+        CheckpointError: if it is neither a folder nor reachable.
+    """
+    path = shipped(path)
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(_CARRIED)))
+    except Exception as error:
+        raise CheckpointError(
+            f"model {path!r} is neither a folder nor a checkpoint that could be fetched: {error}"
+        ) from error
+
+
+def load_model(
+    path: str, revision: str | None = None, dtype: str = "float32", attention: str = "sdpa"
+) -> tuple[nn.Module, Any]:
+    """Return a stock model in eval mode and its processor.
+
+    Args:
+        path: folder or hub id.
+        revision: hub revision.
+        dtype: name of a torch dtype.
+        attention: attention implementation of the LLM.
+
+    Raises:
+        CheckpointError: if the model can't be loaded.
+    """
+    folder = checkpoint_folder(path, revision)
+    try:
+        with no_progress_bar():
+            model = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=getattr(torch, dtype), attn_implementation=attention
+            )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path!r} is no vision-language checkpoint that transformers can load: {error}"
+        ) from error
+    return model.eval(), AutoProcessor.from_pretrained(folder)
+
+
+def load_processor(path: str, revision: str | None = None) -> Any:
+    """Return a checkpoint's processor alone; raises CheckpointError if there is none."""
+    try:
+        return AutoProcessor.from_pretrained(checkpoint_folder(path, revision))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path!r} holds no processor: {error}") from error

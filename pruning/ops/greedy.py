@@ -1,0 +1,77 @@
+"""Greedy selection, K steps for a whole batch: plain tensor updates; on CUDA one Triton kernel runs all K steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunetune.pruning.ops import greedy_triton
+
+EXHAUSTED = 1e-6
+"""A DPP's remaining volume below this share of its largest quality counts as none: the rank is used up."""
+
+
+def pick_spread(matrix: Tensor, state: Tensor, keep: int, update: str, blocked: Tensor | None = None) -> Tensor:
+    """Pick ``keep`` tokens one by one: always the highest ``state``, which the pick's row of ``matrix`` then updates.
+
+    With distances and ``update="minimum"`` this is farthest point sampling (max-min); with negated similarities and
+    ``update="add"`` it is RepMax.
+
+    Args:
+        matrix: (B, N, N) float32.
+        state: (B, N) float32, finite; the first pick is its maximum.
+        keep: how many to pick; an item that runs out of tokens that are not blocked repeats index 0.
+        update: "minimum" or "add".
+        blocked: (B, N) boolean, tokens that must not be picked.
+
+    Returns:
+        (B, keep) positions in order of picking, distinct while there are any; ties go to the lower index.
+    """
+    state = state.clone() if blocked is None else state.masked_fill(blocked, float("-inf"))
+    if greedy_triton.usable(matrix):
+        return greedy_triton.pick_spread(matrix, state, keep, update)
+    picks = torch.zeros(len(state), keep, dtype=torch.long, device=state.device)
+    items = torch.arange(len(state), device=state.device)
+    for step in range(keep):
+        pick = state.argmax(dim=-1)
+        picks[:, step] = pick
+        row = matrix[items, pick]
+        state = torch.minimum(state, row) if update == "minimum" else state + row
+        state[items, pick] = float("-inf")  # neither minimum() nor + brings it back, so no token is picked twice
+    return picks
+
+
+def pick_determinantal(similarity: Tensor, quality: Tensor, keep: int) -> Tensor:
+    """Pick ``keep`` tokens by greedy MAP of a DPP with kernel ``diag(q) S diag(q)``, by incremental Cholesky factors.
+
+    Where the kernel's rank is used up before K, the tokens of highest quality fill the rest.
+
+    Args:
+        similarity: (B, N, N) float32, cosine.
+        quality: (B, N) float32, not negative.
+        keep: how many to pick.
+
+    Returns:
+        (B, keep) positions in order of picking, all distinct; ties go to the lower index.
+    """
+    volume = similarity.diagonal(dim1=1, dim2=2) * quality.square()
+    floor = EXHAUSTED * volume.amax(dim=-1, keepdim=True)
+    # Of tokens that add no volume the best has rank -1, the others follow in [-2, -1).
+    fill = quality / quality.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) - 2
+    if greedy_triton.usable(similarity):
+        return greedy_triton.pick_determinantal(similarity, quality, volume, fill, floor[:, 0], keep)
+    picks = torch.zeros(len(quality), keep, dtype=torch.long, device=quality.device)
+    items = torch.arange(len(quality), device=quality.device)
+    factors = similarity.new_zeros(len(quality), keep, quality.shape[1])  # (B, K, N) rows of the Cholesky factor
+    for step in range(keep):
+        pick = torch.where(volume > floor, volume, torch.minimum(volume, fill)).argmax(dim=-1)
+        picks[:, step] = pick
+        row = similarity[items, pick] * quality * quality[items, pick][:, None]
+        known = factors[:, :step]
+        row -= torch.bmm(known[items, :, pick][:, None], known)[:, 0]
+        rest = volume[items, pick][:, None]
+        row = torch.where(rest > floor, row / rest.clamp(min=torch.finfo(torch.float32).tiny).sqrt(), 0)
+        factors[:, step] = row
+        volume = volume - row.square()
+        volume[items, pick] = float("-inf")
+    return picks

@@ -1,0 +1,47 @@
+"""How alike tokens are: cosine similarity, cosine distance, L2 distance of all pairs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ALIKE = 1e-6
+"""Cosine distances up to this are rounding: a few float32 steps at 1."""
+
+
+def cosine_similarity(features: Tensor, others: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return all pairwise cosine similarities (B, N, M); a zero vector is similar to nothing.
+
+    Args:
+        features: (B, N, C).
+        others: (B, M, C); None compares the features with themselves.
+        dtype: of the arithmetic. Where the order of all similarities decides, float32 is not enough: its rounding
+            depends on the sizes of a matrix product and on its threads.
+    """
+    features = features.to(dtype)
+    if others is None and features.shape[1] < features.shape[2]:  # scaling the product moves less memory
+        product = features @ features.transpose(-1, -2)
+        norm = product.diagonal(dim1=1, dim2=2).sqrt()
+        inverse = torch.where(norm > 0, 1 / norm, 0)
+        return product.mul_(inverse[:, :, None]).mul_(inverse[:, None, :])
+    unit = F.normalize(features, dim=-1)
+    other = unit if others is None else F.normalize(others.to(dtype), dim=-1)
+    return unit @ other.transpose(-1, -2)
+
+
+def cosine_distance(features: Tensor) -> Tensor:
+    """Return 1 - cosine for all pairs (B, N, N) in float32; up to ``ALIKE`` it is 0, the tokens are duplicates."""
+    distance = cosine_similarity(features).neg_().add_(1)
+    return F.threshold(distance, ALIKE, 0.0, inplace=True)
+
+
+def euclidean_distance(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return L2 distances of all pairs (B, N, N) and of all to their mean (B, N), float32, by one matrix product."""
+    features = features.float()
+    product = features @ features.transpose(-1, -2)
+    square = product.diagonal(dim1=1, dim2=2).clone()
+    to_mean = square - 2 * product.mean(dim=-1) + product.mean(dim=(1, 2))[:, None]
+    distance = product.mul_(-2).add_(square[:, :, None]).add_(square[:, None, :])
+    distance.diagonal(dim1=1, dim2=2).zero_()
+    return distance.clamp_(min=0).sqrt_(), to_mean.clamp(min=0).sqrt()

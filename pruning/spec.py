@@ -1,0 +1,51 @@
+"""What to prune with, as a configuration says it: the one place where these options are written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from prunetune.pruning.budget import check_budget
+
+if TYPE_CHECKING:
+    from prunetune.pruning.types import Pruner
+
+
+class PruningSpec(BaseModel):
+    """Which pruner, and how many visual tokens it keeps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    pruner: str = Field("identity", description="a name from `prunetune list pruners`")
+    keep: int | float | str = Field("100%", description='budget per item or image, see scope: 64, 0.111 or "11.1%"')
+    options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
+    scope: Literal["item", "image"] = Field(
+        "item", description="what the budget counts for where images are cut into crops: each crop, or the whole image"
+    )
+    small_images: Literal["stop", "keep_all"] = Field(
+        "stop", description="images with fewer visual tokens than the budget: stop and name them, or keep all they have"
+    )
+    text_tower: str | None = Field(
+        None,
+        description="folder or hub id of the CLIP checkpoint that the vision tower comes from, for methods that "
+        "compare visual tokens with text in CLIP's space",
+    )
+    position_policy: Literal["auto", "compact", "original"] = Field(
+        "auto",
+        description="positions of the kept tokens: numbered anew, as in the full sequence, or what suits the family",
+    )
+    newline: Literal["rows", "all", "none"] = Field(
+        "rows",
+        description="row-end tokens that stay, in families that have them: of rows with kept tokens, all or none",
+    )
+
+    def __init__(self, pruner: str = "identity", keep: int | float | str = "100%", options: Any = None, **fields: Any):
+        super().__init__(pruner=pruner, keep=keep, options={} if options is None else options, **fields)
+
+    def build(self) -> Pruner:
+        """Return the pruner; raises PruningError for an unknown name, option or budget."""
+        from prunetune.pruning.registry import build_pruner  # methods need torch, options do not
+
+        check_budget(self.keep)
+        return build_pruner(self.pruner, self.options)

@@ -1,0 +1,116 @@
+"""The images or videos of a batch after the model's own encoding, as data that can be stored, moved and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.types import VisualTokens
+
+NEWLINE = -1
+"""Stands in ``Vision.origin`` for a slot that is no visual token, such as the end of a row."""
+
+
+@dataclass(frozen=True)
+class Vision:
+    """One modality of a batch: the tokens that a pruner chooses from, and the slots they fill in the LLM's sequence.
+
+    Tokens are numbered through all groups: those of the first group's first item come first, 0 to N - 1.
+
+    Attributes:
+        modality: "image" or "video".
+        groups: the items that a pruner sees (images, crops, frames), those with one grid together.
+        owner: for each group the image that each of its items belongs to; all items of an image are in one group.
+        slots: for each image the features (L, D) of its placeholders, unpruned, in the order of its placeholders.
+        origin: for each image (L,) the number of the token behind each slot, or ``NEWLINE``.
+        row: for each image (L,) the row of the picture that each slot lies in or ends, -1 for none; empty where the
+            family has no row ends.
+        levels: for models with deepstack features, per level and image (L, D); they are cut with the slots.
+    """
+
+    modality: str
+    groups: tuple[VisualTokens, ...]
+    owner: tuple[tuple[int, ...], ...]
+    slots: tuple[Tensor, ...]
+    origin: tuple[Tensor, ...]
+    row: tuple[Tensor, ...] = ()
+    levels: tuple[tuple[Tensor, ...], ...] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many placeholders each image has."""
+        return [len(features) for features in self.slots]
+
+    @property
+    def total(self) -> int:
+        """How many tokens there are in all groups, T."""
+        return sum(group.features.shape[0] * group.features.shape[1] for group in self.groups)
+
+    @property
+    def cut_up(self) -> bool:
+        """Whether some image has several items, such as crops."""
+        return any(len(set(owner)) < len(owner) for owner in self.owner)
+
+    def numbers(self) -> list[Tensor]:
+        """Return for each group the numbers (B, N) of its tokens."""
+        numbers, first = [], 0
+        for group in self.groups:
+            items, count = group.features.shape[:2]
+            block = torch.arange(first, first + items * count, device=group.features.device)
+            numbers.append(block.view(items, count))
+            first += items * count
+        return numbers
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Vision:
+        """Return the same images with every tensor changed."""
+        return replace(
+            self,
+            groups=tuple(group.map(change) for group in self.groups),
+            slots=tuple(change(features) for features in self.slots),
+            origin=tuple(change(numbers) for numbers in self.origin),
+            row=tuple(change(rows) for rows in self.row),
+            levels=tuple(tuple(change(features) for features in level) for level in self.levels),
+        )
+
+    def to(self, device: torch.device | str) -> Vision:
+        """Return the same images on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def save(self, path: str | Path) -> None:
+        """Write the images to a file, from the CPU and without their graph."""
+        torch.save(self.map(lambda tensor: tensor.detach().cpu()), path)
+
+    @staticmethod
+    def load(path: str | Path) -> Vision:
+        """Read what :meth:`save` wrote; nothing but tensors and these classes is ever built from the file.
+
+        Raises:
+            PruningError: if the file holds something else.
+        """
+        try:
+            with torch.serialization.safe_globals([Vision, VisualTokens]):
+                vision = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise PruningError(f"{path} holds no encoded images: {error}") from error
+        if not isinstance(vision, Vision):
+            raise PruningError(f"{path} holds no encoded images, but a {type(vision).__name__}")
+        return vision
+
+
+def of_equal_images(tokens: VisualTokens, modality: str = "image") -> Vision:
+    """Return B images of which each is one item, and each token one slot."""
+    assert tokens.projected is not None  # every family fills it
+    images, count, _ = tokens.projected.shape
+    numbers = torch.arange(images * count, device=tokens.projected.device).view(images, count)
+    return Vision(
+        modality=modality,
+        groups=(tokens,),
+        owner=(tuple(range(images)),),
+        slots=tuple(tokens.projected),
+        origin=tuple(numbers),
+    )

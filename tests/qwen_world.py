@@ -1,0 +1,119 @@
+"""A tiny Qwen2.5-VL from a configuration, and batches of images and videos of different sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IMAGE, VIDEO = 5, 6
+WORDS = range(7, 64)
+
+
+def tiny_qwen(dtype=torch.float32, attention="sdpa"):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "temporal_patch_size": 2,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+        "spatial_merge_size": 2,
+    }
+    torch.manual_seed(0)
+    marks = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, bos_token_id=1, eos_token_id=2, **marks)
+    config._attn_implementation = attention
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    with torch.no_grad():  # livelier than the initialisation
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3)
+    return model.to(dtype)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample: for each visual its kind, its grid in patches and a seed, words around them, and a name."""
+
+    visuals: tuple[tuple[str, tuple[int, int, int], int], ...]
+    words: int
+    seed: int = 0
+
+    def ids(self) -> list[int]:
+        generator = torch.Generator().manual_seed(100 + self.seed)
+        words = torch.randint(WORDS.start, WORDS.stop, (self.words,), generator=generator).tolist()
+        ids = [1, *words[:2]]
+        for kind, (frames, rows, columns), _ in self.visuals:
+            ids += [3] + [IMAGE if kind == "image" else VIDEO] * (frames * rows * columns // 4) + [4, words[0]]
+        return ids + words[2:]
+
+    def pixels(self, kind: str) -> list[tuple[tuple[int, int, int], Tensor]]:
+        found = []
+        for own, grid, seed in self.visuals:
+            if own == kind:
+                generator = torch.Generator().manual_seed(seed)
+                found.append((grid, torch.randn(grid[0] * grid[1] * grid[2], 96, generator=generator)))
+        return found
+
+
+def batch(rows, side="right", labels=True, dtype=torch.float32):
+    """Return the inputs of a processor, padded on one side."""
+    ids = [row.ids() for row in rows]
+    length = max(map(len, ids))
+    pad = [[0] * (length - len(own)) for own in ids]
+    padded = torch.tensor([own + more if side == "right" else more + own for own, more in zip(ids, pad, strict=True)])
+    mask = torch.tensor([[1] * len(own) + more if side == "right" else more + [1] * len(own)
+                         for own, more in zip(ids, pad, strict=True)])  # fmt: skip
+    inputs = {
+        "input_ids": padded,
+        "attention_mask": mask,
+        "mm_token_type_ids": (padded == IMAGE).int() + 2 * (padded == VIDEO).int(),
+    }
+    for kind, name, grids in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        found = [visual for row in rows for visual in row.pixels(kind)]
+        if found:
+            inputs[name] = torch.cat([pixels for _, pixels in found]).to(dtype)
+            inputs[grids] = torch.tensor([grid for grid, _ in found])
+    if any(kind == "video" for row in rows for kind, _, _ in row.visuals):
+        inputs["second_per_grid_ts"] = torch.ones(len(inputs["video_grid_thw"]))
+    if labels:
+        text = (padded >= WORDS.start) & mask.bool()
+        inputs["labels"] = torch.where(text, padded, -100)
+    return inputs
+
+
+ROWS = (
+    Row((("image", (1, 8, 12), 1),), 9, 1),
+    Row((), 12, 2),
+    Row((("image", (1, 12, 8), 2), ("image", (1, 8, 8), 3)), 5, 3),
+)
+"""A wide image; text alone; a high image and a square one."""
+
+MIXED = (
+    Row((("image", (1, 8, 12), 4), ("video", (3, 8, 8), 5)), 7, 4),
+    Row((("video", (2, 8, 12), 6),), 10, 5),
+    Row((("image", (1, 8, 8), 7),), 4, 6),
+)
+"""An image and a video in one sequence; a video; an image."""

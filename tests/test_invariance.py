@@ -1,0 +1,121 @@
+"""What is kept of an image depends on nothing but the image and the question: not on its batch, its place in it, the
+number of threads, or on whether the model trains or generates, in every dtype."""
+
+import pytest
+import torch
+from conftest import scene_sample, spec_of
+from qwen_world import Row, batch, tiny_qwen
+from test_llava_next import batch as crops_batch  # noqa: F401  (fixtures)
+from test_llava_next import next_model  # noqa: F401
+from test_qwen2_5_vl import NAMES as QWEN_NAMES
+from test_qwen2_5_vl import Words
+from test_qwen2_5_vl import spec_of as qwen_spec_of
+
+from prunetune.models import load_model
+from prunetune.pruning import PrunedModel, registered_methods
+
+NAMES = [name for name in registered_methods() if name != "identity"]
+DTYPES = ["float32", "bfloat16", "float16"]
+QUESTIONS = ["where is the circle ?", "what number is shown ?", "describe the southeast .", "what color is it ?"]
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def llava(request, untrained_folder):
+    return load_model(str(untrained_folder), dtype=request.param)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return [scene_sample(10_000_001 + seed, QUESTIONS[seed % 4]) for seed in range(8)]
+
+
+def kept(pruned, inputs):
+    """The kept tokens of every image, in reading order."""
+    prepared = pruned.prepare(inputs)
+    found = []
+    for choice in prepared.chosen.values():
+        chosen = choice.kept_tokens()
+        found += [chosen[origin.clamp(min=0)] & (origin >= 0) for origin in choice.vision.origin]
+    return found
+
+
+def placed(inputs, model):
+    return {name: value.to(model.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in inputs.items()}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_llava_keeps_the_same_alone_in_batches_in_training_and_with_other_threads(llava, reading, samples, name):
+    model, processor = llava
+    pruned = PrunedModel(model, spec_of(name), processor.tokenizer)
+    together = kept(pruned, placed(reading.training_batch(samples), model))
+    for size in (1, 2):
+        for first in range(0, 8, size):
+            part = samples[first : first + size]
+            for make in (reading.training_batch, reading.prompt_batch):
+                for one, other in zip(kept(pruned, placed(make(part), model)), together[first:], strict=False):
+                    assert torch.equal(one, other), (size, first, make.__name__)
+    turned = kept(pruned, placed(reading.prompt_batch(samples[::-1]), model))
+    assert all(torch.equal(one, other) for one, other in zip(turned[::-1], together, strict=True))
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        alone = kept(pruned, placed(reading.prompt_batch(samples), model))
+        assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True)), threads
+    model.train()
+    try:
+        trained = kept(pruned, placed(reading.training_batch(samples), model))
+    finally:
+        model.eval()
+    assert all(torch.equal(one, other) for one, other in zip(trained, together, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", QWEN_NAMES)
+def test_qwen_keeps_the_same_alone_and_among_images_of_other_sizes(name, dtype):
+    model = tiny_qwen(getattr(torch, dtype))
+    sizes = [(8, 12), (12, 8), (8, 8), (8, 12), (16, 8), (8, 8), (12, 12), (8, 12)]
+    rows = [Row((("image", (1, *size), 20 + seed),), 6, seed) for seed, size in enumerate(sizes)]
+    pruned = PrunedModel(model, qwen_spec_of(name), Words())
+
+    def inputs(part, side="right"):
+        return {**batch(part, side, dtype=model.dtype), "instructions": [f"q {row.seed}" for row in part]}
+
+    together = kept(pruned, inputs(rows))
+    for size in (1, 2):
+        for first in range(0, 8, size):
+            for side in ("left", "right"):
+                alone = kept(pruned, inputs(rows[first : first + size], side))
+                for one, other in zip(alone, together[first:], strict=False):
+                    assert torch.equal(one, other), (size, first, side)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(kept(pruned, inputs(rows)), together, strict=True)), threads
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scope", ["item", "image"])
+@pytest.mark.parametrize("name", NAMES)
+def test_crops_are_kept_the_same_alone_and_in_a_batch(next_model, crops_batch, name, scope, dtype):  # noqa: F811
+    from test_llava_next import PER_METHOD, QUESTIONS, plug, rows
+
+    if (name, scope) not in PER_METHOD:
+        pytest.skip("this method can't pool crops")
+    model = next_model.to(getattr(torch, dtype))
+    try:
+        inputs = placed(rows(model, placed(crops_batch, model)), model) | {"instructions": QUESTIONS}
+        pruned = plug(model, name, scope=scope)
+        together = kept(pruned, inputs)
+        for row, crops in enumerate((3, 5)):
+            own = {
+                "input_ids": inputs["input_ids"][row : row + 1, : int(inputs["attention_mask"][row].sum())],
+                "pixel_values": inputs["pixel_values"][row : row + 1, :crops],
+                "image_sizes": inputs["image_sizes"][row : row + 1],
+                "instructions": QUESTIONS[row : row + 1],
+            }
+            own["attention_mask"] = torch.ones_like(own["input_ids"])
+            assert torch.equal(kept(pruned, own)[0], together[row])
+    finally:
+        next_model.float()

@@ -1,0 +1,143 @@
+"""One import root: what a wheel holds, a foreign folder that uses our names, and the folders' guard."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FOLDERS = ("assets", "configs", "data_recipes", "evaluation", "models", "pruning", "scripts", "tiny_world", "train")
+
+
+def python(*arguments, cwd, path="", check=True):
+    """Run Python as a user does: only ``path`` is in front of what is installed."""
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
+                          timeout=900)  # fmt: skip
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def own_files() -> set[str]:
+    """What the repository holds below our folders."""
+    line = ["git", "ls-files", "-co", "--exclude-standard", *FOLDERS, "prunetune"]
+    listed = subprocess.run(line, cwd=ROOT, text=True, capture_output=True, check=True).stdout.split()
+    return {path for path in listed if (ROOT / path).exists()}
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy of the checkout without leftovers of earlier builds."""
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for path in [*own_files(), "pyproject.toml", "README.md", "LICENSE"]:
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, source / path)
+    line = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
+    python(*line, cwd="/")
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """A folder with what the wheel installs, found before the checkout."""
+    folder = tmp_path_factory.mktemp("site")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory):
+    """Somebody's own project, whose names are ours as well."""
+    folder = tmp_path_factory.mktemp("foreign")
+    for name in ("configs", "scripts", "pruning"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise RuntimeError('this is not yours')")
+    for name in ("train.py", "evaluation.py", "assets.py", "tiny_world.py", "models.py"):
+        (folder / name).write_text("raise RuntimeError('this is not yours')")
+    return folder
+
+
+def test_a_wheel_holds_prunetune_alone_with_all_its_files(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"prunetune"}
+    wanted = {path if path.startswith("prunetune/") else f"prunetune/{path}" for path in own_files()}
+    assert wanted == {name for name in names if ".dist-info/" not in name}
+
+
+def test_every_folder_is_a_package_under_the_root():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    held = {path.parent for folder in FOLDERS for path in (ROOT / folder).rglob("__init__.py")}
+    assert set(packages) == {"prunetune", *(f"prunetune.{'.'.join(path.relative_to(ROOT).parts)}" for path in held)}
+    assert f"FOLDERS := {' '.join(FOLDERS)}\n" in (ROOT / "Makefile").read_text()  # what the types are checked of
+
+
+def test_the_repository_holds_no_links():
+    """A system or an archive without symbolic links still gives a checkout that works."""
+    line = ["git", "ls-files", "--stage"]
+    listed = subprocess.run(line, cwd=ROOT, text=True, capture_output=True, check=True).stdout.splitlines()
+    assert listed and [entry for entry in listed if entry.startswith("120000")] == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_by_its_bare_name_says_what_to_import(folder):
+    done = python("-c", f"import {folder}", cwd=ROOT, check=False)
+    assert done.returncode == 1 and f"ImportError: import prunetune.{folder}, not {folder}" in done.stderr
+
+
+def test_nothing_touches_the_search_path():
+    for folder in (*FOLDERS, "prunetune", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert "sys.path" not in path.read_text(), path
+
+
+def test_a_foreign_folder_lists_and_recalibrates_from_the_wheel(installed, foreign):
+    """With PYTHONPATH=. and names of its own that are ours, in any folder and without a checkout."""
+    path = f"{installed}{os.pathsep}."
+    assert "divprune" in python("-m", "prunetune", "list", "pruners", cwd=foreign, path=path).stdout
+    where = python("-c", "import prunetune.pruning; print(prunetune.pruning.__file__)", cwd=foreign, path=path).stdout
+    assert Path(where.strip()).is_relative_to(installed)
+    options = [
+        "--train.max_steps",
+        "1",
+        "--data.max_samples",
+        "8",
+        "--train.batch_size",
+        "4",
+        "--tracking.wandb",
+        "off",
+    ]
+    line = ["-m", "prunetune", "recalibrate", "--config", "recalibrate/tiny_divprune_16", *options]
+    printed = python(*line, "--output", "out", cwd=foreign, path=path).stdout
+    assert (foreign / "out" / "adapter" / "adapter_model.safetensors").stat().st_size > 0
+    assert "--num_accelerators 2" in printed
+
+
+def test_the_quick_demo_from_the_wheel_recovers_what_pruning_lost(installed, foreign):
+    """The main job end to end, where nothing but the wheel is: 8 points back at 16 tokens, all above zero."""
+    done = python(
+        "-m", "prunetune", "demo", "--quick", "--output", "demo", cwd=foreign, path=f"{installed}{os.pathsep}."
+    )
+    rows = list(csv.DictReader((foreign / "demo" / "comparison" / "table.csv").open()))
+    assert len(rows) == 1 + 2 * 4 + 1
+    dense, tuned = float(rows[0]["overall"]), next(row for row in rows if row["tuned_minus_training_free"])
+    assert rows[0]["arm"] == "dense" and dense >= 90
+    assert float(tuned["tuned_minus_training_free"]) >= 8 and float(tuned["gain_low"]) > 0
+    for name in ("comparison/plot.png", "comparison/table.md", "kept_tokens/kept_00.png", "recalibrate/log.jsonl"):
+        assert (foreign / "demo" / name).stat().st_size > 0
+    assert "Recalibrating divprune at 16 of 144 visual tokens gains +" in done.stdout
+
+
+def test_a_checkout_imports_its_own_folders_where_another_one_is_installed(tmp_path):
+    for path in own_files():
+        if path.endswith(".py"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / path, tmp_path / path)
+    found = python("-c", "import prunetune.configs as c, prunetune.pruning.ops as o; print(c.__file__, o.__file__)",
+                   cwd=tmp_path)  # fmt: skip
+    assert [Path(file).relative_to(tmp_path).parts[0] for file in found.stdout.split()] == ["configs", "pruning"]
