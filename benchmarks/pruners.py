@@ -14,12 +14,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from pruning import VisualTokens, build_pruner, greedy, greedy_triton, registered_methods
+from prunetune.pruning import VisualTokens, build_pruner, registered_methods
+from prunetune.pruning.ops import greedy, greedy_triton
 
 WIDTH, LLM_WIDTH, EMBEDS, HEADS = 1024, 4096, 768, 16
 SIZES = {"N=576 K=64 B=1": (576, 64, 1), "N=576 K=64 B=8": (576, 64, 8), "N=2880 K=160 B=1": (2880, 160, 1)}
@@ -51,19 +53,21 @@ def make_tokens(count: int, batch: int, device: str) -> VisualTokens:
     return VisualTokens(
         features=field(WIDTH),
         projected=field(LLM_WIDTH),
-        cls_attention=attention(HEADS),
-        received_attention=attention(HEADS),
-        object_attention=attention(HEADS),
-        keys=field(64),
-        cls_feature=normal(WIDTH),
-        reader_attention=attention(),
-        reader_keys=field(WIDTH),
-        image_embeds=field(EMBEDS),
-        text_embeds=normal(1, EMBEDS),
-        general_embeds=normal(3, EMBEDS),
-        text_token_embeds=normal(20, LLM_WIDTH),
-        general_token_embeds=normal(3, LLM_WIDTH),
-        image_key=torch.arange(batch, device=device),
+        signals={
+            "cls_attention": attention(HEADS),
+            "received_attention": attention(HEADS),
+            "object_attention": attention(HEADS),
+            "keys": field(64),
+            "cls_feature": normal(WIDTH),
+            "reader_attention": attention(),
+            "reader_keys": field(WIDTH),
+            "image_embeds": field(EMBEDS),
+            "text_embeds": normal(1, EMBEDS),
+            "general_embeds": normal(3, EMBEDS),
+            "text_token_embeds": normal(20, LLM_WIDTH),
+            "general_token_embeds": normal(3, LLM_WIDTH),
+            "image_key": torch.arange(batch, device=device),
+        },
         grid=(24, count // 24),
     )
 
@@ -103,7 +107,7 @@ def check_kernels(device: str) -> None:
     assert tokens.projected is not None
     similarity = torch.nn.functional.normalize(tokens.projected, dim=-1)
     similarity = similarity @ similarity.transpose(1, 2)
-    quality = tokens.cls_attention.mean(1)  # type: ignore[union-attr]
+    quality = tokens.signals["cls_attention"].mean(1)
     usable = greedy_triton.usable
 
     def picks() -> list[Tensor]:
@@ -140,7 +144,7 @@ def main() -> None:
             pruner = build_pruner(name)
             product = "product 4096" if name in PROJECTED else "product 1024"
             row = times.setdefault(name, {})
-            row[size] = milliseconds(lambda p=pruner, t=tokens, k=keep: p(t, k), options.device, options.seconds)
+            row[size] = milliseconds(partial(pruner, tokens, keep), options.device, options.seconds)
             row[f"x {size}"] = row[size] / rulers[product]
     table = to_markdown(times, options.device)
     print(table)

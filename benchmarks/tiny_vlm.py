@@ -12,13 +12,14 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from configs import EvaluateConfig, ModelConfig, PruningConfig
-from data_recipes.shapes_world import ask, sample_scene, split_seeds
-from evaluation.arm import evaluate, read_results
-from evaluation.tasks.tiny_world import read_items
-from pruning import registered_methods
+from prunetune.assets import TINY_VLM
+from prunetune.configs import EvaluateConfig, ModelConfig
+from prunetune.evaluation.evaluate import evaluate
+from prunetune.evaluation.results import read_results
+from prunetune.pruning import PruningSpec, registered_methods
+from prunetune.tiny_world import ask, sample_scene, split_seeds
+from prunetune.tiny_world.task import read_items
 
-ROOT = Path(__file__).resolve().parent.parent
 METHODS = [name for name in registered_methods() if name != "identity"]
 OPTIONS = {  # what belongs to this small model: a layer it has, and its own complexity (prunetune calibrate)
     "hiprune": {"object_layer": 2},
@@ -38,10 +39,10 @@ def blind_accuracy(scenes: int, seen: int = 5000) -> float:
     return 100 * right / len(items)
 
 
-def accuracy(folder: Path, pruning: PruningConfig, scenes: int) -> tuple[float, dict[str, float]]:
+def accuracy(folder: Path, pruning: PruningSpec, scenes: int) -> tuple[float, dict[str, float]]:
     """Return overall accuracy and accuracy per source, in percent."""
     config = EvaluateConfig(
-        model=ModelConfig(path=str(ROOT / "assets" / "tiny_vlm"), dtype="float32"),
+        model=ModelConfig(path=str(TINY_VLM), dtype="float32"),
         pruning=pruning,
         tasks=["tiny_world"],
         limit=8 * scenes,
@@ -64,15 +65,15 @@ def main() -> None:
     options = parser.parse_args()
     scenes = options.scenes
     with tempfile.TemporaryDirectory() as folder:
-        dense, sources = accuracy(Path(folder), PruningConfig(), scenes)
+        dense, sources = accuracy(Path(folder), PruningSpec(), scenes)
         table = [[name] for name in options.methods]
         for row, name in zip(table, options.methods, strict=True):
             for keep in BUDGETS:
-                pruning = PruningConfig(
+                pruning = PruningSpec(
                     pruner=name,
                     keep=keep,
                     options=OPTIONS.get(name, {}),
-                    text_tower=str(ROOT / "assets" / "tiny_vlm" / "clip"),
+                    text_tower=str(TINY_VLM / "clip"),
                 )
                 overall, _ = accuracy(Path(folder), pruning, scenes)
                 row.append(f"{overall:.1f}")
