@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
-from datasets import Image as ImageColumn
 from PIL import Image, UnidentifiedImageError
 
 from prunetune.data_recipes.sample import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ROW, NAMED = "row:", "id:"
 """How a picture in a file is referred to: by its row, or by the value of the file's ``id`` column."""
@@ -19,6 +20,9 @@ ROW, NAMED = "row:", "id:"
 
 def parquet_rows(paths: Path | Sequence[Path]) -> Dataset:
     """Return the rows of files, or of folders of ``save_to_disk``, in order; an image column holds bytes."""
+    from datasets import Image as ImageColumn  # takes seconds, and most commands read no Parquet file
+    from datasets import concatenate_datasets, load_dataset, load_from_disk
+
     tables = []
     for path in [paths] if isinstance(paths, Path) else paths:
         rows = (

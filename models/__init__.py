@@ -1,21 +1,39 @@
 """Loaded models: checkpoints, adapters and their hashes, the arm that everything runs, and ranks."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prunetune.lazy import importer
+
 if __name__ != "prunetune.models":
     raise ImportError("import prunetune.models, not models: a second name would load everything twice")
 
-from prunetune.models.adapter import export_merged, load_projector, read_record, wrap_projector, write_adapter
-from prunetune.models.arm import Answer, Arm
-from prunetune.models.loading import CheckpointError, load_model, load_processor
+if TYPE_CHECKING:
+    from prunetune.models.adapter import export_merged as export_merged
+    from prunetune.models.adapter import load_projector as load_projector
+    from prunetune.models.adapter import read_record as read_record
+    from prunetune.models.adapter import wrap_projector as wrap_projector
+    from prunetune.models.adapter import write_adapter as write_adapter
+    from prunetune.models.arm import Answer as Answer
+    from prunetune.models.arm import Arm as Arm
+    from prunetune.models.loading import CheckpointError as CheckpointError
+    from prunetune.models.loading import load_model as load_model
+    from prunetune.models.loading import load_processor as load_processor
 
-__all__ = [
-    "Answer",
-    "Arm",
-    "CheckpointError",
-    "export_merged",
-    "load_model",
-    "load_processor",
-    "load_projector",
-    "read_record",
-    "wrap_projector",
-    "write_adapter",
-]
+# A name is imported when it is first used.
+_HOMES = {
+    "Answer": "arm",
+    "Arm": "arm",
+    "CheckpointError": "loading",
+    "export_merged": "adapter",
+    "load_model": "loading",
+    "load_processor": "loading",
+    "load_projector": "adapter",
+    "read_record": "adapter",
+    "wrap_projector": "adapter",
+    "write_adapter": "adapter",
+}
+
+__all__ = list(_HOMES)
+__getattr__ = importer(__name__, _HOMES)

@@ -5,26 +5,28 @@ The names below are imported when they are first used, so that ``import prunetun
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prunetune.lazy import importer
 
 if TYPE_CHECKING:
-    from prunetune.configs import EvaluateConfig, ModelConfig, RecalibrateConfig, load_config
-    from prunetune.models import Arm
-    from prunetune.pruning import (
-        PrunedModel,
-        PruningError,
-        PruningSpec,
-        Selection,
-        Signal,
-        Vision,
-        VisualTokens,
-        build_pruner,
-        register_pruner,
-        register_signal,
-        registered_methods,
-    )
+    from prunetune.configs import EvaluateConfig as EvaluateConfig
+    from prunetune.configs import ModelConfig as ModelConfig
+    from prunetune.configs import RecalibrateConfig as RecalibrateConfig
+    from prunetune.configs import load_config as load_config
+    from prunetune.models import Arm as Arm
+    from prunetune.pruning import PrunedModel as PrunedModel
+    from prunetune.pruning import PruningError as PruningError
+    from prunetune.pruning import PruningSpec as PruningSpec
+    from prunetune.pruning import Selection as Selection
+    from prunetune.pruning import Signal as Signal
+    from prunetune.pruning import Vision as Vision
+    from prunetune.pruning import VisualTokens as VisualTokens
+    from prunetune.pruning import build_pruner as build_pruner
+    from prunetune.pruning import register_pruner as register_pruner
+    from prunetune.pruning import register_signal as register_signal
+    from prunetune.pruning import registered_methods as registered_methods
 
 # Installed, prunetune.pruning lies in this folder. In a checkout it is the folder `pruning/` beside this one, which is
 # looked through as well: a checkout imports its own folders, installed or not, even where another one is installed.
@@ -50,28 +52,5 @@ _HOMES = {
     "registered_methods": "prunetune.pruning",
 }
 
-__all__ = [
-    "Arm",
-    "EvaluateConfig",
-    "ModelConfig",
-    "PrunedModel",
-    "PruningError",
-    "PruningSpec",
-    "RecalibrateConfig",
-    "Selection",
-    "Signal",
-    "Vision",
-    "VisualTokens",
-    "build_pruner",
-    "load_config",
-    "register_pruner",
-    "register_signal",
-    "registered_methods",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name from where it lives."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'prunetune' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__all__ = list(_HOMES)
+__getattr__ = importer(__name__, _HOMES)

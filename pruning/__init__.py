@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prunetune.lazy import importer
 
 if __name__ != "prunetune.pruning":
     raise ImportError("import prunetune.pruning, not pruning: a second name would load everything twice")
 
 if TYPE_CHECKING:
-    from prunetune.pruning.budget import Budget, check_budget, resolve_budget
-    from prunetune.pruning.errors import PruningError
-    from prunetune.pruning.families import Family, family_of, register_family, registered_families
-    from prunetune.pruning.plug import Generated, PrunedModel
-    from prunetune.pruning.registry import Method, build_pruner, register_pruner, registered_methods
-    from prunetune.pruning.rewrite import Pruned
-    from prunetune.pruning.signals import Signal, register_signal, registered_signals
-    from prunetune.pruning.spec import PruningSpec
-    from prunetune.pruning.types import Pruner, Selection, VisualTokens
-    from prunetune.pruning.vision import Vision
+    from prunetune.pruning.budget import Budget as Budget
+    from prunetune.pruning.budget import check_budget as check_budget
+    from prunetune.pruning.budget import resolve_budget as resolve_budget
+    from prunetune.pruning.errors import PruningError as PruningError
+    from prunetune.pruning.families import Family as Family
+    from prunetune.pruning.families import family_of as family_of
+    from prunetune.pruning.families import register_family as register_family
+    from prunetune.pruning.families import registered_families as registered_families
+    from prunetune.pruning.plug import Generated as Generated
+    from prunetune.pruning.plug import PrunedModel as PrunedModel
+    from prunetune.pruning.registry import Method as Method
+    from prunetune.pruning.registry import build_pruner as build_pruner
+    from prunetune.pruning.registry import register_pruner as register_pruner
+    from prunetune.pruning.registry import registered_methods as registered_methods
+    from prunetune.pruning.rewrite import Pruned as Pruned
+    from prunetune.pruning.signals import Signal as Signal
+    from prunetune.pruning.signals import register_signal as register_signal
+    from prunetune.pruning.signals import registered_signals as registered_signals
+    from prunetune.pruning.spec import PruningSpec as PruningSpec
+    from prunetune.pruning.types import Pruner as Pruner
+    from prunetune.pruning.types import Selection as Selection
+    from prunetune.pruning.types import VisualTokens as VisualTokens
+    from prunetune.pruning.vision import Vision as Vision
 
 # A name is imported when it is first used: options need no torch, and methods no transformers.
 _HOMES = {
@@ -47,35 +61,5 @@ _HOMES = {
     "resolve_budget": "budget",
 }
 
-__all__ = [
-    "Budget",
-    "Family",
-    "Generated",
-    "Method",
-    "Pruned",
-    "PrunedModel",
-    "Pruner",
-    "PruningError",
-    "PruningSpec",
-    "Selection",
-    "Signal",
-    "Vision",
-    "VisualTokens",
-    "build_pruner",
-    "check_budget",
-    "family_of",
-    "register_family",
-    "register_pruner",
-    "register_signal",
-    "registered_families",
-    "registered_methods",
-    "registered_signals",
-    "resolve_budget",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name from where it lives."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'prunetune.pruning' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"prunetune.pruning.{_HOMES[name]}"), name)
+__all__ = list(_HOMES)
+__getattr__ = importer(__name__, _HOMES)

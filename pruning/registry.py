@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from prunetune.names import nearest
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.signals import signal_of
 from prunetune.pruning.types import Pruner
@@ -104,9 +104,3 @@ def build_pruner(name: str, options: Mapping[str, Any] | None = None) -> Pruner:
 def merges(name: str, pruner: Pruner) -> bool:
     """Return whether a method may return merged features; where its options decide, its ``merges`` says so."""
     return bool(getattr(pruner, "merges", registered_methods()[name].merges))
-
-
-def nearest(name: str, valid: Any) -> str:
-    """Return ``", did you mean 'x'?"`` for the nearest of ``valid``, or nothing."""
-    close = difflib.get_close_matches(str(name), list(valid), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""

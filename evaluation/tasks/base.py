@@ -14,7 +14,7 @@ from typing import Any
 from prunetune.data_recipes.images import ImageOpener
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.predictions import Prediction
-from prunetune.pruning.registry import nearest
+from prunetune.names import nearest
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
