@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,11 +9,15 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from prunetune.errors import PrunetuneError
+from prunetune.names import nearest
+from prunetune.plugins import PluginError
+
 Config = TypeVar("Config", bound=BaseModel)
 FOLDER = Path(__file__).parent
 
 
-class ConfigError(ValueError):
+class ConfigError(PrunetuneError):
     """A configuration that can't be used; the message lists every error in it."""
 
 
@@ -28,18 +31,25 @@ def load_config(schema: type[Config], file: str | Path | None, overrides: list[s
 
     Raises:
         ConfigError: with all errors at once, each with its key, what was expected and what was got.
+        PluginError: the same, where a plug-in is among them.
     """
     values: dict[str, Any] = {}
     if file is not None:
-        values = _read(config_file(file))
+        path = config_file(file)
+        values = _read(path)
+        _find_plugins(values, path.parent)
     for key, value in _pairs(overrides or []):
         _put(values, key.split("."), value)
+    _find_plugins(values, Path.cwd())
     try:
         return schema.model_validate(values)
     except ValidationError as error:
         lines = [_explain(schema, detail) for detail in error.errors()]
         source = f"{file}" if file is not None else "the command line"
-        raise ConfigError(f"{source} has {len(lines)} error{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
+        # A plug-in may fail on one rank alone, which then has to say so itself.
+        causes = [detail.get("ctx", {}).get("error") for detail in error.errors()]
+        kind = PluginError if any(isinstance(cause, PluginError) for cause in causes) else ConfigError
+        raise kind(f"{source} has {len(lines)} error{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
 
 
 def to_yaml(config: BaseModel) -> str:
@@ -85,9 +95,10 @@ def config_file(name: str | Path) -> Path:
     asked = Path(name).with_suffix("").as_posix().removeprefix("configs/")
     if asked in shipped:
         return shipped[asked]
-    close = difflib.get_close_matches(asked, shipped, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(shipped)}"
-    raise ConfigError(f"config file {name} does not exist, and no shipped configuration has that name; {hint}")
+    raise ConfigError(
+        f"config file {name} does not exist, and no shipped configuration has that name{nearest(asked, shipped)}; "
+        f"there are {', '.join(shipped)}"
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -98,6 +109,16 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections and keys, but holds {type(values).__name__}")
     return values
+
+
+def _find_plugins(values: dict[str, Any], folder: Path) -> None:
+    """Make relative files among the plug-ins absolute, so that every rank finds the same ones."""
+    plugins = values.get("plugins")
+    if not isinstance(plugins, list):
+        return  # missing, or an error that validation tells
+    for index, plugin in enumerate(plugins):
+        if isinstance(plugin, str) and plugin.endswith(".py"):
+            plugins[index] = str((folder / plugin).resolve())
 
 
 def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
@@ -131,11 +152,12 @@ def _explain(schema: type[BaseModel], detail: Any) -> str:
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
         known = _fields(schema, path[:-1])
-        close = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        hint = nearest(path[-1], known).removeprefix(", ") or f"known keys: {', '.join(known)}"
         return f"  {key}: unknown key; {hint}"
     if detail["type"] == "missing":
         return f"  {key}: missing; it must be set"
+    if detail["type"] == "value_error":
+        return f"  {key}: {detail['ctx']['error']}"
     return f"  {key}: {detail['msg'][0].lower() + detail['msg'][1:]}, got {detail['input']!r}"
 
 

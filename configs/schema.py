@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from prunetune.plugins import load_plugins
 from prunetune.pruning.spec import PruningSpec
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -24,8 +25,10 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="hub revision; None is the default branch")
     dtype: DType = Field("bfloat16", description="dtype of all weights while running")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel of the LLM")
-    template: Literal["model", "vicuna_v1"] = Field(
-        "model", description="conversation template: the model's own, or LLaVA-1.5's vicuna v1"
+    template: str = Field(
+        "model",
+        description="chat template: the model's own, vicuna_v1 as LLaVA-1.5's, one that a plug-in registers, or a "
+        ".jinja file",
     )
     square: Literal["processor", "pad"] = Field(
         "processor", description="make pictures square as the processor does, or pad them first as LLaVA-1.5 does"
@@ -50,17 +53,19 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """Optimization. Defaults are PrismPrune's: LLaVA-1.5's fine-tuning settings at 2e-5, the projector alone."""
 
-    learning_rate: float = Field(2e-5, gt=0)
-    epochs: float = Field(1.0, gt=0)
+    learning_rate: float = Field(2e-5, gt=0, description="peak, after the warm-up")
+    epochs: float = Field(1.0, gt=0, description="passes over the data; may be a fraction")
     max_steps: int = Field(-1, ge=-1, description="stop after this many optimizer steps; -1 is no limit")
     batch_size: int = Field(16, ge=1, description="samples per device and step")
     accumulation: int = Field(1, ge=1, description="steps whose gradients are added up before an update")
-    warmup_ratio: float = Field(0.03, ge=0, le=1)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of all steps in which the learning rate rises")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="course of the learning rate after the warm-up"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 switches clipping off")
     max_length: int = Field(2048, ge=8, description="longest sequence in tokens, before pruning")
-    seed: int = 42
+    seed: int = Field(42, description="of the order of samples, and of everything that is drawn")
     sampling: Literal["shuffled", "length", "modality_length"] = Field(
         "shuffled", description="order of samples: random, or batches of similar length, of one modality (as LLaVA's)"
     )
@@ -72,7 +77,7 @@ class TrainConfig(Section):
         False, description="recompute the LLM's activations; the tower is never touched"
     )
     save_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints")
-    log_steps: int = Field(1, ge=1)
+    log_steps: int = Field(1, ge=1, description="optimizer steps between rows of the log")
     workers: int = Field(2, ge=0, description="data loading processes per device")
     trainable: list[str] | None = Field(
         None, description="modules that train; None is the family's projector. Anything else but the projector stops"
@@ -86,11 +91,28 @@ class TrackingConfig(Section):
     wandb: Literal["off", "auto", "offline", "online"] = Field(
         "off", description="auto is online with a W&B key and offline without; online stops without a key"
     )
-    project: str = "prunetune"
+    project: str = Field("prunetune", description="W&B project")
     name: str | None = Field(None, description="run name; None is the output folder's name")
 
 
-class RecalibrateConfig(Section):
+class PluggedConfig(Section):
+    """A configuration that may name what comes from outside this package."""
+
+    plugins: list[str] = Field(
+        default_factory=list,
+        description="modules or .py files that register pruners, families, signals, formats, templates or benchmarks; "
+        "files are relative to the YAML file, on the command line to the working directory",
+    )
+
+    @field_validator("plugins")
+    @classmethod
+    def _loaded(cls, plugins: list[str]) -> list[str]:
+        """Load them with the configuration, however it is made: on every rank, before a name of theirs is looked up."""
+        load_plugins(plugins)
+        return plugins
+
+
+class RecalibrateConfig(PluggedConfig):
     """Recalibrate the projector of one model for one pruner and budget."""
 
     model: ModelConfig
@@ -104,7 +126,7 @@ class RecalibrateConfig(Section):
     )
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(PluggedConfig):
     """Run one arm on the named tasks."""
 
     model: ModelConfig
@@ -116,7 +138,7 @@ class EvaluateConfig(Section):
     )
     limit: int | None = Field(None, ge=1, description="first items of every task only")
     batch_size: int = Field(1, ge=1, description="scores shift with it in half precision, so it is in the manifest")
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: int = Field(128, ge=1, description="longest answer in tokens")
     tracking: TrackingConfig = TrackingConfig()
     output: str = Field(description="folder for results.jsonl, manifest.json and the effective config")
 

@@ -10,8 +10,8 @@ from typing import Any
 from datasets import Dataset
 from tqdm import tqdm
 
+from prunetune.data_recipes.chat_templates import template_text
 from prunetune.data_recipes.formats import LlavaJsonRecipe
-from prunetune.data_recipes.formatting import template_text
 from prunetune.data_recipes.images import FolderImages, ImageOpener
 from prunetune.data_recipes.llava_json import PlaceholderError, check_sources, parse_record, read_records
 from prunetune.data_recipes.parquet import ROW, ParquetImages, parquet_rows

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from datasets import Dataset, Features, Value
-from datasets.exceptions import DatasetGenerationError
 from pydantic import BaseModel, ConfigDict, Field
 
 from prunetune.data_recipes.images import FolderImages, ImageOpener
 from prunetune.data_recipes.llava_json import check_sources, read_llava
 from prunetune.data_recipes.parquet import ROW, ParquetImages, parquet_rows
 from prunetune.data_recipes.sample import DataError
+from prunetune.names import nearest
+from prunetune.plugins import load_installed, named
 
-ROW_FEATURES = Features(
-    {
-        "id": Value("string"),
-        "source": Value("string"),
-        "image": Value("string"),
-        "turns": [{"question": Value("string"), "answer": Value("string")}],
-    }
-)
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 PARSER_VERSION = 1
 """Part of the cache's key: raise it when the same file is read into other rows."""
 MIX = "llava_v1_5_mix665k.json"
-BUILT_IN = ("prunetune.tiny_world.recipe",)
-"""Modules outside this folder that register formats of their own."""
 
 
 class Recipe(BaseModel):
@@ -110,10 +101,15 @@ def _cached_rows(path: Path, sources: list[str] | None) -> Dataset:
     elif path.exists():
         files = [path]
     state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    from datasets import Dataset, Features, Value  # takes seconds; naming the recipes that there are does not need it
+    from datasets.exceptions import DatasetGenerationError
+
+    text = Value("string")
+    features = {"id": text, "source": text, "image": text, "turns": [{"question": text, "answer": text}]}
     try:
         return Dataset.from_generator(
             _llava_rows,
-            features=ROW_FEATURES,
+            features=Features(features),
             gen_kwargs={
                 "path": str(path.resolve()),
                 "sources": None if sources is None else tuple(sources),  # lists are taken for shards
@@ -150,8 +146,7 @@ def register_format(name: str, recipe: type[Recipe], folder: Path | None = None)
 
 def registered_formats() -> dict[str, type[Recipe]]:
     """Return all formats by name."""
-    for module in BUILT_IN:
-        importlib.import_module(module)
+    load_installed()
     return dict(sorted(_FORMATS.items()))
 
 
@@ -162,12 +157,20 @@ def recipe_folders() -> list[Path]:
 
 
 def format_of(name: str) -> type[Recipe]:
-    """Return a format; raises DataError with the nearest name if there is none."""
+    """Return the format of a name, or the class that ``package.module:Class`` names.
+
+    Raises:
+        DataError: if there is none, with the nearest name, or the class is no recipe.
+        PluginError: if its module can't be imported.
+    """
+    if ":" in name:
+        recipe = named(name)
+        if not (isinstance(recipe, type) and issubclass(recipe, Recipe)):
+            raise DataError(f"format {name!r} is no recipe; a format is a subclass of data_recipes.formats.Recipe")
+        return recipe
     known = registered_formats()
     if name not in known:
-        close = difflib.get_close_matches(str(name), list(known), n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
-        raise DataError(f"unknown format {name!r}{hint}; there are {', '.join(known)}")
+        raise DataError(f"unknown format {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     return known[name]
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from prunetune.data_recipes.chat_templates import check_marks, template_text
 from prunetune.data_recipes.images import ImageOpener, pad_to_square
 from prunetune.data_recipes.sample import DataError, Sample
 
 IGNORE_INDEX = -100
-TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 
 
 class Formatter:
@@ -23,7 +22,7 @@ class Formatter:
     Args:
         processor: the model's Hugging Face processor.
         images: opens the samples' pictures.
-        template: "model" for the processor's own chat template, or a name from ``data_recipes/templates/``.
+        template: the chat template, see :mod:`prunetune.data_recipes.chat_templates`.
         square: "pad" pads pictures to squares of the processor's mean colour first, "processor" leaves them.
         max_length: longest sequence in tokens, None for no limit.
         instructions: a function from the user's turns to the text that pruning may read; batches then carry
@@ -146,34 +145,4 @@ def check_supervision(tokenizer: Any, ids: Tensor, mask: Tensor, sample: Sample)
         raise DataError(
             f"sample {sample.id!r}: the template does not supervise an end token after each answer, so the model would "
             "never learn to stop; set model.template to one that does, for example vicuna_v1"
-        )
-
-
-def template_text(processor: Any, template: str) -> str:
-    """Return the chat template's source.
-
-    Raises:
-        DataError: for an unknown name, or a processor without a template.
-    """
-    if template == "model":
-        if not processor.chat_template:
-            raise DataError("this processor has no chat template; set model.template, for example to vicuna_v1")
-        return processor.chat_template
-    path = TEMPLATE_FOLDER / f"{template}.jinja"
-    if not path.is_file():
-        raise DataError(f"unknown template {template!r}")
-    return path.read_text()
-
-
-def check_marks(template: str) -> None:
-    """Check that a template marks what the assistant says; training needs it, prompting does not.
-
-    Raises:
-        DataError: naming the templates that do.
-    """
-    if "{% generation %}" not in template and "{%- generation" not in template:
-        raise DataError(
-            "the model's chat template has no {% generation %} marks around the assistant's text, so answers can't be "
-            "told from questions; set model.template to a template that has them "
-            f"({', '.join(sorted(p.stem for p in TEMPLATE_FOLDER.glob('*.jinja')))})"
         )

@@ -8,14 +8,17 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
-from datasets import Dataset
 from pydantic import ValidationError
 
 from prunetune.data_recipes.formats import LlavaJsonRecipe, Recipe, format_of, recipe_folders
 from prunetune.data_recipes.images import ImageOpener
 from prunetune.data_recipes.sample import DataError, Sample
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)

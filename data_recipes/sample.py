@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from prunetune.errors import PrunetuneError
 
-class DataError(ValueError):
+
+class DataError(PrunetuneError):
     """Data that can't be used; the message names the file or sample and what to do."""
 
 

@@ -1,7 +1,9 @@
 """The error that benchmarks raise."""
 
+from prunetune.errors import PrunetuneError
 
-class TaskError(ValueError):
+
+class TaskError(PrunetuneError):
     """A benchmark, a file of one or saved predictions that can't be used; the message says what to do."""
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from prunetune.assets import shipped
 from prunetune.configs import ModelConfig
-from prunetune.data_recipes.formatting import Formatter, template_text
+from prunetune.data_recipes.chat_templates import MODELS_OWN, template_file, template_text
+from prunetune.data_recipes.formatting import Formatter
 from prunetune.data_recipes.images import ImageOpener
 from prunetune.data_recipes.sample import Sample
 from prunetune.models.adapter import load_projector, projector_state
@@ -45,6 +46,8 @@ class Base:
     """A stock model as it was loaded, shared by all arms that are made of it; its files are hashed at most once."""
 
     def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
+        if config.template != MODELS_OWN:
+            template_file(config.template)  # a wrong name stops here, before gigabytes are read
         self.config = config
         self.folder = checkpoint_folder(config.path, config.revision)
         self.model, self.processor = load_model(config.path, config.revision, config.dtype, config.attention)

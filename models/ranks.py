@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
+
+from prunetune.plugins import PluginError
 
 PATIENCE = timedelta(days=7)
 """How long a rank that is done waits for the slowest."""
@@ -30,10 +33,36 @@ class Ranks:
         if self.world > 1:
             torch.distributed.barrier()
 
+    def check_same(self, plugins: list[dict[str, Any]]) -> None:
+        """Check that every rank runs the same plug-ins, once the ranks have met.
+
+        Args:
+            plugins: what :func:`prunetune.plugins.plugin_records` says on this rank.
+
+        Raises:
+            PluginError: on every rank, naming the first plug-in that differs and both versions.
+        """
+        if self.world == 1:
+            return
+        found: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(found, {plugin["name"]: plugin for plugin in plugins})
+        for rank, others in enumerate(found):
+            for name in sorted({*found[0], *others}):
+                mine, theirs = found[0].get(name), others.get(name)
+                if mine != theirs:
+                    told = f"rank 0 has {_told(mine)}, rank {rank} {_told(theirs)}"
+                    raise PluginError(f"plug-in {name!r} differs between ranks: {told}; install the same on every host")
+
     def destroy(self) -> None:
         """Destroy the process group; the last thing a rank does."""
         if self.world > 1:
             torch.distributed.destroy_process_group()
+
+
+def _told(plugin: dict[str, Any] | None) -> str:
+    if plugin is None:
+        return "none"
+    return f"version {plugin['version'] or 'unknown'} (source {plugin['sha256'][:8]})"
 
 
 def launched_ranks() -> Ranks:

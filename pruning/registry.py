@@ -1,14 +1,13 @@
-"""Which pruning methods exist. A method is one file in ``pruning/methods/`` that registers one frozen dataclass."""
+"""Which pruning methods exist. A method is one file, here or in a plug-in, that registers one frozen dataclass."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from prunetune.names import nearest
+from prunetune.plugins import import_folder, load_installed, named
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.signals import signal_of
 from prunetune.pruning.types import Pruner
@@ -59,14 +58,7 @@ def register_pruner(
                 f"two methods are called {name!r}: {_METHODS[name].pruner.__module__} and "
                 f"{pruner.__module__}; rename one"
             )
-        parameters = getattr(pruner, "__dataclass_params__", None)
-        if parameters is None or not parameters.frozen:
-            raise PruningError(f"{pruner.__name__} must be a frozen dataclass: its fields are the method's options")
-        for need in pruner().needs:
-            try:
-                signal_of(need)
-            except PruningError as error:
-                raise PruningError(f"{name} needs {need!r}: {error}") from None
+        check_contract(name, pruner)
         _METHODS[name] = Method(name, paper, pruner, merges, exact, golden)
         return pruner
 
@@ -74,12 +66,55 @@ def register_pruner(
 
 
 def registered_methods() -> Mapping[str, Method]:
-    """Return all methods by name, alphabetically; importing every file of ``pruning/methods/`` once."""
+    """Return all methods by name, alphabetically: those of ``pruning/methods/`` and of plug-ins."""
     import prunetune.pruning.methods as package
 
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"prunetune.pruning.methods.{module.name}")
+    import_folder(package)
+    load_installed()
     return dict(sorted(_METHODS.items()))
+
+
+def method_of(name: str) -> Method:
+    """Return the method of a name, or of a class that ``package.module:Class`` names, registered or not.
+
+    Raises:
+        PruningError: if there is none, with the nearest name, or the class breaks the contract.
+        PluginError: if its module can't be imported.
+    """
+    if ":" in name:
+        return _method_of_class(name)
+    known = registered_methods()
+    if name not in known:
+        raise PruningError(f"unknown pruner {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    return known[name]
+
+
+def _method_of_class(reference: str) -> Method:
+    pruner = named(reference)
+    for method in registered_methods().values():
+        if method.pruner is pruner:
+            return method
+    check_contract(reference, pruner)
+    return Method(reference, "not registered", pruner, merges=bool(getattr(pruner, "merges", False)))
+
+
+def check_contract(name: str, pruner: Any) -> None:
+    """Check what can be told of a pruner's class without running it; :mod:`prunetune.testing` runs it.
+
+    Raises:
+        PruningError: if it is no frozen dataclass that can be called, or needs an unknown signal.
+    """
+    parameters = getattr(pruner, "__dataclass_params__", None)
+    if not isinstance(pruner, type) or parameters is None or not parameters.frozen:
+        shown = getattr(pruner, "__name__", repr(pruner))
+        raise PruningError(f"{shown} must be a frozen dataclass: its fields are the method's options")
+    if "__call__" not in dir(pruner) or not hasattr(pruner, "needs"):
+        raise PruningError(f"{pruner.__name__} must have `needs` and be called with (tokens, keep), as Pruner says")
+    for need in pruner().needs:
+        try:
+            signal_of(need)
+        except PruningError as error:
+            raise PruningError(f"{name} needs {need!r}: {error}") from None
 
 
 def build_pruner(name: str, options: Mapping[str, Any] | None = None) -> Pruner:
@@ -88,10 +123,7 @@ def build_pruner(name: str, options: Mapping[str, Any] | None = None) -> Pruner:
     Raises:
         PruningError: for an unknown method or option, with the nearest valid name.
     """
-    known = registered_methods()
-    if name not in known:
-        raise PruningError(f"unknown pruner {name!r}{nearest(name, known)}; there are {', '.join(known)}")
-    pruner = known[name].pruner
+    pruner = method_of(name).pruner
     valid = [field.name for field in fields(pruner)]  # type: ignore[arg-type]
     for option in options or {}:
         if option not in valid:
@@ -103,4 +135,4 @@ def build_pruner(name: str, options: Mapping[str, Any] | None = None) -> Pruner:
 
 def merges(name: str, pruner: Pruner) -> bool:
     """Return whether a method may return merged features; where its options decide, its ``merges`` says so."""
-    return bool(getattr(pruner, "merges", registered_methods()[name].merges))
+    return bool(getattr(pruner, "merges", method_of(name).merges))

@@ -11,7 +11,7 @@ from conftest import scene_sample
 from PIL import Image
 
 from prunetune.data_recipes import DataError, Formatter, Sample, Turn, load_recipe
-from prunetune.data_recipes.formatting import TEMPLATE_FOLDER
+from prunetune.data_recipes.chat_templates import template_file
 from prunetune.data_recipes.images import FolderImages, pad_to_square
 from prunetune.data_recipes.llava_json import read_llava
 from prunetune.tiny_world import SPLITS, ask, render, sample_scene, vocabulary
@@ -147,7 +147,7 @@ def test_supervised_text_is_exactly_the_answers(mix, processor, template):
 
 
 def test_vicuna_v1_renders_as_llava_does(processor):
-    template = (TEMPLATE_FOLDER / "vicuna_v1.jinja").read_text()
+    template = template_file("vicuna_v1").read_text()
     text = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     messages = [
         {"role": "user", "content": text},

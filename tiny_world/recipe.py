@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from datasets import Dataset
 from PIL import Image
 from pydantic import Field
 
@@ -14,6 +13,9 @@ from prunetune.data_recipes import DataError, Sample, Turn
 from prunetune.data_recipes.formats import Recipe, register_format
 from prunetune.data_recipes.images import ImageOpener
 from prunetune.tiny_world import ask, render, sample_scene, split_seeds
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class SceneImages:
@@ -42,6 +44,8 @@ class ShapesWorldRecipe(Recipe):
 
     def open_rows(self, file: str | None, image_root: str | None) -> tuple[Dataset, ImageOpener]:
         """Return eight questions per scene; there is no file."""
+        from datasets import Dataset
+
         return Dataset.from_list([sample.to_row() for sample in self._samples()]), SceneImages()
 
     def _samples(self) -> Iterator[Sample]:

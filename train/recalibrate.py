@@ -15,11 +15,12 @@ from peft import PeftModel
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_yaml
-from prunetune.data_recipes import DataError, RecipeData, load_recipe
+from prunetune.configs import RecalibrateConfig, load_config, to_yaml
+from prunetune.data_recipes import RecipeData, load_recipe
+from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
 from prunetune.models.ranks import Ranks, launched_ranks
-from prunetune.pruning import PruningError
+from prunetune.plugins import PluginError, plugin_records
 from prunetune.train.callbacks import CompleteCheckpointCallback, NumbersCallback, check_finite_weights
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
 from prunetune.train.record import run_record
@@ -123,6 +124,7 @@ def train(run: Run, arm: Arm, peft_model: PeftModel, tracker: Tracker | None) ->
         args=training_arguments(run.config, run.output, steps),
         callbacks=[numbers, CompleteCheckpointCallback(run.settings)],
     )
+    run.ranks.check_same(plugin_records())
     before = frozen_tensors_hash(peft_model)
     drop_frozen_from_state_dict(peft_model)
     with arm.pruned.attach(packed=config.packing):
@@ -196,11 +198,14 @@ def main(arguments: list[str]) -> None:
     ranks = launched_ranks()
     try:
         run = start(load_config(RecalibrateConfig, options.config, overrides))
-    except (ConfigError, PruningError, DataError) as error:
-        sys.exit(f"error: {error}" if ranks.is_zero else 1)  # all ranks fail alike; one says why
+    except PrunetuneError as error:
+        # All ranks fail alike and one says why; a plug-in may be missing on one host alone, which then says so itself.
+        if ranks.is_zero:
+            sys.exit(f"error: {error}")
+        sys.exit(f"error (rank {ranks.rank}): {error}" if isinstance(error, PluginError) else 1)
     try:
         recalibrate(run)
-    except (ConfigError, PruningError, DataError, FloatingPointError) as error:
+    except (PrunetuneError, FloatingPointError) as error:
         sys.exit(f"error (rank {ranks.rank}): {error}")
 
 

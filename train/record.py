@@ -11,6 +11,7 @@ from torch import Tensor
 from prunetune.configs import RecalibrateConfig
 from prunetune.data_recipes import RecipeData
 from prunetune.models.hashes import tensor_hash
+from prunetune.plugins import plugin_records
 from prunetune.train.tracking import Tracker
 
 
@@ -40,6 +41,7 @@ def run_record(
         "train": config.train.model_dump(),
         "model": config.model.model_dump(),
         "step": step,
+        "plugins": plugin_records(),
         "versions": library_versions(),
         "wandb_run": tracker.run_id if tracker is not None else None,
     }  # fmt: skip

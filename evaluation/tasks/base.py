@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from prunetune.data_recipes.images import ImageOpener
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.predictions import Prediction
 from prunetune.names import nearest
+from prunetune.plugins import import_folder, load_installed, named
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -92,9 +91,6 @@ class Task:
         return {} if self.score is None else {"accuracy": percent(self.score, pairs)}
 
 
-BUILT_IN = ("prunetune.tiny_world.task",)
-"""Modules outside this folder that register benchmarks."""
-
 _TASKS: dict[str, Task] = {}
 
 
@@ -107,18 +103,26 @@ def register_task(task: Task) -> Task:
 
 
 def tasks() -> dict[str, Task]:
-    """Return all benchmarks by name, importing every file of ``evaluation/tasks/`` once."""
+    """Return all benchmarks by name: those of ``evaluation/tasks/`` and of plug-ins."""
     import prunetune.evaluation.tasks as package
 
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"prunetune.evaluation.tasks.{module.name}")
-    for name in BUILT_IN:
-        importlib.import_module(name)
+    import_folder(package)
+    load_installed()
     return dict(sorted(_TASKS.items()))
 
 
 def get_task(name: str) -> Task:
-    """Return a benchmark; raises TaskError with the nearest name if there is none."""
+    """Return the benchmark of a name, or the object that ``package.module:NAME`` names.
+
+    Raises:
+        TaskError: if there is none, with the nearest name.
+        PluginError: if its module can't be imported.
+    """
+    if ":" in name:
+        task = named(name)
+        if not isinstance(task, Task):
+            raise TaskError(f"{name!r} is no benchmark but {type(task).__name__}; it is what register_task returns")
+        return task
     known = tasks()
     if name not in known:
         raise TaskError(f"unknown task {name!r}{nearest(name, known)}; there are {', '.join(known)}")

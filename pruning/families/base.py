@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from prunetune.plugins import import_folder, load_installed
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.vision import Vision
 
@@ -118,11 +117,11 @@ def register_family(family: Family) -> Family:
 
 
 def registered_families() -> dict[str, Family]:
-    """Return all families by name, importing every file of ``pruning/families/`` once."""
+    """Return all families by name: those of ``pruning/families/`` and of plug-ins."""
     import prunetune.pruning.families as package
 
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"prunetune.pruning.families.{module.name}")
+    import_folder(package)
+    load_installed()
     return dict(sorted(_FAMILIES.items()))
 
 
@@ -140,7 +139,7 @@ def family_of(model: nn.Module) -> Family:
     covered = ", ".join(t for family in families.values() for t in family.model_types)
     raise PruningError(
         f"no model family covers model_type {model_type!r}; there are {covered}. "
-        "A new one is one file in pruning/families/"
+        "A new one is one file, in pruning/families/ or a plug-in"
     )
 
 

@@ -1,0 +1,36 @@
+"""The ``prunetune`` command line: reads arguments, calls one function, prints where the results are."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from prunetune.cli.group import Commands
+from prunetune.errors import PrunetuneError
+
+INTERRUPTED = "interrupted; recalibrate and evaluate go on where they stopped when the same command is run again"
+
+
+@click.group(cls=Commands, invoke_without_command=True)
+@click.version_option(package_name="prunetune")
+@click.pass_context
+def commands(context: click.Context) -> None:
+    """Recalibrate the projector of a vision-language model whose visual tokens are pruned, and compare."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a subcommand; errors of the user's making end with their message alone."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        commands.main(arguments, prog_name="prunetune", standalone_mode=False)
+    except PrunetuneError as error:  # anything else is a bug and shows where it is
+        sys.exit(f"error: {error}")
+    except click.ClickException as error:
+        sys.exit(f"error: {error.format_message()}")
+    except click.Abort:
+        click.echo(f"\n{INTERRUPTED}", err=True)
+        sys.exit(130)  # what shells report for Ctrl-C

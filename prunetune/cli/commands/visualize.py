@@ -1,0 +1,41 @@
+"""``prunetune visualize``."""
+
+from pathlib import Path
+
+import click
+
+from prunetune.cli.options import DTYPES, plugins_option
+
+
+@click.command("visualize")
+@click.argument("pruners", nargs=-1)
+@click.option("--model", default="assets/tiny_vlm", help="folder or hub id")
+@click.option("--dtype", type=DTYPES, default="float32", help="dtype of all weights")
+@click.option("--keep", type=int, default=16, help="visual tokens that each method keeps")
+@click.option("--text-tower", help="CLIP checkpoint of the vision tower, for methods that read the question")
+@click.option("--task", default="tiny_world_validation", help="a benchmark whose images are shown")
+@click.option("--data", metavar="DIR", help="folder of the benchmark's published files")
+@click.option("--count", type=int, default=4, help="how many images")
+@click.option("--output", type=Path, default=Path("runs/visualize"), help="folder of the PNG files")
+@plugins_option
+def command(
+    pruners: tuple[str, ...],
+    model: str,
+    dtype: str,
+    keep: int,
+    text_tower: str | None,
+    task: str,
+    data: str | None,
+    count: int,
+    output: Path,
+) -> None:
+    """Draw the tokens that PRUNERS keep over images: fastervlm, vispruner, prismprune and divprune if none is named."""
+    from prunetune.configs import ModelConfig
+    from prunetune.evaluation.visualize import visualize
+    from prunetune.pruning import PruningSpec
+
+    names = pruners or ("fastervlm", "vispruner", "prismprune", "divprune")
+    specs = [PruningSpec(name, keep, text_tower=text_tower) for name in names]
+    config = ModelConfig.model_validate({"path": model, "dtype": dtype})
+    for path in visualize(config, specs, task, count, output, data):
+        print(path)
