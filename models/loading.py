@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -58,16 +59,28 @@ def load_model(
             model = AutoModelForImageTextToText.from_pretrained(
                 folder, dtype=getattr(torch, dtype), attn_implementation=attention
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path!r} is no vision-language checkpoint that transformers can load: {error}"
+            f"{path!r} is no vision-language checkpoint that transformers can load: {_line(error)}"
         ) from error
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    return model.eval(), _processor(path, folder)
 
 
 def load_processor(path: str, revision: str | None = None) -> Any:
     """Return a checkpoint's processor alone; raises CheckpointError if there is none."""
+    return _processor(path, checkpoint_folder(path, revision))
+
+
+def _processor(path: str, folder: Path) -> Any:
     try:
-        return AutoProcessor.from_pretrained(checkpoint_folder(path, revision))
+        return AutoProcessor.from_pretrained(folder)
+    except ImportError as error:  # processors of models that see videos, also where only images are used
+        needed = "torchvision; pip install 'prunetune[video]'" if "orchvision" in str(error) else _line(error)
+        raise CheckpointError(f"the processor of {path!r} needs {needed}") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path!r} holds no processor: {error}") from error
+        raise CheckpointError(f"{path!r} holds no processor: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """Return a library's message in one line."""
+    return " ".join(str(error).split())

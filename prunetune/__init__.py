@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 from prunetune.lazy import importer
 
+if __name__ != "prunetune":
+    raise ImportError(f"import prunetune, not {__name__}: a second name would load everything twice")
+
 if TYPE_CHECKING:
     from prunetune.configs import EvaluateConfig as EvaluateConfig
     from prunetune.configs import ModelConfig as ModelConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from prunetune.pruning.hooks import frozen_parts_at_rest
 from prunetune.pruning.registry import merges
 from prunetune.pruning.rewrite import Chosen, Pruned, check_inputs, rewrite
 from prunetune.pruning.select import candidates, check_poolable, check_signals, choose
-from prunetune.pruning.sequence import pack, placeholders
+from prunetune.pruning.sequence import pack, placeholders, shorten
 from prunetune.pruning.signals import of_source, signal_of
 from prunetune.pruning.spec import PruningSpec
 from prunetune.pruning.text import TextReader
@@ -109,7 +110,8 @@ class PrunedModel:
                 ``sample_ids``, one name per row (a ``Formatter`` adds both).
             padding_side: where the shortened rows are padded.
             keep: the budget of this call; None is the specification's.
-            vision: the images, if they were encoded before; pixels are not read then.
+            vision: the images, if they were encoded before: pixels are not read then, and the projector is applied
+                to the stored features as it is now.
 
         Raises:
             PruningError: if placeholders and images disagree, the mask is missing or the budget does not fit.
@@ -124,7 +126,7 @@ class PrunedModel:
                 "as several packed sequences; call the processor with padding=True"
             )
         check_inputs(inputs, self.family)
-        visions = self.encode(inputs) if vision is None else dict(vision)
+        visions = self.encode(inputs) if vision is None else self._projected_now(vision)
         if not visions:
             return self._without_images(inputs)
         ids = inputs["input_ids"]
@@ -146,6 +148,10 @@ class PrunedModel:
             padding_side=padding_side,
             merges=self.merges,
         )
+
+    def _projected_now(self, visions: Mapping[str, Vision]) -> dict[str, Vision]:
+        """Return stored images as the projector of now sees them: it may have been tuned since, or be in training."""
+        return {name: vision.projected_by(partial(self.family.project, self.model)) for name, vision in visions.items()}
 
     def _choose(
         self,
@@ -174,7 +180,10 @@ class PrunedModel:
     def _without_images(self, inputs: dict[str, Any]) -> Pruned:
         """Pass text through; in training, send zero tokens of a blank image along so that gradients and ranks agree."""
         keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-        inputs = {name: value for name, value in inputs.items() if name not in self.family.unread}
+        for name in self.family.left_out():
+            inputs.pop(name, None)
+        if self.family.counts_rows_and_columns:  # given to the model, since packing tells samples apart by them
+            inputs = shorten(inputs, keep, self.family.positions(self.model, inputs), "right")
         if not (self.model.training and torch.is_grad_enabled()):
             return Pruned(inputs, keep)
         # Every module that the ranks with images call is called here, too: ZeRO-3 gathers weights in step.
@@ -185,17 +194,29 @@ class PrunedModel:
         levels = [[level[0][:0]] for level in vision.levels]
         return Pruned({**inputs, "mm_encoder_outputs": {"image": self.family.put_back([features], levels)}}, keep)
 
-    def forward(self, **inputs: Any) -> Any:
-        """Run the stock model on pruned inputs and return its output; ``labels`` are shortened with the rest."""
-        return self.model(**self.prepare(inputs).inputs)
+    def forward(self, *, keep: Budget | None = None, vision: Mapping[str, Vision] | None = None, **inputs: Any) -> Any:
+        """Run the stock model on pruned inputs and return its output; ``labels`` are shortened with the rest.
 
-    def generate(self, **inputs: Any) -> Generated:
+        Args:
+            keep: the budget of this call, as of :meth:`prepare`.
+            vision: the images, if they were encoded before.
+            inputs: what the processor returned.
+        """
+        return self.model(**self.prepare(inputs, keep=keep, vision=vision).inputs)
+
+    def generate(
+        self, *, keep: Budget | None = None, vision: Mapping[str, Vision] | None = None, **inputs: Any
+    ) -> Generated:
         """Generate from pruned inputs.
 
-        ``inputs`` may hold generation options (``max_new_tokens`` and so on); they pass through to the stock method.
+        Args:
+            keep: the budget of this call, as of :meth:`prepare`.
+            vision: the images, if they were encoded before.
+            inputs: what the processor returned; generation options (``max_new_tokens`` and so on) pass through to the
+                stock method.
         """
         with torch.no_grad():
-            pruned = self.prepare(inputs, padding_side="left")
+            pruned = self.prepare(inputs, padding_side="left", keep=keep, vision=vision)
             output = self.model.generate(**pruned.inputs)
         return Generated(output[:, pruned.inputs["input_ids"].shape[1] :], pruned.kept)
 

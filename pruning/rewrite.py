@@ -178,7 +178,7 @@ def rewrite(
         outputs[modality] = family.put_back(list(features.split(counts[modality])), [list(level) for level in levels])
     positions = family.positions(model, inputs) if position_policy == "original" else None
     result = shorten(inputs, keep, positions, padding_side, family.aligned)
-    for name in (*family.pixels.values(), *family.replaced, *family.unread):
+    for name in (*family.pixels.values(), *family.replaced, *family.left_out()):
         result.pop(name, None)
     if outputs:
         result["mm_encoder_outputs"] = outputs

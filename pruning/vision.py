@@ -77,6 +77,24 @@ class Vision:
             levels=tuple(tuple(change(features) for features in level) for level in self.levels),
         )
 
+    def projected_by(self, project: Callable[[Tensor], Tensor]) -> Vision:
+        """Return the same images after a projector; row ends and deepstack levels do not go through it.
+
+        Args:
+            project: from pre-projector features (T, C), one per token, to the LLM's space (T, D).
+        """
+        sizes = [group.features.shape[:2] for group in self.groups]
+        tokens = project(torch.cat([group.features.flatten(0, 1) for group in self.groups]))
+        parts = tokens.split([items * count for items, count in sizes])
+        groups = []
+        for group, part, size in zip(self.groups, parts, sizes, strict=True):
+            groups.append(replace(group, projected=part.unflatten(0, size)))
+        slots = []
+        for features, origin in zip(self.slots, self.origin, strict=True):
+            is_token = (origin != NEWLINE)[:, None]
+            slots.append(torch.where(is_token, tokens[origin.clamp(min=0)], features))
+        return replace(self, groups=tuple(groups), slots=tuple(slots))
+
     def to(self, device: torch.device | str) -> Vision:
         """Return the same images on another device."""
         return self.map(lambda tensor: tensor.to(device))

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
+import prunetune
 from prunetune.configs import RecalibrateConfig, load_config
+
+ROOT = Path(prunetune.__file__).resolve().parents[1]
 
 
 def launch_recalibration(file: str | None, overrides: list[str]) -> int:
@@ -36,6 +39,8 @@ def launch_environment(devices: int) -> dict[str, str]:
     """Return the environment of the ranks: on a CPU they share its cores instead of fighting for them."""
     environment = dict(os.environ)
     environment.setdefault("PYTHONSAFEPATH", "1")  # a `datasets.py` where the user stands is not the library
+    if len(prunetune.__path__) > 1:  # a checkout: the ranks run this one, whichever is installed
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))

@@ -111,6 +111,9 @@ ROWS = (
 )
 """A wide image; text alone; a high image and a square one."""
 
+TEXTS = (Row((), 12, 2), Row((), 7, 8), Row((), 9, 9))
+"""Three samples without an image."""
+
 MIXED = (
     Row((("image", (1, 8, 12), 4), ("video", (3, 8, 8), 5)), 7, 4),
     Row((("video", (2, 8, 12), 6),), 10, 5),

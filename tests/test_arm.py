@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import scene_sample
 
 from prunetune.configs import ModelConfig
 from prunetune.data_recipes import Sample, Turn
-from prunetune.models import Arm, CheckpointError, wrap_projector, write_adapter
+from prunetune.models import Arm, CheckpointError, loading, wrap_projector, write_adapter
 from prunetune.models import arm as arm_module
 from prunetune.models.adapter import projector_state
 from prunetune.models.hashes import frozen_files_hash
@@ -107,3 +108,28 @@ def test_shipped_assets_are_found_from_any_folder(monkeypatch, tmp_path):
     samples = [scene_sample(10_000_001, "what number is shown ?", None)]
     assert arm.answer(arm.formatter(SceneImages()), samples, 4)[0].kept == 16
     assert arm.spec.text_tower == "assets/tiny_vlm/clip"  # recorded as it was asked for
+
+
+@pytest.mark.parametrize(("broken", "message"), [
+    ("no processor", "holds no processor"),
+    ("truncated weights", "is no vision-language checkpoint that transformers can load"),
+    ("needs torchvision", r"needs torchvision; pip install 'prunetune\[video\]'"),
+])  # fmt: skip
+def test_a_broken_checkpoint_is_told_in_one_line(tmp_path, untrained_folder, broken, message, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(untrained_folder, folder)
+    if broken == "no processor":
+        for file in folder.glob("*token*"):
+            file.unlink()
+    if broken == "truncated weights":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    if broken == "needs torchvision":  # what transformers says of Qwen2.5-VL's processor
+
+        def missing(_):
+            raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library\nbut it was not found\n")
+
+        monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", missing)
+    with pytest.raises(CheckpointError, match=message) as error:
+        Arm.load(ModelConfig(path=str(folder), dtype="float32"), device="cpu")
+    assert "\n" not in str(error.value)

@@ -151,3 +151,10 @@ def test_pruning_options_are_written_once():
     assert RecalibrateConfig.model_fields["pruning"].annotation is PruningSpec
     spec = PruningSpec("divprune", 16, scope="image")
     assert PruningSpec(**spec.model_dump()) == spec
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    file = tmp_path / "arm.yaml"
+    file.write_bytes(b"model: {path: \xff\xfe}")
+    with pytest.raises(ConfigError, match="arm.yaml is not UTF-8 text"):
+        load_config(EvaluateConfig, file)

@@ -287,7 +287,6 @@ def test_inputs_that_follow_the_sequence_are_cut_with_it_or_named(model, formatt
     pruned = PrunedModel(model, PruningSpec("divprune", 16))
     assert "token_type_ids" not in pruned.prepare(batch).inputs  # Llava does not read them
     monkeypatch.setattr(type(pruned.family), "aligned", {"token_type_ids": 7})
-    monkeypatch.setattr(type(pruned.family), "unread", ())
     prepared = pruned.prepare(batch)
     for row in range(3):
         real = prepared.inputs["attention_mask"][row].bool()
@@ -295,6 +294,7 @@ def test_inputs_that_follow_the_sequence_are_cut_with_it_or_named(model, formatt
         assert torch.equal(prepared.inputs["token_type_ids"][row, real], batch["token_type_ids"][row, kept])
         assert (prepared.inputs["token_type_ids"][row, ~real] == 7).all()
     monkeypatch.setattr(type(pruned.family), "aligned", {})
+    monkeypatch.setattr(type(pruned.family), "unread", ())
     with pytest.raises(PruningError, match="'token_type_ids' has the sequence's shape.*`aligned`"):
         pruned.prepare(batch)
 

@@ -85,10 +85,11 @@ def test_the_repository_holds_no_links():
     assert listed and [entry for entry in listed if entry.startswith("120000")] == []
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", [*FOLDERS, "prunetune.prunetune"])
 def test_a_folder_by_its_bare_name_says_what_to_import(folder):
     done = python("-c", f"import {folder}", cwd=ROOT, check=False)
-    assert done.returncode == 1 and f"ImportError: import prunetune.{folder}, not {folder}" in done.stderr
+    meant = "prunetune" if "." in folder else f"prunetune.{folder}"
+    assert done.returncode == 1 and f"ImportError: import {meant}, not {folder}" in done.stderr
 
 
 def test_nothing_touches_the_search_path():
@@ -134,11 +135,34 @@ def test_the_quick_demo_from_the_wheel_recovers_what_pruning_lost(installed, for
     assert "Recalibrating divprune at 16 of 144 visual tokens gains +" in done.stdout
 
 
-def test_a_checkout_imports_its_own_folders_where_another_one_is_installed(tmp_path):
-    for path in own_files():
-        if path.endswith(".py"):
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / path, tmp_path / path)
-    found = python("-c", "import prunetune.configs as c, prunetune.pruning.ops as o; print(c.__file__, o.__file__)",
-                   cwd=tmp_path)  # fmt: skip
-    assert [Path(file).relative_to(tmp_path).parts[0] for file in found.stdout.split()] == ["configs", "pruning"]
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """Another checkout than the one that is installed here."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for path in [*own_files(), "pyproject.toml", "README.md", "LICENSE"]:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, folder / path)
+    return folder
+
+
+def test_a_checkout_runs_its_own_folders_where_another_one_is_installed(checkout):
+    code = "import prunetune.configs as c, prunetune.pruning.ops as o; print(c.__file__, o.__file__)"
+    found = python("-c", code, cwd=checkout).stdout.split()
+    assert [Path(file).relative_to(checkout).parts[0] for file in found] == ["configs", "pruning"]
+    # The ranks of a launch do not see the working directory, and yet run the same folders.
+    code = """
+import subprocess, sys
+from prunetune.scripts.launch import launch_environment
+ask = "import prunetune.train; print(prunetune.train.__file__)"
+subprocess.run([sys.executable, "-c", ask], env=launch_environment(1), cwd="/", check=True)
+"""
+    assert Path(python("-c", code, cwd=checkout).stdout.strip()) == checkout / "train" / "__init__.py"
+
+
+def test_an_editable_installation_is_found_from_anywhere(checkout, tmp_path):
+    line = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--prefix", str(tmp_path)]
+    python(*line, "--ignore-installed", "--editable", str(checkout), cwd="/")
+    (site,) = tmp_path.glob("lib*/python*/site-packages")
+    code = f"import site; site.addsitedir({str(site)!r}); import prunetune.evaluation as e, prunetune.names as n"
+    found = python("-S", "-c", f"{code}; print(e.__file__, n.__file__)", cwd="/").stdout.split()
+    assert [Path(file).relative_to(checkout).parts[0] for file in found] == ["evaluation", "prunetune"]

@@ -1,9 +1,13 @@
 """Qwen2.5-VL: native resolution, ragged sizes in one batch, positions in three parts, images and videos."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from qwen_world import IMAGE, MIXED, ROWS, VIDEO, Row, batch, tiny_qwen
+from qwen_world import IMAGE, MIXED, ROWS, TEXTS, VIDEO, Row, batch, tiny_qwen
 
+from prunetune.models import load_projector, wrap_projector, write_adapter
+from prunetune.models.adapter import projector_state
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec, Vision, registered_methods
 from prunetune.pruning.families import family_of
 
@@ -191,8 +195,9 @@ def test_gradients_reach_exactly_the_merger(model, plug, name, packed):
     assert all(p.grad.abs().sum() > 0 for p in model.model.visual.merger.parameters())
 
 
-def test_packing_changes_neither_loss_nor_gradients(model, plug):
-    """Every sample's positions begin anew, in all three parts."""
+@pytest.mark.parametrize("rows", [ROWS, TEXTS], ids=["images", "text alone"])
+def test_packing_changes_neither_loss_nor_gradients(model, plug, rows):
+    """Every sample's positions begin anew, in all three parts, also where no image asks for three."""
     model.requires_grad_(False)
     merger = model.model.visual.merger.requires_grad_(True)
     model.train()
@@ -200,7 +205,7 @@ def test_packing_changes_neither_loss_nor_gradients(model, plug):
     for packed in (False, True):
         model.zero_grad()
         with plug("divprune").attach(packed=packed):
-            loss = model(**batch(ROWS)).loss
+            loss = model(**batch(rows)).loss
         loss.backward()
         found.append((loss.detach(), merger.mlp[0].weight.grad.clone()))
     for one, other in zip(*found, strict=True):
@@ -309,3 +314,86 @@ def test_placeholders_that_disagree_are_refused_by_modality(plug):
     inputs["input_ids"][1, 5] = 7
     with pytest.raises(PruningError, match="video placeholder tokens.*visual tokens per video"):
         plug("divprune").prepare(inputs)
+
+
+@torch.no_grad()
+def test_positions_of_stock_generation_are_taken_as_the_models_own(model, plug):
+    """Four rows: one counts tokens, three are the positions."""
+    inputs = batch(ROWS, labels=False)
+    pruned = plug("divprune")
+    own = pruned.family.positions(model, inputs)
+    counted = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    given = pruned.prepare({**inputs, "position_ids": torch.cat([counted[None], own])})
+    assert torch.equal(given.inputs["position_ids"], pruned.prepare(inputs).inputs["position_ids"])
+
+
+@torch.no_grad()
+def test_a_step_zero_adapter_is_training_free_and_a_tuned_one_differs_in_the_merger_alone(plug, tmp_path):
+    model = tiny_qwen()
+    wrapped = wrap_projector(model)
+    names = {name.removeprefix("base_model.model.") for name, parameter in wrapped.named_parameters()
+             if parameter.requires_grad}  # fmt: skip
+    assert names and all(name.startswith("model.visual.merger.") for name in names)
+    fresh = tiny_qwen()
+    write_adapter(tmp_path / "zero", projector_state(fresh), wrapped, {"frozen_hash": "x"})
+    moved = {name: tensor + 0.1 for name, tensor in projector_state(fresh).items()}
+    write_adapter(tmp_path / "tuned", moved, wrapped, {"frozen_hash": "x"})
+    stock = fresh.state_dict()
+    before = {name: tensor.clone() for name, tensor in stock.items()}
+    inputs = batch(MIXED)
+    training_free = PrunedModel(fresh, spec_of("divprune")).forward(**inputs).logits
+    load_projector(fresh, tmp_path / "zero", "x")
+    fresh.model.rope_deltas = None
+    assert torch.equal(PrunedModel(fresh, spec_of("divprune")).forward(**inputs).logits, training_free)
+    load_projector(fresh, tmp_path / "tuned", "x")
+    changed = {name for name, tensor in fresh.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == set(projector_state(fresh))
+    assert not torch.equal(PrunedModel(fresh, spec_of("divprune")).forward(**inputs).logits, training_free)
+
+
+@torch.no_grad()
+def test_stored_images_meet_the_projector_of_now(model, plug):
+    """A projector that was tuned after images were stored is applied to them, and gradients reach it."""
+    inputs = batch(MIXED)
+    pruned = plug("divprune")
+    stored = pruned.encode(inputs)
+    without_pixels = {name: value for name, value in inputs.items() if "pixel" not in name}
+    bias = model.model.visual.merger.mlp[2].bias
+    kept = bias.clone()
+    bias.add_(0.3)
+    try:
+        fresh = pruned.forward(**inputs).logits
+        model.model.rope_deltas = None
+        assert torch.equal(pruned.forward(**without_pixels, vision=stored).logits, fresh)
+    finally:
+        bias.copy_(kept)
+    model.requires_grad_(False)
+    bias.requires_grad_(True)
+    with torch.enable_grad():
+        pruned.forward(**without_pixels, vision=stored).loss.backward()
+    assert bias.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_budget_is_given_to_a_single_call(plug):
+    prompts = batch(ROWS, "left", labels=False)
+    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    one, other = plug("divprune", 3), plug("divprune", 5)
+    assert one.generate(**prompts, **settings, keep=5).kept == other.generate(**prompts, **settings).kept
+    logits = other.forward(**batch(ROWS)).logits
+    assert torch.equal(one.forward(**batch(ROWS), keep=5).logits, logits)
+
+
+@torch.no_grad()
+def test_deepstack_levels_are_cut_with_the_slots(model, plug):
+    """Of each level the features of the slots that stay, image by image; they bypass the projector."""
+    pruned = plug("divprune")
+    inputs = batch(ROWS)
+    vision = pruned.encode(inputs)["image"]
+    levels = tuple(tuple(features + level for features in vision.slots) for level in (1.0, 2.0))
+    without_pixels = {name: value for name, value in inputs.items() if "pixel" not in name}
+    prepared = pruned.prepare(without_pixels, vision={"image": replace(vision, levels=levels)})
+    output = prepared.inputs["mm_encoder_outputs"]["image"]
+    for level, own in zip((1.0, 2.0), output.deepstack_features, strict=True):
+        for features, cut in zip(output.pooler_output, own, strict=True):
+            assert len(cut) == KEEP and torch.equal(cut, features + level)

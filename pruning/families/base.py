@@ -55,7 +55,7 @@ class Family(ABC):
     pixels: ClassVar[Mapping[str, str]] = {"image": "pixel_values"}
     replaced: ClassVar[tuple[str, ...]] = ("image_sizes",)
     aligned: ClassVar[Mapping[str, int]] = {}
-    unread: ClassVar[tuple[str, ...]] = ("token_type_ids", "mm_token_type_ids")
+    unread: ClassVar[tuple[str, ...]] = ()
     projectors: ClassVar[tuple[str, ...]] = ("multi_modal_projector",)
     language_model: ClassVar[str] = "language_model"
     item: ClassVar[str] = "image"
@@ -78,6 +78,10 @@ class Family(ABC):
         """Return the modules of the vision side that must behave in training as they do in inference."""
         base: Any = model.base_model
         return (base.vision_tower,)
+
+    def left_out(self) -> list[str]:
+        """Return the inputs that the model does not read; what is cut with the sequence it does read."""
+        return [name for name in self.unread if name not in self.aligned]
 
     def token_id(self, model: nn.Module, modality: str) -> int:
         """Return the placeholder's token id."""

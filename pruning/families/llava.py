@@ -18,6 +18,7 @@ class Llava(Family):
 
     name = "llava"
     model_types = ("llava",)
+    unread = ("token_type_ids", "mm_token_type_ids")
 
     def signals(self, model: nn.Module) -> frozenset[str]:
         """Return what the tower offers."""

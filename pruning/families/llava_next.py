@@ -19,6 +19,7 @@ class LlavaNext(Family):
 
     name = "llava_next"
     model_types = ("llava_next",)
+    unread = ("token_type_ids", "mm_token_type_ids")
     item = "crop"
 
     def signals(self, model: nn.Module) -> frozenset[str]:

@@ -63,8 +63,9 @@ class Qwen25VL(Family):
 
     def positions(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """Return the model's own positions (3, B, L) of the full sequence: of time, row and column."""
-        if inputs.get("position_ids") is not None:
-            return inputs["position_ids"]
+        given_positions = inputs.get("position_ids")
+        if given_positions is not None:
+            return given_positions[-3:]  # stock generation puts a row before the three that counts tokens
         base: Any = model.base_model
         kinds = inputs.get("mm_token_type_ids")
         if kinds is None:

@@ -1,0 +1,44 @@
+"""The demo: one model for all its arms."""
+
+import pytest
+
+from prunetune.models import adapter, arm
+from prunetune.scripts import demo
+
+
+def test_the_base_is_loaded_and_hashed_once(tmp_path, monkeypatch, capsys):
+    """Ten arms and the pictures; the recalibration, which runs in processes of its own, is left out."""
+    events = []
+
+    def counting(name):
+        own = getattr(arm, name)
+
+        def call(*args, **kwargs):
+            events.append(name)
+            return own(*args, **kwargs)
+
+        return call
+
+    for name in ("load_model", "frozen_files_hash"):
+        monkeypatch.setattr(arm, name, counting(name))
+
+    def recalibrated(output, samples):
+        base = demo.Arm.load(demo.load_config(demo.RecalibrateConfig, demo.RECALIBRATION).model, device="cpu")
+        record = {"frozen_hash": base.base.frozen_hash, "pruning": demo.PruningSpec("divprune", 16).model_dump()}
+        tensors = {name: tensor.clone() for name, tensor in adapter.projector_state(base.model).items()}
+        adapter.write_adapter(output / "adapter", tensors, adapter.wrap_projector(base.model), record)
+        events.append("recalibrated")
+
+    monkeypatch.setattr(demo, "_recalibrate", recalibrated)
+    monkeypatch.setattr(demo, "QUICK", demo.Size(scenes=1, samples=8))
+    demo.run_demo(tmp_path / "demo", quick=True)
+    by_the_stub = ["load_model", "frozen_files_hash", "recalibrated"]
+    assert events == ["load_model", "frozen_files_hash", *by_the_stub]
+    assert "gains +0.0" in capsys.readouterr().out
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(demo.ConfigError, match="holds no demo"):
+        demo.run_demo(tmp_path, quick=True)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
