@@ -74,7 +74,7 @@ def test_every_folder_is_a_package_under_the_root():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     held = {path.parent for folder in FOLDERS for path in (ROOT / folder).rglob("__init__.py")}
     held_names = {f"prunetune.{'.'.join(path.relative_to(ROOT).parts)}" for path in held}
-    assert set(packages) == {"prunetune", "prunetune.cli", "prunetune.cli.commands", *held_names}
+    assert set(packages) == {"prunetune", "prunetune.cli", "prunetune.cli.commands", "prunetune.testing", *held_names}
     assert f"FOLDERS := {' '.join(FOLDERS)}\n" in (ROOT / "Makefile").read_text()  # what the types are checked of
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from cases import cases
 from conftest import GOLDEN
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokens import cases, make_tokens, only, reading
 
 from prunetune.pruning import PruningError, VisualTokens, build_pruner, register_pruner, registered_methods
 from prunetune.pruning.methods.downsample import pooling
@@ -19,6 +19,7 @@ from prunetune.pruning.select import candidates, choose
 from prunetune.pruning.signals import signal_of
 from prunetune.pruning.vision import of_equal_images
 from prunetune.scripts.check_golden import CHECKS, check
+from prunetune.testing import check_selection, make_tokens, only, reading
 
 NAMES = [name for name in registered_methods() if name != "identity"]
 
@@ -31,13 +32,7 @@ NAMES = [name for name in registered_methods() if name != "identity"]
 @given(case=cases())
 def test_always_k_distinct_ascending_positions(name, case):
     tokens, keep = case
-    selection = build_pruner(name)(tokens, keep)
-    for item in range(len(tokens.features)):
-        kept = selection.of(item).tolist()
-        assert len(kept) == keep and kept == sorted(set(kept)) and 0 <= kept[0] and kept[-1] < tokens.count
-        if selection.merged is not None:
-            assert selection.merged[item].shape == (keep, tokens.features.shape[-1])
-            assert len(selection.origin[item]) == keep
+    check_selection(tokens, keep, build_pruner(name)(tokens, keep))
 
 
 ATTENTIONS = ("cls_attention", "received_attention", "object_attention", "reader_attention")

@@ -6,28 +6,23 @@ import pytest
 import torch
 from qwen_world import IMAGE, MIXED, ROWS, TEXTS, VIDEO, Row, batch, tiny_qwen
 
-from prunetune.models import load_projector, wrap_projector, write_adapter
-from prunetune.models.adapter import projector_state
-from prunetune.pruning import PrunedModel, PruningError, PruningSpec, Vision, registered_methods
+from prunetune.pruning import PrunedModel, PruningError, PruningSpec, registered_methods
 from prunetune.pruning.families import family_of
+from prunetune.testing import FamilyIdentity
+from prunetune.testing.families import Words
 
 KEEP = 5
 
 
-class Words:
-    """A tokenizer of two words; for methods that read the instruction."""
-
-    def __call__(self, text, add_special_tokens=False):
-        return {"input_ids": [7 + len(text) % 11, 9]}
+OPTIONS = {
+    "hiprune": {"object_layer": 2},
+    "vispruner": {"saliency": "received"},
+    "crisprune": {"saliency": "received", "text": "llm"},
+}
 
 
 def spec_of(name, keep=KEEP, **fields):
-    options = {
-        "hiprune": {"object_layer": 2},
-        "vispruner": {"saliency": "received"},
-        "crisprune": {"saliency": "received", "text": "llm"},
-    }
-    return PruningSpec(name, keep, options.get(name, {}), **fields)
+    return PruningSpec(name, keep, OPTIONS.get(name, {}), **fields)
 
 
 def serves(name) -> bool:
@@ -73,26 +68,39 @@ def greedy(model, inputs, **options):
     return model.generate(**inputs, **settings, **options)
 
 
+class TestImages(FamilyIdentity):
+    """The suite of every family, on images of different sizes."""
+
+    keep = KEEP
+    options = OPTIONS
+    suppressed = (2, IMAGE, VIDEO)
+    visuals = ROWS
+
+    def make_model(self):
+        return tiny_qwen()
+
+    def rows(self):
+        return list(self.visuals)
+
+    def batch(self, rows, side, labels):
+        return batch(rows, side, labels)
+
+    def grown(self, inputs, ids):
+        kinds = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
+
+
+class TestVideos(TestImages):
+    """The same with videos, in one sequence with images and alone."""
+
+    visuals = (*MIXED, ROWS[1])
+
+
 def test_methods_that_need_no_cls_are_served():
     assert {"divprune", "fps", "hiprune", "vispruner", "tome", "trimtokenator", "random", "downsample"} <= set(NAMES)
     assert not {"fastervlm", "prismprune", "prumerge", "visionzip"} & set(NAMES)
     with pytest.raises(PruningError, match="'qwen2_5_vl.*does not offer.*Methods that work there.*divprune"):
         PrunedModel(MODEL, PruningSpec("fastervlm", 4))
-
-
-@torch.no_grad()
-@both
-@pytest.mark.parametrize("name", ["identity", *NAMES])
-def test_keep_all_is_bit_identical_to_stock(model, plug, name, rows):
-    inputs, prompts = batch(rows), batch(rows, "left", labels=False)
-    pruned = plug(name, "100%")
-    stock = model(**inputs)
-    ours = pruned.forward(**with_texts(inputs))
-    assert torch.equal(ours.logits, stock.logits) and torch.equal(ours.loss, stock.loss)
-    theirs = greedy(model, prompts)[:, prompts["input_ids"].shape[1] :]
-    model.model.rope_deltas = None
-    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
-    assert torch.equal(pruned.generate(**with_texts(prompts), **settings).tokens, theirs)
 
 
 @torch.no_grad()
@@ -129,43 +137,6 @@ def test_pruned_equals_full_length_run_with_dropped_tokens_masked(model, plug, n
         )
         torch.testing.assert_close(ours, reference.logits[0, visible], rtol=1e-4, atol=1e-4)
         assert len(ours) == int(visible.sum()) and (len(ours) < length or not row.visuals)
-
-
-@torch.no_grad()
-@both
-@every_method
-def test_ragged_batch_equals_each_sample_alone(model, plug, name, rows):
-    pruned = plug(name)
-    inputs = with_texts(batch(rows))
-    together = pruned.prepare(inputs)
-    logits = model(**together.inputs).logits
-    for number, row in enumerate(rows):
-        own = {**batch([row]), "instructions": inputs["instructions"][number : number + 1]}
-        alone = pruned.prepare(own)
-        length = own["input_ids"].shape[1]
-        assert torch.equal(together.keep[number, :length], alone.keep[0])
-        real = together.inputs["attention_mask"][number].bool()
-        torch.testing.assert_close(logits[number, real], model(**alone.inputs).logits[0], rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-@both
-@every_method
-def test_generate_equals_step_by_step(model, plug, name, rows):
-    prompts = with_texts(batch(rows, "left", labels=False))
-    pruned = plug(name)
-    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
-    generated = pruned.generate(**prompts, **settings).tokens
-    for number, row in enumerate(rows):
-        own = {**batch([row], labels=False), "instructions": prompts["instructions"][number : number + 1]}
-        ids = own["input_ids"]
-        for step in range(4):
-            grown = {**own, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            grown["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-            logits = pruned.forward(**grown).logits[0, -1]
-            logits[[2, IMAGE, VIDEO]] = float("-inf")
-            assert logits.argmax() == generated[number, step]
-            ids = torch.cat([ids, generated[number : number + 1, step : step + 1]], dim=1)
 
 
 @torch.no_grad()
@@ -223,22 +194,6 @@ def test_text_only_training_batch_has_a_zero_gradient_and_the_stock_loss(model, 
     loss.backward()
     assert torch.equal(loss, model(**inputs).loss)
     assert all(p.grad.abs().sum() == 0 for p in model.model.visual.merger.parameters())
-
-
-@torch.no_grad()
-def test_an_encoded_batch_from_disk_gives_the_same_logits(model, plug, tmp_path):
-    """What is cached is plain data: no pixel is read again."""
-    inputs = batch(MIXED)
-    pruned = plug("hiprune")
-    fresh = pruned.prepare(inputs)
-    for modality, vision in pruned.encode(inputs).items():
-        vision.save(tmp_path / modality)
-    read = {modality: Vision.load(tmp_path / modality) for modality in ("image", "video")}
-    without_pixels = {name: value for name, value in inputs.items() if "pixel" not in name}
-    cached = pruned.prepare(without_pixels, vision=read)
-    assert torch.equal(model(**cached.inputs).logits, model(**fresh.inputs).logits)
-    other = pruned.prepare(without_pixels, vision=read, keep=3)
-    assert other.kept["image"] == [3, 3] and pruned.prepare(inputs, keep=3).kept == other.kept
 
 
 @torch.no_grad()
@@ -325,30 +280,6 @@ def test_positions_of_stock_generation_are_taken_as_the_models_own(model, plug):
     counted = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     given = pruned.prepare({**inputs, "position_ids": torch.cat([counted[None], own])})
     assert torch.equal(given.inputs["position_ids"], pruned.prepare(inputs).inputs["position_ids"])
-
-
-@torch.no_grad()
-def test_a_step_zero_adapter_is_training_free_and_a_tuned_one_differs_in_the_merger_alone(plug, tmp_path):
-    model = tiny_qwen()
-    wrapped = wrap_projector(model)
-    names = {name.removeprefix("base_model.model.") for name, parameter in wrapped.named_parameters()
-             if parameter.requires_grad}  # fmt: skip
-    assert names and all(name.startswith("model.visual.merger.") for name in names)
-    fresh = tiny_qwen()
-    write_adapter(tmp_path / "zero", projector_state(fresh), wrapped, {"frozen_hash": "x"})
-    moved = {name: tensor + 0.1 for name, tensor in projector_state(fresh).items()}
-    write_adapter(tmp_path / "tuned", moved, wrapped, {"frozen_hash": "x"})
-    stock = fresh.state_dict()
-    before = {name: tensor.clone() for name, tensor in stock.items()}
-    inputs = batch(MIXED)
-    training_free = PrunedModel(fresh, spec_of("divprune")).forward(**inputs).logits
-    load_projector(fresh, tmp_path / "zero", "x")
-    fresh.model.rope_deltas = None
-    assert torch.equal(PrunedModel(fresh, spec_of("divprune")).forward(**inputs).logits, training_free)
-    load_projector(fresh, tmp_path / "tuned", "x")
-    changed = {name for name, tensor in fresh.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == set(projector_state(fresh))
-    assert not torch.equal(PrunedModel(fresh, spec_of("divprune")).forward(**inputs).logits, training_free)
 
 
 @torch.no_grad()

@@ -1,22 +1,45 @@
 """Random visual tokens with every signal there is."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
-from hypothesis import strategies as st
+from torch import Tensor
 
 from prunetune.pruning import VisualTokens
 from prunetune.pruning.signals import signal_of
 
 
-def make_tokens(batch, rows, columns, channels=12, heads=3, seed=0, dtype=torch.float32) -> VisualTokens:
+def make_tokens(
+    batch: int,
+    rows: int,
+    columns: int,
+    channels: int = 12,
+    heads: int = 3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> VisualTokens:
+    """Return ``batch`` items of ``rows * columns`` random tokens with every built-in signal.
+
+    Args:
+        batch: B.
+        rows: of the grid.
+        columns: of the grid, so that N is ``rows * columns``.
+        channels: C; the projected tokens have four more.
+        heads: H, of the attention signals.
+        seed: the same seed gives the same tokens.
+        dtype: of features and projected tokens; signals are float32, as families hand them over.
+    """
     g = torch.Generator().manual_seed(seed)
     count = rows * columns
 
-    def normal(*shape):
+    def normal(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=g)
 
-    def attention(*shape):
+    def attention(*shape: int) -> Tensor:
         return normal(*shape, count + 1).mul(2).softmax(-1)[..., 1:].contiguous()
 
     words = normal(5, channels + 4)
@@ -47,25 +70,16 @@ def make_tokens(batch, rows, columns, channels=12, heads=3, seed=0, dtype=torch.
 
 
 def only(tokens: VisualTokens, item: int) -> VisualTokens:
-    """One item of a batch, in float32."""
+    """Return one item of a batch, in float32."""
 
-    def one(values):
+    def one(values: Tensor) -> Tensor:
         values = values[item : item + 1]
         return values.float() if values.is_floating_point() else values
 
     return tokens.map(one)
 
 
-def reading(tokens: VisualTokens, needs, **fields) -> VisualTokens:
-    """The same tokens with nothing but the signals in ``needs``."""
-    signals = {signal_of(need).name: tokens.require(signal_of(need).name) for need in needs}
-    return replace(tokens, signals=signals, **fields)
-
-
-@st.composite
-def cases(draw, side=7):
-    batch, rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, side)), draw(st.integers(1, side))
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    seed = draw(st.integers(0, 10**6))
-    tokens = make_tokens(batch, rows, columns, heads=draw(st.integers(1, 4)), seed=seed, dtype=dtype)
-    return tokens, draw(st.integers(1, rows * columns))
+def reading(tokens: VisualTokens, needs: Iterable[str], **fields: Any) -> VisualTokens:
+    """Return the same tokens with nothing but the signals in ``needs``, which is what a family hands over."""
+    names = [signal_of(need).name for need in needs]
+    return replace(tokens, signals={name: tokens.require(name) for name in names}, **fields)
