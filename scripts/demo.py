@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from prunetune.evaluation.compare import to_markdown
 from prunetune.evaluation.visualize import visualize
 from prunetune.models import Arm
 from prunetune.pruning import PruningSpec
-from prunetune.scripts.launch import launch_environment, launch_line
+from prunetune.scripts.launch import LOG, launch
 from prunetune.scripts.tracked import tracked_compare, tracked_evaluate
 
 METHODS = ("fastervlm", "vispruner", "prismprune", "divprune")
@@ -48,7 +47,7 @@ def run_demo(output: Path, quick: bool = False) -> None:
 
     Raises:
         ConfigError: if the folder holds something else than a demo.
-        RuntimeError: if the recalibration fails.
+            or the recalibration fails.
     """
     began = time.monotonic()
     _fresh_folder(output)
@@ -105,9 +104,9 @@ def _evaluate(output: Path, name: str, arm: Arm, limit: int) -> Path:
 
 def _recalibrate(output: Path, samples: int) -> None:
     arguments = ["--config", RECALIBRATION, "--output", str(output), "--data.max_samples", str(samples)]
-    status = subprocess.run(launch_line(2, arguments), env=launch_environment(2), check=False).returncode
+    status = launch(2, arguments, output)
     if status != 0:
-        raise RuntimeError(f"the recalibration ended with status {status}; its messages are above")
+        raise ConfigError(f"the recalibration ended with status {status}; what it said is above and in {output / LOG}")
 
 
 def _fresh_folder(output: Path) -> None:

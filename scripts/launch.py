@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 
 import prunetune
-from prunetune.configs import RecalibrateConfig, load_config
+from prunetune.configs import ConfigError, RecalibrateConfig, load_config
+from prunetune.screen import say, show_and_log
 
 ROOT = Path(prunetune.__file__).resolve().parents[1]
+LOG = "launch.log"
+"""In the output folder: what DeepSpeed, W&B and the other libraries print."""
 
 
 def launch_recalibration(file: str | None, overrides: list[str]) -> int:
@@ -24,9 +27,39 @@ def launch_recalibration(file: str | None, overrides: list[str]) -> int:
     """
     config = load_config(RecalibrateConfig, file, overrides)
     devices = config.devices or max(torch.cuda.device_count(), 1)
-    line = launch_line(devices, ["--config", file, *overrides] if file else overrides)
-    print(" ".join(line), flush=True)
-    return subprocess.run(line, env=launch_environment(devices), check=False).returncode
+    return launch(devices, ["--config", file, *overrides] if file else overrides, Path(config.output))
+
+
+def launch(devices: int, arguments: list[str], output: Path) -> int:
+    """Run the trainer on some devices, show what it says and write the libraries' lines to a log in ``output``.
+
+    Raises:
+        ConfigError: if the folder can't be written.
+    """
+    log = output / LOG
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        stream = log.open("ab")
+    except OSError as error:
+        raise ConfigError(f"output folder {output} can't be written: {error.strerror}") from None
+    line = launch_line(devices, [*arguments, "--marked"])
+    with stream:
+        stream.write(f"{' '.join(line)}\n".encode())
+        stream.flush()
+        process = subprocess.Popen(
+            line, env=launch_environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert process.stdout is not None  # it is the pipe
+        try:
+            shown = show_and_log(process.stdout, stream)
+        except KeyboardInterrupt:
+            process.wait()  # the terminal has told the ranks as well; they end on their own
+            raise
+    status = process.wait()
+    if status != 0 and "error" not in shown:
+        say("\n".join(["the last lines of the ranks:", *_last_lines(log)]))
+    say(f"the libraries' messages: {log}")
+    return status
 
 
 def launch_line(devices: int, arguments: list[str]) -> list[str]:
@@ -47,6 +80,10 @@ def launch_environment(devices: int) -> dict[str, str]:
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"  # ninja lives there
     return environment
+
+
+def _last_lines(log: Path, count: int = 20) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-count:]
 
 
 def _free_port() -> int:

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from prunetune.screen import SCREEN
 from prunetune.train.tracking import Tracker
 
 COMPLETE = "complete.json"
@@ -38,6 +39,7 @@ class NumbersCallback(TrainerCallback):
                 unit="step",
                 dynamic_ncols=True,
                 mininterval=1.0,
+                file=SCREEN,
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
@@ -21,6 +21,7 @@ from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
 from prunetune.models.ranks import Ranks, launched_ranks
 from prunetune.plugins import PluginError, plugin_records
+from prunetune.screen import SCREEN, say
 from prunetune.train.callbacks import CompleteCheckpointCallback, NumbersCallback, check_finite_weights
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
 from prunetune.train.record import run_record
@@ -133,7 +134,7 @@ def train(run: Run, arm: Arm, peft_model: PeftModel, tracker: Tracker | None) ->
         raise RuntimeError("a frozen weight changed during training; the adapter is not written. Please report this")
     lost = trainer.unsupervised_samples()
     if lost and run.ranks.is_zero:
-        print(f"{lost} samples lost every answer token to max_length={config.max_length} and added no loss", flush=True)
+        say(f"{lost} samples lost every answer token to max_length={config.max_length} and added no loss")
     return trainer.state.global_step
 
 
@@ -145,7 +146,7 @@ def save(run: Run, arm: Arm, peft_model: PeftModel, tracker: Tracker | None, ste
         return
     record = run_record(run.config, run.data, arm.base.frozen_hash, tensors, step, tracker)
     write_adapter(run.output / "adapter", tensors, peft_model, record)
-    print(f"recalibrated projector: {run.output / 'adapter'}", flush=True)
+    say(f"recalibrated projector: {run.output / 'adapter'}")
 
 
 def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[str, Any]:
@@ -186,7 +187,7 @@ def announce(run: Run, report: FrozenReport) -> None:
         lines.insert(3, f"          {len(data.missing)} samples left out, their image is missing: {data.missing[:3]}")
     if run.resume is not None:
         lines.append(f"resuming from {run.resume}")
-    print("\n".join(lines), flush=True)
+    say("\n".join(lines))
 
 
 def main(arguments: list[str]) -> None:
@@ -194,19 +195,27 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--local_rank")  # the launcher adds it
+    parser.add_argument("--marked", action="store_true")  # `prunetune recalibrate` adds it, see prunetune.screen
     options, overrides = parser.parse_known_args(arguments)
+    SCREEN.marked = options.marked
     ranks = launched_ranks()
     try:
         run = start(load_config(RecalibrateConfig, options.config, overrides))
     except PrunetuneError as error:
         # All ranks fail alike and one says why; a plug-in may be missing on one host alone, which then says so itself.
-        if ranks.is_zero:
-            sys.exit(f"error: {error}")
-        sys.exit(f"error (rank {ranks.rank}): {error}" if isinstance(error, PluginError) else 1)
+        if ranks.is_zero or isinstance(error, PluginError):
+            _fail(ranks, error)
+        sys.exit(1)
     try:
         recalibrate(run)
     except (PrunetuneError, FloatingPointError) as error:
-        sys.exit(f"error (rank {ranks.rank}): {error}")
+        _fail(ranks, error)
+
+
+def _fail(ranks: Ranks, error: Exception) -> NoReturn:
+    where = "" if ranks.is_zero else f" (rank {ranks.rank})"
+    print(f"error{where}: {error}", file=SCREEN, flush=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

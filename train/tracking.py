@@ -11,6 +11,7 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from prunetune.configs import ConfigError, TrackingConfig
+from prunetune.screen import say
 
 
 class Tracker:
@@ -79,6 +80,7 @@ class Tracker:
             "name": config.name or folder.name,
             "dir": str(folder),
             "config": settings,
+            "settings": wandb.Settings(silent=True),  # where the run is, we say ourselves
         }
         id_file = folder / "wandb_id.txt"
         if id_file.exists():
@@ -88,13 +90,14 @@ class Tracker:
         except Exception as error:
             if mode == "offline":
                 raise
-            print(
+            say(
                 f"W&B can't be reached ({error}); this run goes on offline. "
-                f"Send it later with: wandb sync {folder}/wandb/offline-run-*",
-                flush=True,
+                f"Send it later with: wandb sync {folder}/wandb/offline-run-*"
             )
             run = wandb.init(mode="offline", **options)
         id_file.write_text(run.id)
+        if run.url is not None:
+            say(f"W&B: {run.url}")
         return run
 
 
@@ -113,10 +116,9 @@ def wandb_mode(wanted: str) -> Literal["online", "offline"]:
             "tracking.wandb is online, but there is no W&B key; set WANDB_API_KEY or run `wandb login`, "
             "or use tracking.wandb: offline"
         )
-    print(
+    say(
         "W&B: no key found (WANDB_API_KEY or `wandb login`), so this run is tracked offline; "
-        "send it later with `wandb sync`",
-        flush=True,
+        "send it later with `wandb sync`"
     )
     return "offline"
 

@@ -66,12 +66,12 @@ class FamilyIdentity:
 
     # ---- what the tests share ----------------------------------------------------------------------------------
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def model(self) -> Any:
-        """The model of all tests of the class."""
+        """A model of its own for each test."""
         return self.make_model()
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def methods(self, model: Any) -> list[str]:
         """The methods that the model offers the signals for."""
         found = []

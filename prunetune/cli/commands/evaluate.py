@@ -1,7 +1,10 @@
 """``prunetune evaluate``."""
 
+from pathlib import Path
+
 from prunetune.cli.schema import SchemaCommand, config_option
 from prunetune.configs import EvaluateConfig
+from prunetune.screen import libraries_in
 
 
 def run(config: str | None, overrides: list[str]) -> None:
@@ -13,7 +16,8 @@ def run(config: str | None, overrides: list[str]) -> None:
     settings = load_config(EvaluateConfig, config, overrides)
     if launched_ranks().is_zero:
         print(to_yaml(settings))
-    folder = tracked_evaluate(settings)
+    with libraries_in(Path(settings.output) / "libraries.log"):
+        folder = tracked_evaluate(settings)
     if launched_ranks().is_zero:
         print(f"results: {folder}")
 

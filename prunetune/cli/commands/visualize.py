@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from prunetune.cli.options import DTYPES, plugins_option
+from prunetune.screen import libraries_in
 
 
 @click.command("visualize")
@@ -37,5 +38,6 @@ def command(
     names = pruners or ("fastervlm", "vispruner", "prismprune", "divprune")
     specs = [PruningSpec(name, keep, text_tower=text_tower) for name in names]
     config = ModelConfig.model_validate({"path": model, "dtype": dtype})
-    for path in visualize(config, specs, task, count, output, data):
-        print(path)
+    with libraries_in(output / "libraries.log"):
+        written = visualize(config, specs, task, count, output, data)
+    print("\n".join(map(str, written)))

@@ -1,0 +1,1 @@
+"""A pruner, a model family and a benchmark outside of prunetune's repository."""
