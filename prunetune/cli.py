@@ -62,8 +62,8 @@ def evaluate(arguments: list[str]) -> None:
 def compare(arguments: list[str]) -> None:
     """Compare evaluated arms."""
     from prunetune.configs import TrackingConfig
-    from prunetune.evaluation.compare import to_markdown
-    from prunetune.evaluation.quoted import read_quoted
+    from prunetune.evaluation.report.quoted import read_quoted
+    from prunetune.evaluation.report.table import to_markdown
     from prunetune.scripts.tracked import tracked_compare
 
     parser = argparse.ArgumentParser("prunetune compare")
@@ -87,8 +87,8 @@ def score(arguments: list[str]) -> None:
     """Print one JSON object with every metric of the task."""
     import json
 
-    from prunetune.evaluation.grader import Grader
-    from prunetune.evaluation.score import score_file
+    from prunetune.evaluation.report.grader import Grader
+    from prunetune.evaluation.report.score import score_file
 
     parser = argparse.ArgumentParser("prunetune score")
     parser.add_argument("task", help="a name from `prunetune list tasks`")
@@ -115,8 +115,8 @@ def data(arguments: list[str]) -> None:
 def calibrate(arguments: list[str]) -> None:
     """Measure effective rank and attention entropy, and write their means to the configuration of `adaptive`."""
     from prunetune.configs import RecalibrateConfig, load_config
-    from prunetune.evaluation.calibrate import calibrate as measure
-    from prunetune.evaluation.calibrate import write_averages
+    from prunetune.evaluation.run.calibrate import calibrate as measure
+    from prunetune.evaluation.run.calibrate import write_averages
 
     parser = argparse.ArgumentParser("prunetune calibrate", allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="a recalibration's YAML; its options are updated")
@@ -157,7 +157,7 @@ def export(arguments: list[str]) -> None:
 def visualize(arguments: list[str]) -> None:
     """Draw kept tokens."""
     from prunetune.configs import ModelConfig
-    from prunetune.evaluation.visualize import visualize as draw
+    from prunetune.evaluation.run.visualize import visualize as draw
     from prunetune.pruning import PruningSpec
 
     parser = argparse.ArgumentParser("prunetune visualize")

@@ -15,8 +15,8 @@ from prunetune.configs import (
     TrackingConfig,
     load_config,
 )
-from prunetune.evaluation.compare import to_markdown
-from prunetune.evaluation.visualize import visualize
+from prunetune.evaluation.report.table import to_markdown
+from prunetune.evaluation.run.visualize import visualize
 from prunetune.models import Arm
 from prunetune.pruning import PruningSpec
 from prunetune.scripts.launch import launch_environment, launch_line
