@@ -89,6 +89,18 @@ def test_an_import_loads_no_more_than_it_needs(module, absent):
     assert done.stdout.strip() == "[]"
 
 
+def test_reading_results_loads_no_model_library():
+    """Listing benchmarks, comparing arms and scoring saved answers: what is waited for is the reading alone."""
+    code = (
+        "import sys; import prunetune.evaluation.tasks as t; t.tasks(); import prunetune.evaluation.report.compare; "
+        "import prunetune.evaluation.report.table, prunetune.evaluation.report.score; "
+        "import prunetune.evaluation.report.plot, prunetune.scripts.tracked; print([name for name in "
+        "('torch', 'transformers', 'datasets', 'matplotlib', 'inflect', 'openpyxl') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= 300, f"{path} grew over 300 lines: split it"
