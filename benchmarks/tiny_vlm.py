@@ -14,8 +14,9 @@ from pathlib import Path
 
 from prunetune.assets import TINY_VLM
 from prunetune.configs import EvaluateConfig, ModelConfig
-from prunetune.evaluation.evaluate import evaluate
-from prunetune.evaluation.results import read_results
+from prunetune.evaluation.metrics.averages import average
+from prunetune.evaluation.records import read_results
+from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.pruning import PruningSpec, registered_methods
 from prunetune.tiny_world import ask, sample_scene, split_seeds
 from prunetune.tiny_world.task import read_items
@@ -50,11 +51,10 @@ def accuracy(folder: Path, pruning: PruningSpec, scenes: int) -> tuple[float, di
         max_new_tokens=6,
         output=str(folder / f"{pruning.pruner}_{pruning.keep}"),
     )
-    scores: dict[str, list[float]] = {}
-    for row in read_results(evaluate(config)):
-        scores.setdefault(row["source"], []).append(row["score"])
-    every = [score for values in scores.values() for score in values]
-    return 100 * sum(every) / len(every), {k: 100 * sum(v) / len(v) for k, v in sorted(scores.items())}
+    rows = read_results(evaluate(config))
+    mean = average([row.score for row in rows], [row.source for row in rows])
+    assert mean.overall is not None  # the tiny world hides no answers
+    return mean.overall, mean.by_source
 
 
 def main() -> None:

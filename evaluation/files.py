@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ def find_file(data: Path, name: str, source: str) -> Path:
         source: where to get it, for the message.
 
     Raises:
-        TaskError: if it is missing, or lies there twice.
+        MissingFile: if it is not there.
+        TaskError: if it lies there twice.
     """
     if (data / name).is_file():
         return data / name
     found = sorted(data.rglob(name)) if data.is_dir() else []
+    # Two versions of one file may differ, and taking either would decide between them in silence.
     if len(found) > 1:
         raise TaskError(f"{data} holds {name} {len(found)} times ({found[0]}, {found[1]}); name the folder of one")
     if not found:
@@ -58,16 +61,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, record
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSONL file, or of a JSON list."""
-    if path.suffix == ".json":
-        with path.open(encoding="utf-8") as stream:
-            head = stream.read(64).lstrip()
-        if head.startswith("["):
-            return read_json(path)
-    return [record for _, record in read_lines(path)]
-
-
 def read_questions(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield line number and question of a file in LLaVA's format: ``question_id``, ``image`` and ``text``.
 
@@ -76,6 +69,7 @@ def read_questions(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     seen: dict[str, int] = {}
     for line, record in read_lines(path):
+        # Without an image the question would be asked about nothing, and its answer would count like any other.
         for name in ("question_id", "image", "text"):
             if record.get(name) in (None, ""):
                 raise TaskError(f"{path}, line {line}: question {record.get('question_id', '?')} has no {name}")
@@ -84,3 +78,11 @@ def read_questions(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise TaskError(f"{path}, line {line}: question_id {number} is in line {seen[number]} already")
         seen[number] = line
         yield line, record
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all, whenever the process is killed."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    # Within one folder a replacement is atomic; across file systems it would be a copy, which can be cut short.
+    os.replace(partial, path)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 BEGIN, END = b"\x1e", b"\x1f"
 LIBRARIES = [
@@ -61,9 +61,10 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def show_and_log(pipe: BinaryIO, log: BinaryIO) -> str:
+def show_and_log(pipe: IO[bytes], log: IO[bytes]) -> str:
     """Show what is marked and write the rest to a log, until the pipe ends; return what was shown."""
-    shown, held = [], b""
+    shown: list[str] = []
+    held = b""
     while chunk := os.read(pipe.fileno(), 65536):
         held += chunk
         held = _sort(held, shown, log)
@@ -71,7 +72,7 @@ def show_and_log(pipe: BinaryIO, log: BinaryIO) -> str:
     return "".join(shown)
 
 
-def _sort(data: bytes, shown: list[str], log: BinaryIO) -> bytes:
+def _sort(data: bytes, shown: list[str], log: IO[bytes]) -> bytes:
     """Show and log what is complete, and return the rest: a marked piece whose end has not come yet."""
     while True:
         plain, begin, rest = data.partition(BEGIN)

@@ -14,10 +14,12 @@ from prunetune.configs import (
     TrackingConfig,
     load_config,
 )
-from prunetune.evaluation.compare import to_markdown
-from prunetune.evaluation.visualize import visualize
+from prunetune.evaluation.report.arms import read_arm
+from prunetune.evaluation.report.table import to_markdown
+from prunetune.evaluation.run.visualize import visualize
 from prunetune.models import Arm
 from prunetune.pruning import PruningSpec
+from prunetune.screen import libraries_in, say
 from prunetune.scripts.launch import LOG, launch
 from prunetune.scripts.tracked import tracked_compare, tracked_evaluate
 
@@ -46,30 +48,33 @@ def run_demo(output: Path, quick: bool = False) -> None:
         quick: fewer test scenes and training samples.
 
     Raises:
-        ConfigError: if the folder holds something else than a demo.
-            or the recalibration fails.
+        ConfigError: if the folder holds something else than a demo, or the recalibration fails.
     """
     began = time.monotonic()
     _fresh_folder(output)
+    with libraries_in(output / "libraries.log"):
+        _run(output, QUICK if quick else FULL, began)
+
+
+def _run(output: Path, size: Size, began: float) -> None:
     recipe = load_config(RecalibrateConfig, RECALIBRATION)
-    size = QUICK if quick else FULL
     limit = 8 * size.scenes
 
-    _say("1/4  dense and training-free")
+    say("\n== 1/4  dense and training-free")
     dense = Arm.load(recipe.model, device="cpu")  # the one model of every arm below
     arms = [_evaluate(output, "dense", dense, limit)]
     for keep in BUDGETS:
         for method in METHODS:
             arms.append(_evaluate(output, f"{method}_{keep}", dense.with_pruning(PruningSpec(method, keep)), limit))
 
-    _say("2/4  recalibrate the projector for divprune at 16 tokens, DeepSpeed on 2 CPU ranks")
+    say("\n== 2/4  recalibrate the projector for divprune at 16 tokens, DeepSpeed on 2 CPU ranks")
     _recalibrate(output / "recalibrate", size.samples)
 
-    _say("3/4  tuned")
+    say("\n== 3/4  tuned")
     tuned = dense.with_pruning(recipe.pruning).with_adapter(output / "recalibrate" / "adapter")
     arms.append(_evaluate(output, "divprune_16_tuned", tuned, limit))
 
-    _say("4/4  compare")
+    say("\n== 4/4  compare")
     rows = tracked_compare(arms, output / "comparison", TrackingConfig(wandb="offline", name="demo"))
     print(to_markdown(rows))
     specs = [PruningSpec(method, 16) for method in METHODS]
@@ -99,7 +104,10 @@ def _evaluate(output: Path, name: str, arm: Arm, limit: int) -> Path:
         max_new_tokens=6,
         output=str(output / "arms" / name),
     )
-    return tracked_evaluate(config, arm)
+    folder = tracked_evaluate(config, arm)
+    reached = read_arm(folder)
+    say(f"{name:<20} {reached.average().overall:.1f} % right at {reached.kept:g} of 144 tokens")
+    return folder
 
 
 def _recalibrate(output: Path, samples: int) -> None:
@@ -117,7 +125,3 @@ def _fresh_folder(output: Path) -> None:
         raise ConfigError(f"{output} is not empty and holds no demo; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     mark.touch()
-
-
-def _say(text: str) -> None:
-    print(f"\n== {text}", flush=True)

@@ -5,31 +5,38 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prunetune.configs import EvaluateConfig, TrackingConfig
-from prunetune.evaluation.compare import Row, compare, to_csv, to_markdown
-from prunetune.evaluation.evaluate import evaluate
-from prunetune.evaluation.pictures import plot_rows
-from prunetune.evaluation.quoted import Quoted
-from prunetune.evaluation.results import read_results
-from prunetune.models import Arm
-from prunetune.models.ranks import launched_ranks
+from prunetune.evaluation.metrics.averages import average
+from prunetune.evaluation.records import read_results
+from prunetune.evaluation.report.compare import Row, compare
+from prunetune.evaluation.report.plot import plot_rows
+from prunetune.evaluation.report.quoted import Quoted
+from prunetune.evaluation.report.table import to_csv, to_markdown
 from prunetune.train.tracking import Tracker
+
+if TYPE_CHECKING:
+    from prunetune.models import Arm
 
 
 def tracked_evaluate(config: EvaluateConfig, arm: Arm | None = None) -> Path:
     """Run one arm, or one that is loaded already; its accuracy per source and overall goes to the log and to W&B."""
+    # Here and not above: comparing arms, below, needs no torch.
+    from prunetune.evaluation.run.evaluate import evaluate
+    from prunetune.models.ranks import launched_ranks
+
     tracker = Tracker(config.tracking, Path(config.output), config.model_dump()) if launched_ranks().is_zero else None
     folder = evaluate(config, arm)
     if tracker is None:
         return folder
-    scores: dict[str, list[float]] = {"overall": []}
-    for row in read_results(folder):
-        if row["score"] is None:  # the benchmark hides its answers
-            continue
-        scores["overall"].append(row["score"])
-        scores.setdefault(f"{row['task']}/{row['source']}", []).append(row["score"])
-    tracker.log({name: round(100 * sum(values) / len(values), 4) for name, values in scores.items() if values})
+    rows = read_results(folder)
+    mean = average([row.score for row in rows], [f"{row.task}/{row.source}" for row in rows])
+    if mean.overall is None:  # every benchmark hides its answers
+        tracker.log({})
+    else:
+        accuracy = {"overall": mean.overall, **mean.by_source}
+        tracker.log({name: round(value, 4) for name, value in accuracy.items()})
     tracker.close()
     return folder
 

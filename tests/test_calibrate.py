@@ -11,7 +11,7 @@ from conftest import ROOT, TINY_VLM
 from prunetune.cli import main
 from prunetune.configs import ConfigError, RecalibrateConfig, load_config
 from prunetune.data_recipes import Formatter, load_recipe
-from prunetune.evaluation.calibrate import Spread, calibrate, write_averages
+from prunetune.evaluation.run.calibrate import Spread, calibrate, write_averages
 from prunetune.models import load_model
 from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.pruning.ops.complexity import attention_entropy, erank

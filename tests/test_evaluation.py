@@ -10,12 +10,15 @@ import pytest
 from PIL import Image
 
 from prunetune.configs import EvaluateConfig, load_config
-from prunetune.evaluation import evaluate as evaluate_module
-from prunetune.evaluation.compare import bootstrap_interval, compare, to_csv, to_markdown
-from prunetune.evaluation.evaluate import evaluate, read_results
-from prunetune.evaluation.pictures import kept_overlay, plot_rows
+from prunetune.evaluation.metrics.intervals import bootstrap_interval
+from prunetune.evaluation.records import read_results, write_results
+from prunetune.evaluation.report.compare import compare
+from prunetune.evaluation.report.plot import kept_overlay, plot_rows
+from prunetune.evaluation.report.table import to_csv, to_markdown
+from prunetune.evaluation.run import evaluate as evaluate_module
+from prunetune.evaluation.run.evaluate import evaluate
+from prunetune.evaluation.run.visualize import visualize
 from prunetune.evaluation.tasks import TaskError, get_task
-from prunetune.evaluation.visualize import visualize
 from prunetune.models import load_model, wrap_projector, write_adapter
 from prunetune.models.hashes import frozen_files_hash
 from prunetune.pruning import PruningSpec
@@ -50,9 +53,9 @@ def adapter(untrained_folder, tmp_path):
 def test_rows_carry_what_a_reader_needs(settings):
     folder = evaluate(settings("arm", *DIVPRUNE))
     rows = read_results(folder)
-    assert [row["id"] for row in rows] == [item.id for item in get_task("tiny_world_validation").read(Path())[:24]]
-    assert {row["kept"] for row in rows} == {16} and {row["source"] for row in rows} == {"vg", "gqa", "textvqa"}
-    assert all(row["score"] == float(row["prediction"].split() == row["answer"].split()) for row in rows)
+    assert [row.id for row in rows] == [item.id for item in get_task("tiny_world_validation").read(Path())[:24]]
+    assert {row.kept for row in rows} == {16} and {row.source for row in rows} == {"vg", "gqa", "textvqa"}
+    assert all(row.score == float(row.prediction.split() == row.answer.split()) for row in rows)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["complete"] and manifest["kept_tokens"] == {"mean": 16.0, "min": 16, "max": 16}
     assert {"frozen_hash", "projector", "pruning", "tasks", "batch_size", "model", "versions"} <= manifest.keys()
@@ -106,9 +109,8 @@ def arms(settings, adapter):
 
 def rescore(folder, scores):
     rows = read_results(folder)
-    for row, score in zip(rows, scores, strict=True):
-        row["score"] = float(score)
-    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = zip(rows, scores, strict=True)
+    write_results(folder, [row.model_copy(update={"score": float(score)}) for row, score in pairs])
 
 
 def test_compare_computes_what_its_columns_say(arms):
@@ -119,7 +121,7 @@ def test_compare_computes_what_its_columns_say(arms):
     rows = compare([arms["tuned"], arms["free"], arms["dense"]])
     assert [row.label for row in rows] == ["dense", "divprune", "divprune + tuned projector"]
     dense, free, tuned = rows
-    sources = np.array([row["source"] for row in read_results(arms["dense"])])
+    sources = np.array([row.source for row in read_results(arms["dense"])])
     for row, name in ((dense, "dense"), (free, "free"), (tuned, "tuned")):
         assert row.overall == pytest.approx(100 * scores[name].mean())
         assert row.relative == pytest.approx(100 * scores[name].mean() / scores["dense"].mean())
@@ -135,7 +137,7 @@ def test_compare_computes_what_its_columns_say(arms):
 
 
 def test_rows_say_how_they_came_about_and_quoted_rows_stay_out_of_computations(arms, tmp_path):
-    from prunetune.evaluation.quoted import read_quoted
+    from prunetune.evaluation.report.quoted import read_quoted
 
     folders = [arms["dense"], arms["free"], arms["tuned"]]
     rows = compare(folders)

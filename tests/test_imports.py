@@ -20,7 +20,7 @@ ALLOWED = {
     "evaluation": {"evaluation", "models", "pruning", "data_recipes", "configs"},
     "tiny_world": set(OURS),
     "scripts": set(OURS),
-    "prunetune": {*OURS, "cli"},
+    "prunetune": {*OURS, "cli", "testing"},
 }
 # Leaves of the face: they import nothing of ours but one another, and everybody may import them.
 LEAVES = {"errors", "lazy", "names", "plugins", "screen"}
@@ -90,6 +90,18 @@ def test_an_import_loads_no_more_than_it_needs(module, absent):
     assert done.stdout.strip() == "[]"
 
 
+def test_reading_results_loads_no_model_library():
+    """Listing benchmarks, comparing arms and scoring saved answers: what is waited for is the reading alone."""
+    code = (
+        "import sys; import prunetune.evaluation.tasks as t; t.tasks(); import prunetune.evaluation.report.compare; "
+        "import prunetune.evaluation.report.table, prunetune.evaluation.report.score; "
+        "import prunetune.evaluation.report.plot, prunetune.scripts.tracked; print([name for name in "
+        "('torch', 'transformers', 'datasets', 'matplotlib', 'inflect', 'openpyxl') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= 300, f"{path} grew over 300 lines: split it"
@@ -99,7 +111,7 @@ def test_files_stay_small(path):
 def test_arms_alone_load_place_and_format(path):
     """What five files wrote by hand has one home: others make an arm."""
     place = path.relative_to(ROOT).as_posix()
-    if place.startswith(("models/", "pruning/", "tiny_world/training/")):
+    if place.startswith(("models/", "pruning/", "prunetune/testing/", "tiny_world/training/")):
         return
     called = {node.func.id for node in ast.walk(ast.parse(path.read_text()))
               if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip

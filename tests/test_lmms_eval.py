@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from prunetune.configs import EvaluateConfig, load_config, to_yaml
-from prunetune.evaluation.evaluate import evaluate, read_results
+from prunetune.evaluation.records import read_results
+from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.evaluation.tasks import TaskError
 from prunetune.tiny_world import render, sample_scene
 
@@ -40,9 +41,9 @@ def plugin(monkeypatch):
                          ("lmms_eval.api.model", base), ("lmms_eval.models", types.ModuleType("m")),
                          ("lmms_eval.models.registry_v2", registry)):  # fmt: skip
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "prunetune.evaluation.lmms_eval_plugin", raising=False)
-    yield importlib.import_module("prunetune.evaluation.lmms_eval_plugin")
-    sys.modules.pop("prunetune.evaluation.lmms_eval_plugin", None)
+    monkeypatch.delitem(sys.modules, "prunetune.evaluation.run.lmms_eval_plugin", raising=False)
+    yield importlib.import_module("prunetune.evaluation.run.lmms_eval_plugin")
+    sys.modules.pop("prunetune.evaluation.run.lmms_eval_plugin", None)
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def request(context, doc, options=None, task="t"):
 
 def test_it_is_registered_under_its_name(plugin):
     found = [point for point in entry_points(group="lmms_eval.models") if point.name == "prunetune"]
-    assert found and found[0].value == "prunetune.evaluation.lmms_eval_plugin:manifest"
+    assert found and found[0].value == "prunetune.evaluation.run.lmms_eval_plugin:manifest"
     made = plugin.manifest()
     module, name = made.simple_class_path.rsplit(".", 1)
     assert made.model_id == "prunetune" and getattr(importlib.import_module(module), name).is_simple
@@ -74,13 +75,13 @@ def test_it_is_registered_under_its_name(plugin):
 def test_it_answers_as_prunetune_evaluate_does(plugin, config):
     rows = read_results(evaluate(load_config(EvaluateConfig, config)))
     model = plugin.PrunetuneModel(config=str(config), batch_size="2", device="cpu", max_batch_size=None)
-    docs = [{"visuals": [Image.fromarray(render(sample_scene(int(row["image"].split(":")[1]))))]} for row in rows]
+    docs = [{"visuals": [Image.fromarray(render(sample_scene(int(row.image.split(":")[1]))))]} for row in rows]
     model.task_dict = {"t": {"v": docs}}
-    answers = model.generate_until([request(row["question"], number) for number, row in enumerate(rows)])
-    assert answers == [row["prediction"] for row in rows]
-    assert model.generate_until([request(f"<image>\n{rows[0]['question']}", 0)]) == answers[:1]
+    answers = model.generate_until([request(row.question, number) for number, row in enumerate(rows)])
+    assert answers == [row.prediction for row in rows]
+    assert model.generate_until([request(f"<image>\n{rows[0].question}", 0)]) == answers[:1]
     first = answers[0].split()[0]
-    stopped = model.generate_until([request(rows[0]["question"], 0, {"max_new_tokens": 3, "until": first})])
+    stopped = model.generate_until([request(rows[0].question, 0, {"max_new_tokens": 3, "until": first})])
     assert stopped == [""]
 
 

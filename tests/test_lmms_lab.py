@@ -8,10 +8,12 @@ from datasets import Dataset
 from datasets import Image as ImageColumn
 
 from prunetune.configs import EvaluateConfig, load_config
-from prunetune.evaluation.evaluate import evaluate, read_results
-from prunetune.evaluation.lmms_lab import ROWS
-from prunetune.evaluation.sources import open_images, read_items
-from prunetune.evaluation.tasks import TaskError, get_task
+from prunetune.evaluation.lmms_lab import ParquetRows
+from prunetune.evaluation.records import read_results
+from prunetune.evaluation.run.evaluate import evaluate
+from prunetune.evaluation.tasks import TaskError, get_task, tasks
+
+ROWS = [name for name, task in tasks().items() if any(isinstance(reader, ParquetRows) for reader in task.readers)]
 
 
 def row_of(name, item):
@@ -67,8 +69,8 @@ def both(tmp_path):
         FILES[name](published)
         lab.mkdir(parents=True)
         task = get_task(name)
-        items = task.read(published)
-        images = task.images(published)
+        questions = task.open(published)
+        items, images = questions.items, questions.open_images()
         pictures = [None if item.image is None else images.open(item.image, item.id) for item in items]
         rows = [row_of(name, item) for item in items]
         if name == "gqa":
@@ -86,20 +88,24 @@ def both(tmp_path):
     return make
 
 
+def test_sixteen_benchmarks_come_in_two_layouts():
+    assert len(ROWS) == 16
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_both_layouts_hold_the_same(name, both):
     published, lab = both(name)
     task = get_task(name)
-    theirs, ours = task.read(published), read_items(task, lab)
+    theirs, ours = task.open(published), task.open(lab)
     loose = name in ("scienceqa", "chartqa", "ocrbench")  # these rows carry no id of their own
-    for one, other in zip(theirs, ours, strict=True):
+    for one, other in zip(theirs.items, ours.items, strict=True):
         assert (one.source, one.answer) == (other.source, other.answer)
         assert one.question.lower() == other.question.lower() and (loose or one.id == other.id)
         if one.image is None:
             assert other.image is None
             continue
-        first = task.images(published).open(one.image, "")
-        assert list(first.getdata()) == list(open_images(task, lab, ours).open(other.image, "").getdata())
+        first = theirs.open_images().open(one.image, "")
+        assert list(first.getdata()) == list(ours.open_images().open(other.image, "").getdata())
 
 
 def test_an_arm_runs_on_it(both, untrained_folder, tmp_path):
@@ -115,8 +121,8 @@ def test_an_arm_runs_on_it(both, untrained_folder, tmp_path):
 def test_other_columns_and_two_splits_are_named(tmp_path, both):
     Dataset.from_list([{"question": "q", "id": 1}]).to_parquet(tmp_path / "x.parquet")
     with pytest.raises(TaskError, match=r"of gqa have no column 'types'"):
-        read_items(get_task("gqa"), tmp_path)
+        get_task("gqa").read(tmp_path)
     _, lab = both("vqav2")
     (lab / "again.parquet").write_bytes((lab / "data" / "test-0.parquet").read_bytes())
     with pytest.raises(TaskError, match="questions of vqav2 repeat"):
-        read_items(get_task("vqav2"), lab)
+        get_task("vqav2").read(lab)

@@ -5,12 +5,12 @@ import json
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 
 import pytest
 import torch
 from conftest import ROOT, TINY_VLM
 from launches import environment
+from PIL import Image
 
 from prunetune import plugins
 from prunetune.cli import main
@@ -179,6 +179,14 @@ def test_a_plugin_that_differs_between_ranks_is_named(monkeypatch):
         Ranks(world=2).check_same([own])
 
 
+def write_colours(folder):
+    """Three questions of the examples' benchmark."""
+    (folder / "squares").mkdir(parents=True)
+    for name in ("red", "green", "blue"):
+        Image.new("RGB", (84, 84), name).save(folder / "squares" / f"{name}.png")
+    (folder / "colours.csv").write_text("file,colour\nred.png,red\ngreen.png,green\nblue.png,blue\n")
+
+
 def test_the_examples_pass_their_own_tests(examples):
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
     paths = {**environment(), "PYTHONPATH": str(ROOT)}
@@ -199,12 +207,19 @@ def test_the_examples_pruner_is_recalibrated_on_two_ranks_and_evaluated(examples
 
     monkeypatch.chdir(examples)
     pruning = ["--pruning.pruner", "norm", "--pruning.options", "{power: 1.0}", "--pruning.keep", "16"]
+    write_colours(examples / "data")
+    tasks = ["--tasks", "[colours]", "--data", "data", "--plugins", "[my_pruning/norm.py, my_pruning/colours.py]"]
     for name, more in (("free", []), ("again", ["--adapter", "tuned/adapter"])):
-        main(["evaluate", "--config", "evaluate/tiny_dense", *model, *pruning, "--plugins", "[my_pruning/norm.py]",
-              "--limit", "8", "--batch_size", "8", "--output", name, *more])  # fmt: skip
+        main(["evaluate", "--config", "evaluate/tiny_dense", *model, *pruning, *tasks, "--output", name, *more])
         manifest = json.loads((examples / name / "manifest.json").read_text())
-        assert manifest["kept_tokens"]["max"] == 16 and manifest["plugins"] == record["plugins"]
+        assert manifest["kept_tokens"]["max"] == 16 and manifest["tasks"]["colours"]["items"] == 3
+        assert [plugin["name"] for plugin in manifest["plugins"]] == ["colours.py", "norm.py"]
+        assert record["plugins"][0] in manifest["plugins"]
     capsys.readouterr()
     main(["compare", "free", "again", "--output", "table"])
     assert "norm (power=1.0) + tuned projector" in capsys.readouterr().out
-    assert metadata.version("prunetune")
+
+    manifest["plugins"][1]["sha256"] = "another"
+    (examples / "again" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit, match=r"free and again ran with different plug-ins \(norm.py\)"):
+        main(["compare", "free", "again", "--output", "table"])

@@ -8,9 +8,9 @@ from prunetune.cli import main
 from prunetune.evaluation.metrics.chair import Objects
 from prunetune.evaluation.metrics.chair import chair as chair_metrics
 from prunetune.evaluation.metrics.vqa import normalize, vqa_accuracy
-from prunetune.evaluation.score import score_file
-from prunetune.evaluation.tasks import Item, TaskError, chartqa, mmbench, mme, ocrbench, pope, scienceqa
-from prunetune.evaluation.tasks.vqa import question_of
+from prunetune.evaluation.report.score import score_file
+from prunetune.evaluation.tasks import Item, TaskError, chartqa, get_task, mmbench, mme, ocrbench, pope, scienceqa
+from prunetune.evaluation.tasks.textvqa import question_of
 
 S = "Answer the question using a single word or phrase."
 
@@ -333,8 +333,9 @@ def test_mmbench_counts_a_question_when_all_its_turns_are_right():
     answer = {"letter": "A", "options": OPTIONS}
     pairs = [("A", item(answer, number="1")), ("A", item(answer, number="1000001")),
              ("A", item(answer, number="2")), ("B", item(answer, number="1000002"))]  # fmt: skip
-    assert mmbench.metrics(pairs) == {"accuracy": 50.0, "questions": 2, "evaluation": "circular"}
-    assert mmbench.metrics(pairs[2:3])["evaluation"] == "single round"
+    scored = [get_task("mmbench").score(*pair) for pair in pairs]
+    assert mmbench.summarise(scored) == {"accuracy": 50.0, "questions": 2, "evaluation": "circular"}
+    assert mmbench.summarise(scored[2:3])["evaluation"] == "single round"
 
 
 LINES = ["person, man, woman", "dog, puppy", "hot dog", "bus", "knife", "bear", "teddy bear", "train", "wine glass"]

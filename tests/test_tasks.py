@@ -12,10 +12,10 @@ from benchmark_files import FILES, S
 from conftest import ROOT
 
 from prunetune.configs import EvaluateConfig, load_config, to_yaml
-from prunetune.evaluation.compare import compare
-from prunetune.evaluation.evaluate import evaluate, read_results
-from prunetune.evaluation.score import score_file
-from prunetune.evaluation.sources import read_items
+from prunetune.evaluation.records import read_results
+from prunetune.evaluation.report.compare import compare
+from prunetune.evaluation.report.score import score_file
+from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.evaluation.tasks import TaskError, get_task, tasks
 from prunetune.evaluation.tasks.video import NAMES as VIDEO
 
@@ -49,9 +49,9 @@ def test_files_to_score_and_a_second_run_resumes(name, settings, tmp_path):
     assert len({item.id for item in items}) == len(items) == 12
     folder = evaluate(settings(name, "whole"))
     rows = read_results(folder)
-    assert [row["id"] for row in rows] == [item.id for item in items]
-    assert all(row["question"] == item.question for row, item in zip(rows, items, strict=True))
-    assert {row["kept"] for row in rows} <= {16, 0}
+    assert [row.id for row in rows] == [item.id for item in items]
+    assert all(row.question == item.question for row, item in zip(rows, items, strict=True))
+    assert {row.kept for row in rows} <= {16, 0}
     metrics = json.loads((folder / "manifest.json").read_text())["metrics"][name]
 
     if task.hidden:
@@ -64,7 +64,7 @@ def test_files_to_score_and_a_second_run_resumes(name, settings, tmp_path):
         assert {key: again[key] for key in metrics if key != "upload"} == {
             k: v for k, v in metrics.items() if k != "upload"
         }
-        if task.score is not None:
+        if rows[0].score is not None:
             compare([folder])
 
     lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
@@ -161,10 +161,10 @@ def test_questions_without_picture_or_with_a_repeated_id_stop_with_their_line(na
     del broken["image"]
     file.write_text("\n".join([*lines[:4], json.dumps(broken), *lines[5:]]))
     with pytest.raises(TaskError, match=r"jsonl, line 5: question .*4.* has no image"):
-        read_items(get_task(name), tmp_path)
+        get_task(name).read(tmp_path)
     file.write_text("\n".join([*lines, lines[2]]))
     with pytest.raises(TaskError, match=r"jsonl, line 13: question_id .* is in line 3 already"):
-        read_items(get_task(name), tmp_path)
+        get_task(name).read(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gqa", "vqav2", "vizwiz", "chartqa", "ocrbench", "scienceqa", "nocaps", "chair"])
@@ -178,4 +178,4 @@ def test_files_of_another_kind_are_named(name, tmp_path):
             text = text.replace(f'"{key}":', f'"no_{key}":')
         file.write_text(text)
     with pytest.raises(TaskError, match=rf"a record of {name}'s files in .* has no '"):
-        read_items(get_task(name), tmp_path)
+        get_task(name).read(tmp_path)

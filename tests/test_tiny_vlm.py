@@ -8,7 +8,8 @@ from conftest import ROOT, TINY_VLM
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel
 
 from prunetune.configs import EvaluateConfig, load_config
-from prunetune.evaluation.evaluate import evaluate, read_results
+from prunetune.evaluation.records import read_results
+from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.tiny_world import SPLITS
 from prunetune.tiny_world.training.model import build_tokenizer
 from prunetune.tiny_world.training.run import train_tiny_vlm
@@ -38,7 +39,7 @@ def test_it_sees_and_pruning_hurts(tmp_path, pruning, low, high):
     overrides = ["--model.path", str(TINY_VLM), "--limit", "800", "--output", str(tmp_path / "arm"), *pruning]
     config = load_config(EvaluateConfig, ROOT / "configs" / "evaluate" / "tiny_dense.yaml", overrides)
     rows = read_results(evaluate(config))
-    accuracy = 100 * sum(row["score"] for row in rows) / len(rows)
+    accuracy = 100 * sum(row.score for row in rows) / len(rows)
     assert low <= accuracy <= high
 
 

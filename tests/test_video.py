@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from prunetune.cli import main
-from prunetune.evaluation.grader import Grader, read_grade
-from prunetune.evaluation.score import score_file
+from prunetune.evaluation.report.grader import Grader, read_grade
+from prunetune.evaluation.report.score import score_file
 from prunetune.evaluation.tasks import TaskError, get_task
 from prunetune.evaluation.tasks.video import NAMES, write_predictions
 
@@ -20,7 +20,7 @@ def files(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test_q.json").write_text(json.dumps(questions))
     (tmp_path / "data" / "test_a.json").write_text(json.dumps(answers))
-    items = get_task("msvd").answers(tmp_path / "data")
+    items = get_task("msvd").read_answers(tmp_path / "data")
     said = ("A dog.", "2", "running", "blue")
     write_predictions(list(zip(said, items, strict=True)), tmp_path / "pred.jsonl")
     return tmp_path

@@ -1,4 +1,4 @@
-"""The tiny world as a recipe format, ``shapes_world``, and the opener of its pictures."""
+"""The tiny world as a recipe format, ``shapes_world``."""
 
 from __future__ import annotations
 
@@ -6,31 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from PIL import Image
 from pydantic import Field
 
-from prunetune.data_recipes import DataError, Sample, Turn
+from prunetune.data_recipes import Sample, Turn
 from prunetune.data_recipes.formats import Recipe, register_format
 from prunetune.data_recipes.images import ImageOpener
-from prunetune.tiny_world import ask, render, sample_scene, split_seeds
+from prunetune.tiny_world import ask, sample_scene, split_seeds
+from prunetune.tiny_world.images import SceneImages as SceneImages
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-class SceneImages:
-    """Pictures of the tiny world; a reference is ``scene:SEED``."""
-
-    def exists(self, reference: str) -> bool:
-        """Return whether the reference names a scene."""
-        kind, _, seed = reference.partition(":")
-        return kind == "scene" and seed.isdigit()
-
-    def open(self, reference: str, sample_id: str) -> Image.Image:
-        """Draw the scene."""
-        if not self.exists(reference):
-            raise DataError(f"sample {sample_id!r}: {reference!r} is no scene of the tiny world (scene:SEED)")
-        return Image.fromarray(render(sample_scene(int(reference.partition(":")[2]))))
 
 
 class ShapesWorldRecipe(Recipe):
@@ -44,7 +29,7 @@ class ShapesWorldRecipe(Recipe):
 
     def open_rows(self, file: str | None, image_root: str | None) -> tuple[Dataset, ImageOpener]:
         """Return eight questions per scene; there is no file."""
-        from datasets import Dataset
+        from datasets import Dataset  # takes seconds, and naming the formats does not need it
 
         return Dataset.from_list([sample.to_row() for sample in self._samples()]), SceneImages()
 

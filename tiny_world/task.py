@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
-from prunetune.evaluation.tasks.base import Item, Task, register_task
+from prunetune.evaluation.tasks.base import Benchmark, Item, Scorer, register_task
 from prunetune.tiny_world import ask, sample_scene, split_seeds
-from prunetune.tiny_world.recipe import SceneImages
+from prunetune.tiny_world.images import SceneImages
 
 TEST_SCENES = 300
 
 
 def read_items(split: str, scenes: int) -> list[Item]:
     """Return the questions of the first ``scenes`` scenes of a split."""
-    return [
-        Item(f"{seed}-{number}", question.source, f"scene:{seed}", question.text, question.answer)
-        for seed in split_seeds(split, scenes)
-        for number, question in enumerate(ask(sample_scene(seed)))
-    ]
+    items = []
+    for seed in split_seeds(split, scenes):
+        for number, question in enumerate(ask(sample_scene(seed))):
+            items.append(Item(f"{seed}-{number}", question.source, f"scene:{seed}", question.text, question.answer))
+    return items
 
 
 def exact_match(prediction: str, item: Item) -> float:
@@ -26,8 +26,23 @@ def exact_match(prediction: str, item: Item) -> float:
     return float(prediction.lower().split() == item.answer.split())
 
 
-def _read(split: str, _: Path) -> list[Item]:
-    return read_items(split, TEST_SCENES)
+@dataclass(frozen=True)
+class Scenes:
+    """Reads the scenes of a split, which are drawn and lie in no folder."""
+
+    split: str
+
+    def read(self, data: Path) -> list[Item]:
+        """Return the questions of the split's test scenes."""
+        return read_items(self.split, TEST_SCENES)
+
+    def read_answers(self, data: Path) -> list[Item]:
+        """Return the same questions."""
+        return self.read(data)
+
+    def open_images(self, data: Path) -> SceneImages:
+        """Return what draws the scenes."""
+        return SceneImages()
 
 
 for _name, _split, _about in (
@@ -35,13 +50,12 @@ for _name, _split, _about in (
     ("tiny_world_validation", "validation", "the same on the seeds that recipes are chosen on"),
 ):
     register_task(
-        Task(
+        Benchmark(
             name=_name,
             protocol="exact match",
             prompt="question",
-            read=partial(_read, _split),
-            images=lambda _: SceneImages(),
-            score=exact_match,
             about=_about,
+            readers=[Scenes(_split)],
+            scorer=Scorer(exact_match),
         )
     )

@@ -1,12 +1,14 @@
-"""CHAIR: which objects a caption names that are not in the picture (equation 5 of the adaptive pruning study)."""
+"""CHAIR: which objects a caption names that are not in the image (equation 5 of the adaptive pruning study)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import inflect
+if TYPE_CHECKING:
+    import inflect
 
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _ANIMALS = "bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, animal, cub"
@@ -24,6 +26,8 @@ def _listed(words: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _grammar() -> inflect.engine:
+    import inflect  # takes more than a second, and no other benchmark needs it
+
     return inflect.engine()
 
 
@@ -39,34 +43,54 @@ class Objects:
         for line in lines:
             words = [word.strip().lower() for word in line.split(",") if word.strip()]
             self.names |= dict.fromkeys(words, words[0])
-        # Two words that are one thing, and not the thing that either is alone.
-        self.pairs = {pair: pair for pair in _listed(_PAIRS)}
-        self.pairs |= {f"{age} {animal}": animal for age in ("baby", "adult") for animal in _listed(_ANIMALS)}
-        self.pairs |= {f"passenger {vehicle}": vehicle for vehicle in _listed(_VEHICLES)}
-        self.pairs |= {"bow tie": "tie", "toilet seat": "toilet"}
+        self.pairs = _pairs()
 
     def of(self, text: str) -> list[str]:
         """Return the objects that a text names, in order and as often as it names them."""
         words = [self._singular(word) for word in _WORD.findall(text.lower())]
-        found, place = [], 0
-        while place < len(words):
-            pair = " ".join(words[place : place + 2])
+        found = []
+        index = 0
+        while index < len(words):
+            pair = " ".join(words[index : index + 2])
+            # A pair comes first: the dog of "hot dog" is no dog.
             if pair in self.pairs:
-                word, place = self.pairs[pair], place + 2
+                word = self.pairs[pair]
+                index += 2
             else:
-                word, place = words[place], place + 1
+                word = words[index]
+                index += 1
             if word in self.names:
                 found.append(self.names[word])
         return found
 
     def _singular(self, word: str) -> str:
         """Return a word's singular where it is needed to know the word."""
+        # Only words that are not known as they are: inflect's singular of "bus" is "bu".
         if word in self.names:
             return word
         single = _grammar().singular_noun(word)  # type: ignore[arg-type]
-        return single if isinstance(single, str) and (single in self.names or single in _LAST) else word
+        if isinstance(single, str) and (single in self.names or single in _LAST):
+            return single
+        return word
 
 
+def _pairs() -> dict[str, str]:
+    """Return two words that are one thing, and what that thing is called."""
+    pairs = {}
+    for pair in _listed(_PAIRS):
+        pairs[pair] = pair
+    # A baby bear is a bear, while a teddy bear, above, is not.
+    for animal in _listed(_ANIMALS):
+        pairs[f"baby {animal}"] = animal
+        pairs[f"adult {animal}"] = animal
+    for vehicle in _listed(_VEHICLES):
+        pairs[f"passenger {vehicle}"] = vehicle
+    pairs["bow tie"] = "tie"
+    pairs["toilet seat"] = "toilet"
+    return pairs
+
+
+# Last words of pairs: "wine glasses" is known by its pair alone, since "glass" is no object.
 _LAST = {pair.split()[1] for pair in _listed(_PAIRS)}
 
 
@@ -74,19 +98,24 @@ def chair(captions: Mapping[str, str], truth: Mapping[str, set[str]], objects: O
     """Return C_S, C_I and recall in percent, and the mean number of words of a caption.
 
     Args:
-        captions: one per picture.
-        truth: the objects that are in each picture.
+        captions: one per image.
+        truth: the objects that are in each image.
         objects: the vocabulary.
     """
     named = invented = wrong = known = found = words = 0
-    for picture, text in captions.items():
+    for image, text in captions.items():
         mentioned = objects.of(text)
-        false = [name for name in mentioned if name not in truth[picture]]
-        named, invented, wrong = named + len(mentioned), invented + len(false), wrong + bool(false)
-        known, found = known + len(truth[picture]), found + len(set(mentioned) & truth[picture])
+        false = [name for name in mentioned if name not in truth[image]]
+        # C_I counts every mention, an object said twice is two; recall counts every object once.
+        named += len(mentioned)
+        invented += len(false)
+        wrong += bool(false)
+        known += len(truth[image])
+        found += len(set(mentioned) & truth[image])
         words += len(text.split())
     return {
         "C_S": 100 * wrong / len(captions),
+        # Captions that name nothing invent nothing: there is no share to give, and 0 would look like a good one.
         "C_I": 100 * invented / named if named else None,
         "recall": 100 * found / known if known else None,
         "length": words / len(captions),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -37,30 +36,51 @@ def _without(word: str, number: int) -> str:
     return "'".join([*parts[:number], parts[number] + parts[number + 1], *parts[number + 2 :]])
 
 
-_CONTRACTIONS = {word.replace("'", ""): word for word in _SIMPLE.split()}
-_CONTRACTIONS |= {_without(word, number): word for word in _DOUBLE.split() for number in (0, 1)}
-_CONTRACTIONS |= {_without("y'all'd've", number): "y'all'd've" for number in (0, 1, 2)}
-_CONTRACTIONS |= {_without("'ow's'at", number): "'ow's'at" for number in (0, 1, 2)}
-_CONTRACTIONS |= {"somebody'd": "somebodyd"}  # published this way round
+def _contractions() -> dict[str, str]:
+    """Return what people write, and the form that is compared."""
+    table = {}
+    for word in _SIMPLE.split():
+        table[word.replace("'", "")] = word
+    for word in _DOUBLE.split():
+        for number in (0, 1):
+            table[_without(word, number)] = word
+    # The two words of the published table with three apostrophes.
+    for word in ("y'all'd've", "'ow's'at"):
+        for number in (0, 1, 2):
+            table[_without(word, number)] = word
+    # Published this way round, so the correct form is the one that loses its apostrophe.
+    table["somebody'd"] = "somebodyd"
+    return table
+
+
+_CONTRACTIONS = _contractions()
 
 
 def normalize(answer: str) -> str:
     """Return an answer as the challenge compares it.
 
-    Lower case; ``,`` and ``?`` dropped and ``'s`` set apart; a punctuation mark is removed if it stands next to a space
+    Lower case; ``,`` and ``?`` dropped and ``'s`` split off; a punctuation mark is removed if it stands next to a space
     anywhere, or if digits are grouped by commas, and else becomes a space; periods not followed by a digit go; number
     words become digits, articles go, and missing apostrophes are put back.
     """
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
+    # Always False, since the commas are gone by now; LLaVA's copy of the challenge's processor has it in this order.
     grouped = _COMMA_BETWEEN_DIGITS.search(text) is not None
     result = text
     for mark in _PUNCTUATION:
+        # Neighbours are looked up in the text as it was, while marks leave the result: one mark next to a space
+        # anywhere decides for all of its kind ("black -white-red" becomes "black whitered").
         remove = grouped or f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if remove else " ")
     result = _PERIOD.sub("", result, count=_PERIODS_AT_MOST)
-    words = [_DIGITS.get(word, word) for word in result.lower().split()]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    words = []
+    for word in result.lower().split():
+        word = _DIGITS.get(word, word)
+        # Articles before contractions, as published: what a contraction becomes is no article.
+        if word not in _ARTICLES:
+            words.append(_CONTRACTIONS.get(word, word))
+    return " ".join(words)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -73,7 +93,10 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
         prediction: raw text.
         answers: what people answered, usually ten; not empty.
     """
-    counts = Counter(normalize(answer) for answer in answers)
-    same = counts[normalize(prediction)]
+    said = normalize(prediction)
+    same = 0
+    for answer in answers:
+        same += normalize(answer) == said
     others = len(answers) - same
+    # Two kinds of people can be left out: one who agrees, so that one match fewer remains, or one who does not.
     return (same * min(1.0, (same - 1) / 3) + others * min(1.0, same / 3)) / len(answers)

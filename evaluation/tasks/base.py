@@ -1,19 +1,25 @@
-"""What a benchmark is: items, a picture opener, pure scoring functions, and the pairing of saved predictions."""
+"""What a benchmark is: readers, one per layout that its files come in, and a scorer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prunetune.data_recipes.images import ImageOpener
-from prunetune.evaluation.errors import TaskError
-from prunetune.evaluation.predictions import Prediction
+from prunetune.evaluation.errors import MissingFile, TaskError
+from prunetune.evaluation.metrics.averages import Average, average
+from prunetune.evaluation.metrics.intervals import bootstrap_interval
+from prunetune.evaluation.records import TaskSummary
 from prunetune.names import nearest
 from prunetune.plugins import import_folder, load_installed, named
+
+if TYPE_CHECKING:
+    from prunetune.data_recipes.images import ImageOpener
+    from prunetune.evaluation.readers import Reader
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -21,7 +27,7 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 @dataclass(frozen=True)
 class Item:
-    """One question about at most one picture, and what the scorer compares the prediction with (JSON values)."""
+    """One question about at most one image, and what the scorer compares the prediction with (JSON values)."""
 
     id: str
     source: str
@@ -34,67 +40,182 @@ class Item:
         return json.dumps([self.id, self.source, self.image, self.question, self.answer], ensure_ascii=False)
 
 
-Pair = tuple[str, Item]
-"""A prediction's text and its item."""
+@dataclass(frozen=True)
+class Prediction:
+    """One saved answer, as its file has it.
+
+    Attributes:
+        id: the question's id in that file, which need not be an item's.
+        text: what the model said.
+        prompt: what it was asked, empty if the file does not say.
+        line: line of the file, from 1.
+    """
+
+    id: str
+    text: str
+    prompt: str
+    line: int
 
 
 @dataclass(frozen=True)
-class Task:
+class Scored:
+    """A prediction with its item and the score it got when it was made or read; nothing scores it again."""
+
+    prediction: str
+    item: Item
+    score: float | None
+
+
+def averaged(scored: Sequence[Scored]) -> Average:
+    """Return the mean scores in percent, over all items and over those of each source."""
+    return average([one.score for one in scored], [one.item.source for one in scored])
+
+
+def accuracy(scored: Sequence[Scored]) -> dict[str, Any]:
+    """Return the mean score in percent as the only metric."""
+    return {"accuracy": averaged(scored).overall}
+
+
+def score_as_a_set(prediction: str, item: Item) -> None:
+    """Return no score: of some metrics, such as CIDEr, only a whole set has one."""
+    return
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Compares predictions with answers.
+
+    Attributes:
+        score: compares one prediction with its item, from 0 to 1; None where only a whole set has a score.
+        summarise: computes all metrics of scored predictions, from the scores that they carry.
+    """
+
+    score: Callable[[str, Item], float | None]
+    summarise: Callable[[Sequence[Scored]], dict[str, Any]] = accuracy
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How saved predictions, which other programs may have written, find their items.
+
+    Attributes:
+        ids: returns each prediction's item id, given the folder of the benchmark's files and the name of the
+            predictions for messages; None takes the predictions' own ids.
+        failed: the text that stands for a missing prediction, where the published scorer counts it as wrong; None
+            makes a missing prediction an error.
+        first_counts: whether of several predictions of one question the first counts, as the published scorer has it;
+            otherwise a repeated prediction is an error.
+    """
+
+    ids: Callable[[list[Prediction], Path, str], list[str]] | None = None
+    failed: str | None = None
+    first_counts: bool = False
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A benchmark's items, and the reader that found them in a folder."""
+
+    items: list[Item]
+    reader: Reader
+    data: Path
+
+    def open_images(self) -> ImageOpener:
+        """Return what opens the items' images."""
+        return self.reader.open_images(self.data)
+
+
+@dataclass(frozen=True)
+class Benchmark:
     """A benchmark.
 
     Attributes:
         name: the name of the command line.
         protocol: whose rules it scores by.
         prompt: which variant of the question is asked, in words.
-        read: reads all items, in their fixed order, from the folder of its published files.
-        images: returns the picture opener for that folder.
-        score: compares a prediction with an item, from 0 to 1; None where the answers are hidden, or only a whole
-            set has a score.
         about: one line for ``prunetune list tasks``.
-        metrics: computes all metrics of the task; None is accuracy in percent.
-        answers: reads items for saved predictions, where that takes fewer files than ``read``.
-        key: returns the item's id of a saved prediction, given its place for messages; None is the prediction's id.
-        keys: the same for all predictions at once, where that takes a file.
-        upload: writes the file that the benchmark's server takes.
-        failed: the text that stands for a missing prediction, where the published scorer counts it as wrong; None
-            makes a missing prediction an error.
-        first_counts: whether of several predictions of one question the first counts, as the published scorer has it;
-            otherwise a repeated prediction is an error.
+        readers: the layouts its files come in, the one to ask for first.
+        scorer: compares predictions with answers; None where the answers are hidden, so that only the benchmark's
+            server can score.
+        upload: writes the file that the server takes into a folder, and returns its path.
+        pairing: how saved predictions find their items.
         notes: where numbers are defined otherwise than by the published scorer, on purpose.
     """
 
     name: str
     protocol: str
     prompt: str
-    read: Callable[[Path], list[Item]]
-    images: Callable[[Path], ImageOpener]
-    score: Callable[[str, Item], float] | None
     about: str
-    metrics: Callable[[list[Pair]], dict[str, Any]] | None = None
-    answers: Callable[[Path], list[Item]] | None = None
-    key: Callable[[Prediction, str], str] | None = None
-    keys: Callable[[list[Prediction], Path, str], list[str]] | None = None
-    upload: Callable[[list[Pair], Path], Path] | None = None
-    failed: str | None = None
-    first_counts: bool = False
+    readers: Sequence[Reader]
+    scorer: Scorer | None
+    upload: Callable[[Sequence[Scored], Path], Path] | None = None
+    pairing: Pairing = Pairing()
     notes: Sequence[str] = ()
 
     @property
     def hidden(self) -> bool:
-        """Whether the answers are hidden, so that only the benchmark's server can score."""
-        return self.score is None and self.metrics is None
+        """Whether the answers are hidden."""
+        return self.scorer is None
 
-    def measure(self, pairs: list[Pair]) -> dict[str, Any]:
-        """Return all metrics of some predictions; empty where the answers are hidden."""
-        if self.metrics is not None:
-            return self.metrics(pairs)
-        return {} if self.score is None else {"accuracy": percent(self.score, pairs)}
+    def open(self, data: Path, answers_only: bool = False) -> Questions:
+        """Return the items in a folder, by the first reader whose files are there.
+
+        Args:
+            data: folder of the benchmark's files.
+            answers_only: whether saved predictions are to be scored, which may take fewer files.
+
+        Raises:
+            TaskError: for missing or foreign files, or an id that is there twice.
+        """
+        missing: MissingFile | None = None
+        for reader in self.readers:
+            try:
+                items = reader.read_answers(data) if answers_only else reader.read(data)
+            except MissingFile as error:
+                missing = missing or error  # the first layout's, which says where to get the files
+                continue
+            except KeyError as error:  # a record of a file that is not what it is called
+                raise TaskError(
+                    f"a record of {self.name}'s files in {data} has no {error}; are they the published ones?"
+                ) from None
+            self._check_ids(items, data)
+            return Questions(items, reader, data)
+        raise missing or TaskError(f"{self.name} has no reader")
+
+    def read(self, data: Path) -> list[Item]:
+        """Return all items in their fixed order, see :meth:`open`."""
+        return self.open(data).items
+
+    def read_answers(self, data: Path) -> list[Item]:
+        """Return the items to score saved predictions against, see :meth:`open`."""
+        return self.open(data, answers_only=True).items
+
+    def score(self, prediction: str, item: Item) -> Scored:
+        """Return a prediction with its score, which is None where the answers are hidden or a set has one score."""
+        score = None if self.scorer is None else self.scorer.score(prediction, item)
+        return Scored(prediction, item, score)
+
+    def summarise(self, scored: Sequence[Scored]) -> TaskSummary:
+        """Return all metrics, none of them where the answers are hidden, and the interval of the mean score."""
+        metrics = {} if self.scorer is None else self.scorer.summarise(scored)
+        scores = [one.score for one in scored if one.score is not None]
+        if not scores or len(scores) < len(scored):
+            return TaskSummary(metrics=metrics, interval_95=None)
+        images = [str(one.item.image or one.item.id) for one in scored]  # a question about text alone hangs with none
+        return TaskSummary(metrics=metrics, interval_95=list(bootstrap_interval(scores, images)))
+
+    def _check_ids(self, items: list[Item], data: Path) -> None:
+        """Check that no two items share their id: one of their answers would be counted for both."""
+        times = Counter(item.id for item in items)
+        for name, number in times.most_common(1):
+            if number > 1:
+                raise TaskError(f"{self.name}: question {name!r} is in the files in {data} {number} times")
 
 
-_TASKS: dict[str, Task] = {}
+_TASKS: dict[str, Benchmark] = {}
 
 
-def register_task(task: Task) -> Task:
+def register_task(task: Benchmark) -> Benchmark:
     """Add a benchmark; raises TaskError if its name is taken."""
     if task.name in _TASKS:
         raise TaskError(f"two tasks are called {task.name!r}")
@@ -102,7 +223,7 @@ def register_task(task: Task) -> Task:
     return task
 
 
-def tasks() -> dict[str, Task]:
+def tasks() -> dict[str, Benchmark]:
     """Return all benchmarks by name: those of ``evaluation/tasks/`` and of plug-ins."""
     import prunetune.evaluation.tasks as package
 
@@ -111,7 +232,7 @@ def tasks() -> dict[str, Task]:
     return dict(sorted(_TASKS.items()))
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str) -> Benchmark:
     """Return the benchmark of a name, or the object that ``package.module:NAME`` names.
 
     Raises:
@@ -120,7 +241,7 @@ def get_task(name: str) -> Task:
     """
     if ":" in name:
         task = named(name)
-        if not isinstance(task, Task):
+        if not isinstance(task, Benchmark):
             raise TaskError(f"{name!r} is no benchmark but {type(task).__name__}; it is what register_task returns")
         return task
     known = tasks()
@@ -146,7 +267,10 @@ def task_folder(data: str | Path | None, name: str) -> Path:
     root = Path(data)
     if not root.is_dir():
         raise TaskError(f"data folder {str(root)!r} does not exist; set data to the folder of the benchmarks' files")
-    return next((root / part for part in (name, name.split("_")[0]) if (root / part).is_dir()), root)
+    for part in (name, name.split("_")[0]):
+        if (root / part).is_dir():
+            return root / part
+    return root
 
 
 def items_hash(items: list[Item]) -> str:
@@ -155,22 +279,3 @@ def items_hash(items: list[Item]) -> str:
     for item in items:
         digest.update(item.key().encode() + b"\n")
     return digest.hexdigest()
-
-
-def percent(score: Callable[[str, Item], float], pairs: Sequence[Pair]) -> float | None:
-    """Return the mean score in percent; None of no pairs."""
-    return 100 * sum(score(prediction, item) for prediction, item in pairs) / len(pairs) if pairs else None
-
-
-def by_source(score: Callable[[str, Item], float], pairs: Sequence[Pair]) -> dict[str, float | None]:
-    """Return the mean score in percent of each source."""
-    sources = sorted({item.source for _, item in pairs})
-    return {source: percent(score, [pair for pair in pairs if pair[1].source == source]) for source in sources}
-
-
-def image_folder(data: Path, name: str) -> Path:
-    """Return the folder of the pictures: ``name`` in or below the task's folder, or that folder itself."""
-    if (data / name).is_dir():
-        return data / name
-    found = sorted(path for path in data.rglob(name) if path.is_dir())
-    return found[0] if found else data

@@ -1,28 +1,29 @@
-"""Captions of COCO and NoCaps pictures: CIDEr and BLEU over the whole set."""
+"""What the caption benchmarks share: files in COCO's format, and metrics that only a whole set has."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunetune.data_recipes.images import FolderImages
+from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import find_file, read_json
 from prunetune.evaluation.metrics.captions import caption_metrics
-from prunetune.evaluation.tasks.base import Item, Pair, Task, TaskError, image_folder, register_task
+from prunetune.evaluation.tasks.base import Item, Scored
 
 PROMPT = "Provide a one-sentence caption for the provided image."
-SETS = {
-    "coco_caption": ("captions_val2017.json", "val2017", "https://cocodataset.org/#download (annotations, 2017)"),
-    "nocaps": ("nocaps_val_4500_captions.json", "val", "https://nocaps.org/download"),
-}
 
 
-def read_items(file: str, source: str, data: Path) -> list[Item]:
-    """Return a question per picture with all its captions; the source is NoCaps' domain, or "coco".
+def coco_captions(data: Path, file: str, source: str) -> list[Item]:
+    """Return a question per image with all its captions; the source is NoCaps' domain, or "coco".
+
+    Args:
+        data: folder of the files.
+        file: name of the annotations in COCO's format.
+        source: where to get them, for messages.
 
     Raises:
-        TaskError: for a picture without captions.
+        TaskError: for an image without captions.
     """
     path = find_file(data, file, source)
     content = read_json(path)
@@ -32,40 +33,26 @@ def read_items(file: str, source: str, data: Path) -> list[Item]:
     items = []
     for image in content["images"]:
         number = str(image["id"])
+        # Captions of test splits are hidden; CIDEr against nothing would be 0, and look like a bad caption's.
         if number not in captions:
             raise TaskError(f"{path}: image {number} has no caption")
         items.append(Item(number, image.get("domain", "coco"), image["file_name"], PROMPT, captions[number]))
     return items
 
 
-def metrics(pairs: list[Pair]) -> dict[str, Any]:
+def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     """Return CIDEr and BLEU of all captions and, with several domains, of each."""
-    domains = sorted({item.source for _, item in pairs})
-    result: dict[str, Any] = _corpus(pairs)
+    domains: dict[str, list[Scored]] = {}
+    for one in scored:
+        domains.setdefault(one.item.source, []).append(one)
+    metrics: dict[str, Any] = _corpus(scored)
+    # CIDEr weighs words by how rare they are in the set, so a domain's is computed anew: the whole is no mean of them.
     if len(domains) > 1:
-        result["by_domain"] = {name: _corpus([pair for pair in pairs if pair[1].source == name]) for name in domains}
-    return result
+        metrics["by_domain"] = {name: _corpus(domains[name]) for name in sorted(domains)}
+    return metrics
 
 
-def _corpus(pairs: list[Pair]) -> dict[str, float]:
-    return caption_metrics({i.id: text for text, i in pairs}, {i.id: i.answer for _, i in pairs})
-
-
-def open_images(folder: str, data: Path) -> FolderImages:
-    """Return the pictures."""
-    return FolderImages(image_folder(data, folder))
-
-
-for _name, (_file, _folder, _source) in SETS.items():
-    register_task(
-        Task(
-            name=_name,
-            protocol="lmms-eval",
-            prompt="one-sentence caption",
-            read=partial(read_items, _file, _source),
-            images=partial(open_images, _folder),
-            score=None,
-            metrics=metrics,
-            about=f"{'COCO 2017' if _name == 'coco_caption' else 'NoCaps'} validation captions (CIDEr, BLEU)",
-        )
-    )
+def _corpus(scored: Sequence[Scored]) -> dict[str, float]:
+    captions = {one.item.id: one.prediction for one in scored}
+    references = {one.item.id: one.item.answer for one in scored}
+    return caption_metrics(captions, references)

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from prunetune.data_recipes.images import FolderImages
 from prunetune.evaluation.files import find_file, read_json
-from prunetune.evaluation.tasks.base import SHORT_ANSWER, Item, Pair, Task, image_folder, percent, register_task
+from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_named
+from prunetune.evaluation.readers import PublishedFiles, images_below
+from prunetune.evaluation.tasks.base import SHORT_ANSWER, Benchmark, Item, Scored, Scorer, averaged, register_task
 
 QUESTIONS = "testdev_balanced_questions.json"
+SOURCE = "https://cs.stanford.edu/people/dorarad/gqa/download.html (questions1.2.zip)"
 
 
 def read_items(data: Path) -> list[Item]:
     """Return the balanced questions in the file's order."""
-    path = find_file(data, QUESTIONS, "https://cs.stanford.edu/people/dorarad/gqa/download.html (questions1.2.zip)")
     items = []
-    for number, record in read_json(path).items():
+    for number, record in read_json(find_file(data, QUESTIONS, SOURCE)).items():
+        # The file of all questions has the same format; LLaVA reports the balanced ones.
         if record.get("isBalanced", True):
-            kind = "open" if record["types"]["structural"] == "query" else "binary"
-            question = f"{record['question']}\n{SHORT_ANSWER}"
-            items.append(Item(number, kind, f"{record['imageId']}.jpg", question, record["answer"]))
+            items.append(_item(number, record, "{}.jpg"))
     return items
+
+
+def read_row(row: Row, number: int) -> Item:
+    """Return a row of lmms-lab's table; its images are in files of their own."""
+    return _item(str(row["id"]), row, image_named("{}"))
+
+
+def _item(number: str, record: dict[str, Any], image: str) -> Item:
+    """Return a question; its source says whether it is binary or open, and ``image`` has a gap for the image's id."""
+    kind = "open" if record["types"]["structural"] == "query" else "binary"
+    question = f"{record['question']}\n{SHORT_ANSWER}"
+    return Item(number, kind, image.format(record["imageId"]), question, record["answer"])
 
 
 def clean(prediction: str) -> str:
@@ -33,23 +47,23 @@ def score(prediction: str, item: Item) -> float:
     return float(clean(prediction) == item.answer)
 
 
-def metrics(pairs: list[Pair]) -> dict[str, float | None]:
+def summarise(scored: Sequence[Scored]) -> dict[str, float | None]:
     """Return accuracy in percent, of all, binary and open questions."""
+    mean = averaged(scored)
     return {
-        "accuracy": percent(score, pairs),
-        **{kind: percent(score, [p for p in pairs if p[1].source == kind]) for kind in ("binary", "open")},
+        "accuracy": mean.overall,
+        "binary": mean.by_source.get("binary"),
+        "open": mean.by_source.get("open"),
     }
 
 
 register_task(
-    Task(
+    Benchmark(
         name="gqa",
         protocol="llava",
         prompt="question, short answer",
-        read=read_items,
-        images=lambda data: FolderImages(image_folder(data, "images")),
-        score=score,
-        metrics=metrics,
         about="GQA test-dev balanced: compositional questions (exact match)",
+        readers=[PublishedFiles(read_items, images_below("images")), ParquetRows("gqa", read_row)],
+        scorer=Scorer(score, summarise),
     )
 )

@@ -1,24 +1,36 @@
-"""MME: yes/no questions in pairs about a picture, 10 subtasks of perception and 4 of cognition."""
+"""MME: yes/no questions in pairs about an image, 10 subtasks of perception and 4 of cognition."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prunetune.data_recipes.images import FolderImages
-from prunetune.evaluation.errors import MissingFile
-from prunetune.evaluation.predictions import Prediction
-from prunetune.evaluation.tasks.base import SHORT_ANSWER, Item, Pair, Task, TaskError, register_task
+from prunetune.evaluation.errors import MissingFile, TaskError
+from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
+from prunetune.evaluation.readers import PublishedFiles
+from prunetune.evaluation.tasks.base import (
+    SHORT_ANSWER,
+    Benchmark,
+    Item,
+    Pairing,
+    Prediction,
+    Scored,
+    Scorer,
+    register_task,
+)
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+SUBTASKS = (*PERCEPTION, *COGNITION)
 SOURCE = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation (MME_Benchmark_release)"
 YES_OR_NO = "Please answer yes or no."
-_PICTURES = (".jpg", ".png", ".jpeg")
+_IMAGES = (".jpg", ".png", ".jpeg")
 
 
 def read_items(data: Path) -> list[Item]:
-    """Return the questions of all subtasks, by subtask and picture; ids are ``SUBTASK/PICTURE/QUESTION``.
+    """Return the questions of all subtasks, by subtask and image; ids are ``SUBTASK/IMAGE/QUESTION``.
 
     A question that a file holds twice is one question.
 
@@ -27,30 +39,31 @@ def read_items(data: Path) -> list[Item]:
     """
     root = _root(data)
     items: dict[str, Item] = {}
-    for subtask in (*PERCEPTION, *COGNITION):
+    for subtask in SUBTASKS:
+        # Five subtasks come with folders for questions and images, the others with both side by side.
         folder = root / subtask
         questions = folder / "questions_answers_YN"
-        pictures = folder / "images" if questions.is_dir() else folder
+        images = folder / "images" if questions.is_dir() else folder
         for path in sorted((questions if questions.is_dir() else folder).glob("*.txt")):
-            picture = next((path.stem + end for end in _PICTURES if (pictures / (path.stem + end)).is_file()), None)
-            image = (pictures / (picture or f"{path.stem}.jpg")).relative_to(data).as_posix()
+            image = _image(images, path.stem).relative_to(data).as_posix()
             for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-                if text.strip():
-                    question, answer = _split(text, f"{path}, line {line}")
-                    name = f"{subtask}/{path.stem}/{plain(question)}"
-                    if name in items and items[name].answer != answer:
-                        raise TaskError(f"{path}, line {line}: the question has another answer above")
-                    items[name] = Item(name, subtask, image, f"{plain(question)}\n{SHORT_ANSWER}", answer)
+                if not text.strip():
+                    continue
+                question, answer = _split(text, f"{path}, line {line}")
+                item = _item(subtask, path.stem, image, question, answer)
+                if item.id in items and items[item.id].answer != answer:
+                    raise TaskError(f"{path}, line {line}: the question has another answer above")
+                items[item.id] = item
     return list(items.values())
 
 
 def _root(data: Path) -> Path:
     """Return the folder that holds the subtasks' folders, anywhere below ``data``."""
-    if any((data / name).is_dir() for name in (*PERCEPTION, *COGNITION)):
+    if any((data / name).is_dir() for name in SUBTASKS):
         return data
-    found = {
-        path.parent for name in ("existence", "code_reasoning", "OCR") for path in data.rglob(name) if path.is_dir()
-    }
+    found = set()
+    for name in ("existence", "code_reasoning", "OCR"):  # one of each kind is enough to find the folder of a part
+        found |= {path.parent for path in data.rglob(name) if path.is_dir()}
     if not found:
         raise MissingFile(
             f"{data} holds none of MME's subtasks ({', '.join(PERCEPTION[:3])}, ...); get it from {SOURCE}"
@@ -60,6 +73,14 @@ def _root(data: Path) -> Path:
     return found.pop()
 
 
+def _image(folder: Path, stem: str) -> Path:
+    """Return the image of a question file, or the name it would have: it is missed where it is opened."""
+    for end in _IMAGES:
+        if (folder / (stem + end)).is_file():
+            return folder / (stem + end)
+    return folder / f"{stem}.jpg"
+
+
 def _split(text: str, where: str) -> tuple[str, str]:
     parts = text.strip().split("\t")
     if len(parts) != 2 or parts[1].strip().lower() not in ("yes", "no"):
@@ -67,15 +88,29 @@ def _split(text: str, where: str) -> tuple[str, str]:
     return parts[0], parts[1].strip().lower()
 
 
+def read_row(row: Row, number: int) -> Item:
+    """Return a row of lmms-lab's table, whose question_id is ``SUBTASK/FILE``."""
+    stem = str(row["question_id"]).split("/")[-1].rsplit(".", 1)[0]
+    return _item(row["category"], stem, image_in_row(number), row["question"], row["answer"].strip().lower())
+
+
+def _item(subtask: str, stem: str, image: str, question: str, answer: str) -> Item:
+    question = plain(question)
+    return Item(f"{subtask}/{stem}/{question}", subtask, image, f"{question}\n{SHORT_ANSWER}", answer)
+
+
 def plain(question: str) -> str:
     """Return a question without the two answer formats, single-spaced."""
+    # MME asks for yes or no, LLaVA's question file for a short answer; the question itself is what both share.
     return " ".join(question.replace(SHORT_ANSWER, "").replace(YES_OR_NO, "").split())
 
 
 def says(prediction: str) -> str:
     """Return "yes", "no" or "other", from the first four characters."""
     head = prediction.lower()[:4]
-    return "yes" if "yes" in head else "no" if "no" in head else "other"
+    if "yes" in head:
+        return "yes"
+    return "no" if "no" in head else "other"
 
 
 def score(prediction: str, item: Item) -> float:
@@ -83,54 +118,67 @@ def score(prediction: str, item: Item) -> float:
     return float(says(prediction) == item.answer)
 
 
-def metrics(pairs: list[Pair]) -> dict[str, Any]:
-    """Return the score of every subtask (accuracy plus accuracy over whole pictures, in percent) and the two sums.
+def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
+    """Return the score of every subtask (accuracy plus accuracy over whole images, in percent) and the two sums.
 
     Sums are over the subtasks that are there; the others are listed.
     """
     subtasks: dict[str, dict[str, float]] = {}
-    for subtask in (*PERCEPTION, *COGNITION):
-        own = [(prediction, item) for prediction, item in pairs if item.source == subtask]
+    missing = []
+    for subtask in SUBTASKS:
+        own = [one for one in scored if one.item.source == subtask]
         if own:
-            right: dict[str, list[float]] = {}
-            for prediction, item in own:
-                right.setdefault(item.id.split("/")[1], []).append(score(prediction, item))
-            accuracy = 100 * sum(sum(values) for values in right.values()) / len(own)
-            plus = 100 * sum(all(values) for values in right.values()) / len(right)
-            subtasks[subtask] = {"score": accuracy + plus, "accuracy": accuracy, "accuracy_plus": plus}
-    sums = {
-        kind: sum(subtasks[name]["score"] for name in names if name in subtasks)
-        for kind, names in (("perception", PERCEPTION), ("cognition", COGNITION))
-    }
-    missing = [name for name in (*PERCEPTION, *COGNITION) if name not in subtasks]
+            subtasks[subtask] = _subtask(own)
+        else:
+            missing.append(subtask)
+    sums: dict[str, float] = {}
+    for kind, names in (("perception", PERCEPTION), ("cognition", COGNITION)):
+        sums[kind] = sum(subtasks[name]["score"] for name in names if name in subtasks)
     return {**sums, "total": sum(sums.values()), "subtasks": subtasks, "missing_subtasks": missing}
 
 
-def key(prediction: Prediction, where: str) -> str:
-    """Return the item of a prediction; LLaVA's id is ``SUBTASK/FILE`` and its prompt says which question it was."""
-    parts = prediction.id.split("/")
-    if len(parts) > 2 and not parts[1].endswith(_PICTURES) and parts[1] != "images":
-        return prediction.id
-    if not prediction.prompt:
-        raise TaskError(f"{where}: no prompt, so it can't be told which of the picture's questions was answered")
-    return f"{parts[0]}/{parts[-1].rsplit('.', 1)[0]}/{plain(prediction.prompt)}"
+def _subtask(scored: Sequence[Scored]) -> dict[str, float]:
+    """Return the accuracy over questions, that over images whose every question is right, and their sum."""
+    images: dict[str, list[float]] = {}
+    for one in scored:
+        images.setdefault(one.item.id.split("/")[1], []).append(one.score or 0)
+    right = sum(sum(scores) for scores in images.values())
+    whole = sum(all(scores) for scores in images.values())
+    accuracy = 100 * right / len(scored)
+    plus = 100 * whole / len(images)
+    return {"score": accuracy + plus, "accuracy": accuracy, "accuracy_plus": plus}
+
+
+def item_ids(predictions: list[Prediction], data: Path, where: str) -> list[str]:
+    """Return the item of each prediction; LLaVA's id is ``SUBTASK/FILE``, and its prompt says which question it was."""
+    ids = []
+    for prediction in predictions:
+        parts = prediction.id.split("/")
+        # Ours has the question as its third part, LLaVA's at most a folder: SUBTASK/images/FILE.
+        if len(parts) > 2 and not parts[1].endswith(_IMAGES) and parts[1] != "images":
+            ids.append(prediction.id)
+            continue
+        if not prediction.prompt:
+            raise TaskError(
+                f"{where}, line {prediction.line}: no prompt, so it can't be told which of the picture's questions was "
+                "answered"
+            )
+        ids.append(f"{parts[0]}/{parts[-1].rsplit('.', 1)[0]}/{plain(prediction.prompt)}")
+    return ids
 
 
 register_task(
-    Task(
+    Benchmark(
         name="mme",
         protocol="llava",
         prompt="question, short answer",
-        read=read_items,
-        images=FolderImages,
-        score=score,
-        metrics=metrics,
-        key=key,
-        first_counts=True,
+        about="MME: perception and cognition (accuracy + accuracy over pictures)",
+        readers=[PublishedFiles(read_items, FolderImages), ParquetRows("mme", read_row)],
+        scorer=Scorer(score, summarise),
+        pairing=Pairing(item_ids, first_counts=True),
         notes=(
             "questions are paired by subtask, picture and text, not by their order in the files",
             "of a question that was answered several times the first answer counts, as in LLaVA's conversion",
         ),
-        about="MME: perception and cognition (accuracy + accuracy over pictures)",
     )
 )

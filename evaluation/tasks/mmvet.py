@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from prunetune.data_recipes.images import FolderImages
-from prunetune.evaluation.files import find_file, read_questions
-from prunetune.evaluation.tasks.base import Item, Pair, Task, image_folder, register_task
+from prunetune.evaluation.files import find_file, read_questions, write_whole
+from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
+from prunetune.evaluation.readers import PublishedFiles, images_below
+from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, register_task
+
+QUESTIONS = "llava-mm-vet.jsonl"
+SOURCE = "LLaVA's eval.zip, see its docs/Evaluation.md"
 
 
 def read_items(data: Path) -> list[Item]:
     """Return the questions."""
-    path = find_file(data, "llava-mm-vet.jsonl", "LLaVA's eval.zip, see its docs/Evaluation.md")
-    return [
-        Item(str(record["question_id"]), "mmvet", record["image"], record["text"], None)
-        for _, record in read_questions(path)
-    ]
+    items = []
+    for _, record in read_questions(find_file(data, QUESTIONS, SOURCE)):
+        items.append(Item(str(record["question_id"]), "mmvet", record["image"], record["text"], None))
+    return items
 
 
-def upload(pairs: list[Pair], folder: Path) -> Path:
+def read_row(row: Row, number: int) -> Item:
+    """Return a row of lmms-lab's table."""
+    name = str(row["question_id"]).removeprefix("v1_")  # LLaVA's ids lack it, and the upload puts it back
+    return Item(name, "mmvet", image_in_row(number), row["question"], None)
+
+
+def upload(scored: Sequence[Scored], folder: Path) -> Path:
     """Write ``{"v1_ID": answer}`` for the grader."""
+    answers = {}
+    for one in scored:
+        answers[f"v1_{one.item.id}"] = one.prediction
     path = folder / "mmvet_upload.json"
-    answers = {f"v1_{item.id}": prediction for prediction, item in pairs}
-    path.write_text(json.dumps(answers, indent=2, ensure_ascii=False))
+    write_whole(path, json.dumps(answers, indent=2, ensure_ascii=False))
     return path
 
 
 register_task(
-    Task(
+    Benchmark(
         name="mmvet",
         protocol="llava",
         prompt="question",
-        read=read_items,
-        images=lambda data: FolderImages(image_folder(data, "images")),
-        score=None,
-        upload=upload,
         about="MM-Vet: open answers, graded elsewhere; writes the grader's file",
+        readers=[PublishedFiles(read_items, images_below("images")), ParquetRows("mmvet", read_row)],
+        scorer=None,
+        upload=upload,
     )
 )

@@ -1,59 +1,73 @@
-"""OCRBench: reading text in pictures; an answer counts when the prediction holds it."""
+"""OCRBench: reading text in images; an answer counts when the prediction holds it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunetune.data_recipes.images import FolderImages
 from prunetune.evaluation.files import find_file, read_json
-from prunetune.evaluation.tasks.base import Item, Pair, Task, image_folder, register_task
+from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
+from prunetune.evaluation.readers import PublishedFiles, images_below
+from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, Scorer, register_task
 
 SOURCE = "https://github.com/Yuliang-Liu/MultimodalOCR (OCRBench/OCRBench.json and its pictures)"
 FORMULAS = "HME100k"
 
 
 def read_items(data: Path) -> list[Item]:
-    """Return the questions; the source is the kind of task, and formulas are marked in the answer."""
+    """Return the questions; the source is the kind of task."""
     items = []
     for number, record in enumerate(read_json(find_file(data, "OCRBench.json", SOURCE))):
-        answers = record["answers"] if isinstance(record["answers"], list) else [record["answers"]]
-        answer = {"any": [str(a) for a in answers], "formula": record["dataset_name"] == FORMULAS}
         name = str(record.get("id", number))
+        answer = answer_of(record["answers"], record["dataset_name"])
         items.append(Item(name, record["type"], record["image_path"], record["question"], answer))
     return items
 
 
+def read_row(row: Row, number: int) -> Item:
+    """Return a row of lmms-lab's table, which carries no id."""
+    answer = answer_of(row["answer"], row["dataset"])
+    return Item(str(number), row["question_type"], image_in_row(number), row["question"], answer)
+
+
+def answer_of(answers: Any, dataset: str) -> dict[str, Any]:
+    """Return any of the answers, one alone or a list, and whether they are formulas."""
+    if not isinstance(answers, list):
+        answers = [answers]
+    return {"any": [str(answer) for answer in answers], "formula": dataset == FORMULAS}
+
+
 def score(prediction: str, item: Item) -> float:
     """Return 1 if the prediction holds one of the answers: of formulas without spaces, else whatever the case."""
-    if item.answer["formula"]:
-        said = _line(prediction).replace(" ", "")
-        return float(any(_line(answer).replace(" ", "") in said for answer in item.answer["any"]))
-    said = _line(prediction).lower()
-    return float(any(_line(answer).lower() in said for answer in item.answer["any"]))
+    said = _comparable(prediction, item.answer["formula"])
+    for answer in item.answer["any"]:
+        if _comparable(answer, item.answer["formula"]) in said:
+            return 1.0
+    return 0.0
 
 
-def _line(text: str) -> str:
-    return text.strip().replace("\n", " ")
+def _comparable(text: str, formula: bool) -> str:
+    line = text.strip().replace("\n", " ")
+    # In a formula x and X are two variables, while spaces mean nothing in LaTeX.
+    return line.replace(" ", "") if formula else line.lower()
 
 
-def metrics(pairs: list[Pair]) -> dict[str, Any]:
+def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     """Return the number of right answers (of 1,000 in the published set), in all and by kind."""
-    kinds = {item.source: 0 for _, item in pairs}
-    for prediction, item in pairs:
-        kinds[item.source] += int(score(prediction, item))
-    return {"score": sum(kinds.values()), "of": len(pairs), "by_kind": kinds}
+    kinds: dict[str, int] = {}
+    for one in scored:
+        kinds[one.item.source] = kinds.get(one.item.source, 0) + int(one.score or 0)
+    return {"score": sum(kinds.values()), "of": len(scored), "by_kind": kinds}
 
 
 register_task(
-    Task(
+    Benchmark(
         name="ocrbench",
         protocol="lmms-eval",
         prompt="question",
-        read=read_items,
-        images=lambda data: FolderImages(image_folder(data, "OCRBench_Images")),
-        score=score,
-        metrics=metrics,
         about="OCRBench: reading text in pictures (answers found, of 1,000)",
+        readers=[PublishedFiles(read_items, images_below("OCRBench_Images")), ParquetRows("ocrbench", read_row)],
+        scorer=Scorer(score, summarise),
     )
 )

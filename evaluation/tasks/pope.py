@@ -1,16 +1,28 @@
-"""POPE: is an object in the picture? Three kinds of absent objects."""
+"""POPE: is an object in the image? Three kinds of absent objects."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunetune.data_recipes.images import FolderImages
+from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import find_file, read_lines, read_questions
-from prunetune.evaluation.predictions import Prediction
-from prunetune.evaluation.tasks.base import SHORT_ANSWER, Item, Pair, Task, TaskError, image_folder, register_task
+from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
+from prunetune.evaluation.readers import PublishedFiles, images_below
+from prunetune.evaluation.tasks.base import (
+    SHORT_ANSWER,
+    Benchmark,
+    Item,
+    Pairing,
+    Prediction,
+    Scored,
+    Scorer,
+    register_task,
+)
 
 CATEGORIES = ("adversarial", "popular", "random")
+SHARES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 SOURCE = "https://github.com/AoiDragon/POPE/tree/main/output/coco (named coco_pope_CATEGORY.json)"
 QUESTIONS = "llava_pope_test.jsonl"
 
@@ -22,18 +34,36 @@ def read_items(data: Path) -> list[Item]:
     for category in CATEGORIES:
         path = find_file(data, f"coco_pope_{category}.json", SOURCE)
         for line, record in read_lines(path):
-            name = _id(category, record["image"], record["text"])
-            if name in seen:
-                raise TaskError(f"{path}, line {line}: the question stands in line {seen[name]} already: {name!r}")
-            seen[name] = line
-            question = f"{record['text']}\n{SHORT_ANSWER}"
-            items.append(Item(name, category, record["image"], question, record["label"]))
+            item = _item(category, record["image"], record["image"], record["text"], record["label"])
+            if item.id in seen:
+                raise TaskError(
+                    f"{path}, line {line}: the question stands in line {seen[item.id]} already: {item.id!r}"
+                )
+            seen[item.id] = line
+            items.append(item)
     return items
+
+
+def read_row(row: Row, number: int) -> Item:
+    """Return a row of lmms-lab's table, which keeps the image's published name beside the image."""
+    question = row["question"].split("\n")[0].strip()
+    label = row["answer"].strip().lower()
+    return _item(row["category"], row["image_source"], image_in_row(number), question, label)
+
+
+def _item(category: str, name: str, image: str, question: str, label: str) -> Item:
+    return Item(_id(category, name, question), category, image, f"{question}\n{SHORT_ANSWER}", label)
+
+
+def _id(category: str, image: str, question: str) -> str:
+    # The published question_id counts from 1 in every category, so it names three questions at once.
+    return f"{category}/{image}/{question.strip()}"
 
 
 def says(prediction: str) -> str:
     """Return "yes" or "no": no if the first sentence has one of the words No, not and no."""
     words = prediction.split(".")[0].replace(",", "").split(" ")
+    # POPE's own rule: whatever is not a plain no counts as yes, "NO" and an empty answer as well.
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
@@ -42,28 +72,32 @@ def score(prediction: str, item: Item) -> float:
     return float(says(prediction) == item.answer)
 
 
-def counts(pairs: list[Pair]) -> dict[str, Any]:
+def counts(scored: Sequence[Scored]) -> dict[str, Any]:
     """Return accuracy, precision, recall, F1 and yes-ratio, from 0 to 1, with the four counts.
 
     Where the published scorer divides by zero, the value is None.
     """
-    table = {(said, label): 0 for said in ("yes", "no") for label in ("yes", "no")}
-    for prediction, item in pairs:
-        table[says(prediction), item.answer] += 1
-    tp, fp, tn, fn = table["yes", "yes"], table["yes", "no"], table["no", "no"], table["no", "yes"]
-
-    def share(part: float, whole: float) -> float | None:
-        return part / whole if whole else None
-
-    precision, recall = share(tp, tp + fp), share(tp, tp + fn)
-    f1 = None if precision is None or recall is None else share(2 * precision * recall, precision + recall)
+    tp = fp = tn = fn = 0
+    for one in scored:
+        # Between two answers, the score and the label say which one was given.
+        if one.item.answer == "yes":
+            tp += one.score == 1
+            fn += one.score == 0
+        else:
+            tn += one.score == 1
+            fp += one.score == 0
+    precision = _share(tp, tp + fp)
+    recall = _share(tp, tp + fn)
+    f1 = None
+    if precision is not None and recall is not None:
+        f1 = _share(2 * precision * recall, precision + recall)
     return {
-        "items": len(pairs),
-        "accuracy": share(tp + tn, len(pairs)),
+        "items": len(scored),
+        "accuracy": _share(tp + tn, len(scored)),
         "precision": precision,
         "recall": recall,
         "f1": f1,
-        "yes_ratio": share(tp + fp, len(pairs)),
+        "yes_ratio": _share(tp + fp, len(scored)),
         "TP": tp,
         "FP": fp,
         "TN": tn,
@@ -71,50 +105,54 @@ def counts(pairs: list[Pair]) -> dict[str, Any]:
     }
 
 
-def metrics(pairs: list[Pair]) -> dict[str, Any]:
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     """Return the counts per category and the mean over categories."""
-    categories = {c: counts([p for p in pairs if p[1].source == c]) for c in CATEGORIES}
-    categories = {name: values for name, values in categories.items() if values["items"]}
+    categories: dict[str, dict[str, Any]] = {}
+    for category in CATEGORIES:
+        own = [one for one in scored if one.item.source == category]
+        if own:
+            categories[category] = counts(own)
     mean: dict[str, float | None] = {}
-    for name in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
+    for name in SHARES:
         values = [category[name] for category in categories.values()]
+        # A mean over the categories that happen to have a value would be one of another set of questions.
         mean[name] = None if None in values or not values else sum(values) / len(values)
     return {"categories": categories, "mean": mean}
 
 
-def keys(predictions: list[Prediction], data: Path, where: str) -> list[str]:
+def item_ids(predictions: list[Prediction], data: Path, where: str) -> list[str]:
     """Return the item of each prediction: LLaVA's ids go through its question file, ours are the items' own."""
     if all(prediction.id.split("/")[0] in CATEGORIES for prediction in predictions):
         return [prediction.id for prediction in predictions]
     asked = {}
     path = find_file(data, QUESTIONS, "LLaVA's eval.zip, see its docs/Evaluation.md")
     for _, record in read_questions(path):
-        question = record["text"].split("\n")[0]
+        question = record["text"].split("\n")[0]  # without the answer format
         asked[str(record["question_id"])] = _id(record["category"], record["image"], question)
-    unknown = next((p for p in predictions if p.id not in asked), None)
-    if unknown is not None:
-        raise TaskError(f"{where}, line {unknown.line}: question_id {unknown.id} is not in {path}")
-    return [asked[prediction.id] for prediction in predictions]
-
-
-def _id(category: str, image: str, question: str) -> str:
-    return f"{category}/{image}/{question.strip()}"
+    ids = []
+    for prediction in predictions:
+        if prediction.id not in asked:
+            raise TaskError(f"{where}, line {prediction.line}: question_id {prediction.id} is not in {path}")
+        ids.append(asked[prediction.id])
+    return ids
 
 
 register_task(
-    Task(
+    Benchmark(
         name="pope",
         protocol="llava",
         prompt="question, short answer",
-        read=read_items,
-        images=lambda data: FolderImages(image_folder(data, "val2014")),
-        score=score,
-        metrics=metrics,
-        keys=keys,
+        about="POPE on COCO: object hallucination (accuracy, F1)",
+        readers=[PublishedFiles(read_items, images_below("val2014")), ParquetRows("pope", read_row)],
+        scorer=Scorer(score, summarise),
+        pairing=Pairing(item_ids),
         notes=(
             "predictions are paired with labels by category, picture and question; LLaVA's scorer pairs them by order",
             "a metric whose denominator is zero is null; LLaVA's scorer stops there",
         ),
-        about="POPE on COCO: object hallucination (accuracy, F1)",
     )
 )

@@ -1,14 +1,17 @@
-"""ScienceQA, test: multiple choice by letter, with and without pictures."""
+"""ScienceQA, test: multiple choice by letter, with and without images."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from prunetune.data_recipes.images import FolderImages
+from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import find_file, read_json
-from prunetune.evaluation.tasks.base import LETTER, Item, Pair, Task, TaskError, image_folder, percent, register_task
+from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
+from prunetune.evaluation.readers import PublishedFiles, images_below
+from prunetune.evaluation.tasks.base import LETTER, Benchmark, Item, Pairing, Scored, Scorer, averaged, register_task
 
 LETTERS = "ABCDE"
 SOURCE = "https://github.com/lupantech/ScienceQA (problems.json and pid_splits.json in data/scienceqa)"
@@ -30,16 +33,31 @@ def read_items(data: Path) -> list[Item]:
 
 
 def read_answers(data: Path) -> list[Item]:
-    """Return the test problems; the source says whether there is a picture ("image" or "text")."""
+    """Return the test problems; the source says whether there is an image ("image" or "text")."""
     problems = read_json(find_file(data, "problems.json", SOURCE))
     split = read_json(find_file(data, "pid_splits.json", SOURCE))["test"]
     items = []
     for number in split:
         problem = problems[number]
         image = f"{number}/{problem['image']}" if problem.get("image") else None
-        answer = {"index": problem["answer"], "choices": len(problem["choices"])}
-        items.append(Item(str(number), "text" if image is None else "image", image, problem["question"], answer))
+        items.append(_item(str(number), image, problem["question"], problem["answer"], problem["choices"]))
     return items
+
+
+def read_row(row: Row, number: int) -> Item:
+    """Return a row of lmms-lab's table, which carries no id, with the question as LLaVA writes it."""
+    lines = [row["question"]]
+    if row.get("hint"):
+        lines.insert(0, f"Context: {row['hint']}")
+    for letter, choice in zip(LETTERS, row["choices"], strict=False):
+        lines.append(f"{letter}. {choice}")
+    image = image_in_row(number) if row.get("image") else None
+    return _item(f"row {number}", image, "\n".join([*lines, LETTER]), row["answer"], row["choices"])
+
+
+def _item(name: str, image: str | None, question: str, index: int, choices: Sequence[str]) -> Item:
+    source = "text" if image is None else "image"
+    return Item(name, source, image, question, {"index": index, "choices": len(choices)})
 
 
 def chosen(prediction: str, choices: int) -> int:
@@ -49,9 +67,12 @@ def chosen(prediction: str, choices: int) -> int:
     elif len(prediction) >= 3 and prediction[0] in LETTERS and prediction[1:3] == ". ":
         letter = prediction[0]
     else:
+        # Two such sentences may contradict each other; LLaVA's scorer takes neither.
         found = _ANSWER_IS.findall(prediction)
         letter = found[0] if len(found) == 1 else ""
-    return LETTERS.index(letter) if letter and letter in LETTERS[:choices] else -1
+    if letter and letter in LETTERS[:choices]:
+        return LETTERS.index(letter)
+    return -1
 
 
 def score(prediction: str, item: Item) -> float:
@@ -59,26 +80,24 @@ def score(prediction: str, item: Item) -> float:
     return float(chosen(prediction, item.answer["choices"]) == item.answer["index"])
 
 
-def metrics(pairs: list[Pair]) -> dict[str, float | None]:
-    """Return accuracy in percent, of all problems and of those with a picture (what papers report)."""
-    return {
-        "accuracy": percent(score, pairs),
-        "image_accuracy": percent(score, [pair for pair in pairs if pair[1].source == "image"]),
-    }
+def summarise(scored: Sequence[Scored]) -> dict[str, float | None]:
+    """Return accuracy in percent, of all problems and of those with an image (what papers report)."""
+    mean = averaged(scored)
+    return {"accuracy": mean.overall, "image_accuracy": mean.by_source.get("image")}
 
 
 register_task(
-    Task(
+    Benchmark(
         name="scienceqa",
         protocol="llava",
         prompt="context, question, choices, letter",
-        read=read_items,
-        answers=read_answers,
-        images=lambda data: FolderImages(image_folder(data, "test")),
-        score=score,
-        metrics=metrics,
-        failed="FAILED",
-        notes=("a missing answer counts as wrong, and in no group, as in LLaVA's scorer",),
         about="ScienceQA test: multiple choice (total and IMG accuracy)",
+        readers=[
+            PublishedFiles(read_items, images_below("test"), answers=read_answers),
+            ParquetRows("scienceqa", read_row),
+        ],
+        scorer=Scorer(score, summarise),
+        pairing=Pairing(failed="FAILED"),
+        notes=("a missing answer counts as wrong, and in no group, as in LLaVA's scorer",),
     )
 )

@@ -6,11 +6,17 @@ The families there are encode no videos, so these tasks score saved predictions;
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from prunetune.evaluation.files import find_file, read_json
+from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.files import find_file, read_json, write_whole
 from prunetune.evaluation.metrics.vqa import normalize
-from prunetune.evaluation.tasks.base import Item, Pair, Task, TaskError, register_task
+from prunetune.evaluation.tasks.base import Benchmark, Item, Scorer, register_task
+
+if TYPE_CHECKING:
+    from prunetune.data_recipes.images import ImageOpener
 
 SOURCE = "https://github.com/PKU-YuanGroup/Video-LLaVA (eval/GPT_Zero_Shot_QA, test_q.json and test_a.json)"
 NAMES = {
@@ -19,33 +25,42 @@ NAMES = {
     "msrvtt": "MSRVTT-QA",
     "activitynet": "ActivityNet-QA",
 }
+_REFUSED = (
+    "no model family here encodes videos; score predictions made elsewhere: `prunetune score TASK --predictions "
+    "FILE --data DIR`"
+)
 
 
-def read_answers(data: Path) -> list[Item]:
-    """Return the questions with their answers; the picture is the video's name.
+class VideoFiles:
+    """Questions and answers in two files; the videos themselves are not read."""
 
-    Raises:
-        TaskError: for a question without an answer, or a repeated id.
-    """
-    path = find_file(data, "test_q.json", SOURCE)
-    answers = {str(record["question_id"]): record["answer"] for record in read_json(path.with_name("test_a.json"))}
-    items: dict[str, Item] = {}
-    for record in read_json(path):
-        number = str(record["question_id"])
-        if number in items:
-            raise TaskError(f"{path}: question_id {number} is there twice")
-        if number not in answers:
-            raise TaskError(f"{path}: question {number} has no answer in test_a.json")
-        items[number] = Item(number, "video", str(record["video_name"]), record["question"], answers[number])
-    return list(items.values())
+    def read(self, data: Path) -> list[Item]:
+        """Say that these tasks can't be run."""
+        raise TaskError(_REFUSED)
 
+    def open_images(self, data: Path) -> ImageOpener:
+        """Say that these tasks can't be run."""
+        raise TaskError(_REFUSED)
 
-def refuse(data: Path) -> list[Item]:
-    """Say that these tasks can't be run."""
-    raise TaskError(
-        "no model family here encodes videos; score predictions made elsewhere: `prunetune score TASK --predictions "
-        "FILE --data DIR`"
-    )
+    def read_answers(self, data: Path) -> list[Item]:
+        """Return the questions with their answers; the image is the video's name.
+
+        Raises:
+            TaskError: for a question without an answer, or a repeated id.
+        """
+        path = find_file(data, "test_q.json", SOURCE)
+        answers = {}
+        for record in read_json(path.with_name("test_a.json")):
+            answers[str(record["question_id"])] = record["answer"]
+        items: dict[str, Item] = {}
+        for record in read_json(path):
+            number = str(record["question_id"])
+            if number in items:
+                raise TaskError(f"{path}: question_id {number} is there twice")
+            if number not in answers:
+                raise TaskError(f"{path}: question {number} has no answer in test_a.json")
+            items[number] = Item(number, "video", str(record["video_name"]), record["question"], answers[number])
+        return list(items.values())
 
 
 def score(prediction: str, item: Item) -> float:
@@ -53,25 +68,30 @@ def score(prediction: str, item: Item) -> float:
     return float(normalize(prediction) == normalize(str(item.answer)))
 
 
-def write_predictions(pairs: list[Pair], path: Path) -> None:
-    """Write predictions as Video-ChatGPT's graders read them, a JSON object per line."""
-    rows = [
-        {"id": i.id, "video_name": i.image, "question": i.question, "answer": i.answer, "pred": p} for p, i in pairs
-    ]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def write_predictions(pairs: Iterable[tuple[str, Item]], path: Path) -> None:
+    """Write predictions with their items as Video-ChatGPT's graders read them, a JSON object per line."""
+    lines = []
+    for prediction, item in pairs:
+        row = {
+            "id": item.id,
+            "video_name": item.image,
+            "question": item.question,
+            "answer": item.answer,
+            "pred": prediction,
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines))
 
 
 for _name, _title in NAMES.items():
     register_task(
-        Task(
+        Benchmark(
             name=_name,
             protocol="video-chatgpt",
             prompt="question",
-            read=refuse,
-            answers=read_answers,
-            images=refuse,  # type: ignore[arg-type]
-            score=score,
-            notes=("accuracy is exact match; the papers' is a language model's judgement, see --grader",),
             about=f"{_title}: scores saved predictions (exact match, or a grader)",
+            readers=[VideoFiles()],
+            scorer=Scorer(score),
+            notes=("accuracy is exact match; the papers' is a language model's judgement, see --grader",),
         )
     )

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from prunetune.evaluation.sources import open_images, read_items
-from prunetune.evaluation.tasks import Item
-from prunetune.evaluation.tasks.base import items_hash
+from prunetune.evaluation.tasks.base import Benchmark, Item, items_hash
 
 
 class BenchmarkContract:
     """A benchmark on a few items in its published format."""
 
     @abstractmethod
-    def make_task(self) -> Any:
+    def make_task(self) -> Benchmark:
         """Return what ``register_task`` returned."""
 
     @abstractmethod
@@ -35,30 +32,28 @@ class BenchmarkContract:
         return tmp_path
 
     def test_items_are_read_in_one_order_with_ids_of_their_own(self, data: Path) -> None:
-        items = read_items(self.make_task(), data)
+        items = self.make_task().read(data)
         assert items and len({item.id for item in items}) == len(items)
-        assert items_hash(read_items(self.make_task(), data)) == items_hash(items)
+        assert items_hash(self.make_task().read(data)) == items_hash(items)
 
     def test_every_image_opens(self, data: Path) -> None:
-        items = read_items(self.make_task(), data)
-        images = open_images(self.make_task(), data, items)
-        for item in items:
+        questions = self.make_task().open(data)
+        images = questions.open_images()
+        for item in questions.items:
             if item.image is not None:
                 assert images.exists(item.image), item
                 assert images.open(item.image, item.id).mode == "RGB"
 
     def test_right_answers_score_one_and_nonsense_does_not(self, data: Path) -> None:
         task = self.make_task()
-        items = read_items(task, data)
-        if task.score is None:
+        right = [task.score(self.right_answer(item), item).score for item in task.read(data)]
+        nonsense = [task.score("qwertz uiop", item).score for item in task.read(data)]
+        if None in right:
             pytest.skip("this benchmark has no score of a single item")
-        for item in items:
-            assert task.score(self.right_answer(item), item) == 1.0, item
-        nonsense = [task.score("qwertz uiop", item) for item in items]
-        assert all(0.0 <= score <= 1.0 for score in nonsense) and sum(nonsense) < len(items)
+        assert all(score == 1.0 for score in right), right
+        assert all(0.0 <= (score or 0.0) <= 1.0 for score in nonsense) and nonsense != right
 
-    def test_metrics_of_right_answers_are_numbers(self, data: Path) -> None:
+    def test_right_answers_have_metrics(self, data: Path) -> None:
         task = self.make_task()
-        items = read_items(task, data)
-        measured = task.measure([(self.right_answer(item), item) for item in items])
-        assert measured or task.hidden
+        scored = [task.score(self.right_answer(item), item) for item in task.read(data)]
+        assert task.summarise(scored).metrics or task.hidden

@@ -10,10 +10,15 @@ from prunetune.configs import RecalibrateConfig
 
 def run(config: str, count: int, batch_size: int, overrides: list[str]) -> None:
     """Measure how complex a data sample is: effective rank and attention entropy, into the options of `adaptive`."""
-    from prunetune.configs import load_config
-    from prunetune.evaluation.calibrate import calibrate, write_averages
+    from prunetune.configs import ConfigError, load_config
+    from prunetune.evaluation.run.calibrate import calibrate, write_averages
 
     settings = load_config(RecalibrateConfig, config, overrides)
+    if settings.pruning.pruner == "adaptive" and not Path(config).is_file():
+        raise ConfigError(
+            f"{config} is shipped, and the averages are written into the file; `prunetune configs copy {config}` makes "
+            "one of your own"
+        )
     result = calibrate(settings, count, batch_size)
     print(f"{result.items} items of recipe {settings.data.recipe}, pruner {settings.pruning.pruner}\n")
     print(result.to_markdown())

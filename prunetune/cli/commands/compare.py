@@ -18,8 +18,8 @@ def command(
 ) -> None:
     """One table of dense, training-free and tuned arms: RUNS are folders written by prunetune evaluate."""
     from prunetune.configs import TrackingConfig
-    from prunetune.evaluation.compare import to_markdown
-    from prunetune.evaluation.quoted import read_quoted
+    from prunetune.evaluation.report.quoted import read_quoted
+    from prunetune.evaluation.report.table import to_markdown
     from prunetune.scripts.tracked import tracked_compare
 
     rows_of_papers = read_quoted(quoted) if quoted else []

@@ -20,8 +20,8 @@ def command(
     task: str, predictions: Path, data: Path, protocol: str | None, grader: str | None, grader_model: str
 ) -> None:
     """Re-score saved predictions without a model; TASK is a name from `prunetune list tasks`."""
-    from prunetune.evaluation.grader import Grader
-    from prunetune.evaluation.score import score_file
+    from prunetune.evaluation.report.grader import Grader
+    from prunetune.evaluation.report.score import score_file
 
     judge = Grader(grader, grader_model) if grader else None
     print(json.dumps(score_file(task, predictions, data, protocol, judge), indent=2))

@@ -32,7 +32,7 @@ def command(
 ) -> None:
     """Draw the tokens that PRUNERS keep over images: fastervlm, vispruner, prismprune and divprune if none is named."""
     from prunetune.configs import ModelConfig
-    from prunetune.evaluation.visualize import visualize
+    from prunetune.evaluation.run.visualize import visualize
     from prunetune.pruning import PruningSpec
 
     names = pruners or ("fastervlm", "vispruner", "prismprune", "divprune")

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from prunetune.evaluation.errors import TaskError
 
 INSTRUCTION = (
@@ -44,12 +42,15 @@ class Grader:
         Raises:
             TaskError: if the endpoint can't be reached or does not answer as asked.
         """
-        grades = [
-            self.ask(*triple) for triple in tqdm(list(triples), desc="grading", unit="answer", dynamic_ncols=True)
-        ]
+        from tqdm import tqdm
+
+        grades = []
+        for triple in tqdm(list(triples), desc="grading", unit="answer", dynamic_ncols=True):
+            grades.append(self.ask(*triple))
         return {
             "graded_accuracy": 100 * sum(right for right, _ in grades) / len(grades),
             "graded_score": sum(score for _, score in grades) / len(grades),
+            # Grades of two models can't be compared, so the name belongs to the number.
             "grader": self.model,
         }
 
@@ -58,17 +59,17 @@ class Grader:
         content = f"Question: {question}\nCorrect answer: {correct}\nPredicted answer: {predicted}"
         body = {
             "model": self.model,
-            "temperature": 0,
+            "temperature": 0,  # the same answers get the same grades when they are graded again
             "messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": content}],
         }
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key_variable):
+        key = os.environ.get(self.key_variable)
+        if key:  # local servers want none, and some refuse an empty one
             headers["Authorization"] = f"Bearer {key}"
         url = f"{self.endpoint.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(
-                urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=self.timeout
-            ) as reply:
+            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                 text = json.load(reply)["choices"][0]["message"]["content"]
         except (urllib.error.URLError, OSError, KeyError, IndexError, json.JSONDecodeError) as error:
             raise TaskError(f"the grader at {url} did not answer: {error}") from error
@@ -77,9 +78,12 @@ class Grader:
 
 def read_grade(text: str) -> tuple[bool, int]:
     """Return the grade in a reply; raises TaskError if there is none."""
+    # Models like to say a sentence first, and to write a Python dictionary where JSON was asked for.
     found = re.search(r"\{[^{}]*\}", text)
     try:
         grade = json.loads(found.group(0).replace("'", '"')) if found else {}
-        return str(grade["pred"]).strip().lower() == "yes", max(0, min(5, int(grade["score"])))
+        right = str(grade["pred"]).strip().lower() == "yes"
+        score = max(0, min(5, int(grade["score"])))  # some answer 10 of 5
+        return right, score
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):
         raise TaskError(f"the grader replied {text!r}, expected a JSON object with pred and score") from None

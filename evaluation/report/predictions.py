@@ -1,29 +1,13 @@
-"""Saved predictions: our own results.jsonl, or LLaVA's answers.jsonl."""
+"""Saved predictions: our own results.jsonl, LLaVA's answers.jsonl, or Video-ChatGPT's; and which item each is of."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import read_lines
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One answer.
-
-    Attributes:
-        id: the question's id as the file has it.
-        text: what the model said.
-        prompt: what it was asked, empty if the file does not say.
-        line: line of the file, from 1.
-    """
-
-    id: str
-    text: str
-    prompt: str
-    line: int
+from prunetune.evaluation.tasks.base import Prediction
 
 
 def read_predictions(path: Path, task: str) -> list[Prediction]:
@@ -42,16 +26,19 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
         raise TaskError(f"predictions file {path} does not exist")
     found = []
     for line, record in read_lines(path):
-        text = next((record[name] for name in ("text", "prediction", "pred") if name in record), "")
-        if not isinstance(text, str):
-            raise TaskError(f"{path}, line {line}: the answer is no text but {text!r}")
+        # A failed request of another program is often saved as null; no scorer would say which line it was.
+        for name in ("text", "prediction", "pred"):
+            if name in record:
+                if not isinstance(record[name], str):
+                    raise TaskError(f"{path}, line {line}: the answer is no text but {record[name]!r}")
+                break
         if "question_id" in record and "text" in record:
-            found.append(Prediction(str(record["question_id"]), record["text"], str(record.get("prompt", "")), line))
+            found.append(_prediction(record, line, "question_id", "text", "prompt"))
         elif "id" in record and "prediction" in record:
             if record.get("task", task) == task:
-                found.append(Prediction(str(record["id"]), record["prediction"], str(record.get("question", "")), line))
+                found.append(_prediction(record, line, "id", "prediction", "question"))
         elif "id" in record and "pred" in record:
-            found.append(Prediction(str(record["id"]), record["pred"], str(record.get("question", "")), line))
+            found.append(_prediction(record, line, "id", "pred", "question"))
         else:
             raise TaskError(
                 f"{path}, line {line}: neither LLaVA's format (question_id, text, prompt) nor ours (id, prediction, "
@@ -62,9 +49,13 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
     return found
 
 
+def _prediction(record: dict[str, Any], line: int, name: str, text: str, prompt: str) -> Prediction:
+    return Prediction(str(record[name]), record[text], str(record.get(prompt, "")), line)
+
+
 def paired(
     predictions: list[Prediction],
-    keys: list[str],
+    ids: list[str],
     questions: list[str],
     path: str,
     complete: bool = True,
@@ -72,11 +63,11 @@ def paired(
 ) -> dict[str, Prediction]:
     """Return the prediction of every question; the two must match one to one.
 
-    Where the annotations hold a question several times (``KEY``, ``KEY#2``, ...), so may the predictions.
+    Where the annotations hold a question several times (``ID``, ``ID#2``, ...), so may the predictions.
 
     Args:
         predictions: all of them.
-        keys: the question of each.
+        ids: the question of each.
         questions: all questions.
         path: name of the predictions, for messages.
         complete: whether a question without a prediction is an error.
@@ -87,22 +78,29 @@ def paired(
     """
     known = set(questions)
     found: dict[str, Prediction] = {}
-    for prediction, key in zip(predictions, keys, strict=True):
-        name, number = key, 2
-        while key in found and f"{name}#{number}" in known:
-            key, number = f"{name}#{number}", number + 1
+    for prediction, name in zip(predictions, ids, strict=True):
+        key = _next_free(name, found, known)
         if key not in known:
             raise TaskError(f"{path}, line {prediction.line}: question {key!r} is not in the annotations")
-        if key in found:
-            if first_counts:
-                continue
+        if key not in found:
+            found[key] = prediction
+        elif not first_counts:
             raise TaskError(
                 f"{path}, line {prediction.line}: question {key!r} was answered in line {found[key].line} already"
             )
-        found[key] = prediction
     missing = [key for key in questions if key not in found]
     if missing and complete:
         raise TaskError(
             f"{path} has no prediction for {len(missing)} of {len(questions)} questions, such as {missing[0]!r}"
         )
     return found
+
+
+def _next_free(name: str, found: dict[str, Prediction], known: set[str]) -> str:
+    """Return the first question of a name that has no prediction yet, or the last of that name."""
+    key = name
+    number = 2
+    while key in found and f"{name}#{number}" in known:
+        key = f"{name}#{number}"
+        number += 1
+    return key

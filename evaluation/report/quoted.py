@@ -9,6 +9,8 @@ import yaml
 
 from prunetune.evaluation.errors import TaskError
 
+FIELDS = ("arm", "kept", "values", "cite")
+
 
 @dataclass(frozen=True)
 class Quoted:
@@ -42,7 +44,8 @@ def read_quoted(path: Path) -> list[Quoted]:
         raise TaskError(f"{path} does not exist; give a YAML list of quoted rows: arm, kept, values, cite")
     rows = []
     for number, record in enumerate(yaml.safe_load(path.read_text()) or [], start=1):
-        if not isinstance(record, dict) or set(record) != {"arm", "kept", "values", "cite"}:
+        # Without its source a number from a paper could be taken for a measured one.
+        if not isinstance(record, dict) or set(record) != set(FIELDS):
             raise TaskError(
                 f"{path}, row {number}: a quoted row has exactly arm, kept, values and cite, got {record!r}"
             )

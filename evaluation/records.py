@@ -1,0 +1,286 @@
+"""What an evaluation leaves behind, typed: the rows of results.jsonl, and the manifest that says how they came about.
+
+Both files are read and written here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
+
+from prunetune.configs import ModelConfig
+from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.files import read_json, read_lines, write_whole
+from prunetune.pruning.spec import PruningSpec
+
+RESULTS = "results.jsonl"
+MANIFEST = "manifest.json"
+FORMAT: Literal[1] = 1
+"""Of the two files: raise it when a reader of today would misread what is written."""
+_OUTCOME = ("metrics", "kept_tokens", "items_per_second")
+
+
+class _Record(BaseModel):
+    # Unknown fields are errors, and nothing is converted: a file that another version wrote is refused, not guessed at.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Result(_Record):
+    """One row of results.jsonl: a question, what the arm said to it, and its score.
+
+    Attributes:
+        task: the benchmark's name.
+        id: the item's id within it.
+        source: which part of the benchmark the item belongs to.
+        image: reference of its image; None asks about text alone.
+        question: the prompt as it was asked.
+        answer: what the scorer compared with, JSON values; None where the answer is hidden.
+        prediction: what the arm said.
+        score: from 0 to 1; None where the answer is hidden or only a whole set has a score.
+        kept: how many visual tokens reached the LLM.
+    """
+
+    task: str
+    id: str
+    source: str
+    image: str | None
+    question: str
+    answer: Any
+    prediction: str
+    score: float | None
+    kept: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The task and the id, which no two rows share."""
+        return self.task, self.id
+
+    def to_line(self) -> str:
+        """Return the row as a line of JSON."""
+        # Not pydantic's own JSON, which puts no space after a comma: a folder that an earlier version began would then
+        # hold two kinds of lines, and equal arms would no longer be equal files.
+        return json.dumps(self.model_dump()) + "\n"
+
+
+class TaskRecord(_Record):
+    """Which questions of a benchmark were asked, and how; ``hash`` is a SHA-256 of the items in their order."""
+
+    items: int
+    hash: str
+    protocol: str
+    prompt: str
+
+
+class TaskSummary(_Record):
+    """What an arm reached on one benchmark.
+
+    Attributes:
+        metrics: the benchmark's own.
+        interval_95: bootstrap interval of the mean score in percent, over images; None where items have no score.
+        upload: name of the file for the benchmark's server, where there is one.
+    """
+
+    metrics: dict[str, Any]
+    interval_95: list[float] | None
+    upload: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_json(cls, values: Any) -> Any:
+        # In the file the metrics stand beside the other two, one flat object per task as people read it.
+        if not isinstance(values, dict) or "metrics" in values:
+            return values
+        own = {name: values[name] for name in ("interval_95", "upload") if name in values}
+        metrics = {name: value for name, value in values.items() if name not in own}
+        return {"metrics": metrics, **own}
+
+    @model_serializer
+    def _to_json(self) -> dict[str, Any]:
+        values = {**self.metrics, "interval_95": self.interval_95}
+        if self.upload is not None:
+            values["upload"] = self.upload
+        return values
+
+
+class ProjectorRecord(_Record):
+    """Which projector an arm ran with.
+
+    Attributes:
+        adapter: folder of the recalibration; None is the base's own.
+        hash: SHA-256 of its tensors as they were loaded.
+        tuned_for: the pruning that it was recalibrated for.
+    """
+
+    adapter: str | None
+    hash: str
+    tuned_for: dict[str, Any] | None
+
+
+class KeptTokens(_Record):
+    """How many visual tokens of an item reached the LLM, over all items."""
+
+    mean: float
+    min: int
+    max: int
+
+
+class PluginRecord(_Record):
+    """A plug-in that was loaded: its name, its package's version, and the SHA-256 of its source."""
+
+    name: str
+    version: str | None
+    sha256: str
+
+
+class Manifest(_Record):
+    """Everything that decides an arm's numbers and, once it is complete, what came out.
+
+    Attributes:
+        format: version of the two files.
+        complete: whether every item was answered; the last three fields are there from then on.
+        model: which model, and how it was loaded.
+        frozen_hash: SHA-256 of the stored weights without the projector.
+        settings_hash: SHA-256 of configuration, processor, tokenizer and template files.
+        template_hash: SHA-256 of the chat template that prompts were made with.
+        projector: which projector.
+        pruning: pruner and budget.
+        tasks: which questions, by benchmark.
+        batch_size: items per step, which moves scores in half precision.
+        max_new_tokens: longest answer.
+        image_processor: class of the image processor, since fast and slow ones differ in their last bits.
+        device: name of the GPU, or the CPU's architecture.
+        versions: of the libraries that compute.
+        plugins: what was loaded from outside this package.
+        metrics: what was reached, by benchmark.
+        kept_tokens: visual tokens that reached the LLM.
+        items_per_second: of the last run; None if it had nothing left to do.
+    """
+
+    format: Literal[1] = FORMAT
+    complete: bool = False
+    model: ModelConfig
+    frozen_hash: str
+    settings_hash: str
+    template_hash: str
+    projector: ProjectorRecord
+    pruning: PruningSpec
+    tasks: dict[str, TaskRecord]
+    batch_size: int
+    max_new_tokens: int
+    image_processor: str
+    device: str
+    versions: dict[str, str]
+    plugins: list[PluginRecord] = []
+    metrics: dict[str, TaskSummary] | None = None
+    kept_tokens: KeptTokens | None = None
+    items_per_second: float | None = None
+
+    @model_validator(mode="after")
+    def _has_what_came_out(self) -> Manifest:
+        if self.complete and (self.metrics is None or self.kept_tokens is None):
+            raise ValueError("it says complete, and has no metrics or no kept_tokens")
+        return self
+
+    def finished(
+        self, metrics: dict[str, TaskSummary], kept_tokens: KeptTokens, items_per_second: float | None
+    ) -> Manifest:
+        """Return the manifest of the complete arm."""
+        return self.model_copy(
+            update={
+                "complete": True,
+                "metrics": metrics,
+                "kept_tokens": kept_tokens,
+                "items_per_second": items_per_second,
+            }
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the numbers as JSON values: the fields that are there before the first answer."""
+        return self.model_dump(exclude={"complete", *_OUTCOME})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the file's content."""
+        # An unfinished arm has no outcome; a null there would read as one that was measured and empty.
+        return self.model_dump(exclude=None if self.complete else set(_OUTCOME))
+
+
+def read_results(folder: str | Path) -> list[Result]:
+    """Return an arm's rows; raises TaskError naming a line that is no row."""
+    path = Path(folder) / RESULTS
+    rows = []
+    for line, record in read_lines(path):
+        rows.append(result_of(record, f"{path}, line {line}"))
+    return rows
+
+
+def result_of(record: dict[str, Any], where: str) -> Result:
+    """Return a row from its JSON object; raises TaskError if it is none, beginning with ``where``."""
+    return _validated(Result, record, where)
+
+
+def write_results(folder: Path, rows: Iterable[Result]) -> None:
+    """Write an arm's rows, whole or not at all."""
+    write_whole(folder / RESULTS, "".join(row.to_line() for row in rows))
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Return the manifest of a finished arm.
+
+    Raises:
+        TaskError: if the folder holds no arm, an unfinished one, or one that this version can't read.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise TaskError(f"{folder} is no evaluated arm: {MANIFEST} is missing; run prunetune evaluate first")
+    manifest = read_begun(folder)
+    if not manifest.complete:
+        raise TaskError(f"the arm in {folder} is not finished; run the same prunetune evaluate again, it goes on")
+    return manifest
+
+
+def read_begun(folder: str | Path) -> Manifest:
+    """Return a manifest whether its arm is finished or not; raises TaskError if this version can't read it."""
+    path = Path(folder) / MANIFEST
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise TaskError(f"{path} is no manifest: it holds {type(values).__name__}, not an object")
+    # Before anything else is looked at: of another format every other complaint would be beside the point.
+    if values.get("format") != FORMAT:
+        raise TaskError(
+            f"{path} has format {values.get('format')!r}, this version reads {FORMAT}; evaluate the arm again, or read "
+            "it with the version that wrote it"
+        )
+    return _validated(Manifest, values, str(path))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a manifest, whole or not at all."""
+    write_whole(folder / MANIFEST, json.dumps(manifest.to_json(), indent=2) + "\n")
+
+
+_Kind = TypeVar("_Kind", bound=_Record)
+
+
+def _validated(kind: type[_Kind], values: dict[str, Any], where: str) -> _Kind:
+    """Return a record; raises TaskError in one line with every field that is wrong."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        wrong = [_complaint(detail) for detail in error.errors()]
+        raise TaskError(f"{where}: {'; '.join(wrong)}; another version wrote it, evaluate the arm again") from None
+
+
+def _complaint(detail: Any) -> str:
+    """Return what is wrong with one field, in words."""
+    field = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "missing":
+        return f"the field {field} is missing"
+    if detail["type"] == "extra_forbidden":
+        return f"the field {field} is unknown"
+    if not field:  # what the whole record is checked for
+        return str(detail["ctx"]["error"])
+    return f"the field {field} is {detail['input']!r}: {detail['msg']}"

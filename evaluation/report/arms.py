@@ -1,0 +1,114 @@
+"""Finished arms, as a comparison reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.metrics.averages import Average, average
+from prunetune.evaluation.records import Manifest, read_manifest, read_results
+
+
+@dataclass(frozen=True)
+class EvaluatedArm:
+    """A finished evaluation.
+
+    Attributes:
+        folder: where it lies.
+        manifest: how its numbers came about.
+        ids: task and id of every item, in order.
+        sources: source of every item, with its task where there are several.
+        images: image of every item, or its id where it has none: what the bootstrap resamples.
+        scores: score of every item (M,), from 0 to 1.
+    """
+
+    folder: Path
+    manifest: Manifest
+    ids: list[str]
+    sources: list[str]
+    images: list[str]
+    scores: np.ndarray
+
+    @property
+    def pruner(self) -> str:
+        """The method's name."""
+        return self.manifest.pruning.pruner
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the projector comes from a recalibration."""
+        return self.manifest.projector.adapter is not None
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is pruned and the projector is the base's."""
+        return self.pruner == "identity" and not self.tuned
+
+    @property
+    def kept(self) -> float:
+        """The mean number of visual tokens that reached the LLM."""
+        assert self.manifest.kept_tokens is not None  # a finished arm has them
+        return self.manifest.kept_tokens.mean
+
+    @property
+    def label(self) -> str:
+        """Method, options that are set, and whether it is tuned."""
+        name = "dense" if self.pruner == "identity" else self.pruner
+        options = ", ".join(f"{key}={value}" for key, value in self.manifest.pruning.options.items())
+        if options:
+            name += f" ({options})"
+        return name + self._tuned_for()
+
+    def _tuned_for(self) -> str:
+        """Return " + tuned projector", and for which pruning if that is another than the arm's."""
+        target = self.manifest.projector.tuned_for
+        if not self.tuned:
+            return ""
+        if target is None or target == self.manifest.pruning.model_dump():
+            return " + tuned projector"
+        return f" + tuned projector (for {target['pruner']}, {target['keep']})"
+
+    def average(self) -> Average:
+        """Return the mean scores in percent, overall and by source."""
+        return average(self.scores.tolist(), self.sources)
+
+    def only(self, mask: np.ndarray) -> EvaluatedArm:
+        """Return the arm with the items where ``mask`` (M,) is true."""
+        indices = np.flatnonzero(mask)
+        return EvaluatedArm(
+            self.folder,
+            self.manifest,
+            [self.ids[index] for index in indices],
+            [self.sources[index] for index in indices],
+            [self.images[index] for index in indices],
+            self.scores[indices],
+        )
+
+
+def read_arm(folder: str | Path) -> EvaluatedArm:
+    """Read a finished arm; raises TaskError if it is missing, unfinished or short of rows."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    rows = read_results(folder)
+    expected = sum(task.items for task in manifest.tasks.values())
+    if len(rows) != expected:
+        raise TaskError(f"{folder} has {len(rows)} results, its manifest says {expected}; evaluate it again")
+    hidden = sorted({row.task for row in rows if row.score is None})
+    if hidden:
+        raise TaskError(
+            f"{folder}: {', '.join(hidden)} has no score per item (hidden answers, or a score of the whole set); "
+            "see its upload file or the metrics in manifest.json"
+        )
+    values: dict[str, list[Any]] = {"ids": [], "sources": [], "images": [], "scores": []}
+    for row in rows:
+        values["ids"].append(f"{row.task}/{row.id}")
+        # One task's sources need no prefix, and a table of it stays narrow.
+        values["sources"].append(f"{row.task}/{row.source}" if len(manifest.tasks) > 1 else row.source)
+        values["images"].append(str(row.image or row.id))
+        values["scores"].append(row.score)
+    scores = np.array(values["scores"], dtype=float)
+    return EvaluatedArm(folder, manifest, values["ids"], values["sources"], values["images"], scores)

@@ -1,0 +1,124 @@
+"""Results as images: accuracy over budget, and kept tokens drawn over the image."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from prunetune.evaluation.report.compare import Row
+
+
+@lru_cache(maxsize=1)
+def _pyplot() -> Any:
+    """Return matplotlib's plotting, imported when something is drawn: reading results never waits for it."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # a server has no display, and the default backend would look for one
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot_rows(rows: list[Row], path: Path) -> None:
+    """Draw overall accuracy over kept visual tokens: a line per training-free method, a star per tuned arm."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130)
+    labels = sorted({row.label for row in rows} - {"dense"})
+    colors = _colors(labels)
+    for row in rows:
+        # Dense is a line across the plot: it has no budget, and every method is read against it.
+        if row.label == "dense":
+            axes.axhline(row.overall, color="black", linewidth=1, linestyle="--")
+            at = (0.99, row.overall)
+            axes.annotate("dense", at, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    for label in labels:
+        points = [row for row in rows if row.label == label]
+        points.sort(key=lambda row: row.kept)
+        _points(axes, points, colors[label])
+    axes.set_xscale("log", base=2)  # budgets are halved from one to the next
+    ticks = sorted({row.kept for row in rows if row.label != "dense"})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("visual tokens per image")
+    axes.set_ylabel("accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)  # pyplot keeps every figure that is not closed
+
+
+def _colors(labels: list[str]) -> dict[str, Any]:
+    """Return a colour for each label; a tuned arm has its method's."""
+    palette = _pyplot().get_cmap("tab10").colors
+    by_method: dict[str, Any] = {}
+    colors = {}
+    for label in labels:
+        method = label.partition(" + ")[0]
+        if method not in by_method:
+            by_method[method] = palette[len(by_method) % len(palette)]
+        colors[label] = by_method[method]
+    return colors
+
+
+def _points(axes: Any, rows: list[Row], color: Any) -> None:
+    label = rows[0].label
+    style, size = ("*--", 13) if " + " in label else ("o-", 5)
+    below = [row.overall - row.interval[0] for row in rows]
+    above = [row.interval[1] - row.overall for row in rows]
+    axes.errorbar(
+        [row.kept for row in rows],
+        [row.overall for row in rows],
+        yerr=np.array([below, above]),
+        fmt=style,
+        color=color,
+        markersize=size,
+        linewidth=1.2,
+        capsize=2,
+        label=label,
+    )
+
+
+def kept_overlay(image: Image.Image, kept: dict[str, np.ndarray], grid: tuple[int, int]) -> Image.Image:
+    """Return a strip of panels: the image, then per method the image with dropped patches dimmed.
+
+    Args:
+        image: the square image the vision tower saw.
+        kept: per panel title, the kept positions in raster order.
+        grid: patch rows and columns.
+    """
+    plt = _pyplot()
+    pixels = np.asarray(image.convert("RGB"))
+    number = len(kept) + 1
+    figure, panels = plt.subplots(1, number, figsize=(2.1 * number, 2.5), dpi=130, squeeze=False)
+    shown = {"picture": pixels}
+    for title, positions in kept.items():
+        # A fifth of the light is left: what was dropped stays recognisable, and white becomes 51.
+        light = 0.2 + 0.8 * _mask(positions, grid, pixels.shape)
+        shown[title] = (pixels * light).astype(np.uint8)
+    for axes, (title, panel) in zip(panels[0], shown.items(), strict=True):
+        axes.set_title(title, fontsize=8)
+        axes.axis("off")
+        axes.imshow(panel)
+    figure.tight_layout()
+    figure.canvas.draw()
+    # A copy: the buffer belongs to the canvas, and is gone with the figure.
+    strip = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+    plt.close(figure)
+    return strip
+
+
+def _mask(positions: np.ndarray, grid: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array (H, W, 1) of ones where a kept patch is and zeros elsewhere."""
+    rows, columns = grid
+    patches = np.zeros(rows * columns)
+    patches[positions] = 1
+    # Each pixel looks its patch up, which also works where the sides are no multiples of the grid's.
+    row = np.arange(shape[0]) * rows // shape[0]
+    column = np.arange(shape[1]) * columns // shape[1]
+    return patches.reshape(rows, columns)[row[:, None], column[None, :], None]

@@ -1,0 +1,226 @@
+"""Run one arm on tasks, into results.jsonl and manifest.json."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from prunetune.configs import EvaluateConfig, to_yaml
+from prunetune.data_recipes import Formatter, Sample, Turn
+from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.files import write_whole
+from prunetune.evaluation.records import (
+    KeptTokens,
+    Manifest,
+    PluginRecord,
+    ProjectorRecord,
+    Result,
+    TaskRecord,
+    TaskSummary,
+    read_results,
+    write_manifest,
+)
+from prunetune.evaluation.run.shards import Batches, gather, shard, start
+from prunetune.evaluation.tasks import Benchmark, Item, Scored, get_task
+from prunetune.evaluation.tasks.base import Questions, items_hash, task_folder
+from prunetune.models import Arm, read_record
+from prunetune.models.ranks import Ranks, join_ranks
+from prunetune.plugins import plugin_records
+
+
+@dataclass(frozen=True)
+class Work:
+    """The items of one task, in their fixed batches."""
+
+    task: Benchmark
+    questions: Questions
+    batches: list[list[Item]]
+
+    @property
+    def items(self) -> list[Item]:
+        """All items, in order."""
+        return [item for batch in self.batches for item in batch]
+
+
+def evaluate(config: EvaluateConfig, arm: Arm | None = None, device: str | None = None) -> Path:
+    """Run one arm and return its folder; a run that was killed goes on with the batches that are not done.
+
+    Batches are cut the same way in every run and dealt to the ranks in turn (``torchrun`` or ``deepspeed`` start
+    several), so an interrupted run, an uninterrupted one and one on several ranks write the same results.
+
+    Args:
+        config: the arm, its tasks and where results go.
+        arm: one with the configuration's model, pruning and adapter that is loaded already; None loads it.
+        device: where it is loaded to; None is the GPU if there is one.
+
+    Raises:
+        TaskError: if the folder holds results of another configuration, naming the field.
+        CheckpointError, PruningError, DataError: for weights, pruners or images that can't work.
+    """
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    ranks = join_ranks()
+    ranks.check_same(plugin_records())
+    # Before the model: missing files should not wait for minutes of loading.
+    works = [_work(name, config) for name in config.tasks]
+    if arm is None:
+        arm = Arm.load(config.model, config.pruning, config.adapter, device)
+    _check_is_configured(arm, config)
+    manifest = _manifest(config, works, arm)
+    batches = _batches(works)
+    if ranks.is_zero:
+        start(output, manifest)
+        write_whole(output / "config.yaml", to_yaml(config))
+        gather(output, batches)
+    ranks.wait()
+    done = {row.key for row in read_results(output)}
+    ranks.wait()  # nobody appends before everybody has read
+
+    began = time.monotonic()
+    _run(config, works, arm, done, ranks)
+    seconds = time.monotonic() - began
+    ranks.wait()
+    if ranks.is_zero:
+        gather(output, batches)
+        rows = read_results(output)
+        new = len(rows) - len(done)
+        rate = round(new / seconds, 2) if new else None
+        summaries = {work.task.name: _summary(work, rows, output) for work in works}
+        write_manifest(output, manifest.finished(summaries, _kept(rows), rate))
+    ranks.destroy()
+    return output
+
+
+def _work(name: str, config: EvaluateConfig) -> Work:
+    task = get_task(name)
+    questions = task.open(task_folder(config.data, name))
+    items = questions.items[: config.limit]
+    batches = []
+    for index in range(0, len(items), config.batch_size):
+        batches.append(items[index : index + config.batch_size])
+    return Work(task, questions, batches)
+
+
+def _batches(works: list[Work]) -> Batches:
+    """Return the ids of all batches, by task."""
+    batches: Batches = {}
+    for work in works:
+        batches[work.task.name] = [[item.id for item in batch] for batch in work.batches]
+    return batches
+
+
+def _check_is_configured(arm: Arm, config: EvaluateConfig) -> None:
+    """Check that an arm which was loaded before is the one that the configuration asks for."""
+    asked = (config.model, config.pruning, config.adapter)
+    if (arm.base.config, arm.spec, arm.adapter) != asked:
+        raise TaskError(f"the arm that was loaded for {config.output} is not the one its configuration names")
+
+
+def _run(config: EvaluateConfig, works: list[Work], arm: Arm, done: set[tuple[str, str]], ranks: Ranks) -> None:
+    """Answer this rank's batches that are not done yet."""
+    todo = []
+    for work in works:
+        for batch in work.batches:
+            # A batch is done whole or not at all, so its first item speaks for it.
+            if (work.task.name, batch[0].id) not in done:
+                todo.append((work, batch))
+    # In turn and not in blocks: where a task's long questions stand together, one rank would get them all.
+    todo = todo[ranks.rank :: ranks.world]
+    output = Path(config.output)
+    bar = tqdm(
+        total=sum(len(batch) for _, batch in todo),
+        desc=output.name,
+        unit="item",
+        dynamic_ncols=True,
+        mininterval=1.0,
+        disable=not ranks.is_zero,
+    )
+    formatters: dict[str, Formatter] = {}
+    with shard(output, ranks.rank, ranks.world).open("a", encoding="utf-8") as file, bar:
+        for work, batch in todo:
+            # Images are opened when the first batch needs them: a run that has nothing left to do needs none.
+            if work.task.name not in formatters:
+                formatters[work.task.name] = arm.formatter(work.questions.open_images())
+            rows = _answers(arm, formatters[work.task.name], work.task, batch, config.max_new_tokens)
+            file.write("".join(row.to_line() for row in rows))
+            file.flush()  # killed later, this batch is not made again
+            bar.update(len(batch))
+
+
+def _answers(arm: Arm, formatter: Formatter, task: Benchmark, batch: list[Item], max_new_tokens: int) -> list[Result]:
+    """Generate the answers of one batch and score them, once and for all."""
+    samples = []
+    for item in batch:
+        samples.append(Sample(item.id, item.source, item.image, (Turn(item.question, None),)))
+    rows = []
+    for item, answer in zip(batch, arm.answer(formatter, samples, max_new_tokens), strict=True):
+        row = Result(
+            task=task.name,
+            id=item.id,
+            source=item.source,
+            image=item.image,
+            question=item.question,
+            answer=item.answer,
+            prediction=answer.text,
+            score=task.score(answer.text, item).score,
+            kept=answer.kept,
+        )
+        rows.append(row)
+    return rows
+
+
+def _summary(work: Work, rows: list[Result], output: Path) -> TaskSummary:
+    """Return a task's metrics with their interval, writing the upload file where the benchmark has one."""
+    by_id = {row.id: row for row in rows if row.task == work.task.name}
+    scored = []
+    for item in work.items:
+        row = by_id[item.id]
+        scored.append(Scored(row.prediction, item, row.score))
+    summary = work.task.summarise(scored)
+    if work.task.upload is None:
+        return summary
+    return summary.model_copy(update={"upload": work.task.upload(scored, output).name})
+
+
+def _kept(rows: list[Result]) -> KeptTokens:
+    """Return how many visual tokens reached the LLM."""
+    kept = [row.kept for row in rows]
+    return KeptTokens(mean=sum(kept) / len(kept), min=min(kept), max=max(kept))
+
+
+def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm) -> Manifest:
+    """Return everything that decides an arm's numbers."""
+    tasks = {}
+    for work in works:
+        tasks[work.task.name] = TaskRecord(
+            items=len(work.items),
+            hash=items_hash(work.items),
+            protocol=work.task.protocol,
+            prompt=work.task.prompt,
+        )
+    tuned_for = None
+    if config.adapter is not None:
+        tuned_for = read_record(config.adapter)["pruning"]
+    projector = ProjectorRecord(adapter=config.adapter, hash=arm.projector_hash, tuned_for=tuned_for)
+    return Manifest(
+        model=config.model,
+        frozen_hash=arm.base.frozen_hash,
+        settings_hash=arm.base.settings_hash,
+        template_hash=hashlib.sha256(arm.template.encode()).hexdigest(),
+        projector=projector,
+        pruning=config.pruning,
+        tasks=tasks,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        image_processor=type(arm.processor.image_processor).__name__,
+        device=torch.cuda.get_device_name() if arm.device.type == "cuda" else platform.machine(),
+        versions={name: version(name) for name in ("torch", "transformers")},
+        plugins=[PluginRecord(**plugin) for plugin in plugin_records()],
+    )

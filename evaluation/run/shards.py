@@ -1,0 +1,88 @@
+"""An arm's folder while it is being filled: one shard per rank, gathered into results.jsonl in the items' order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.records import (
+    MANIFEST,
+    RESULTS,
+    Manifest,
+    Result,
+    read_begun,
+    result_of,
+    write_manifest,
+    write_results,
+)
+
+Batches = dict[str, list[list[str]]]
+"""For each task the ids of its items, in their fixed batches."""
+
+
+def shard(output: Path, rank: int, ranks: int) -> Path:
+    """Return the file that a rank appends to: results.jsonl itself where there is only one."""
+    return output / (RESULTS if ranks == 1 else f"results.rank{rank}.jsonl")
+
+
+def start(output: Path, manifest: Manifest) -> None:
+    """Begin an arm in a folder, or check that the folder holds the same arm.
+
+    Raises:
+        TaskError: if it holds another one, naming the fields that differ.
+    """
+    if not (output / MANIFEST).exists():
+        # Rows without a manifest could be of any model; taken for this arm's, they would never be made again.
+        for old in _files(output):
+            old.unlink()
+        write_manifest(output, manifest)
+        return
+    before, now = read_begun(output).settings(), manifest.settings()
+    changed = [key for key, value in now.items() if before.get(key) != value]
+    if changed:
+        raise TaskError(
+            f"{output} holds an arm that differs in {', '.join(changed)}; choose another output folder or "
+            "delete this one"
+        )
+
+
+def gather(output: Path, batches: Batches) -> None:
+    """Write the rows of all whole batches to results.jsonl, in order.
+
+    Shards of an earlier run, with as many ranks as it may have had, are taken in and removed; a batch or a line that
+    was being written when a run was killed is cut off.
+    """
+    rows: dict[tuple[str, str], Result] = {}
+    for file in _files(output):
+        for row in _whole_lines(file):
+            rows[row.key] = row
+    kept = []
+    for task, groups in batches.items():
+        for ids in groups:
+            batch = [rows.get((task, number)) for number in ids]
+            # Part of a batch is no use: in half precision an answer depends on the batch it was made in, so the rest
+            # made alone could differ from what an uninterrupted run writes.
+            if None not in batch:
+                kept += [row for row in batch if row is not None]
+    # First the whole file, then the shards away: killed in between, the next run finds every row twice, not never.
+    write_results(output, kept)
+    for file in _files(output):
+        if file.name != RESULTS:
+            file.unlink()
+
+
+def _files(output: Path) -> list[Path]:
+    return sorted(output.glob("results*.jsonl"))
+
+
+def _whole_lines(file: Path) -> Iterator[Result]:
+    """Yield the rows of a file up to the one that was being written."""
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record: Any = json.loads(line)
+        except json.JSONDecodeError:  # the line that was being written
+            return
+        yield result_of(record, f"{file}, line {number}")

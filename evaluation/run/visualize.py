@@ -1,0 +1,98 @@
+"""Which tokens each method keeps of some images, drawn over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prunetune.configs import ModelConfig
+from prunetune.data_recipes import Sample, Turn
+from prunetune.data_recipes.images import ImageOpener
+from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.report.plot import kept_overlay
+from prunetune.evaluation.tasks import Item, get_task
+from prunetune.evaluation.tasks.base import task_folder
+from prunetune.models import Arm
+from prunetune.pruning import PruningSpec
+
+
+def visualize(
+    config: ModelConfig,
+    specs: list[PruningSpec],
+    task: str,
+    count: int,
+    output: Path,
+    data: str | None = None,
+    arm: Arm | None = None,
+) -> list[Path]:
+    """Write one PNG per image with a panel per method, for the first ``count`` images of a task.
+
+    Args:
+        config: the model.
+        specs: pruners and budgets, one panel each.
+        task: a benchmark whose images are shown.
+        count: how many images.
+        output: folder of the PNG files.
+        data: folder of the benchmark's files, see EvaluateConfig.
+        arm: one of that model that is loaded already; None loads it.
+
+    Raises:
+        TaskError: if the visual tokens of this model form no grid.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    loaded = Arm.load(config) if arm is None else arm
+    arms = [loaded.with_pruning(spec) for spec in specs]
+    questions = get_task(task).open(task_folder(data, task))
+    images = questions.open_images()
+    written = []
+    for number, item in enumerate(_first_questions(questions.items)[:count]):
+        sample = Sample(str(item.image), task, item.image, (Turn(item.question, None),))
+        path = output / f"kept_{number:02d}.png"
+        _strip(arms, images, sample).save(path)
+        written.append(path)
+    return written
+
+
+def _first_questions(items: list[Item]) -> list[Item]:
+    """Return the first question about each image, since methods that read the question need one."""
+    first: dict[str, Item] = {}
+    for item in items:
+        if item.image is not None:
+            first.setdefault(item.image, item)
+    return list(first.values())
+
+
+def _strip(arms: list[Arm], images: ImageOpener, sample: Sample) -> Image.Image:
+    """Return one image with a panel for each arm."""
+    panels: dict[str, np.ndarray] = {}
+    for arm in arms:
+        inputs = arm.place(arm.formatter(images).prompt_batch([sample]))
+        with torch.inference_mode():
+            chosen = arm.pruned.prepare(inputs).chosen["image"]
+        tokens = chosen.vision.groups[0]
+        grid = tokens.grid
+        if grid is None:
+            raise TaskError("the visual tokens of this model form no grid, so they can't be drawn over the picture")
+        base_view = chosen.kept_tokens()[: tokens.count]  # of several crops the first, which shows the whole image
+        positions = base_view.nonzero()[:, 0].cpu().numpy()
+        panels[f"{arm.spec.pruner}, {len(positions)}"] = positions
+    assert grid is not None  # there is at least one arm
+    pixels = inputs["pixel_values"][0]
+    # At native resolution the pixels are patches in a list; such a model sees the whole image, only resized.
+    seen = _seen(pixels, arms[0].processor) if pixels.ndim >= 3 else images.open(str(sample.image), sample.id)
+    return kept_overlay(seen, panels, grid)
+
+
+def _seen(pixels: Tensor, processor: Any) -> Image.Image:
+    """Return the image as the vision tower saw it, from normalised pixels (3, H, W) or (crops, 3, H, W)."""
+    mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
+    deviation = torch.tensor(processor.image_processor.image_std)[:, None, None]
+    if pixels.ndim == 4:  # of several crops, the base view
+        pixels = pixels[0]
+    image = (pixels.float().cpu() * deviation + mean).clamp(0, 1)
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())

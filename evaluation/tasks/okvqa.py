@@ -1,0 +1,31 @@
+"""OK-VQA, validation: questions that need knowledge from outside the image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prunetune.evaluation.lmms_lab import ParquetRows
+from prunetune.evaluation.readers import PublishedFiles, images_below
+from prunetune.evaluation.tasks.base import Benchmark, Item, Scorer, register_task
+from prunetune.evaluation.tasks.vqa import coco_items, read_row, score, summarise
+
+QUESTIONS = "OpenEnded_mscoco_val2014_questions.json"
+ANNOTATIONS = "mscoco_val2014_annotations.json"
+SOURCE = "https://okvqa.allenai.org/download.html"
+
+
+def read_items(data: Path) -> list[Item]:
+    """Return the validation questions."""
+    return coco_items(data, QUESTIONS, ANNOTATIONS, SOURCE)
+
+
+register_task(
+    Benchmark(
+        name="okvqa",
+        protocol="llava",
+        prompt="question, short answer",
+        about="OK-VQA validation: questions that need knowledge (VQA accuracy)",
+        readers=[PublishedFiles(read_items, images_below("val2014")), ParquetRows("okvqa", read_row)],
+        scorer=Scorer(score, summarise),
+    )
+)
