@@ -25,6 +25,7 @@ def find_file(data: Path, name: str, source: str) -> Path:
     """
     if (data / name).is_file():
         return data / name
+    # At any depth: archives unpack into folders of their own, and nobody should have to move their files.
     found = sorted(data.rglob(name)) if data.is_dir() else []
     # Two versions of one file may differ, and taking either would decide between them in silence.
     if len(found) > 1:
@@ -38,6 +39,7 @@ def read_json(path: Path) -> Any:
     """Return a JSON file's content; raises TaskError if it is broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    # A download that was cut short is no JSON; one that was an archive is no text either.
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} is not valid JSON: {error}") from None
 
@@ -52,10 +54,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
+            # VQAv2's test-dev has 107,394 lines: without its number nobody finds the one that is wrong.
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise TaskError(f"{path}, line {number} is not valid JSON: {error}") from None
+            # A file of bare numbers or lists is valid JSON all the same.
             if not isinstance(record, dict):
                 raise TaskError(f"{path}, line {number}: expected an object, got {type(record).__name__}")
             yield number, record
@@ -73,6 +77,7 @@ def read_questions(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for name in ("question_id", "image", "text"):
             if record.get(name) in (None, ""):
                 raise TaskError(f"{path}, line {line}: question {record.get('question_id', '?')} has no {name}")
+        # Some files have numbers for ids and others text; what compares them compares text.
         number = str(record["question_id"])
         if number in seen:
             raise TaskError(f"{path}, line {line}: question_id {number} is in line {seen[number]} already")

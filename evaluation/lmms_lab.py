@@ -53,6 +53,8 @@ class ParquetRows:
         """
         rows = _tables(data)[0]
         items = []
+        # What a benchmark's row function looks up and does not find names the column; the rest of the message says
+        # what there is instead, since lmms-lab has several data sets of most benchmarks.
         try:
             for number, row in enumerate(rows):
                 items.append(self.item(row, number))
@@ -61,12 +63,11 @@ class ParquetRows:
             raise TaskError(
                 f"{data}: the Parquet files of {self.name} have no column {error}; they have {there}"
             ) from None
-        ids = [item.id for item in items]
         if self.repeats:
-            ids = number_repeats(ids)
-            items = [replace(item, id=number) for item, number in zip(items, ids, strict=True)]
+            items = _numbered(items)
+        ids = {item.id for item in items}
         # A folder with the files of two splits reads as one long table, and would be scored as such.
-        if len(set(ids)) < len(ids):
+        if len(ids) < len(items):
             raise TaskError(f"{data}: questions of {self.name} repeat; keep the files of one split only")
         return items
 
@@ -76,11 +77,20 @@ class ParquetRows:
 
     def open_images(self, data: Path) -> ParquetImages:
         """Return the images: of the question's own rows, or, where those have none, of the files that do."""
+        # Opened anew and not kept from reading: a table is a memory map, and items are read long before images.
         questions, images = _tables(data)
         # GQA's are apart, since 12,578 questions share 398 images.
         if "image" in questions.column_names or images is None:
             return ParquetImages(questions)
         return ParquetImages(images)
+
+
+def _numbered(items: list[Item]) -> list[Item]:
+    """Return the items with ids of their own where several have the same."""
+    numbered = []
+    for item, name in zip(items, number_repeats(item.id for item in items), strict=True):
+        numbered.append(replace(item, id=name))
+    return numbered
 
 
 def _tables(data: Path) -> tuple[Any, Any]:

@@ -54,6 +54,7 @@ class PublishedFiles:
 
     def read_answers(self, data: Path) -> list[Item]:
         """Return the items to score saved predictions against."""
+        # Whoever scores answers made elsewhere has the annotations, and seldom LLaVA's files of prompts.
         return self.items(data) if self.answers is None else self.answers(data)
 
     def open_images(self, data: Path) -> ImageOpener:
@@ -64,17 +65,24 @@ class PublishedFiles:
 def images_below(name: str) -> Callable[[Path], FolderImages]:
     """Return an opener of images that lie in a folder called ``name`` in or below the data, or in the data itself."""
 
+    # The path is known when an arm runs, the name when the benchmark is written: hence a function of one and the other.
     def open_images(data: Path) -> FolderImages:
         if (data / name).is_dir():
             return FolderImages(data / name)
-        found = sorted(path for path in data.rglob(name) if path.is_dir())
-        return FolderImages(found[0] if found else data)
+        # Archives put it at different depths (images/, coco/val2014/). The first by name: a file system's own order
+        # differs between machines, and two arms would then see different images.
+        for path in sorted(data.rglob(name)):
+            if path.is_dir():
+                return FolderImages(path)
+        # Whoever has one benchmark alone often puts the images beside its annotations.
+        return FolderImages(data)
 
     return open_images
 
 
 def number_repeats(names: Iterable[str]) -> list[str]:
     """Return names as ids: of several that are the same, the second becomes ``NAME#2``, and so on."""
+    # In the order of the file, and so for questions as for predictions: the second answer meets the second question.
     seen: Counter[str] = Counter()
     ids = []
     for name in names:

@@ -29,6 +29,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+# In the order of its keys in the file, which is part of the format: equal arms are equal files.
 class Result(_Record):
     """One row of results.jsonl: a question, what the arm said to it, and its score.
 
@@ -84,7 +85,9 @@ class TaskSummary(_Record):
         upload: name of the file for the benchmark's server, where there is one.
     """
 
+    # Any, since every benchmark has metrics of its own: POPE's are nested by category, MME's are points.
     metrics: dict[str, Any]
+    # A list and no tuple: strict validation takes JSON's arrays as they are.
     interval_95: list[float] | None
     upload: str | None = None
 
@@ -94,9 +97,13 @@ class TaskSummary(_Record):
         # In the file the metrics stand beside the other two, one flat object per task as people read it.
         if not isinstance(values, dict) or "metrics" in values:
             return values
-        own = {name: values[name] for name in ("interval_95", "upload") if name in values}
-        metrics = {name: value for name, value in values.items() if name not in own}
-        return {"metrics": metrics, **own}
+        nested: dict[str, Any] = {"metrics": {}}
+        for name, value in values.items():
+            if name in ("interval_95", "upload"):
+                nested[name] = value
+            else:
+                nested["metrics"][name] = value
+        return nested
 
     @model_serializer
     def _to_json(self) -> dict[str, Any]:
@@ -117,6 +124,7 @@ class ProjectorRecord(_Record):
 
     adapter: str | None
     hash: str
+    # No PruningSpec: it is the adapter's word, which an earlier version with other options may have written.
     tuned_for: dict[str, Any] | None
 
 
@@ -179,6 +187,7 @@ class Manifest(_Record):
     kept_tokens: KeptTokens | None = None
     items_per_second: float | None = None
 
+    # Tables and plots read both without asking; a hand that set "complete" is noticed here and not there.
     @model_validator(mode="after")
     def _has_what_came_out(self) -> Manifest:
         if self.complete and (self.metrics is None or self.kept_tokens is None):
@@ -200,6 +209,7 @@ class Manifest(_Record):
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the numbers as JSON values: the fields that are there before the first answer."""
+        # Not the outcome: an arm that is gone on with has none yet.
         return self.model_dump(exclude={"complete", *_OUTCOME})
 
     def to_json(self) -> dict[str, Any]:
@@ -210,6 +220,7 @@ class Manifest(_Record):
 
 def read_results(folder: str | Path) -> list[Result]:
     """Return an arm's rows; raises TaskError naming a line that is no row."""
+    # Every row is checked, which takes 3 microseconds: an edited file must not end as a number in somebody's table.
     path = Path(folder) / RESULTS
     rows = []
     for line, record in read_lines(path):
@@ -233,6 +244,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     Raises:
         TaskError: if the folder holds no arm, an unfinished one, or one that this version can't read.
     """
+    # Missing, unreadable, unfinished, in this order: each has something else to be done about it.
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise TaskError(f"{folder} is no evaluated arm: {MANIFEST} is missing; run prunetune evaluate first")
@@ -270,6 +282,7 @@ def _validated(kind: type[_Kind], values: dict[str, Any], where: str) -> _Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
+        # pydantic's own text has three lines per field and an address of its documentation.
         wrong = [_complaint(detail) for detail in error.errors()]
         raise TaskError(f"{where}: {'; '.join(wrong)}; another version wrote it, evaluate the arm again") from None
 

@@ -29,6 +29,7 @@ def average(scores: Sequence[float | None], sources: Sequence[str]) -> Average:
     every: list[float] = []
     by_source: dict[str, list[float]] = {}
     for score, source in zip(scores, sources, strict=True):
+        # Not 0: a hidden answer is not a wrong one.
         if score is None:
             continue
         every.append(score)

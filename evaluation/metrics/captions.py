@@ -39,6 +39,7 @@ def caption_metrics(captions: Mapping[str, str], references: Mapping[str, Sequen
     tokenizer = PTBTokenizer()
     said, true = tokenizer.tokenize(said), tokenizer.tokenize(true)
 
+    # Both also return a score per image, but CIDEr's weights come from the whole set: no image has one by itself.
     cider, _ = Cider().compute_score(true, said)
     bleu, _ = Bleu(4).compute_score(true, said, verbose=0)
     metrics = {"CIDEr": float(cider)}

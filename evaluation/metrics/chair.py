@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import inflect
 
+# Letters and an apostrophe within a word: hyphens and digits end one, so "bus-stop" names the bus.
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _ANIMALS = "bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, animal, cub"
 _VEHICLES = "jet, train"
@@ -21,7 +22,7 @@ mobile phone, teddy bear, hair drier, potted plant, laptop computer, home plate,
 
 
 def _listed(words: str) -> list[str]:
-    return [word.strip() for word in words.split(",")]
+    return [word.strip() for word in words.split(",") if word.strip()]
 
 
 @lru_cache(maxsize=1)
@@ -41,13 +42,16 @@ class Objects:
     def __init__(self, lines: Iterable[str]) -> None:
         self.names: dict[str, str] = {}
         for line in lines:
-            words = [word.strip().lower() for word in line.split(",") if word.strip()]
-            self.names |= dict.fromkeys(words, words[0])
+            words = _listed(line.lower())
+            if words:  # an empty line is no object
+                self.names |= dict.fromkeys(words, words[0])
         self.pairs = _pairs()
 
     def of(self, text: str) -> list[str]:
         """Return the objects that a text names, in order and as often as it names them."""
-        words = [self._singular(word) for word in _WORD.findall(text.lower())]
+        words = []
+        for word in _WORD.findall(text.lower()):
+            words.append(self._singular(word))
         found = []
         index = 0
         while index < len(words):
@@ -105,10 +109,12 @@ def chair(captions: Mapping[str, str], truth: Mapping[str, set[str]], objects: O
     named = invented = wrong = known = found = words = 0
     for image, text in captions.items():
         mentioned = objects.of(text)
-        false = [name for name in mentioned if name not in truth[image]]
+        false = 0
+        for name in mentioned:
+            false += name not in truth[image]
         # C_I counts every mention, an object said twice is two; recall counts every object once.
         named += len(mentioned)
-        invented += len(false)
+        invented += false
         wrong += bool(false)
         known += len(truth[image])
         found += len(set(mentioned) & truth[image])

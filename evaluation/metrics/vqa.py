@@ -8,6 +8,7 @@ from collections.abc import Sequence
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 _DIGITS = {word: str(value) for value, word in enumerate(_NUMBERS)} | {"none": "0"}
+# Dropped before comparing: "a dog" and "the dog" are the answer "dog".
 _ARTICLES = ("a", "an", "the")
 _COMMA_BETWEEN_DIGITS = re.compile(r"\d,+\d")
 _PERIOD = re.compile(r"\.(?!\d)")

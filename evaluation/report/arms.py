@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,17 @@ class EvaluatedArm:
     def label(self) -> str:
         """Method, options that are set, and whether it is tuned."""
         name = "dense" if self.pruner == "identity" else self.pruner
-        options = ", ".join(f"{key}={value}" for key, value in self.manifest.pruning.options.items())
+        options = []
+        for key, value in self.manifest.pruning.options.items():
+            options.append(f"{key}={value}")
+        # Only options that were set: the method's own defaults are its name.
         if options:
-            name += f" ({options})"
+            name += f" ({', '.join(options)})"
         return name + self._tuned_for()
 
     def _tuned_for(self) -> str:
         """Return " + tuned projector", and for which pruning if that is another than the arm's."""
+        # A projector may be used at a budget it was not tuned for, and a table would not tell the two apart.
         target = self.manifest.projector.tuned_for
         if not self.tuned:
             return ""
@@ -74,18 +79,17 @@ class EvaluatedArm:
 
     def average(self) -> Average:
         """Return the mean scores in percent, overall and by source."""
+        # As Python's floats, which are added up as when the metrics of the manifest were made.
         return average(self.scores.tolist(), self.sources)
 
     def only(self, mask: np.ndarray) -> EvaluatedArm:
         """Return the arm with the items where ``mask`` (M,) is true."""
-        indices = np.flatnonzero(mask)
-        return EvaluatedArm(
-            self.folder,
-            self.manifest,
-            [self.ids[index] for index in indices],
-            [self.sources[index] for index in indices],
-            [self.images[index] for index in indices],
-            self.scores[indices],
+        return replace(
+            self,
+            ids=list(compress(self.ids, mask)),
+            sources=list(compress(self.sources, mask)),
+            images=list(compress(self.images, mask)),
+            scores=self.scores[mask],
         )
 
 
@@ -95,6 +99,7 @@ def read_arm(folder: str | Path) -> EvaluatedArm:
     manifest = read_manifest(folder)
     rows = read_results(folder)
     expected = sum(task.items for task in manifest.tasks.values())
+    # A file that was cut short is still one of whole lines, and its mean a number of other questions.
     if len(rows) != expected:
         raise TaskError(f"{folder} has {len(rows)} results, its manifest says {expected}; evaluate it again")
     hidden = sorted({row.task for row in rows if row.score is None})
@@ -108,6 +113,7 @@ def read_arm(folder: str | Path) -> EvaluatedArm:
         values["ids"].append(f"{row.task}/{row.id}")
         # One task's sources need no prefix, and a table of it stays narrow.
         values["sources"].append(f"{row.task}/{row.source}" if len(manifest.tasks) > 1 else row.source)
+        # A question about text alone hangs together with no other, so it is a cluster of its own.
         values["images"].append(str(row.image or row.id))
         values["scores"].append(row.score)
     scores = np.array(values["scores"], dtype=float)

@@ -14,6 +14,8 @@ from prunetune.evaluation.metrics.intervals import bootstrap_interval
 from prunetune.evaluation.report.arms import EvaluatedArm, read_arm
 
 # What may differ between arms of one table. Within a tuned arm and its training-free twin only the projector may.
+# Everything else that is in a manifest moves numbers: the batch size and the image processor in their last bits, which
+# decide between two tokens of half precision, and with them between two answers.
 _ARM = {"projector", "pruning", "plugins"}
 
 
@@ -64,6 +66,7 @@ def compare(folders: Sequence[str | Path], seed: int = 0, hard_for: str | Path |
         arms = _hard_part(arms, read_arm(hard_for))
     dense = None
     for arm in arms:
+        # Of the items that are compared: with a difficulty filter the dense arm has fewer right as well.
         if arm.dense and dense is None:
             dense = arm.average().overall
     return [_row(arm, arms, dense, seed) for arm in sorted(arms, key=_order)]
@@ -96,8 +99,11 @@ def _facts(arm: EvaluatedArm) -> dict[str, Any]:
     """Return what a reader of one row needs to know of how it came about."""
     manifest = arm.manifest
     assert manifest.kept_tokens is not None  # a finished arm has them
-    protocols = {task.protocol for task in manifest.tasks.values()}
-    prompts = {task.prompt for task in manifest.tasks.values()}
+    protocols = set()
+    prompts = set()
+    for task in manifest.tasks.values():
+        protocols.add(task.protocol)
+        prompts.add(task.prompt)
     return {
         "items": len(arm.scores),
         "kept_min": manifest.kept_tokens.min,
@@ -120,6 +126,7 @@ def check_comparable(arms: list[EvaluatedArm]) -> None:
     Raises:
         TaskError: naming the first field that differs, or a tuned arm without its training-free twin.
     """
+    # Against the first is enough: arms that equal it in a field equal one another.
     first = arms[0]
     own = first.manifest.settings()
     for arm in arms[1:]:
@@ -156,6 +163,7 @@ def _check_twin(arm: EvaluatedArm, arms: list[EvaluatedArm]) -> None:
         )
 
 
+# What a smaller image answers as well says nothing about which tokens were kept.
 def _hard_part(arms: list[EvaluatedArm], baseline: EvaluatedArm) -> list[EvaluatedArm]:
     """Return the arms with the items that the down-sampling baseline gets wrong."""
     if baseline.pruner != "downsample" or baseline.tuned:
@@ -170,6 +178,7 @@ def _hard_part(arms: list[EvaluatedArm], baseline: EvaluatedArm) -> list[Evaluat
 
 def _twin(arm: EvaluatedArm, arms: list[EvaluatedArm]) -> EvaluatedArm | None:
     """Return the arm that differs from a tuned one in the projector alone."""
+    # By everything that the pruning says: a twin with another option would make its effect look like tuning's.
     for other in arms:
         if not other.tuned and other.manifest.pruning == arm.manifest.pruning:
             return other
@@ -185,6 +194,7 @@ def _nearest_twin(arm: EvaluatedArm, arms: list[EvaluatedArm]) -> str:
 
 
 def _order(arm: EvaluatedArm) -> tuple[bool, float, str, bool]:
+    # False before True. The largest budget first, so that the table reads downwards as tokens are taken away.
     return not arm.dense, -arm.kept, arm.pruner, arm.tuned
 
 
@@ -192,7 +202,8 @@ def _deepest(key: str, one: Any, other: Any) -> str:
     """Return the path of the first difference with both values."""
     # "model differs" would leave the reader to find which of its six fields it is.
     while isinstance(one, dict) and isinstance(other, dict):
-        different = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
-        part = different[0]
-        key, one, other = f"{key}.{part}", one.get(part), other.get(part)
+        for name in sorted({*one, *other}):
+            if one.get(name) != other.get(name):
+                break
+        key, one, other = f"{key}.{name}", one.get(name), other.get(name)
     return f"{key} ({one!r} and {other!r})"

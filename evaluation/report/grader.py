@@ -65,12 +65,14 @@ class Grader:
         headers = {"Content-Type": "application/json"}
         key = os.environ.get(self.key_variable)
         if key:  # local servers want none, and some refuse an empty one
+            # From the environment and never from an option: command lines are logged.
             headers["Authorization"] = f"Bearer {key}"
         url = f"{self.endpoint.rstrip('/')}/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                 text = json.load(reply)["choices"][0]["message"]["content"]
+        # One failed answer stops it all: a mean over those that came back would be of other questions.
         except (urllib.error.URLError, OSError, KeyError, IndexError, json.JSONDecodeError) as error:
             raise TaskError(f"the grader at {url} did not answer: {error}") from error
         return read_grade(text)

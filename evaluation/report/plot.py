@@ -28,7 +28,7 @@ def plot_rows(rows: list[Row], path: Path) -> None:
     """Draw overall accuracy over kept visual tokens: a line per training-free method, a star per tuned arm."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130)
-    labels = sorted({row.label for row in rows} - {"dense"})
+    labels = sorted({row.label for row in rows} - {"dense"})  # sorted, so that a method's colour stays what it is
     colors = _colors(labels)
     for row in rows:
         # Dense is a line across the plot: it has no budget, and every method is read against it.
@@ -36,11 +36,13 @@ def plot_rows(rows: list[Row], path: Path) -> None:
             axes.axhline(row.overall, color="black", linewidth=1, linestyle="--")
             at = (0.99, row.overall)
             axes.annotate("dense", at, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    # By label and not by method: two sets of options are two lines, and a tuned arm stands beside its twin.
     for label in labels:
         points = [row for row in rows if row.label == label]
         points.sort(key=lambda row: row.kept)
         _points(axes, points, colors[label])
     axes.set_xscale("log", base=2)  # budgets are halved from one to the next
+    # At the budgets themselves, of which there are few; the powers of two between them were measured by nobody.
     ticks = sorted({row.kept for row in rows if row.label != "dense"})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
@@ -67,14 +69,17 @@ def _colors(labels: list[str]) -> dict[str, Any]:
 
 
 def _points(axes: Any, rows: list[Row], color: Any) -> None:
+    """Draw the arms of one label; all of them are tuned, or none is."""
     label = rows[0].label
-    style, size = ("*--", 13) if " + " in label else ("o-", 5)
-    below = [row.overall - row.interval[0] for row in rows]
-    above = [row.interval[1] - row.overall for row in rows]
+    style, size = "o-", 5
+    if " + " in label:
+        style, size = "*--", 13
+    points = np.array([(row.kept, row.overall, *row.interval) for row in rows])
+    kept, overall, low, high = points.T
     axes.errorbar(
-        [row.kept for row in rows],
-        [row.overall for row in rows],
-        yerr=np.array([below, above]),
+        kept,
+        overall,
+        yerr=np.array([overall - low, high - overall]),  # matplotlib takes lengths, not ends
         fmt=style,
         color=color,
         markersize=size,

@@ -32,6 +32,7 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
                 if not isinstance(record[name], str):
                     raise TaskError(f"{path}, line {line}: the answer is no text but {record[name]!r}")
                 break
+        # By the keys and not by the file's name: each of the three programs names its files as it is told to.
         if "question_id" in record and "text" in record:
             found.append(_prediction(record, line, "question_id", "text", "prompt"))
         elif "id" in record and "prediction" in record:
@@ -44,6 +45,7 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
                 f"{path}, line {line}: neither LLaVA's format (question_id, text, prompt) nor ours (id, prediction, "
                 f"question); it has {', '.join(sorted(record))}"
             )
+    # Rows of other tasks are left out without a word, so a file of nothing else would look like one that lacks answers.
     if not found:
         raise TaskError(f"{path} holds no prediction of {task}")
     return found
@@ -76,6 +78,8 @@ def paired(
     Raises:
         TaskError: for an unknown or repeated question, naming the line, or questions without a prediction.
     """
+    # By name and never by position: two files that were sorted differently would otherwise pair the wrong answers, and
+    # a yes/no benchmark would still come out near 50 %.
     known = set(questions)
     found: dict[str, Prediction] = {}
     for prediction, name in zip(predictions, ids, strict=True):
@@ -84,6 +88,7 @@ def paired(
             raise TaskError(f"{path}, line {prediction.line}: question {key!r} is not in the annotations")
         if key not in found:
             found[key] = prediction
+        # An answer that is there twice may come from two runs in one file; which of them counts nobody said.
         elif not first_counts:
             raise TaskError(
                 f"{path}, line {prediction.line}: question {key!r} was answered in line {found[key].line} already"

@@ -9,6 +9,7 @@ import yaml
 
 from prunetune.evaluation.errors import TaskError
 
+# All four or none: a number without its budget or its source can't be read beside others.
 FIELDS = ("arm", "kept", "values", "cite")
 
 

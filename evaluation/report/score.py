@@ -32,6 +32,7 @@ def score_file(
         TaskError: for files that can't be used, predictions that don't match the questions one to one, a task whose
             answers are hidden, or a protocol the task does not follow.
     """
+    # What the user may have got wrong is told in the order in which it is quickest to put right.
     task = get_task(name)
     _check(task, data, protocol)
     items = {item.id: item for item in task.read_answers(data)}
@@ -72,7 +73,7 @@ def _by_item(
     ids = [prediction.id for prediction in found]
     if pairing.ids is not None:  # other programs name questions in ways of their own
         ids = pairing.ids(found, data, where)
-    complete = pairing.failed is None
+    complete = pairing.failed is None  # nothing else stands for a prediction that is missing
     return paired(found, ids, list(items), where, complete=complete, first_counts=pairing.first_counts)
 
 
@@ -99,8 +100,11 @@ def _graded(grader: Grader, scored: Sequence[Scored]) -> dict[str, Any]:
 
 def _prompt(task: Benchmark, found: Sequence[Prediction]) -> str:
     """Return which variant was asked; the prompts themselves say whether OCR tokens were there."""
-    prompts = [prediction.prompt for prediction in found if prediction.prompt]
-    if any("OCR token" in prompt for prompt in prompts):
-        return "question, reference OCR tokens, short answer"
+    # OCR tokens are worth points, so a number must say which of the two it is, whatever the task was called.
+    asked = False
+    for prediction in found:
+        asked = asked or bool(prediction.prompt)
+        if "OCR token" in prediction.prompt:
+            return "question, reference OCR tokens, short answer"
     # Prompts without OCR tokens contradict the task that has them; a file without prompts contradicts nothing.
-    return task.prompt.replace(", reference OCR tokens", "") if prompts else task.prompt
+    return task.prompt.replace(", reference OCR tokens", "") if asked else task.prompt

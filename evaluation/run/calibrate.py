@@ -79,8 +79,10 @@ def calibrate(config: RecalibrateConfig, count: int, batch_size: int = 8, device
     samples, images = _draw(config.data, count)
     arm = Arm.load(config.model, config.pruning, device=device)
     formatter = arm.formatter(images)
-    before: Values = {name: [] for name in OPTIONS}
-    after: Values = {name: [] for name in OPTIONS}
+    before: Values = {}
+    after: Values = {}
+    for name in OPTIONS:
+        before[name], after[name] = [], []
     for index in tqdm(range(0, len(samples), batch_size), desc="calibrate", unit="batch", dynamic_ncols=True):
         _measure(arm, formatter, samples[index : index + batch_size], before, after)
     return Calibration(len(before["erank"]), _spreads(before), _spreads(after))
@@ -119,6 +121,7 @@ def _measure(arm: Arm, formatter: Formatter, samples: list[Sample], before: Valu
     for features in prepared.inputs["mm_encoder_outputs"]["image"].pooler_output:
         after["erank"] += erank(features[None]).tolist()
     chosen = prepared.chosen["image"]
+    # Before: what the pruner chose from, one group for each size of image.
     for among, selection in zip(chosen.candidates, chosen.selections, strict=True):
         before["erank"] += erank(among.tokens.finite("projected")).tolist()
         if "cls_attention" not in among.tokens.signals:
@@ -147,7 +150,7 @@ def write_averages(file: Path, calibration: Calibration) -> dict[str, float]:
     for name, spread in calibration.before.items():
         written[OPTIONS[name]] = round(spread.mean, 3)
     document["pruning"].setdefault("options", {}).update(written)
-    text = io.StringIO()
+    text = io.StringIO()  # ruamel writes to streams only
     yaml.dump(document, text)
     # Whole or not at all: the file is somebody's own, with comments that are nowhere else.
     write_whole(file, text.getvalue())

@@ -46,7 +46,10 @@ class Work:
     @property
     def items(self) -> list[Item]:
         """All items, in order."""
-        return [item for batch in self.batches for item in batch]
+        items = []
+        for batch in self.batches:
+            items += batch
+        return items
 
 
 def evaluate(config: EvaluateConfig, arm: Arm | None = None, device: str | None = None) -> Path:
@@ -75,6 +78,7 @@ def evaluate(config: EvaluateConfig, arm: Arm | None = None, device: str | None 
     _check_is_configured(arm, config)
     manifest = _manifest(config, works, arm)
     batches = _batches(works)
+    # One rank writes what there is one of; the others wait below until it is there.
     if ranks.is_zero:
         start(output, manifest)
         write_whole(output / "config.yaml", to_yaml(config))
@@ -84,15 +88,20 @@ def evaluate(config: EvaluateConfig, arm: Arm | None = None, device: str | None 
     ranks.wait()  # nobody appends before everybody has read
 
     began = time.monotonic()
+    # Answering alone: loading and hashing would make a short run look slow.
     _run(config, works, arm, done, ranks)
     seconds = time.monotonic() - began
     ranks.wait()
     if ranks.is_zero:
         gather(output, batches)
         rows = read_results(output)
+        # Of this run alone: rows of an earlier one took no time now.
         new = len(rows) - len(done)
         rate = round(new / seconds, 2) if new else None
-        summaries = {work.task.name: _summary(work, rows, output) for work in works}
+        summaries = {}
+        for work in works:
+            summaries[work.task.name] = _summary(work, rows, output)
+        # Last of all: a manifest that says complete is what compare and the next run go by.
         write_manifest(output, manifest.finished(summaries, _kept(rows), rate))
     ranks.destroy()
     return output
@@ -102,6 +111,7 @@ def _work(name: str, config: EvaluateConfig) -> Work:
     task = get_task(name)
     questions = task.open(task_folder(config.data, name))
     items = questions.items[: config.limit]
+    # Cut before ranks and earlier runs are known: which questions share a batch must not depend on either.
     batches = []
     for index in range(0, len(items), config.batch_size):
         batches.append(items[index : index + config.batch_size])
@@ -112,12 +122,15 @@ def _batches(works: list[Work]) -> Batches:
     """Return the ids of all batches, by task."""
     batches: Batches = {}
     for work in works:
-        batches[work.task.name] = [[item.id for item in batch] for batch in work.batches]
+        batches[work.task.name] = []
+        for batch in work.batches:
+            batches[work.task.name].append([item.id for item in batch])
     return batches
 
 
 def _check_is_configured(arm: Arm, config: EvaluateConfig) -> None:
     """Check that an arm which was loaded before is the one that the configuration asks for."""
+    # The manifest is written from the configuration; with another arm its numbers would be somebody else's.
     asked = (config.model, config.pruning, config.adapter)
     if (arm.base.config, arm.spec, arm.adapter) != asked:
         raise TaskError(f"the arm that was loaded for {config.output} is not the one its configuration names")
@@ -157,6 +170,7 @@ def _run(config: EvaluateConfig, works: list[Work], arm: Arm, done: set[tuple[st
 def _answers(arm: Arm, formatter: Formatter, task: Benchmark, batch: list[Item], max_new_tokens: int) -> list[Result]:
     """Generate the answers of one batch and score them, once and for all."""
     samples = []
+    # No answer in the last turn: the prompt ends where the model is to go on.
     for item in batch:
         samples.append(Sample(item.id, item.source, item.image, (Turn(item.question, None),)))
     rows = []
@@ -178,10 +192,11 @@ def _answers(arm: Arm, formatter: Formatter, task: Benchmark, batch: list[Item],
 
 def _summary(work: Work, rows: list[Result], output: Path) -> TaskSummary:
     """Return a task's metrics with their interval, writing the upload file where the benchmark has one."""
-    by_id = {row.id: row for row in rows if row.task == work.task.name}
+    # Rows come in the order of the items. The items are those that were read, and not made from rows: an upload or a
+    # set's metric may need what a row does not hold.
+    own = [row for row in rows if row.task == work.task.name]
     scored = []
-    for item in work.items:
-        row = by_id[item.id]
+    for item, row in zip(work.items, own, strict=True):
         scored.append(Scored(row.prediction, item, row.score))
     summary = work.task.summarise(scored)
     if work.task.upload is None:
@@ -191,6 +206,7 @@ def _summary(work: Work, rows: list[Result], output: Path) -> TaskSummary:
 
 def _kept(rows: list[Result]) -> KeptTokens:
     """Return how many visual tokens reached the LLM."""
+    # Over all items, text alone included: what the LLM got is what a budget is paid for.
     kept = [row.kept for row in rows]
     return KeptTokens(mean=sum(kept) / len(kept), min=min(kept), max=max(kept))
 
@@ -205,6 +221,7 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm) -> Manifest:
             protocol=work.task.protocol,
             prompt=work.task.prompt,
         )
+    # What the projector was trained for, from the adapter's own record: its folder may have been renamed since.
     tuned_for = None
     if config.adapter is not None:
         tuned_for = read_record(config.adapter)["pruning"]
@@ -219,6 +236,7 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm) -> Manifest:
         tasks=tasks,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
+        # transformers has a slow and a fast one for many models, and takes one by what else is installed.
         image_processor=type(arm.processor.image_processor).__name__,
         device=torch.cuda.get_device_name() if arm.device.type == "cuda" else platform.machine(),
         versions={name: version(name) for name in ("torch", "transformers")},

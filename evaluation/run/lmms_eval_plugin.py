@@ -68,6 +68,7 @@ class PrunetuneModel(lmms):
         samples = []
         limits = []
         for context, options, doc_to_visual, doc_id, task, split in batch:
+            # Sampled answers differ between runs, and a difference between arms could be chance.
             if options.get("temperature", 0) or options.get("num_beams", 1) != 1:
                 raise TaskError(f"{task} asks for sampling or beams; the prunetune plugin decodes greedily")
             name = f"{task}/{split}/{doc_id}"
@@ -106,6 +107,7 @@ class _Images:
         """Keep the only image of a question and return its reference; None without one."""
         if not visuals:
             return None
+        # Dropping the others would answer another question than the one that is scored.
         if len(visuals) > 1:
             raise TaskError(f"{name} comes with {len(visuals)} pictures; {_ONE}")
         if not isinstance(visuals[0], Image.Image):

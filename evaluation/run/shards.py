@@ -25,6 +25,7 @@ Batches = dict[str, list[list[str]]]
 
 def shard(output: Path, rank: int, ranks: int) -> Path:
     """Return the file that a rank appends to: results.jsonl itself where there is only one."""
+    # A file for each: appends of two processes to one file may mix, over a network file system even within a line.
     return output / (RESULTS if ranks == 1 else f"results.rank{rank}.jsonl")
 
 
@@ -40,8 +41,12 @@ def start(output: Path, manifest: Manifest) -> None:
             old.unlink()
         write_manifest(output, manifest)
         return
-    before, now = read_begun(output).settings(), manifest.settings()
-    changed = [key for key, value in now.items() if before.get(key) != value]
+    # Field by field, so that the message can say which: the two were made by the same command line more often than not.
+    before = read_begun(output).settings()
+    changed = []
+    for key, value in manifest.settings().items():
+        if before.get(key) != value:
+            changed.append(key)
     if changed:
         raise TaskError(
             f"{output} holds an arm that differs in {', '.join(changed)}; choose another output folder or "
@@ -55,6 +60,7 @@ def gather(output: Path, batches: Batches) -> None:
     Shards of an earlier run, with as many ranks as it may have had, are taken in and removed; a batch or a line that
     was being written when a run was killed is cut off.
     """
+    # By task and id: killed between writing the whole file and removing the shards, a run leaves rows twice.
     rows: dict[tuple[str, str], Result] = {}
     for file in _files(output):
         for row in _whole_lines(file):
@@ -62,11 +68,10 @@ def gather(output: Path, batches: Batches) -> None:
     kept = []
     for task, groups in batches.items():
         for ids in groups:
-            batch = [rows.get((task, number)) for number in ids]
             # Part of a batch is no use: in half precision an answer depends on the batch it was made in, so the rest
             # made alone could differ from what an uninterrupted run writes.
-            if None not in batch:
-                kept += [row for row in batch if row is not None]
+            if all((task, number) in rows for number in ids):
+                kept += [rows[task, number] for number in ids]
     # First the whole file, then the shards away: killed in between, the next run finds every row twice, not never.
     write_results(output, kept)
     for file in _files(output):
@@ -83,6 +88,7 @@ def _whole_lines(file: Path) -> Iterator[Result]:
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             record: Any = json.loads(line)
-        except json.JSONDecodeError:  # the line that was being written
+        # The line that was being written. Nothing follows it: the next run gathers before any of its ranks appends.
+        except json.JSONDecodeError:
             return
         yield result_of(record, f"{file}, line {number}")

@@ -45,6 +45,7 @@ def visualize(
         TaskError: if the visual tokens of this model form no grid.
     """
     output.mkdir(parents=True, exist_ok=True)
+    # Loaded once: the methods share the model's weights, and differ in what they keep of its output.
     loaded = Arm.load(config) if arm is None else arm
     arms = [loaded.with_pruning(spec) for spec in specs]
     questions = get_task(task).open(task_folder(data, task))
@@ -90,6 +91,7 @@ def _strip(arms: list[Arm], images: ImageOpener, sample: Sample) -> Image.Image:
 
 def _seen(pixels: Tensor, processor: Any) -> Image.Image:
     """Return the image as the vision tower saw it, from normalised pixels (3, H, W) or (crops, 3, H, W)."""
+    # Not the file's image: the processor may have cropped or padded it, and the grid lies over what was left.
     mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
     deviation = torch.tensor(processor.image_processor.image_std)[:, None, None]
     if pixels.ndim == 4:  # of several crops, the base view

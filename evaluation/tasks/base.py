@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from prunetune.data_recipes.images import ImageOpener
     from prunetune.evaluation.readers import Reader
 
+# LLaVA-1.5's own two sentences, to the letter: it was trained with them, and its published numbers are reached with
+# them. A comma more is another prompt, and another number.
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 
@@ -33,10 +35,12 @@ class Item:
     source: str
     image: str | None
     question: str
+    # Any: a list of ten answers, a letter with its options, or nothing at all. Its scorer alone reads it.
     answer: Any
 
     def key(self) -> str:
         """Return the item as one line, for hashing."""
+        # A list, so that no field's name is part of the hash: hashes stand in manifests, and must stay what they are.
         return json.dumps([self.id, self.source, self.image, self.question, self.answer], ensure_ascii=False)
 
 
@@ -78,6 +82,7 @@ def accuracy(scored: Sequence[Scored]) -> dict[str, Any]:
 
 def score_as_a_set(prediction: str, item: Item) -> None:
     """Return no score: of some metrics, such as CIDEr, only a whole set has one."""
+    # A function like any other, so that nothing that scores has to ask whether there is one.
     return
 
 
@@ -107,6 +112,7 @@ class Pairing:
             otherwise a repeated prediction is an error.
     """
 
+    # All predictions at once, not one by one: POPE's need a file that is read for all of them.
     ids: Callable[[list[Prediction], Path, str], list[str]] | None = None
     failed: str | None = None
     first_counts: bool = False
@@ -167,6 +173,8 @@ class Benchmark:
         Raises:
             TaskError: for missing or foreign files, or an id that is there twice.
         """
+        # By trying: which files a layout needs is known to the code that reads them, and a second list of their names
+        # would have to be kept equal to it.
         missing: MissingFile | None = None
         for reader in self.readers:
             try:
@@ -198,10 +206,15 @@ class Benchmark:
     def summarise(self, scored: Sequence[Scored]) -> TaskSummary:
         """Return all metrics, none of them where the answers are hidden, and the interval of the mean score."""
         metrics = {} if self.scorer is None else self.scorer.summarise(scored)
-        scores = [one.score for one in scored if one.score is not None]
+        scores = []
+        images = []
+        for one in scored:
+            if one.score is not None:
+                scores.append(one.score)
+                images.append(str(one.item.image or one.item.id))  # a question about text alone hangs with no other
+        # Over part of the items it would be the interval of another number than the accuracy beside it.
         if not scores or len(scores) < len(scored):
             return TaskSummary(metrics=metrics, interval_95=None)
-        images = [str(one.item.image or one.item.id) for one in scored]  # a question about text alone hangs with none
         return TaskSummary(metrics=metrics, interval_95=list(bootstrap_interval(scores, images)))
 
     def _check_ids(self, items: list[Item], data: Path) -> None:
@@ -217,6 +230,7 @@ _TASKS: dict[str, Benchmark] = {}
 
 def register_task(task: Benchmark) -> Benchmark:
     """Add a benchmark; raises TaskError if its name is taken."""
+    # Taking the later one would change a benchmark for everybody who imported the earlier.
     if task.name in _TASKS:
         raise TaskError(f"two tasks are called {task.name!r}")
     _TASKS[task.name] = task
@@ -227,6 +241,8 @@ def tasks() -> dict[str, Benchmark]:
     """Return all benchmarks by name: those of ``evaluation/tasks/`` and of plug-ins."""
     import prunetune.evaluation.tasks as package
 
+    # Here and not when the package is imported: the files import this module, and whoever needs one benchmark's
+    # functions alone (a test, a notebook) need not import them all.
     import_folder(package)
     load_installed()
     return dict(sorted(_TASKS.items()))
@@ -262,11 +278,13 @@ def task_folder(data: str | Path | None, name: str) -> Path:
     Raises:
         TaskError: if ``data`` is set and no folder.
     """
+    # The tiny world reads no files; every other benchmark says which of its own it misses, in a folder of this name.
     if data is None:
         return UNSET
     root = Path(data)
     if not root.is_dir():
         raise TaskError(f"data folder {str(root)!r} does not exist; set data to the folder of the benchmarks' files")
+    # Variants of one benchmark share its files: vqav2_testdev lies with vqav2.
     for part in (name, name.split("_")[0]):
         if (root / part).is_dir():
             return root / part
@@ -275,6 +293,7 @@ def task_folder(data: str | Path | None, name: str) -> Path:
 
 def items_hash(items: list[Item]) -> str:
     """Return a SHA-256 of items in their order."""
+    # In their order: arms are compared question by question.
     digest = hashlib.sha256()
     for item in items:
         digest.update(item.key().encode() + b"\n")

@@ -11,6 +11,7 @@ from prunetune.evaluation.files import find_file, read_json
 from prunetune.evaluation.metrics.captions import caption_metrics
 from prunetune.evaluation.tasks.base import Item, Scored
 
+# lmms-eval's, for both sets alike: LLaVA-1.5's scripts have neither.
 PROMPT = "Provide a one-sentence caption for the provided image."
 
 
@@ -53,6 +54,9 @@ def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
 
 
 def _corpus(scored: Sequence[Scored]) -> dict[str, float]:
-    captions = {one.item.id: one.prediction for one in scored}
-    references = {one.item.id: one.item.answer for one in scored}
+    captions = {}
+    references = {}
+    for one in scored:
+        captions[one.item.id] = one.prediction
+        references[one.item.id] = one.item.answer
     return caption_metrics(captions, references)

@@ -11,6 +11,7 @@ from prunetune.evaluation.metrics.chair import Objects, chair
 from prunetune.evaluation.readers import PublishedFiles, images_below
 from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, Scorer, register_task, score_as_a_set
 
+# Long descriptions on purpose: one sentence leaves little room to invent anything.
 PROMPT = "Please describe this image in detail."
 COCO = "https://cocodataset.org/#download (annotations, 2014)"
 SYNONYMS = "https://github.com/LisaAnne/Hallucination (data/synonyms.txt)"
@@ -44,7 +45,7 @@ def read_items(data: Path) -> list[Item]:
 
 def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     """Return C_S, C_I, recall and length."""
-    objects = Objects(scored[0].item.answer["words"])
+    objects = Objects(scored[0].item.answer["words"])  # the same for all items
     captions = {}
     truth = {}
     for one in scored:

@@ -13,6 +13,7 @@ from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, Scorer, ave
 
 SOURCE = "https://github.com/vis-nlp/ChartQA (ChartQA Dataset/test)"
 KINDS = ("human", "augmented")
+# Values are read off axes, so ChartQA's authors count a number within 5 % as right.
 TOLERANCE = 0.05
 
 
@@ -35,6 +36,7 @@ def read_row(row: Row, number: int) -> Item:
     return item_of(number, kind, image_in_row(number), row["question"], answer)
 
 
+# lmms-eval's wording, since this is its protocol: LLaVA-1.5's scripts have no ChartQA.
 def item_of(number: int, kind: str, image: str, question: str, answer: Any) -> Item:
     """Return a question as lmms-eval asks it; the source is its kind."""
     prompt = f"{question}\nAnswer the question with a single word."
@@ -43,6 +45,7 @@ def item_of(number: int, kind: str, image: str, question: str, answer: Any) -> I
 
 def number(text: str) -> float | None:
     """Return a number, percentages as shares; None if it is none."""
+    # "1,000" is none, as in the published scorer: float() takes no comma.
     try:
         if text.endswith("%"):
             return float(text.rstrip("%")) / 100
@@ -62,6 +65,7 @@ def score(prediction: str, item: Item) -> float:
 
 def summarise(scored: Sequence[Scored]) -> dict[str, float | None]:
     """Return relaxed accuracy in percent, of all and by kind."""
+    # Papers report the mean of the two kinds; they are of the same size (1,250), so it is the accuracy over all.
     mean = averaged(scored)
     metrics = {"accuracy": mean.overall}
     for kind in KINDS:

@@ -19,7 +19,8 @@ def read_items(data: Path) -> list[Item]:
 
 
 def read_row(row: Row, number: int) -> Item:
-    """Return a row of lmms-lab's table, whose own question is another prompt."""
+    """Return a row of lmms-lab's table."""
+    # The row's question asks to "carefully observe" the image first; both layouts have to ask the same.
     return Item(str(row["id"]), "coco", image_in_row(number), PROMPT, list(row["answer"]))
 
 

@@ -32,6 +32,7 @@ def read_row(row: Row, number: int) -> Item:
 
 def _item(number: str, record: dict[str, Any], image: str) -> Item:
     """Return a question; its source says whether it is binary or open, and ``image`` has a gap for the image's id."""
+    # Only a "query" asks for a word; verify, logical, choose and compare name their answers in the question.
     kind = "open" if record["types"]["structural"] == "query" else "binary"
     question = f"{record['question']}\n{SHORT_ANSWER}"
     return Item(number, kind, image.format(record["imageId"]), question, record["answer"])
@@ -39,6 +40,7 @@ def _item(number: str, record: dict[str, Any], image: str) -> Item:
 
 def clean(prediction: str) -> str:
     """Return a prediction as LLaVA hands it to GQA's scorer."""
+    # Nothing more: "a dog" for "dog" is wrong, in LLaVA's numbers as in these.
     return prediction.rstrip(".").lower()
 
 

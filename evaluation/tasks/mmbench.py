@@ -28,6 +28,7 @@ LETTERS = "ABCD"
 FILES = {"mmbench": "mmbench_dev_20230712.tsv", "mmbench_cn": "mmbench_dev_cn_20231003.tsv"}
 SUFFIXES = {"mmbench": LETTER, "mmbench_cn": "请直接回答选项字母。"}
 SOURCE = "https://github.com/open-compass/MMBench (the dev split, .tsv)"
+# The letter alone, in brackets, or with a full stop, but not the first of a word: "Apple" is no A.
 _LETTER = re.compile(r"^\(?([A-D])(?![A-Za-z])")
 
 
@@ -36,6 +37,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)  # an image in base64 is longer than the 128 KiB that csv allows
     with path.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
+    # C, D, hint, category and answer may be missing: not every split and language has them.
     lacking = {"index", "question", "A", "B", "image"} - set(rows[0] if rows else ())
     if lacking:
         raise TaskError(f"{path} lacks the columns {', '.join(sorted(lacking))}")
@@ -44,7 +46,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def read_items(name: str, data: Path) -> list[Item]:
     """Return the questions with hint and options as LLaVA asks them; the source is the category."""
-    return [item_of(row, SUFFIXES[name]) for row in read_rows(find_file(data, FILES[name], SOURCE))]
+    rows = read_rows(find_file(data, FILES[name], SOURCE))
+    return [item_of(row, SUFFIXES[name]) for row in rows]
 
 
 def read_row(name: str, row: Row, number: int) -> Item:
@@ -96,6 +99,7 @@ def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     groups: dict[int, list[float]] = {}
     for one in scored:
         groups.setdefault(int(one.item.id) % ROUND, []).append(one.score or 0)
+    # Circular evaluation asks each question with its options turned; who guesses is right once, not every time.
     right = sum(all(scores) for scores in groups.values())
     circular = any(len(scores) > 1 for scores in groups.values())
     return {
@@ -115,8 +119,9 @@ def upload(name: str, scored: Sequence[Scored], folder: Path) -> Path:
     sheet.append(["index", "question", *LETTERS, "prediction"])
     for one in scored:
         options = (one.item.answer or {}).get("options", {})
-        question = one.item.question.rsplit("\nA. ", 1)[0]
-        sheet.append([int(one.item.id), question, *(options.get(letter, "") for letter in LETTERS), one.prediction])
+        question = one.item.question.rsplit("\nA. ", 1)[0]  # the options have columns of their own
+        cells = [options.get(letter, "") for letter in LETTERS]
+        sheet.append([int(one.item.id), question, *cells, one.prediction])
     path = folder / f"{FILES[name].removesuffix('.tsv')}_upload.xlsx"
     book.save(path)
     return path

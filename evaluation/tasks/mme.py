@@ -50,6 +50,7 @@ def read_items(data: Path) -> list[Item]:
                 if not text.strip():
                     continue
                 question, answer = _split(text, f"{path}, line {line}")
+                # By its text and not by its line: LLaVA's question file need not have the same order.
                 item = _item(subtask, path.stem, image, question, answer)
                 if item.id in items and items[item.id].answer != answer:
                     raise TaskError(f"{path}, line {line}: the question has another answer above")
@@ -82,6 +83,7 @@ def _image(folder: Path, stem: str) -> Path:
 
 
 def _split(text: str, where: str) -> tuple[str, str]:
+    """Return question and answer of a line; raises TaskError beginning with ``where`` if it is none."""
     parts = text.strip().split("\t")
     if len(parts) != 2 or parts[1].strip().lower() not in ("yes", "no"):
         raise TaskError(f"{where}: expected a question, a tab, and Yes or No, got {text!r}")
@@ -107,6 +109,7 @@ def plain(question: str) -> str:
 
 def says(prediction: str) -> str:
     """Return "yes", "no" or "other", from the first four characters."""
+    # MME's own rule, " yes" included; "not at all" is a no by its first two letters.
     head = prediction.lower()[:4]
     if "yes" in head:
         return "yes"
@@ -123,6 +126,8 @@ def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
 
     Sums are over the subtasks that are there; the others are listed.
     """
+    # Papers add the subtasks' scores up (2,000 points of perception, 800 of cognition), so a sum without one of them
+    # can't be compared: it is listed as missing beside the sum.
     subtasks: dict[str, dict[str, float]] = {}
     missing = []
     for subtask in SUBTASKS:
@@ -143,6 +148,7 @@ def _subtask(scored: Sequence[Scored]) -> dict[str, float]:
     for one in scored:
         images.setdefault(one.item.id.split("/")[1], []).append(one.score or 0)
     right = sum(sum(scores) for scores in images.values())
+    # Each image has a question that is right to affirm and one to deny: saying yes to everything gets no image whole.
     whole = sum(all(scores) for scores in images.values())
     accuracy = 100 * right / len(scored)
     plus = 100 * whole / len(images)

@@ -46,6 +46,7 @@ register_task(
         prompt="question",
         about="MM-Vet: open answers, graded elsewhere; writes the grader's file",
         readers=[PublishedFiles(read_items, images_below("images")), ParquetRows("mmvet", read_row)],
+        # The answers are published, but only a language model can compare open answers with them.
         scorer=None,
         upload=upload,
     )

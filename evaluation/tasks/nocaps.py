@@ -20,6 +20,7 @@ def read_items(data: Path) -> list[Item]:
 
 def read_row(row: Row, number: int) -> Item:
     """Return a row of lmms-lab's table."""
+    # The domain says whether COCO has the objects: out of it, captions rest on what the model saw elsewhere.
     domain = str(row.get("image_domain") or "nocaps")
     return Item(str(row["image_id"]), domain, image_in_row(number), PROMPT, list(row["annotations_captions"]))
 

@@ -12,6 +12,7 @@ from prunetune.evaluation.readers import PublishedFiles, images_below
 from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, Scorer, register_task
 
 SOURCE = "https://github.com/Yuliang-Liu/MultimodalOCR (OCRBench/OCRBench.json and its pictures)"
+# Handwritten mathematics, the only part whose answers are LaTeX.
 FORMULAS = "HME100k"
 
 
@@ -40,6 +41,7 @@ def answer_of(answers: Any, dataset: str) -> dict[str, Any]:
 
 def score(prediction: str, item: Item) -> float:
     """Return 1 if the prediction holds one of the answers: of formulas without spaces, else whatever the case."""
+    # Held and not equal: models read the text out within a sentence, and reading is what is asked for.
     said = _comparable(prediction, item.answer["formula"])
     for answer in item.answer["any"]:
         if _comparable(answer, item.answer["formula"]) in said:
@@ -55,6 +57,7 @@ def _comparable(text: str, formula: bool) -> str:
 
 def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     """Return the number of right answers (of 1,000 in the published set), in all and by kind."""
+    # Answers found, not percent: of 1,000 questions, as the leaderboard has it.
     kinds: dict[str, int] = {}
     for one in scored:
         kinds[one.item.source] = kinds.get(one.item.source, 0) + int(one.score or 0)

@@ -21,6 +21,7 @@ from prunetune.evaluation.tasks.base import (
     register_task,
 )
 
+# Where the absent objects come from: those that often stand beside what is there, frequent ones, any.
 CATEGORIES = ("adversarial", "popular", "random")
 SHARES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 SOURCE = "https://github.com/AoiDragon/POPE/tree/main/output/coco (named coco_pope_CATEGORY.json)"
@@ -35,6 +36,7 @@ def read_items(data: Path) -> list[Item]:
         path = find_file(data, f"coco_pope_{category}.json", SOURCE)
         for line, record in read_lines(path):
             item = _item(category, record["image"], record["image"], record["text"], record["label"])
+            # Counted twice it would weigh twice, and one saved prediction could not answer both.
             if item.id in seen:
                 raise TaskError(
                     f"{path}, line {line}: the question stands in line {seen[item.id]} already: {item.id!r}"
@@ -126,6 +128,7 @@ def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
 
 def item_ids(predictions: list[Prediction], data: Path, where: str) -> list[str]:
     """Return the item of each prediction: LLaVA's ids go through its question file, ours are the items' own."""
+    # Ours need no further file, so they are looked at first.
     if all(prediction.id.split("/")[0] in CATEGORIES for prediction in predictions):
         return [prediction.id for prediction in predictions]
     asked = {}

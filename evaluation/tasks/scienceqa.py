@@ -13,6 +13,7 @@ from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
 from prunetune.evaluation.readers import PublishedFiles, images_below
 from prunetune.evaluation.tasks.base import LETTER, Benchmark, Item, Pairing, Scored, Scorer, averaged, register_task
 
+# No problem of the test split has more than five choices.
 LETTERS = "ABCDE"
 SOURCE = "https://github.com/lupantech/ScienceQA (problems.json and pid_splits.json in data/scienceqa)"
 QUESTIONS = "llava_test_CQM-A.json"
@@ -23,10 +24,12 @@ def read_items(data: Path) -> list[Item]:
     """Return the test problems in the split's order, as LLaVA asks them."""
     asked = {}
     for record in read_json(find_file(data, QUESTIONS, "LLaVA's eval.zip, see its docs/Evaluation.md")):
+        # LLaVA's file holds training conversations: the prompt with its placeholder, and an answer nobody asks for.
         question = record["conversations"][0]["value"].replace("<image>", "").strip()
         asked[str(record["id"])] = f"{question}\n{LETTER}"
     items = read_answers(data)
     missing = [item.id for item in items if item.id not in asked]
+    # Left out in silence, the accuracy would be that of another set.
     if missing:
         raise TaskError(f"{QUESTIONS} lacks {len(missing)} problems of the test split, such as {missing[0]}")
     return [replace(item, question=asked[item.id]) for item in items]
@@ -62,6 +65,7 @@ def _item(name: str, image: str | None, question: str, index: int, choices: Sequ
 
 def chosen(prediction: str, choices: int) -> int:
     """Return the chosen index, or -1: the letter alone, "X. ...", or one "The answer is X."."""
+    # LLaVA's scorer, form by form: "b" and "B." are no answers there, and papers' numbers depend on it.
     if prediction in tuple(LETTERS):
         letter = prediction
     elif len(prediction) >= 3 and prediction[0] in LETTERS and prediction[1:3] == ". ":

@@ -38,6 +38,7 @@ def read_items(data: Path) -> list[Item]:
         answers[name] = record["answers"]
     items = []
     for record, name, number in zip(records, names, number_repeats(names), strict=True):
+        # Capitalised as in LLaVA's file; the annotations are lower-case.
         question = f"{record['question'].capitalize()}\n{SHORT_ANSWER}"
         items.append(Item(number, "textvqa", f"{record['image_id']}.jpg", question, answers[name]))
     return items
@@ -78,6 +79,7 @@ def question_of(prompt: str, where: str) -> str:
     Raises:
         TaskError: if the prompt has none of them.
     """
+    # LLaVA's files have had three forms, with the OCR tokens before the question, behind it, or in one line with it.
     lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: "):
         found = re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)
@@ -103,6 +105,7 @@ def item_ids(predictions: list[Prediction], data: Path, where: str) -> list[str]
 
 
 def _id(image: str, question: str) -> str:
+    # Both halves: an image has several questions, and many images have the same one.
     return f"{image}/{question.lower()}"
 
 

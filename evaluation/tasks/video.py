@@ -31,6 +31,7 @@ _REFUSED = (
 )
 
 
+# A reader that reads answers alone, so that the tasks are listed and scored like all others.
 class VideoFiles:
     """Questions and answers in two files; the videos themselves are not read."""
 
@@ -49,6 +50,7 @@ class VideoFiles:
             TaskError: for a question without an answer, or a repeated id.
         """
         path = find_file(data, "test_q.json", SOURCE)
+        # Beside the questions: every video benchmark calls its two files the same, so the folder says whose they are.
         answers = {}
         for record in read_json(path.with_name("test_a.json")):
             answers[str(record["question_id"])] = record["answer"]
@@ -65,6 +67,7 @@ class VideoFiles:
 
 def score(prediction: str, item: Item) -> float:
     """Return 1 if the answers are the same after the normalisation of VQA answers."""
+    # A number that needs no language model: it is lower than the papers', but the same for everybody, every time.
     return float(normalize(prediction) == normalize(str(item.answer)))
 
 

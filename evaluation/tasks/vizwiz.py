@@ -23,6 +23,7 @@ from prunetune.evaluation.tasks.vqa import hidden_items, people, score, summaris
 QUESTIONS = "val.json"
 TEST = "llava_test.jsonl"
 SOURCE = "https://vizwiz.org/tasks-and-datasets/vqa/"
+# LLaVA's hint: about a third of the questions can't be answered from the photograph, and saying so is right there.
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 

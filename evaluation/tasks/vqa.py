@@ -42,6 +42,7 @@ def coco_items(data: Path, questions: str, annotations: str, source: str) -> lis
     answers: dict[str, Any] = {}
     for record in read_json(find_file(data, annotations, source))["annotations"]:
         name = str(record["question_id"])
+        # Ten answers or twenty: which ten would count depends on the order of a file.
         if name in answers:
             raise TaskError(f"{annotations}: question {name} is annotated twice")
         answers[name] = record

@@ -21,6 +21,7 @@ def read_items(data: Path) -> list[Item]:
     return coco_items(data, QUESTIONS, ANNOTATIONS, SOURCE)
 
 
+# What papers report: validation, above, is for whoever wants a number without a server.
 def read_testdev(data: Path) -> list[Item]:
     """Return the questions of test-dev as LLaVA asks them."""
     return hidden_items(data, TESTDEV)
