@@ -45,21 +45,26 @@ def wrap_projector(model: nn.Module, modules: list[str] | None = None) -> PeftMo
     return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=wanted))
 
 
-def load_projector(model: nn.Module, adapter: str | Path, base_hash: str | None = None) -> None:
+def load_projector(model: nn.Module, adapter: str | Path, files_hash: str | None = None) -> None:
     """Copy an adapter's projector into ``model``; names, shapes and the base are checked first.
 
     The tensors are those that ``PeftModel.from_pretrained`` loads; copying them leaves the model's code unwrapped.
 
+    Args:
+        model: the base.
+        adapter: folder written by a recalibration.
+        files_hash: the base's :func:`~prunetune.models.hashes.frozen_files_hash`; None leaves the base unchecked.
+
     Raises:
-        CheckpointError: if files are missing or broken, tensors don't match, or ``base_hash`` differs from the record.
+        CheckpointError: if files are missing or broken, tensors don't match, or ``files_hash`` differs from the record.
     """
     folder = Path(adapter)
     record = read_record(folder)
-    if base_hash is not None and record.get("frozen_hash") != base_hash:
+    if files_hash is not None and record.get("frozen_hash") != files_hash:
         raise CheckpointError(
             f"projector {folder} was recalibrated for another base: it expects "
             f"{record.get('base_model')!r} with frozen weights {record.get('frozen_hash', '')[:12]}, "
-            f"this model's are {base_hash[:12]}; load it with its own base"
+            f"this model's are {files_hash[:12]}; load it with its own base"
         )
     try:
         saved = load_file(folder / _ADAPTER)

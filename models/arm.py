@@ -55,7 +55,7 @@ class Base:
 
     @cached_property
     def frozen_hash(self) -> str:
-        """SHA-256 of all stored weights but the projector's."""
+        """SHA-256 of all stored weights but the projector's, as records and manifests hold it."""
         return frozen_files_hash(self.folder, family_of(self.model).projectors)
 
     @cached_property

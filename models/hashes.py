@@ -26,6 +26,10 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
 def frozen_files_hash(folder: Path, projectors: tuple[str, ...]) -> str:
     """Return a SHA-256 of all stored weights but the projector's: the same for every dtype they are loaded in.
 
+    It says which base a projector belongs to: records and manifests hold it as ``frozen_hash``. That training changed
+    no frozen weight is another hash, :func:`prunetune.train.trainer.frozen_tensors_hash`, of tensors in memory in the
+    run's dtype; it is compared within a run and never stored.
+
     Raises:
         CheckpointError: if the folder has no safetensors.
     """

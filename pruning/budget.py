@@ -13,16 +13,12 @@ def check_budget(keep: Budget) -> Budget:
     Raises:
         PruningError: for anything else, with the three accepted forms.
     """
-    if isinstance(keep, str):
-        share = _percentage(keep)
-    elif isinstance(keep, float):
-        share = keep
-    elif isinstance(keep, int) and not isinstance(keep, bool):
+    # YAML's `keep: true` is a bool, which Python counts as the number 1.
+    if isinstance(keep, int) and not isinstance(keep, bool):
         if keep < 1:
             raise PruningError(f"keep={keep}: a budget keeps at least 1 visual token")
         return keep
-    else:
-        share = None
+    share = _share(keep)
     if share is None or not 0 < share <= 1:
         raise PruningError(
             f"keep={keep!r} is no budget; write a number of tokens (64), a ratio in (0, 1] (0.111) "
@@ -34,13 +30,14 @@ def check_budget(keep: Budget) -> Budget:
 def resolve_budget(keep: Budget, count: int) -> int:
     """Return the number of tokens that ``keep`` means for an item with ``count`` visual tokens.
 
-    Ratios round half to even, as DivPrune's published code does.
+    Of 576 tokens, ``64`` is 64, ``0.111`` is 64 and ``"50%"`` is 288. Ratios round half to even, as DivPrune's
+    published code does.
 
     Raises:
         PruningError: if the budget is not readable, rounds to zero or asks for more tokens than there are.
     """
     check_budget(keep)
-    share = _percentage(keep) if isinstance(keep, str) else keep if isinstance(keep, float) else None
+    share = _share(keep)
     wanted = int(keep) if share is None else round(share * count)
     if wanted < 1:
         raise PruningError(
@@ -51,6 +48,13 @@ def resolve_budget(keep: Budget, count: int) -> int:
             f"keep={keep!r} asks for {wanted} visual tokens, but each item has only {count}; choose at most {count}"
         )
     return wanted
+
+
+def _share(keep: Budget) -> float | None:
+    """Return a ratio or a percentage as a share, or None for a number of tokens and for what can't be read."""
+    if isinstance(keep, str):
+        return _percentage(keep)
+    return keep if isinstance(keep, float) else None
 
 
 def _percentage(text: str) -> float | None:

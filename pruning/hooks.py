@@ -16,6 +16,7 @@ def record_input(module: nn.Module) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        # Families call their projector by position or by keyword, and so may the next release of transformers.
         seen.append(args[0] if args else next(iter(kwargs.values())))
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -69,7 +70,7 @@ def record_linear(module: nn.Module) -> Iterator[list[LinearCall]]:
     """
     seen: list[LinearCall] = []
 
-    def hook(layer: Any, args: tuple) -> None:
+    def hook(layer: nn.Linear, args: tuple) -> None:
         bias = None if layer.bias is None else layer.bias.detach()
         seen.append(LinearCall(args[0].detach(), layer.weight.detach(), bias))
 
@@ -90,6 +91,7 @@ def frozen_parts_at_rest(*parts: nn.Module) -> Iterator[None]:
     with ExitStack() as undo:
         for part in parts:
             for module in part.modules():
+                # Module by module and not by eval(): a part may hold modules that were at rest before.
                 if module.training:
                     module.training = False
                     undo.callback(setattr, module, "training", True)

@@ -10,6 +10,7 @@ from prunetune.pruning.errors import PruningError
 
 def whole(number: float) -> int:
     """Return the floor, where a product such as 0.7 * 2880 = 2015.9999999999998 means 2016."""
+    # Far above the rounding of such a product, and far below the share of one token.
     return math.floor(number + 1e-9)
 
 
@@ -22,7 +23,8 @@ def check_share(name: str, value: float) -> None:
 def check_choice(name: str, value: object, known: Sequence[object]) -> None:
     """Raise PruningError unless ``value`` is one of ``known``."""
     if value not in known:
-        raise PruningError(f"{name} is one of {', '.join(str(choice) for choice in known)}, got {value!r}")
+        choices = ", ".join(map(str, known))
+        raise PruningError(f"{name} is one of {choices}, got {value!r}")
 
 
 def check_least(name: str, value: float, least: float) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
-from prunetune.pruning.families.base import Family
+from prunetune.pruning.families.base import Family, PrunedOutput
 from prunetune.pruning.select import Candidates
 from prunetune.pruning.sequence import shorten
 from prunetune.pruning.types import Selection
@@ -31,8 +33,12 @@ class Chosen:
     candidates: list[Candidates] = field(default_factory=list)
     selections: list[Selection] = field(default_factory=list)
 
-    def kept_tokens(self) -> Tensor:
-        """Return which of all tokens are kept, (T,) boolean; T counts through all groups."""
+    def kept_tokens(self) -> Bool[Tensor, " T"]:
+        """Return which of all tokens are kept, (T,) boolean; T counts through all groups.
+
+        Of two images with 3 tokens each, the selections ``[0, 2]`` and ``[1, 2]`` keep
+        ``[True, False, True, False, True, True]``.
+        """
         kept = torch.zeros(self.vision.total, dtype=torch.bool, device=self.vision.slots[0].device)
         for among, selection in zip(self.candidates, self.selections, strict=True):
             if isinstance(selection.indices, Tensor):
@@ -42,14 +48,16 @@ class Chosen:
                 kept[among.numbers[item, indices]] = True
         return kept
 
-    def merged_tokens(self) -> tuple[Tensor, Tensor]:
+    def merged_tokens(self) -> tuple[Int[Tensor, " M"], Float[Tensor, "M C"]]:
         """Return where merged features stand and what they are: (M,) numbers and (M, C) pre-projector features."""
-        places, features = [self.vision.origin[0][:0]], [self.vision.groups[0].features[0, :0]]
+        # Of nothing at first, so that images of which none was merged still have a width to project.
+        numbers = [self.vision.origin[0][:0]]
+        features = [self.vision.groups[0].features[0, :0]]
         for among, selection in zip(self.candidates, self.selections, strict=True):
             for item, merged in enumerate(selection.merged or ()):
-                places.append(among.numbers[item, selection.slots_of(item)])
+                numbers.append(among.numbers[item, selection.slots_of(item)])
                 features.append(merged)
-        return torch.cat(places), torch.cat(features)
+        return torch.cat(numbers), torch.cat(features)
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Pruned:
     """
 
     inputs: dict[str, Any]
-    keep: Tensor
+    keep: Bool[Tensor, "B L"]
     chosen: Mapping[str, Chosen] = field(default_factory=dict)
     kept: Mapping[str, list[int]] = field(default_factory=dict)
 
@@ -79,11 +87,13 @@ class Pruned:
         return {modality: choice.selections for modality, choice in self.chosen.items()}
 
 
-def staying_slots(vision: Vision, kept: Tensor, newline: str) -> Tensor:
+def staying_slots(vision: Vision, kept: Bool[Tensor, " T"], newline: str) -> Bool[Tensor, " S"]:
     """Return which of all images' slots stay, (S,) boolean: those of kept tokens, and row ends by policy.
 
     With "rows" a row end stays if a token of its row does. An image of which nothing is dropped stays whole: a row of
-    padding alone, which the model cuts down to its end, has no token that could hold it.
+    padding alone, which the model cuts down to its end, has no token that could hold it. With the origins
+    ``[0, 1, -1, 2, 3, -1]``, -1 ending a row, and token 3 alone kept, "rows" gives
+    ``[False, False, False, False, True, True]``.
 
     Args:
         vision: the images, S slots in all.
@@ -92,7 +102,7 @@ def staying_slots(vision: Vision, kept: Tensor, newline: str) -> Tensor:
     """
     origin = torch.cat(vision.origin)
     is_end = origin == NEWLINE
-    stays = kept[origin.clamp(min=0)] & ~is_end
+    stays = kept[origin.clamp(min=0)] & ~is_end  # a row end looks up token 0, and is taken out again
     if newline == "all":
         return stays | is_end
     if newline == "rows" and vision.row:
@@ -100,25 +110,34 @@ def staying_slots(vision: Vision, kept: Tensor, newline: str) -> Tensor:
     return stays
 
 
-def _row_is_held(vision: Vision, stays: Tensor, is_end: Tensor) -> Tensor:
+def _row_is_held(vision: Vision, stays: Bool[Tensor, " S"], is_end: Bool[Tensor, " S"]) -> Bool[Tensor, " S"]:
     """Return for every slot whether a token of its row stays, or its image loses no token at all, (S,)."""
     lengths = torch.tensor(vision.lengths, device=stays.device)
+    # The output's size is said, or it would be read back from the device.
     image = torch.arange(len(lengths), device=stays.device).repeat_interleave(lengths, output_size=len(stays))
     row = torch.cat(vision.row)
-    place = image * (max(vision.lengths) + 1) + row + 1  # place 0 of an image is that of no row
-    in_row = torch.zeros(len(lengths) * (max(vision.lengths) + 1), dtype=torch.long, device=stays.device)
-    in_row = in_row.index_add(0, place, stays.long())
+    # Rows of all images in one vector: no image has more rows than slots, and its cell 0 is that of no row.
+    cells = max(vision.lengths) + 1
+    cell = image * cells + row + 1  # (S,)
+    in_row = torch.zeros(len(lengths) * cells, dtype=torch.long, device=stays.device)
+    in_row = in_row.index_add(0, cell, stays.long())
     dropped = torch.zeros_like(lengths).index_add(0, image, (~stays & ~is_end).long())
-    return ((in_row[place] > 0) & (row >= 0)) | (dropped[image] == 0)
+    row_has_token = (in_row[cell] > 0) & (row >= 0)
+    image_is_whole = dropped[image] == 0
+    return row_has_token | image_is_whole
 
 
 def slot_features(
-    vision: Vision, stays: Tensor, merged: tuple[Tensor, Tensor] | None, project: Callable[[Tensor], Tensor]
-) -> Tensor:
+    vision: Vision,
+    stays: Bool[Tensor, " S"],
+    merged: tuple[Int[Tensor, " M"], Float[Tensor, "M C"]] | None,
+    project: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "K D"]:
     """Return the features (K, D) of all staying slots.
 
     Merged tokens stand in the slots they were made around, in every family; those that were made around none, such as
-    [CLS], stand in a slot that is free.
+    [CLS], stand in a slot that is free. Of slots with the origins ``[0, 1, 2]`` of which the first and the last stay, a
+    merged token 2 gives ``[slot 0, projected token 2]``.
 
     Args:
         vision: the images, S slots in all.
@@ -129,15 +148,16 @@ def slot_features(
     plain = torch.cat(vision.slots)[stays]
     if merged is None:
         return plain
-    places, features = merged
+    numbers, features = merged
     projected = project(features)  # in one call, also of nothing: under ZeRO-3 all ranks call it equally often
-    if not len(places):
+    if not len(numbers):
         return plain
-    order = torch.arange(len(places), device=places.device)
-    row_of = torch.full((vision.total,), -1, device=places.device).index_copy(0, places, order)
-    origin = torch.cat(vision.origin)[stays]
-    row = torch.where(origin == NEWLINE, -1, row_of[origin.clamp(min=0)])
-    return torch.where((row >= 0)[:, None], projected[row.clamp(min=0)], plain)
+    # Two look-ups instead of a loop: from a slot to its token, and from a token to its merged features, if it has any.
+    order = torch.arange(len(numbers), device=numbers.device)
+    merged_of = torch.full((vision.total,), -1, device=numbers.device).index_copy(0, numbers, order)  # (T,)
+    origin = torch.cat(vision.origin)[stays]  # (K,)
+    source = torch.where(origin == NEWLINE, -1, merged_of[origin.clamp(min=0)])
+    return torch.where((source >= 0)[:, None], projected[source.clamp(min=0)], plain)
 
 
 def rewrite(
@@ -145,13 +165,16 @@ def rewrite(
     family: Family,
     inputs: Mapping[str, Any],
     chosen: Mapping[str, Chosen],
-    places: Mapping[str, Tensor],
+    places: Mapping[str, Int[Tensor, "S 2"]],
     newline: str,
     position_policy: str,
     padding_side: str,
     merges: bool,
 ) -> Pruned:
     """Shorten a batch to what was chosen, and put the kept features where the stock model takes them.
+
+    A row ``<s> i i i i Q </s>`` of whose image the first and the third token are chosen becomes ``<s> i i Q </s>``, its
+    ``keep`` ``[1, 1, 0, 1, 0, 1, 1]``, and ``mm_encoder_outputs`` hold features (2, D) for it.
 
     Args:
         model: the stock model.
@@ -165,7 +188,8 @@ def rewrite(
         merges: whether the method may return merged features.
     """
     keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-    outputs, counts = {}, {}
+    outputs: dict[str, PrunedOutput] = {}
+    counts: dict[str, list[int]] = {}
     for modality, choice in chosen.items():
         vision = choice.vision
         stays = staying_slots(vision, choice.kept_tokens(), newline)
@@ -173,11 +197,15 @@ def rewrite(
         keep[row, column] = stays
         counts[modality] = _per_image(stays, vision.lengths)
         merged = choice.merged_tokens() if merges else None
-        features = slot_features(vision, stays, merged, lambda rows: family.project(model, rows))
-        levels = [torch.cat(level)[stays].split(counts[modality]) for level in vision.levels]
-        outputs[modality] = family.put_back(list(features.split(counts[modality])), [list(level) for level in levels])
+        features = slot_features(vision, stays, merged, partial(family.project, model))
+        levels = []
+        for level in vision.levels:
+            cut = torch.cat(level)[stays]
+            levels.append(list(cut.split(counts[modality])))
+        outputs[modality] = family.put_back(list(features.split(counts[modality])), levels)
     positions = family.positions(model, inputs) if position_policy == "original" else None
     result = shorten(inputs, keep, positions, padding_side, family.aligned)
+    # With pixels among its inputs the model would encode the images again, unpruned.
     for name in (*family.pixels.values(), *family.replaced, *family.left_out()):
         result.pop(name, None)
     if outputs:
@@ -185,8 +213,11 @@ def rewrite(
     return Pruned(result, keep, dict(chosen), counts)
 
 
-def _per_image(stays: Tensor, lengths: list[int]) -> list[int]:
-    """Return how many slots of each image stay; one number an image is read back from the device, in one go."""
+def _per_image(stays: Bool[Tensor, " S"], lengths: list[int]) -> list[int]:
+    """Return how many slots of each image stay: ``[True, False, True, True]`` with lengths ``[2, 2]`` gives ``[1, 2]``.
+
+    One number an image is read back from the device, in one go.
+    """
     ends = torch.tensor(lengths, device=stays.device).cumsum(0)
     total = torch.cat([ends.new_zeros(1), stays.long().cumsum(0)])
     return total[ends].diff(prepend=ends.new_zeros(1)).tolist()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from prunetune.pruning.budget import Budget, resolve_budget
@@ -28,7 +29,7 @@ class Candidates:
     """
 
     tokens: VisualTokens
-    numbers: Tensor
+    numbers: Int[Tensor, "G P"]
     images: tuple[int, ...]
 
 
@@ -36,7 +37,7 @@ def candidates(vision: Vision, scope: str) -> list[Candidates]:
     """Return what the pruner chooses from: the items, or with scope "image" each image's tokens together."""
     found: list[Candidates] = []
     for tokens, numbers, owner in zip(vision.groups, vision.numbers(), vision.owner, strict=True):
-        several = len(set(owner)) < len(owner)
+        several = len(set(owner)) < len(owner)  # some image has more than one item
         if several and scope == "image":
             found += _pooled(vision, tokens, owner, first=int(numbers[0, 0]))
             continue
@@ -46,10 +47,11 @@ def candidates(vision: Vision, scope: str) -> list[Candidates]:
     return found
 
 
-def _counted(owner: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the images of a group's items numbered from 0, (B,)."""
-    place = {image: number for number, image in enumerate(dict.fromkeys(owner))}
-    return torch.tensor([place[image] for image in owner], device=device)
+def _counted(owner: tuple[int, ...], device: torch.device) -> Int[Tensor, " B"]:
+    """Return the images of a group's items numbered from 0, (B,): ``(5, 5, 2)`` gives ``[0, 0, 1]``."""
+    number_of: dict[int, int] = {}
+    numbers = [number_of.setdefault(image, len(number_of)) for image in owner]
+    return torch.tensor(numbers, device=device)
 
 
 def _pooled(vision: Vision, tokens: VisualTokens, owner: tuple[int, ...], first: int) -> list[Candidates]:
@@ -61,30 +63,34 @@ def _pooled(vision: Vision, tokens: VisualTokens, owner: tuple[int, ...], first:
         owner: the image of each of the B items.
         first: the number of the group's first token.
     """
-    pools: dict[int, Tensor] = {}
+    # Images with equally many tokens are one batch: a pruner runs once per size and not once per image.
+    by_size: dict[int, dict[int, Tensor]] = {}
     for image in dict.fromkeys(owner):
         numbers = vision.origin[image]
-        pools[image] = numbers[numbers != NEWLINE].sort().values
+        pool = numbers[numbers != NEWLINE].sort().values  # padding that the model cuts away is in no slot
+        by_size.setdefault(len(pool), {})[image] = pool
     found = []
-    for size in sorted({len(pool) for pool in pools.values()}):
-        images = tuple(image for image, pool in pools.items() if len(pool) == size)
-        numbers = torch.stack([pools[image] for image in images])  # (G, P)
-        items = torch.tensor([owner.index(image) for image in images], device=numbers.device)
-        found.append(Candidates(_gathered(tokens, numbers - first, items), numbers, images))
+    for _, pools in sorted(by_size.items()):
+        numbers = torch.stack(list(pools.values()))  # (G, P)
+        items = torch.tensor([owner.index(image) for image in pools], device=numbers.device)
+        pooled = _gathered(tokens, numbers - first, items)
+        found.append(Candidates(pooled, numbers, tuple(pools)))
     return found
 
 
-def _gathered(tokens: VisualTokens, places: Tensor, items: Tensor) -> VisualTokens:
-    """Return the tokens at ``places`` (G, P), counted through all B * N, as G items with P tokens each and no grid.
+def _gathered(tokens: VisualTokens, indices: Int[Tensor, "G P"], items: Int[Tensor, " G"]) -> VisualTokens:
+    """Return the tokens at ``indices`` (G, P), counted through all B * N, as G items with P tokens each and no grid.
+
+    Of 2 items with 3 tokens, ``[[1, 3, 5]]`` is one item: token 1 of the first, tokens 0 and 2 of the second.
 
     Args:
         tokens: (B, N) items.
-        places: (G, P).
+        indices: (G, P).
         items: (G,) one item of each image, for what belongs to images as a whole.
     """
 
-    def per_token(values: Tensor) -> Tensor:
-        return values.flatten(0, 1)[places]
+    def per_token(values: Shaped[Tensor, "B N *rest"]) -> Shaped[Tensor, "G P *rest"]:
+        return values.flatten(0, 1)[indices]
 
     signals = {}
     for name, values in tokens.signals.items():
@@ -109,7 +115,8 @@ def check_poolable(pruner: Pruner) -> None:
     Raises:
         PruningError: if it reads something of which every item has its own.
     """
-    own = [need for need in of_source(pruner.needs, "attention", "reader", "output") if not signal_of(need).per_token]
+    read = of_source(pruner.needs, "attention", "reader", "output")
+    own = [need for need in read if not signal_of(need).per_token]
     if own:
         raise PruningError(
             f"{type(pruner).__name__} reads {', '.join(own)}, of which every item has its own, so one budget "
@@ -139,6 +146,7 @@ def choose(pruner: Pruner, among: Candidates, keep: Budget, small_images: str, n
     except PruningError as error:
         image = among.images[0]
         raise PruningError(f"{names.get(image, f'image {image} of the batch')}: {error}") from None
+    # Under autocast, or with TF32 products, the same image would keep other tokens in training than in evaluation.
     with exact_float32(tokens.features.device):
         return pruner(tokens, number)
 
@@ -158,7 +166,10 @@ def check_signals(pruner: Pruner, vision: frozenset[str], text: frozenset[str], 
     name = type(pruner).__name__
     missing = _seen(pruner) - vision
     if missing:
-        works = [other for other, method in registered_methods().items() if _seen(method.pruner()) <= vision]
+        works = []
+        for other, method in registered_methods().items():
+            if _seen(method.pruner()) <= vision:
+                works.append(other)
         raise PruningError(
             f"{name} reads {', '.join(sorted(missing))}, which the vision tower {tower!r} does not offer (for [CLS] "
             "signals it needs a [CLS] token that does not enter the projector; for reader signals, a layer after "
@@ -178,4 +189,5 @@ def check_signals(pruner: Pruner, vision: frozenset[str], text: frozenset[str], 
 
 def _seen(pruner: Pruner) -> set[str]:
     """Return the signals that a method reads of the vision side."""
-    return {signal_of(need).name for need in of_source(pruner.needs, "attention", "reader", "output", "pixels")}
+    needs = of_source(pruner.needs, "attention", "reader", "output", "pixels")
+    return {signal_of(need).name for need in needs}

@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # the label that transformers' losses leave out
 
 
-def placeholders(input_ids: Tensor, token_id: int, lengths: list[int], what: str = "image") -> tuple[Tensor, list[int]]:
+def placeholders(
+    input_ids: Int[Tensor, "B L"], token_id: int, lengths: list[int], what: str = "image"
+) -> tuple[Int[Tensor, "S 2"], list[int]]:
     """Return row and column (S, 2) of all placeholders in reading order, and the row of every image.
 
     With placeholder 9 and lengths [2, 1], the rows ``[1 9 9 2]`` and ``[1 9 3 0]`` give ``[[0, 1], [0, 2], [1, 1]]``
@@ -28,37 +31,39 @@ def placeholders(input_ids: Tensor, token_id: int, lengths: list[int], what: str
     Raises:
         PruningError: if placeholders and images disagree.
     """
-    places = (input_ids == token_id).nonzero()
-    if len(places) != sum(lengths):
+    found = (input_ids == token_id).nonzero()  # (S, 2), row by row: the order in which images are read
+    if len(found) != sum(lengths):
         raise PruningError(
-            f"the batch has {len(places)} {what} placeholder tokens but its {len(lengths)} {what}s have "
+            f"the batch has {len(found)} {what} placeholder tokens but its {len(lengths)} {what}s have "
             f"{sum(lengths)} visual tokens; each {what} needs exactly one run of placeholders. "
             f"{_where_they_disagree(input_ids, token_id, lengths, what)}"
         )
-    of_token = places[:, 0].tolist()
-    rows, first = [], 0
+    row_of = found[:, 0].tolist()
+    rows = []
+    first = 0
     for image, length in enumerate(lengths):
-        row, last = of_token[first], of_token[first + length - 1]
-        if last != row:
+        row, last_row = row_of[first], row_of[first + length - 1]
+        # Equal totals are not enough: one sample with a placeholder too many and one with too few would pass.
+        if last_row != row:
             raise PruningError(
-                f"{what} {image} would span rows {row} and {last} of the batch: "
+                f"{what} {image} would span rows {row} and {last_row} of the batch: "
                 f"a sample's placeholders and {what}s disagree. "
                 f"{_where_they_disagree(input_ids, token_id, lengths, what)}"
             )
         rows.append(row)
         first += length
-    return places, rows
+    return found, rows
 
 
-def _where_they_disagree(input_ids: Tensor, token_id: int, lengths: list[int], what: str) -> str:
+def _where_they_disagree(input_ids: Int[Tensor, "B L"], token_id: int, lengths: list[int], what: str) -> str:
     counts = (input_ids == token_id).sum(dim=1).tolist()
     return f"Placeholders per row: {counts}; visual tokens per {what}: {lengths}"
 
 
 def shorten(
     inputs: Mapping[str, Any],
-    keep: Tensor,
-    positions: Tensor | None,
+    keep: Bool[Tensor, "B L"],
+    positions: Int[Tensor, "*parts B L"] | None,
     padding_side: str,
     aligned: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
@@ -82,18 +87,16 @@ def shorten(
         raise PruningError(f"padding_side is 'left' or 'right', got {padding_side!r}")
     result = dict(inputs)
     mask = inputs["attention_mask"].bool()
+    # Left as they are, so that a batch of which nothing is dropped is bit-identical to the stock model's.
     if bool(keep.all()):
         if positions is not None and positions.ndim == 3:
             result["position_ids"] = torch.cat([_counted(mask)[None], positions])
         return result
     stays = keep & mask
-    length = int(stays.sum(dim=1).max())
-    # Stable sorting moves the kept positions to one side without changing their order.
-    order = torch.sort(stays.long(), dim=1, descending=padding_side == "right", stable=True).indices
-    order = order[:, :length] if padding_side == "right" else order[:, order.shape[1] - length :]
+    order = _staying_order(stays, padding_side)  # (B, L')
     new_mask = stays.gather(1, order)
 
-    def gather(values: Tensor, fill: int) -> Tensor:
+    def gather(values: Shaped[Tensor, "B L"], fill: int) -> Shaped[Tensor, "B L2"]:
         return values.gather(1, order).masked_fill(~new_mask, fill)
 
     fills = {"input_ids": 0, "labels": IGNORE_INDEX, **(aligned or {})}
@@ -104,14 +107,29 @@ def shorten(
     if positions is None:
         result["position_ids"] = _counted(new_mask)
     elif positions.ndim == 3:
-        result["position_ids"] = torch.stack([_counted(new_mask), *(gather(part, 0) for part in positions)])
+        parts = [_counted(new_mask)]
+        for part in positions:
+            parts.append(gather(part, 0))
+        result["position_ids"] = torch.stack(parts)
     else:
         result["position_ids"] = gather(positions, 0)
     return result
 
 
-def _counted(mask: Tensor) -> Tensor:
-    """Return the positions 0, 1, 2, ... of what ``mask`` (B, L) shows."""
+def _staying_order(stays: Bool[Tensor, "B L"], padding_side: str) -> Int[Tensor, "B L2"]:
+    """Return the columns of the staying tokens in their order, rows filled up with others on the padding side.
+
+    Of ``[[True, False, True], [False, False, True]]`` padded on the right it is ``[[0, 2], [2, 0]]``.
+    """
+    length = int(stays.sum(dim=1).max())
+    right = padding_side == "right"
+    # Stable sorting moves the staying columns to one side without changing their order.
+    order = torch.sort(stays.long(), dim=1, descending=right, stable=True).indices
+    return order[:, :length] if right else order[:, order.shape[1] - length :]
+
+
+def _counted(mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """Return the positions of what a mask (B, L) shows: ``[[False, True, True]]`` gives ``[[0, 0, 1]]``."""
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
@@ -133,9 +151,10 @@ def pack(inputs: Mapping[str, Any]) -> dict[str, Any]:
     if positions is not None and positions.ndim == 3:
         result["position_ids"] = positions[:, mask][:, None]
     else:
-        result["position_ids"] = (mask.long().cumsum(dim=1) - 1)[mask][None]
+        result["position_ids"] = _counted(mask)[mask][None]
     labels = result["labels"].clone()
     labels[:, 0] = IGNORE_INDEX  # the token before it belongs to another sample
-    result["labels"], result["input_ids"] = labels[mask][None], result["input_ids"][mask][None]
+    result["labels"] = labels[mask][None]
+    result["input_ids"] = result["input_ids"][mask][None]
     result["use_cache"] = False  # with a cache the positions would not be read as several samples
     return result

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
@@ -28,10 +29,10 @@ class VisualTokens:
         layers: the module that each signal was read from, for error messages.
     """
 
-    features: Tensor
-    projected: Tensor | None = None
-    signals: Mapping[str, Tensor] = field(default_factory=dict)
-    image: Tensor | None = None
+    features: Float[Tensor, "B N C"]
+    projected: Float[Tensor, "B N D"] | None = None
+    signals: Mapping[str, Shaped[Tensor, "B ..."]] = field(default_factory=dict)
+    image: Int[Tensor, " B"] | None = None
     grid: tuple[int, int] | None = None
     layers: Mapping[str, str] = field(default_factory=dict)
 
@@ -40,26 +41,28 @@ class VisualTokens:
         """N, the number of visual tokens per item."""
         return self.features.shape[1]
 
-    def require(self, signal: str) -> Tensor:
+    def require(self, signal: str) -> Shaped[Tensor, "B ..."]:
         """Return ``features``, ``projected`` or a signal as it is.
 
         Raises:
             PruningError: if it was not computed.
         """
-        own = {"features": self.features, "projected": self.projected}
-        value = own[signal] if signal in own else self.signals.get(signal)
+        if signal == "features":
+            return self.features
+        value = self.projected if signal == "projected" else self.signals.get(signal)
         if value is None:
             raise PruningError(f"this pruner reads `{signal}`, which was not computed; list it in the pruner's `needs`")
         return value
 
-    def finite(self, signal: str) -> Tensor:
+    def finite(self, signal: str) -> Float[Tensor, "B ..."]:
         """Return ``features``, ``projected`` or a signal as float32. This reads one number back from the device.
 
         Raises:
             PruningError: if it was not computed, or holds NaN or infinity, naming the layer it was read from.
         """
         value = self.require(signal).float()
-        if not math.isfinite(value.sum()):  # NaN and infinity do not go away in a sum, and one number is read back
+        # NaN and infinity do not go away in a sum: one number is read back, and no mask as large as the signal is made.
+        if not math.isfinite(value.sum()):
             where = f" of {self.layers[signal]}" if signal in self.layers else ""
             raise PruningError(
                 f"`{signal}`{where} holds NaN or infinity, so no token can be chosen by it; the vision tower or the "
@@ -69,12 +72,16 @@ class VisualTokens:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> VisualTokens:
         """Return the same items with every tensor changed, for example moved to another device."""
+
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
         return replace(
             self,
             features=change(self.features),
-            projected=None if self.projected is None else change(self.projected),
+            projected=changed(self.projected),
             signals={name: change(value) for name, value in self.signals.items()},
-            image=None if self.image is None else change(self.image),
+            image=changed(self.image),
         )
 
 
@@ -89,21 +96,25 @@ class Selection:
             (K_b,) per item; -1 where there is none ([CLS], aggregates of what was dropped).
     """
 
-    indices: Tensor | list[Tensor]
-    merged: list[Tensor] | None = None
-    origin: list[Tensor] | None = None
+    indices: Int[Tensor, "B K"] | list[Int[Tensor, " K"]]
+    merged: list[Float[Tensor, "K C"]] | None = None
+    origin: list[Int[Tensor, " K"]] | None = None
 
-    def of(self, item: int) -> Tensor:
+    def of(self, item: int) -> Int[Tensor, " K"]:
         """Return the kept positions (K,) of one item."""
         return self.indices[item]
 
-    def slots_of(self, item: int) -> Tensor:
-        """Return the position (K,) of each output token: the one it was made around, else a kept one that is free."""
+    def slots_of(self, item: int) -> Int[Tensor, " K"]:
+        """Return the position (K,) of each output token: the one it was made around, else a kept one that is free.
+
+        Indices ``[1, 3, 4]`` with the origins ``[4, 1, -1]`` give ``[4, 1, 3]``.
+        """
         indices = self.of(item)
         if self.origin is None:
             return indices
-        slots, nowhere = self.origin[item].clone(), self.origin[item] < 0
-        slots[nowhere] = indices[~torch.isin(indices, slots)]
+        slots = self.origin[item].clone()
+        free = indices[~torch.isin(indices, slots)]
+        slots[slots < 0] = free
         return slots
 
     def counts(self) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
@@ -28,7 +29,7 @@ class Vision:
         owner: for each group the image that each of its items belongs to; all items of an image are in one group.
         slots: for each image the features (L, D) of its placeholders, unpruned, in the order of its placeholders.
         origin: for each image (L,) the number of the token behind each slot, or ``NEWLINE``.
-        row: for each image (L,) the row of the picture that each slot lies in or ends, -1 for none; empty where the
+        row: for each image (L,) the row of the image that each slot lies in or ends, -1 for none; empty where the
             family has no row ends.
         levels: for models with deepstack features, per level and image (L, D); they are cut with the slots.
     """
@@ -36,10 +37,10 @@ class Vision:
     modality: str
     groups: tuple[VisualTokens, ...]
     owner: tuple[tuple[int, ...], ...]
-    slots: tuple[Tensor, ...]
-    origin: tuple[Tensor, ...]
-    row: tuple[Tensor, ...] = ()
-    levels: tuple[tuple[Tensor, ...], ...] = ()
+    slots: tuple[Float[Tensor, "L D"], ...]
+    origin: tuple[Int[Tensor, " L"], ...]
+    row: tuple[Int[Tensor, " L"], ...] = ()
+    levels: tuple[tuple[Float[Tensor, "L D"], ...], ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -49,15 +50,22 @@ class Vision:
     @property
     def total(self) -> int:
         """How many tokens there are in all groups, T."""
-        return sum(group.features.shape[0] * group.features.shape[1] for group in self.groups)
+        total = 0
+        for group in self.groups:
+            items, count = group.features.shape[:2]
+            total += items * count
+        return total
 
     @property
     def cut_up(self) -> bool:
         """Whether some image has several items, such as crops."""
         return any(len(set(owner)) < len(owner) for owner in self.owner)
 
-    def numbers(self) -> list[Tensor]:
-        """Return for each group the numbers (B, N) of its tokens."""
+    def numbers(self) -> list[Int[Tensor, "B N"]]:
+        """Return for each group the numbers (B, N) of its tokens.
+
+        Groups of 1 item with 2 tokens and of 2 items with 3 give ``[[0, 1]]`` and ``[[2, 3, 4], [5, 6, 7]]``.
+        """
         numbers, first = [], 0
         for group in self.groups:
             items, count = group.features.shape[:2]
@@ -68,13 +76,17 @@ class Vision:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Vision:
         """Return the same images with every tensor changed."""
+
+        def changed(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(map(change, tensors))
+
         return replace(
             self,
             groups=tuple(group.map(change) for group in self.groups),
-            slots=tuple(change(features) for features in self.slots),
-            origin=tuple(change(numbers) for numbers in self.origin),
-            row=tuple(change(rows) for rows in self.row),
-            levels=tuple(tuple(change(features) for features in level) for level in self.levels),
+            slots=changed(self.slots),
+            origin=changed(self.origin),
+            row=changed(self.row),
+            levels=tuple(map(changed, self.levels)),
         )
 
     def projected_by(self, project: Callable[[Tensor], Tensor]) -> Vision:
@@ -113,6 +125,7 @@ class Vision:
         try:
             with torch.serialization.safe_globals([Vision, VisualTokens]):
                 vision = torch.load(path, weights_only=True)
+        # torch.load raises many things for a broken file, and which ones changes from release to release.
         except Exception as error:
             raise PruningError(f"{path} holds no encoded images: {error}") from error
         if not isinstance(vision, Vision):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import shapes  # noqa: F401 - checks shape types; before anything of ours is imported
 import torch
 
 from prunetune.data_recipes import Formatter, Sample, Turn

@@ -23,17 +23,26 @@ def library_versions() -> dict[str, str]:
 def run_record(
     config: RecalibrateConfig,
     data: RecipeData,
-    frozen_hash: str,
+    files_hash: str,
     tensors: Mapping[str, Tensor],
     step: int,
     tracker: Tracker | None,
 ) -> dict[str, Any]:
-    """Return the record: the base, the pruner, the data, the seed and how far training went."""
+    """Return the record: the base, the pruner, the data, the seed and how far training went.
+
+    Args:
+        config: the run's.
+        data: what it trained on.
+        files_hash: the base's :func:`~prunetune.models.hashes.frozen_files_hash`.
+        tensors: the trained projector.
+        step: the last step's number.
+        tracker: the run's, on rank 0.
+    """
     return {
         "format": 1,
         "base_model": config.model.path,
         "base_revision": config.model.revision,
-        "frozen_hash": frozen_hash,
+        "frozen_hash": files_hash,  # of the base's files, see frozen_files_hash
         "projector_hash": tensor_hash(tensors),
         "pruning": config.pruning.model_dump(),
         "data": {"recipe": data.name, "hash": data.content_hash, "samples": len(data), "counts": data.counts,

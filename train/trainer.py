@@ -203,8 +203,12 @@ def gathered_projector(peft_model: PeftModel) -> dict[str, Tensor]:
 
 
 def frozen_tensors_hash(peft_model: PeftModel) -> str:
-    """Return a SHA-256 of every frozen tensor, which must be the same before and after; all ranks call this."""
+    """Return a SHA-256 of every frozen tensor in memory, which training must not change; all ranks call this.
+
+    What a checkpoint's files hold is another hash, :func:`prunetune.models.hashes.frozen_files_hash`.
+    """
     digest = hashlib.sha256()
+    # One tensor at a time: under ZeRO-3 all of them together would not fit one GPU.
     for name, parameter in sorted(peft_model.get_base_model().named_parameters()):
         if not parameter.requires_grad:
             with _whole([parameter]):

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from prunetune.pruning.ops.indexing import top_k
+from prunetune.pruning.ops.indexing import first_ranked, top_k
 from prunetune.pruning.ops.similarity import euclidean_distance
 from prunetune.pruning.options import check_least, check_share
 from prunetune.pruning.registry import register_pruner
@@ -43,43 +44,67 @@ class BAT:
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return features (K, C) per item in raster order; a merged cluster sits on its centre."""
         wanted = torch.full((len(tokens.features),), keep, device=tokens.features.device)
-        return self.mixed(tokens, wanted, (wanted * self.attentive_ratio).long())
+        attentive = (wanted * self.attentive_ratio).long()
+        return self.mixed(tokens, wanted, attentive)
 
-    def mixed(self, tokens: VisualTokens, wanted: Tensor, attentive: Tensor) -> Selection:
+    def mixed(self, tokens: VisualTokens, wanted: Int[Tensor, " B"], attentive: Int[Tensor, " B"]) -> Selection:
         """Return ``wanted`` (B,) tokens of which ``attentive`` (B,) are attentive and the others merged clusters."""
         numbers = wanted.tolist()
         if min(numbers) == tokens.count:
             return keep_all(tokens)
-        features, attention = tokens.finite("features"), tokens.finite("cls_attention").mean(dim=1)
-        order = top_k(attention, tokens.count)
-        place = torch.arange(tokens.count, device=order.device)
-        kept = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, place < attentive[:, None])
-        distance, _ = euclidean_distance(features)
+        features = tokens.finite("features")  # (B, N, C)
+        attention = tokens.finite("cls_attention").mean(dim=1)  # (B, N)
+        kept = first_ranked(top_k(attention, tokens.count), attentive)
+        distance, _ = euclidean_distance(features)  # (B, N, N)
         peaks = self._peaks(distance, kept)
-        centre = torch.zeros_like(kept).scatter(1, top_k(peaks, tokens.count), place < (wanted - attentive)[:, None])
-        nearest = distance.masked_fill(~centre[:, None, :], float("inf")).argmin(dim=-1)  # (B, N)
-        nearest = torch.where(centre, place, nearest)  # of two equal centres each keeps itself
-        # Attention may be 0; the floor lets such a token still stand for itself.
-        weight = torch.where(kept, 0, attention.clamp(min=1e-12))
-        member = torch.zeros_like(distance).scatter(1, nearest[:, None], weight[:, None])  # (B, centre, token)
-        means = (member @ features) / member.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-        output = torch.where(kept[..., None], features, means).to(tokens.features.dtype)
+        centre = first_ranked(top_k(peaks, tokens.count), wanted - attentive)
+        means = _cluster_means(features, attention, kept, centre, distance)
+
+        output = torch.where(kept[..., None], features, means).to(tokens.features.dtype)  # (B, N, C)
         chosen = kept | centre
+        # One row for all items, cut by the numbers that are on the host already: no further number is read back.
         positions = list(chosen.nonzero()[:, 1].split(numbers))
         merged = list(output[chosen].split(numbers))
-        return Selection(torch.stack(positions) if len(set(numbers)) == 1 else positions, merged, positions)
+        if len(set(numbers)) == 1:
+            return Selection(torch.stack(positions), merged, positions)
+        return Selection(positions, merged, positions)
 
-    def _peaks(self, distance: Tensor, kept: Tensor) -> Tensor:
+    def _peaks(self, distance: Float[Tensor, "B N N"], kept: Bool[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         """Return density times distance to the nearest denser token (B, N); attentive tokens come last."""
-        apart = distance.masked_fill(kept[:, None, :] | kept[:, :, None], float("inf"))
-        near = apart.topk(min(self.neighbours + 1, apart.shape[1]), largest=False).values  # itself is one of them
-        finite = near.isfinite()
-        # Distances count relative to the item's own, so that features of any width and scale have peaks.
-        scale = apart.masked_fill(apart.isinf(), 0).square().sum((1, 2)) / apart.isfinite().sum((1, 2)).clamp(min=1)
-        mean = near.nan_to_num(posinf=0).square().sum(-1) / finite.sum(-1).clamp(min=1)
-        density = torch.exp(-mean / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
+        infinity = float("inf")
+        apart = distance.masked_fill(kept[:, None, :] | kept[:, :, None], infinity)  # (B, N, N)
+        real = apart.isfinite()
+
+        # Squared distances count relative to the item's own mean: real features are so wide and long (1024 channels of
+        # norm 30 in the test) that exp(-distance^2) is 0 for every token, and the centres would be the first indices.
+        scale = apart.masked_fill(~real, 0).square().sum((1, 2)) / real.sum((1, 2)).clamp(min=1)  # (B,)
+        tiny = torch.finfo(torch.float32).tiny
+        # One neighbour more, for the nearest token of each is itself.
+        near = apart.topk(min(self.neighbours + 1, apart.shape[1]), largest=False).values  # (B, N, k)
+        mean = near.nan_to_num(posinf=0).square().sum(-1) / near.isfinite().sum(-1).clamp(min=1)  # (B, N)
+        density = torch.exp(-mean / scale.clamp(min=tiny)[:, None])
+
         denser = density[:, None, :] > density[:, :, None]
-        gap = apart.masked_fill(~denser, float("inf")).amin(dim=-1)
-        widest = apart.masked_fill(apart.isinf(), 0).amax(dim=(1, 2))
+        gap = apart.masked_fill(~denser, infinity).amin(dim=-1)  # (B, N)
+        # Nothing is denser than the densest token: it counts as far as anything is, and becomes a centre.
+        widest = apart.masked_fill(~real, 0).amax(dim=(1, 2))
         gap = torch.where(gap.isinf(), widest[:, None], gap)
-        return (density * gap).masked_fill(kept, float("-inf"))
+        return (density * gap).masked_fill(kept, -infinity)
+
+
+def _cluster_means(
+    features: Float[Tensor, "B N C"],
+    attention: Float[Tensor, "B N"],
+    kept: Bool[Tensor, "B N"],
+    centre: Bool[Tensor, "B N"],
+    distance: Float[Tensor, "B N N"],
+) -> Float[Tensor, "B N C"]:
+    """Return at every centre the mean of its cluster, weighted by attention; elsewhere zeros."""
+    nearest = distance.masked_fill(~centre[:, None, :], float("inf")).argmin(dim=-1)  # (B, N)
+    index = torch.arange(features.shape[1], device=features.device)
+    nearest = torch.where(centre, index, nearest)  # of two equal centres each keeps itself
+    # Attention may be 0; the floor lets such a token still stand for itself.
+    weight = torch.where(kept, 0, attention.clamp(min=1e-12))
+    # As a product: atomic additions on a GPU would change the last bits from run to run.
+    member = torch.zeros_like(distance).scatter(1, nearest[:, None], weight[:, None])  # (B, centre, token)
+    return (member @ features) / member.sum(dim=-1, keepdim=True).clamp(min=1e-30)

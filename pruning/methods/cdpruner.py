@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from prunetune.pruning.ops.greedy import pick_determinantal
@@ -46,12 +47,14 @@ class CDPruner:
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K), diverse given the instruction."""
-        similarity = cosine_similarity(tokens.finite("projected"))
-        return Selection(ascending(pick_determinantal(similarity, self.quality(tokens), keep)))
+        similarity = cosine_similarity(tokens.finite("projected"))  # (B, N, N)
+        picks = pick_determinantal(similarity, self.quality(tokens), keep)
+        return Selection(ascending(picks))
 
-    def quality(self, tokens: VisualTokens) -> Tensor:
+    def quality(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
         """Return the scaled relevance r (B, N); of equally relevant tokens all are 1."""
         relevance = self.relevance_sign * instruction_relevance(tokens)
         low, high = image_range(relevance, tokens.image)
         spread = high - low
+        # Where all are equally relevant the published 0 / 0 leaves fewer than K tokens; 1 leaves the choice to S.
         return torch.where(spread > 0, (relevance - low + self.eps) / spread, 1)

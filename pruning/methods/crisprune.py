@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
@@ -57,8 +58,9 @@ class CrisPrune:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        for name in ("alpha", "decay", "quantile"):
-            check_share(name, getattr(self, name))
+        check_share("alpha", self.alpha)
+        check_share("decay", self.decay)
+        check_share("quantile", self.quantile)
         check_choice("relevance_sign", self.relevance_sign, (1, -1))
         check_choice("saliency", self.saliency, ("cls", "received"))
         check_choice("text", self.text, ("clip", "llm"))
@@ -68,11 +70,18 @@ class CrisPrune:
     @property
     def needs(self) -> frozenset[str]:
         """Attention, and the text in the space that ``text`` names; what has weight 0 is not read."""
-        needs = {f"{self.saliency}_attention"} if self.alpha < 1 else set()
-        if self.alpha > 0:
-            needs |= {"image_embeds", "text_embeds"} if self.text == "clip" else {"text_token_embeds"}
+        needs: set[str] = set()
+        if self.alpha < 1:
+            needs.add(f"{self.saliency}_attention")
+        # Text is only read where it counts: alpha 0 runs without a text tower.
+        if self.alpha > 0 and self.text == "clip":
+            needs |= {"image_embeds", "text_embeds"}
             if self.decay > 0:
-                needs |= {"general_embeds" if self.text == "clip" else "general_token_embeds"}
+                needs.add("general_embeds")
+        elif self.alpha > 0:
+            needs.add("text_token_embeds")
+            if self.decay > 0:
+                needs.add("general_token_embeds")
         return frozenset(needs)
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
@@ -82,27 +91,32 @@ class CrisPrune:
             quality = quality + self.alpha * self._semantic(tokens)
         if self.alpha < 1:
             quality = quality + (1 - self.alpha) * self._visual(tokens)
-        similarity = cosine_similarity(tokens.finite("projected"))
-        return Selection(ascending(pick_determinantal(similarity, quality, keep)))
+        similarity = cosine_similarity(tokens.finite("projected"))  # (B, N, N)
+        picks = pick_determinantal(similarity, quality, keep)
+        return Selection(ascending(picks))
 
-    def _visual(self, tokens: VisualTokens) -> Tensor:
+    def _visual(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
         """Return s_vis (B, N), equation 2."""
-        attention = tokens.finite(f"{self.saliency}_attention").mean(dim=1)
+        attention = tokens.finite(f"{self.saliency}_attention").mean(dim=1)  # (B, N)
+        # The quantile as upper bound keeps a few sinks from pressing all other tokens against 0.
         low = attention.amin(dim=1, keepdim=True)
         high = attention.quantile(self.quantile, dim=1, keepdim=True)
         return (torch.minimum(attention, high) - low) / (high - low + self.eps)
 
-    def _semantic(self, tokens: VisualTokens) -> Tensor:
+    def _semantic(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
         """Return s_sem (B, N), equations 3-5."""
-        instruction = self._scaled(self.relevance_sign * instruction_relevance(tokens, self.text))
+        relevance = instruction_relevance(tokens, self.text)
+        instruction = self._scaled(self.relevance_sign * relevance)
         if self.decay == 0:
             return instruction
-        clip = self.text == "clip"
-        visual = tokens.finite("image_embeds" if clip else "projected")
-        prompts = tokens.finite("general_embeds" if clip else "general_token_embeds")
-        general = (self.relevance_sign * cosine_similarity(visual, prompts)).amax(dim=-1)  # (B, N)
+        if self.text == "clip":
+            visual, prompts = tokens.finite("image_embeds"), tokens.finite("general_embeds")
+        else:
+            visual, prompts = tokens.finite("projected"), tokens.finite("general_token_embeds")
+        similarity = cosine_similarity(visual, prompts)  # (B, N, P)
+        general = (self.relevance_sign * similarity).amax(dim=-1)  # (B, N), of the best prompt
         return torch.maximum(instruction, self.decay * self._scaled(general))
 
-    def _scaled(self, values: Tensor) -> Tensor:
+    def _scaled(self, values: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
         return (values - low) / (high - low + self.eps)

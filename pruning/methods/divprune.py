@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prunetune.pruning.ops.greedy import pick_spread
@@ -30,18 +31,26 @@ class DivPrune:
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K mutually distant positions (B, K)."""
-        return Selection(ascending(most_distant(tokens.finite("projected"), keep)))
+        picks = most_distant(tokens.finite("projected"), keep)
+        return Selection(ascending(picks))
 
 
-def most_distant(features: Tensor, keep: int, among: Tensor | None = None) -> Tensor:
+def most_distant(
+    features: Float[Tensor, "B N D"], keep: int, among: Bool[Tensor, "B N"] | None = None
+) -> Int[Tensor, "B K"]:
     """Return ``keep`` positions (B, K) of ``features`` (B, N, D) by greedy max-min cosine distance, as picked.
 
     With ``among`` (B, N), boolean, only those tokens exist.
     """
     distance = cosine_distance(features)  # (B, N, N)
-    if among is not None:
-        distance.masked_fill_(~among[:, :, None], float("inf")).masked_fill_(~among[:, None, :], float("inf"))
-    taken = torch.zeros(distance.shape[:2], dtype=torch.bool, device=distance.device) if among is None else ~among
+    if among is None:
+        taken = torch.zeros(distance.shape[:2], dtype=torch.bool, device=distance.device)
+    else:
+        taken = ~among
+        # Infinitely far: what does not exist is nobody's nearest neighbour. In place, for the matrix is the largest
+        # thing there is.
+        infinity = float("inf")
+        distance.masked_fill_(taken[:, :, None], infinity).masked_fill_(taken[:, None, :], infinity)
     first = loneliest(distance, taken)
     items = torch.arange(len(first), device=first.device)
     taken[items, first] = True
@@ -49,8 +58,9 @@ def most_distant(features: Tensor, keep: int, among: Tensor | None = None) -> Te
     return torch.cat([first[:, None], rest], dim=1)
 
 
-def loneliest(distance: Tensor, blocked: Tensor) -> Tensor:
+def loneliest(distance: Float[Tensor, "B N N"], blocked: Bool[Tensor, "B N"]) -> Int[Tensor, " B"]:
     """Return the token (B,) that is farthest from its nearest neighbour, by distances (B, N, N), not in ``blocked``."""
+    # The diagonal is lifted out of the way and put back: a copy of the matrix would cost as much as it takes.
     itself = distance.diagonal(dim1=1, dim2=2)
     own = itself.clone()
     itself.fill_(float("inf"))

@@ -37,4 +37,5 @@ class DivPruneAligned:
         projected = tokens.finite("projected")
         first = max(whole(self.n1_ratio * tokens.count), keep)
         aligned = aligned_tokens(tokens, projected, first, self.alignment_metric)
-        return Selection(ascending(most_distant(projected, keep, mask_of(aligned, tokens.count))))
+        picks = most_distant(projected, keep, among=mask_of(aligned, tokens.count))
+        return Selection(ascending(picks))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
@@ -39,30 +40,40 @@ class Downsample:
                 "downsample pools a patch grid, but these tokens form none; choose another pruner, or scope: item"
             )
         weights, centers = pooling(*tokens.grid, keep)
-        features = tokens.finite("features")
+        features = tokens.finite("features")  # (B, N, C)
         merged = (weights.to(features) @ features).to(tokens.features.dtype)  # (B, K, C)
         indices = centers.to(features.device).expand(len(features), -1)
         return Selection(indices, list(merged), list(indices))
 
 
-@functools.cache
-def pooling(rows: int, columns: int, keep: int) -> tuple[Tensor, Tensor]:
-    """Return the pooling matrix (K, rows * columns), each row summing to 1, and the central patches (K,), ascending."""
+@functools.cache  # it depends on nothing but the grid and K, which a run has few of
+def pooling(rows: int, columns: int, keep: int) -> tuple[Float[Tensor, "K N"], Int[Tensor, " K"]]:
+    """Return the pooling matrix (K, rows * columns), each row summing to 1, and the central patches (K,), ascending.
+
+    A grid of 1 row and 4 columns with K = 2 gives ``[[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]`` and ``[1, 3]``.
+    """
+    # Square regions have sqrt(K * rows / columns) strips; no strip may have more regions than columns.
     strips = max(round(math.sqrt(keep * rows / columns)), math.ceil(keep / columns), 1)
-    per_strip = [keep // strips + (index < keep % strips) for index in range(strips)]
     weights, centers = [], []
-    for strip, regions in enumerate(per_strip):
-        down = _overlap(rows, strips)[strip]
+    for strip in range(strips):
+        regions = keep // strips
+        if strip < keep % strips:
+            regions += 1
+        down = _overlap(rows, strips)[strip]  # (rows,)
+        middle_row = int((strip + 0.5) * rows / strips)
         for region, across in enumerate(_overlap(columns, regions)):
-            cell = down[:, None] * across[None, :]
+            cell = down[:, None] * across[None, :]  # (rows, columns)
             weights.append((cell / cell.sum()).flatten())
-            middle = int((strip + 0.5) * rows / strips), int((region + 0.5) * columns / regions)
-            centers.append(middle[0] * columns + middle[1])
+            middle_column = int((region + 0.5) * columns / regions)
+            centers.append(middle_row * columns + middle_column)
     return torch.stack(weights), torch.tensor(centers)
 
 
-def _overlap(cells: int, regions: int) -> Tensor:
-    """Return how much of each of ``cells`` unit lengths lies in each of ``regions`` equal parts, (regions, cells)."""
+def _overlap(cells: int, regions: int) -> Float[Tensor, "regions cells"]:
+    """Return how much of each of ``cells`` unit lengths lies in each of ``regions`` equal parts, (regions, cells).
+
+    3 cells in 2 regions give ``[[1, 0.5, 0], [0, 0.5, 1]]``.
+    """
     edges = torch.linspace(0, cells, regions + 1)
     low = torch.maximum(edges[:-1, None], torch.arange(cells)[None, :])
     high = torch.minimum(edges[1:, None], torch.arange(1, cells + 1)[None, :])

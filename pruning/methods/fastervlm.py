@@ -23,4 +23,5 @@ class FasterVLM:
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return the K most attended positions (B, K)."""
-        return Selection(ascending(top_k(tokens.finite("cls_attention").mean(dim=1), keep)))
+        attention = tokens.finite("cls_attention").mean(dim=1)  # (B, N)
+        return Selection(ascending(top_k(attention, keep)))

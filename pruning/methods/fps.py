@@ -39,12 +39,15 @@ class FPS:
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K), far from each other."""
-        distance, from_mean = euclidean_distance(tokens.finite(self.space))
+        distance, from_mean = euclidean_distance(tokens.finite(self.space))  # (B, N, N), (B, N)
         items = torch.arange(len(distance), device=distance.device)
         if self.start == "first":
             first = torch.zeros_like(items)
+        elif self.start == "far":
+            first = from_mean.argmax(dim=-1)
         else:
-            first = (from_mean if self.start == "far" else -from_mean).argmax(dim=-1)
+            first = (-from_mean).argmax(dim=-1)
+        # The start is picked here, so that it may be a token the greedy rule would not begin with.
         taken = torch.zeros_like(from_mean, dtype=torch.bool)
         taken[items, first] = True
         rest = pick_spread(distance, distance[items, first], keep - 1, "minimum", taken)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
@@ -49,9 +50,9 @@ class GridPrune:
     @property
     def needs(self) -> frozenset[str]:
         """[CLS] attention, and the text in the space that ``text`` names."""
-        return frozenset(
-            {"cls_attention"} | ({"image_embeds", "text_embeds"} if self.text == "clip" else {"text_token_embeds"})
-        )
+        if self.text == "clip":
+            return frozenset({"cls_attention", "image_embeds", "text_embeds"})
+        return frozenset({"cls_attention", "text_token_embeds"})
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K), the best of every zone.
@@ -62,26 +63,33 @@ class GridPrune:
         if tokens.grid is None:
             raise PruningError("gridprune cuts a patch grid into zones, but these tokens form none; set scope: item")
         relevance = scaled(self.relevance_sign * instruction_relevance(tokens, self.text))
-        score = self.alpha * relevance + (1 - self.alpha) * scaled(tokens.finite("cls_attention").mean(dim=1))
+        saliency = scaled(tokens.finite("cls_attention").mean(dim=1))
+        score = self.alpha * relevance + (1 - self.alpha) * saliency  # (B, N)
         zone = zone_of(*tokens.grid, self.zones).to(score.device)
-        same = (zone[:, None] == zone[None, :]).to(score)  # (N, N)
+        same = (zone[:, None] == zone[None, :]).to(score)  # (N, N) whether two tokens share a zone
         weight = (score @ same) / same.sum(dim=0)  # (B, N), mean score of each token's zone
+        # A token's seat is its rank within its zone, from 0: how many of its zone precede it by score.
         order = top_k(score, tokens.count)
-        ordered = same[order[:, :, None], order[:, None, :]]  # (B, N, N) by falling score
-        seat = torch.empty_like(score).scatter(1, order, ordered.tril(-1).sum(dim=-1))  # place within the zone, from 0
+        by_score = same[order[:, :, None], order[:, None, :]]  # (B, N, N)
+        better = by_score.tril(-1).sum(dim=-1)  # (B, N), by score
+        seat = torch.empty_like(score).scatter(1, order, better)
+        # Every token has its zone's average at its seat, so the K highest averages are the rule's K seats: no loop.
         # Zones of weight 0 come last, fairly: the floor keeps their averages apart.
         averages = weight.clamp(min=1e-6) / (2 * seat + 1)
         return Selection(ascending(top_k(averages, keep)))
 
 
-def scaled(values: Tensor) -> Tensor:
+def scaled(values: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
     """Return values (B, N) min-max scaled to [0, 1]; equal values become 0."""
     low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
     return (values - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def zone_of(rows: int, columns: int, zones: int) -> Tensor:
-    """Return the zone (N,) of every patch: ``zones`` strips each way, as even as the grid allows."""
+def zone_of(rows: int, columns: int, zones: int) -> Int[Tensor, " N"]:
+    """Return the zone (N,) of every patch: ``zones`` strips each way, as even as the grid allows.
+
+    A grid of 2 rows and 3 columns with 2 zones per side gives ``[0, 0, 1, 2, 2, 3]``.
+    """
     down = torch.arange(rows) * min(zones, rows) // rows
     across = torch.arange(columns) * min(zones, columns) // columns
     return (down[:, None] * zones + across[None, :]).flatten()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
@@ -56,15 +57,20 @@ class HiPrune:
         if tokens.grid is None:
             raise PruningError("hiprune keeps neighbours on a patch grid, but these tokens form none; set scope: item")
         deep = tokens.finite("received_attention").mean(dim=1)  # (B, N)
-        anchors = top_k(tokens.finite("object_attention").mean(dim=1), round(keep * self.alpha / 5))
+        middle = tokens.finite("object_attention").mean(dim=1)  # (B, N)
+        anchors = top_k(middle, round(keep * self.alpha / 5))  # a fifth: each anchor brings four neighbours
         anchored = mask_of(anchors, tokens.count)
-        around = mask_of(neighbours(anchors, tokens.grid[1], tokens.count), tokens.count) & ~anchored
+        beside = neighbours(anchors, tokens.grid[1], tokens.count)
+        around = mask_of(beside, tokens.count) & ~anchored
         # Attention is at most 1: anchors rank above neighbours, neighbours above the rest.
         rank = deep + around.float() + 2 * anchored.float()
         return Selection(ascending(top_k(rank, keep)))
 
 
-def neighbours(positions: Tensor, columns: int, count: int) -> Tensor:
-    """Return the four neighbours (B, 4 K) of positions (B, K) in raster order, clamped to 0 .. count - 1."""
+def neighbours(positions: Int[Tensor, "B K"], columns: int, count: int) -> Int[Tensor, "B 4*K"]:
+    """Return the four neighbours (B, 4 K) of positions (B, K) in raster order, clamped to 0 .. count - 1.
+
+    Of a grid with 3 columns and 9 patches, ``[[4]]`` gives ``[[3, 5, 1, 7]]``.
+    """
     steps = torch.tensor([-1, 1, -columns, columns], device=positions.device)
     return (positions[:, :, None] + steps).clamp(0, count - 1).flatten(1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunetune.pruning.ops.indexing import ascending, rows_of
@@ -26,21 +27,21 @@ class Merged:
         assignment: (B, N) the output row of every input token.
     """
 
-    metric: Tensor
-    features: Tensor
-    size: Tensor
-    first: Tensor
-    assignment: Tensor
+    metric: Float[Tensor, "B t d"]
+    features: Float[Tensor, "B t C"]
+    size: Float[Tensor, "B t 1"]
+    first: Int[Tensor, "B t"]
+    assignment: Int[Tensor, "B N"]
 
 
 @register_pruner("tome", paper="Token Merging, arXiv 2210.09461", merges=True, golden=True)
 @dataclass(frozen=True)
 class ToMe:
-    """Merge tokens at even places into their most similar token at an odd place, best matches first, until K are left.
+    """Merge even tokens into their most similar odd token, best matches first, until K are left.
 
     Each step halves the tokens at most. A merged token is the mean of its parts, weighted by how many tokens they stand
     for, and so is its metric. The output is in the published order: unmerged tokens by falling similarity, then the odd
-    places.
+    ones.
 
     Differs from the published code: there one step runs in every block of the vision tower; here all run on its output.
 
@@ -64,17 +65,20 @@ class ToMe:
         if keep == tokens.count:
             return keep_all(tokens)
         state = unmerged(tokens.finite(self.metric), tokens.finite("features"))
+        # The lengths are known on the host, so that no step waits for the device.
         while state.features.shape[1] > keep:
-            state = merge_step(state, state.features.shape[1] - keep)
+            excess = state.features.shape[1] - keep
+            state = merge_step(state, excess)
         merged = state.features.to(tokens.features.dtype)
         return Selection(ascending(state.first), list(merged), list(state.first))
 
 
-def unmerged(metric: Tensor, features: Tensor) -> Merged:
+def unmerged(metric: Float[Tensor, "B N d"], features: Float[Tensor, "B N C"]) -> Merged:
     """Return all tokens, each standing for itself."""
     batch, count, _ = features.shape
-    places = torch.arange(count, device=features.device).expand(batch, -1)
-    return Merged(metric, features, features.new_ones(batch, count, 1), places, places)
+    positions = torch.arange(count, device=features.device).expand(batch, -1)
+    ones = features.new_ones(batch, count, 1)
+    return Merged(metric, features, size=ones, first=positions, assignment=positions)
 
 
 def merge_step(state: Merged, remove: int, class_token: bool = False) -> Merged:
@@ -93,31 +97,45 @@ def merge_step(state: Merged, remove: int, class_token: bool = False) -> Merged:
     scores = unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)  # (B, even, odd)
     if class_token:
         scores[:, 0] = float("-inf")
-    best, target = scores.max(dim=-1)
+    best, target = scores.max(dim=-1)  # (B, even), the most similar odd token of each
     order = best.sort(dim=-1, descending=True, stable=True).indices
     source, stay = order[:, :remove], order[:, remove:]
-    stay = ascending(stay) if class_token else stay
-    into = target.gather(1, source)  # (B, r), place among the odd
+    if class_token:
+        stay = ascending(stay)
+    into = target.gather(1, source)  # (B, r), index among the odd
+    # As a product and not by atomic additions, whose order on a GPU would change the last bits from run to run.
     member = F.one_hot(into, count // 2).transpose(1, 2).to(state.features)  # (B, odd, r)
 
     def merge(values: Tensor, weight: Tensor) -> Tensor:
-        even, odd = (values * weight)[:, 0::2], (values * weight)[:, 1::2]
-        # As a product and not by atomic additions, whose order on a GPU would change the last bits from run to run.
+        weighted = values * weight
+        even, odd = weighted[:, 0::2], weighted[:, 1::2]
         return torch.cat([rows_of(even, stay), odd + member @ rows_of(even, source)], dim=1)
 
     size = merge(state.size, torch.ones_like(state.size))
-    unmerged_count = stay.shape[1]
-    row = torch.empty(len(order), count, dtype=torch.long, device=order.device)  # the new row of every old token
-    row[:, 1::2] = unmerged_count + torch.arange(count // 2, device=order.device)
-    row[:, 0::2] = (
-        torch.empty_like(order)
-        .scatter(1, source, unmerged_count + into)
-        .scatter(1, stay, torch.arange(unmerged_count, device=order.device).expand_as(stay))
-    )
+    first_even, first_odd = state.first[:, 0::2], state.first[:, 1::2]
     return Merged(
-        merge(state.metric, state.size) / size,
-        merge(state.features, state.size) / size,
-        size,
-        torch.cat([state.first[:, 0::2].gather(1, stay), state.first[:, 1::2]], dim=1),
-        row.gather(1, state.assignment),
+        metric=merge(state.metric, state.size) / size,
+        features=merge(state.features, state.size) / size,
+        size=size,
+        first=torch.cat([first_even.gather(1, stay), first_odd], dim=1),
+        assignment=_new_rows(source, stay, into, count).gather(1, state.assignment),
     )
+
+
+def _new_rows(
+    source: Int[Tensor, "B r"], stay: Int[Tensor, "B s"], into: Int[Tensor, "B r"], count: int
+) -> Int[Tensor, "B t"]:
+    """Return the row (B, t) that each of the ``count`` old tokens has after a step: unmerged even tokens, then the odd.
+
+    Of 4 tokens, with the even token 1 merged into the odd token 0: ``source`` ``[[1]]``, ``stay`` ``[[0]]`` and
+    ``into`` ``[[0]]`` give ``[[0, 1, 1, 2]]``.
+    """
+    device = source.device
+    unmerged_count = stay.shape[1]
+    even = torch.empty(len(source), (count + 1) // 2, dtype=torch.long, device=device)
+    even = even.scatter(1, source, unmerged_count + into)
+    even = even.scatter(1, stay, torch.arange(unmerged_count, device=device).expand_as(stay))
+    row = torch.empty(len(source), count, dtype=torch.long, device=device)
+    row[:, 0::2] = even
+    row[:, 1::2] = unmerged_count + torch.arange(count // 2, device=device)
+    return row

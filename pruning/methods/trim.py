@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from prunetune.pruning.methods.prumerge import COUNTS, numbers_to_keep, with_rest
 from prunetune.pruning.ops.indexing import rows_of, top_k
+from prunetune.pruning.ops.rest_token import (
+    COUNTS,
+    dropped_mask,
+    numbers_to_keep,
+    strongest_dropped,
+    with_rest_token,
+)
 from prunetune.pruning.options import check_choice
 from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens, keep_all
@@ -45,19 +53,28 @@ class Trim:
         """Return merged features (K, C) per item; the mean token sits on the best dropped patch."""
         if self.count == "budget" and keep == tokens.count:
             return keep_all(tokens)
-        features = tokens.finite("features")
-        text = tokens.finite("text_embeds")[:, 0]  # of a long instruction, the first 77 CLIP tokens
-        similarity = (tokens.finite("image_embeds") @ text[..., None])[..., 0]
-        score = (self.relevance_sign * similarity).softmax(dim=-1)  # (B, N)
+        features = tokens.finite("features")  # (B, N, C)
+        text = tokens.finite("text_embeds")[:, 0]  # (B, E), of a long instruction the first 77 CLIP tokens
+        similarity = (tokens.finite("image_embeds") @ text[..., None])[..., 0]  # (B, N)
+        score = (self.relevance_sign * similarity).softmax(dim=-1)
         numbers = numbers_to_keep(score, tokens, self.count, max(keep - 1, 1))
         order = top_k(score, tokens.count)
-        place = torch.arange(tokens.count, device=order.device)
-        dropped = torch.zeros_like(score).scatter(1, order, (place >= numbers[:, None]).to(score))
+
+        dropped = dropped_mask(order, numbers, score.dtype)
         mean = (dropped[:, None] @ features) / dropped.sum(dim=1).clamp(min=1)[:, None, None]  # (B, 1, C)
-        slot = order.gather(1, numbers.clamp(max=tokens.count - 1)[:, None])
-        kept = order[:, : int(numbers.max())]
-        # Kept tokens go in raster order; what pads a row goes behind them.
-        real = torch.arange(kept.shape[1], device=kept.device) < numbers[:, None]
-        kept = kept.gather(1, torch.where(real, kept, tokens.count).argsort(dim=1))
-        rest = self.count == "outliers" or keep > 1
-        return with_rest(tokens, kept, rows_of(features, kept), numbers, slot, mean, rest)
+        kept = _in_raster_order(order, numbers)
+        position = strongest_dropped(order, numbers)
+        # A budget of 1 is the one token that is kept: there is no room for the mean.
+        rest = mean if self.count == "outliers" or keep > 1 else None
+        return with_rest_token(tokens, kept, rows_of(features, kept), numbers, position, rest)
+
+
+def _in_raster_order(order: Int[Tensor, "B N"], numbers: Int[Tensor, " B"]) -> Int[Tensor, "B n"]:
+    """Return the first ``numbers`` (B,) of ``order`` in raster order, and behind them what pads a row.
+
+    The order ``[[3, 1, 0], [2, 0, 1]]`` with ``[2, 1]`` gives ``[[1, 3], [2, 0]]``, whose last entry is padding.
+    """
+    count = order.shape[1]
+    kept = order[:, : int(numbers.max())]
+    is_real = torch.arange(kept.shape[1], device=kept.device) < numbers[:, None]
+    return kept.gather(1, torch.where(is_real, kept, count).argsort(dim=1))

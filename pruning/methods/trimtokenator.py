@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prunetune.pruning.ops.greedy import pick_spread
@@ -60,34 +61,48 @@ class TrimTokenator:
         if self.stages == "repmax":
             return Selection(ascending(repmax(projected, keep, self.redundancy_metric)))
         if self.stages == "repmax_align":
+            # Ascending, so that of equally aligned tokens the lower index wins.
             spread = ascending(repmax(projected, first, self.redundancy_metric))
             scores = alignment(tokens, projected, self.alignment_metric).gather(1, spread)
-            return Selection(ascending(spread.gather(1, top_k(scores, keep))))
+            best = spread.gather(1, top_k(scores, keep))
+            return Selection(ascending(best))
         aligned = aligned_tokens(tokens, projected, first, self.alignment_metric)
-        return Selection(ascending(repmax(projected, keep, self.redundancy_metric, mask_of(aligned, tokens.count))))
+        picks = repmax(projected, keep, self.redundancy_metric, among=mask_of(aligned, tokens.count))
+        return Selection(ascending(picks))
 
 
-def alignment(tokens: VisualTokens, projected: Tensor, metric: str) -> Tensor:
+def alignment(tokens: VisualTokens, projected: Float[Tensor, "B N D"], metric: str) -> Float[Tensor, "B N"]:
     """Return how well each projected token is aligned with the instruction's token embeddings, (B, N), equation 3."""
-    words = tokens.finite("text_token_embeds")
+    words = tokens.finite("text_token_embeds")  # (B, M, D)
     if metric == "cosine":
         return masked_mean(cosine_similarity(projected, words), text_mask(words))
-    square = torch.linalg.vector_norm(projected, dim=-1).square()[..., None] + words.square().sum(dim=-1)[:, None]
-    distance = (square - 2 * (projected @ words.transpose(1, 2))).clamp(min=0).sqrt()
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b: one product instead of N * M differences of width D.
+    of_tokens = torch.linalg.vector_norm(projected, dim=-1).square()  # (B, N)
+    of_words = words.square().sum(dim=-1)  # (B, M)
+    square = of_tokens[..., None] + of_words[:, None]
+    distance = (square - 2 * (projected @ words.transpose(1, 2))).clamp(min=0).sqrt()  # (B, N, M)
     return -masked_mean(distance, text_mask(words))
 
 
-def aligned_tokens(tokens: VisualTokens, projected: Tensor, count: int, metric: str) -> Tensor:
+def aligned_tokens(
+    tokens: VisualTokens, projected: Float[Tensor, "B N D"], count: int, metric: str
+) -> Int[Tensor, "B N1"]:
     """Return the ``count`` best aligned positions (B, N1), ascending, equation 4."""
     return ascending(top_k(alignment(tokens, projected, metric), count))
 
 
-def repmax(features: Tensor, keep: int, metric: str, among: Tensor | None = None) -> Tensor:
+def repmax(
+    features: Float[Tensor, "B N D"], keep: int, metric: str, among: Bool[Tensor, "B N"] | None = None
+) -> Int[Tensor, "B K"]:
     """Return ``keep`` positions (B, K) of ``features`` (B, N, D) with low mutual similarity, in order of picking.
 
     With "l2" the similarity is minus the distance. With ``among`` (B, N), boolean, only those tokens exist.
     """
-    apart = euclidean_distance(features)[0] if metric == "l2" else cosine_similarity(features).neg_()
+    if metric == "l2":
+        apart, _ = euclidean_distance(features)
+    else:
+        # The highest sum of these is the lowest sum of similarities, which equation 16 asks for.
+        apart = cosine_similarity(features).neg_()
     exist = torch.ones(apart.shape[:2], device=apart.device) if among is None else among.float()
     mean = (apart @ exist[..., None])[..., 0] / exist.sum(dim=1, keepdim=True)  # equation 9
     taken = exist == 0
@@ -95,4 +110,5 @@ def repmax(features: Tensor, keep: int, metric: str, among: Tensor | None = None
     items = torch.arange(len(first), device=first.device)
     taken[items, first] = True
     # The mean over the chosen (equation 13) ranks as the sum does (equation 16).
-    return torch.cat([first[:, None], pick_spread(apart, apart[items, first], keep - 1, "add", taken)], dim=1)
+    rest = pick_spread(apart, apart[items, first], keep - 1, "add", taken)
+    return torch.cat([first[:, None], rest], dim=1)

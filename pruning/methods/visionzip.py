@@ -7,6 +7,8 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.ops.indexing import ascending, mask_of, rows_of, top_k
@@ -44,27 +46,43 @@ class VisionZip:
         if keep == tokens.count:
             return keep_all(tokens)
         contextual = min(round(keep * self.contextual_ratio), keep - 1)
-        order = top_k(tokens.finite("cls_attention").sum(dim=1), tokens.count)
-        dominant = ascending(order[:, : keep - contextual - 1])
-        features = tokens.finite("features")
-        parts = [tokens.finite("cls_feature")[:, None], rows_of(features, dominant)]
-        slots = [dominant]
+        features = tokens.finite("features")  # (B, N, C)
+        order = top_k(tokens.finite("cls_attention").sum(dim=1), tokens.count)  # (B, N)
+        dominant = ascending(order[:, : keep - contextual - 1])  # one less: [CLS] itself is dominant
+
+        outputs = [tokens.finite("cls_feature")[:, None], rows_of(features, dominant)]
+        kept = dominant
         if contextual:
-            taken = mask_of(dominant, tokens.count)
-            rest = torch.sort(taken.long(), dim=1, stable=True).indices[:, : tokens.count - dominant.shape[1]]
-            step = max(1, rest.shape[1] // contextual)
-            chosen = torch.arange(contextual, device=rest.device) * step
-            slots.append(rest[:, chosen])
-            keys = F.normalize(rows_of(tokens.finite("keys"), rest), dim=-1)
-            nearest = (keys @ keys[:, chosen].transpose(1, 2)).argmax(dim=-1)  # (B, R), the target of each
-            member = F.one_hot(nearest, contextual).to(features)  # (B, R, contextual)
-            member[:, chosen] = 0  # targets are assigned to nobody
-            remaining = rows_of(features, rest)
-            sums = member.transpose(1, 2) @ remaining
-            parts.append(remaining[:, chosen] + sums / member.sum(dim=1).clamp(min=1)[..., None])
-        kept = torch.cat(slots, dim=1)
-        spare = mask_of(kept, tokens.count).gather(1, order).long().argmin(dim=1, keepdim=True)
-        slot = order.gather(1, spare)  # the most attended patch that is in no other slot
-        merged = torch.cat(parts, dim=1).to(tokens.features.dtype)
-        origin = torch.cat([torch.full_like(slot, -1), kept], dim=1)
-        return Selection(ascending(torch.cat([slot, kept], dim=1)), list(merged), list(origin))
+            targets, merged_targets = _contextual(features, tokens.finite("keys"), dominant, contextual)
+            outputs.append(merged_targets)
+            kept = torch.cat([dominant, targets], dim=1)
+        merged = torch.cat(outputs, dim=1).to(tokens.features.dtype)  # (B, K, C)
+
+        # [CLS] has no patch of its own: it sits on the most attended one that is not taken.
+        first_free = mask_of(kept, tokens.count).gather(1, order).long().argmin(dim=1, keepdim=True)
+        cls_position = order.gather(1, first_free)  # (B, 1)
+        origin = torch.cat([torch.full_like(cls_position, -1), kept], dim=1)
+        positions = ascending(torch.cat([cls_position, kept], dim=1))
+        return Selection(positions, list(merged), list(origin))
+
+
+def _contextual(
+    features: Float[Tensor, "B N C"], keys: Float[Tensor, "B N d"], dominant: Int[Tensor, "B n"], number: int
+) -> tuple[Int[Tensor, "B number"], Float[Tensor, "B number C"]]:
+    """Return evenly spaced targets among the patches that are not dominant, and their features with what they merge."""
+    count = features.shape[1]
+    taken = mask_of(dominant, count)
+    # A stable sort of a mask moves the free patches to the front in raster order.
+    free = torch.sort(taken.long(), dim=1, stable=True).indices[:, : count - dominant.shape[1]]  # (B, R)
+    step = max(1, free.shape[1] // number)
+    chosen = torch.arange(number, device=free.device) * step
+    unit = F.normalize(rows_of(keys, free), dim=-1)
+    nearest = (unit @ unit[:, chosen].transpose(1, 2)).argmax(dim=-1)  # (B, R), the target of each
+    # As a product and not by atomic additions, whose order on a GPU would change the last bits from run to run.
+    member = F.one_hot(nearest, number).to(features)  # (B, R, number)
+    member[:, chosen] = 0  # targets are assigned to nobody
+    remaining = rows_of(features, free)
+    sums = member.transpose(1, 2) @ remaining  # (B, number, C)
+    # A target that nothing is assigned to stays as it is: the floor divides its sum of 0.
+    means = sums / member.sum(dim=1).clamp(min=1)[..., None]
+    return free[:, chosen], remaining[:, chosen] + means

@@ -19,7 +19,7 @@ from prunetune.pruning.types import Selection, VisualTokens
 class VisPruner:
     """Keep ``int(K * important_ratio)`` tokens by [CLS] attention and fill up with dissimilar ones (equations 4-6).
 
-    The rest, in order of attention, is split into even and odd places; the even tokens most similar to any odd one
+    The rest, in order of attention, is split into even and odd entries; the even tokens most similar to any odd one
     are dropped, ``removed_per_round`` at a time, until the budget is met.
 
     Differs from the published code: an odd remainder puts the extra token on the even side (there it crashes), and a
@@ -48,14 +48,13 @@ class VisPruner:
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K): the important and the diverse ones."""
-        order = top_k(
-            tokens.finite(f"{self.saliency}_attention").mean(dim=1), tokens.count
-        )  # (B, N), most attended first
+        attention = tokens.finite(f"{self.saliency}_attention").mean(dim=1)
+        order = top_k(attention, tokens.count)  # (B, N), most attended first
         important = int(keep * self.important_ratio)
         if important == keep:
             return Selection(ascending(order[:, :keep]))
         # The order of what stays decides every later round. With float32 cosines 3 of 24 random fields of 576 tokens
         # kept the tokens of exact arithmetic, and another batch size could keep others.
-        similarity = cosine_similarity(tokens.finite("features"), dtype=torch.float64)
+        similarity = cosine_similarity(tokens.finite("features"), dtype=torch.float64)  # (B, N, N)
         rest = without_duplicates(similarity, order[:, important:], keep - important, self.removed_per_round)
         return Selection(ascending(torch.cat([order[:, :important], rest], dim=1)))

@@ -3,7 +3,7 @@
 from prunetune.pruning.ops.complexity import attention_entropy, erank
 from prunetune.pruning.ops.duplicates import without_duplicates, without_duplicates_each
 from prunetune.pruning.ops.greedy import pick_determinantal, pick_spread
-from prunetune.pruning.ops.indexing import ascending, mask_of, rows_of, top_k
+from prunetune.pruning.ops.indexing import ascending, first_ranked, mask_of, mask_of_picks, rows_of, top_k
 from prunetune.pruning.ops.precision import exact_float32
 from prunetune.pruning.ops.relevance import instruction_relevance
 from prunetune.pruning.ops.similarity import ALIKE, cosine_distance, cosine_similarity, euclidean_distance
@@ -18,9 +18,11 @@ __all__ = [
     "erank",
     "euclidean_distance",
     "exact_float32",
+    "first_ranked",
     "image_range",
     "instruction_relevance",
     "mask_of",
+    "mask_of_picks",
     "masked_mean",
     "outlier_share",
     "pick_determinantal",

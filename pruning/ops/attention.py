@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 QUERIES_AT_ONCE = 128
-"""Queries whose attention is held at a time: the whole map of a long item would take gigabytes."""
+"""Queries whose attention is held at a time: the map of 16 heads and 10,000 patches would take 6.4 GB in float32."""
 
 
-def cls_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def cls_attention(
+    query: Float[Tensor, "B H 1 d"], key: Float[Tensor, "B H T d"], scale: float
+) -> Float[Tensor, "B H N"]:
     """Return the softmaxed attention of [CLS] to the patches, (B, H, N) float32.
 
     Args:
@@ -17,11 +20,15 @@ def cls_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
         key: (B, H, 1 + N, d), [CLS] first.
         scale: factor of the logits.
     """
-    logits = (query.double() @ key.double().transpose(-1, -2)) * scale
-    return logits.softmax(dim=-1)[:, :, 0, 1:].float()
+    # One row per head costs little, and rounding once from float64 leaves no bit to the order of a sum.
+    logits = (query.double() @ key.double().transpose(-1, -2)) * scale  # (B, H, 1, 1 + N)
+    attention = logits.softmax(dim=-1)[:, :, 0]
+    return attention[..., 1:].float()
 
 
-def received_attention(query: Tensor, key: Tensor, scale: float, skip: int) -> Tensor:
+def received_attention(
+    query: Float[Tensor, "B H T d"], key: Float[Tensor, "B H T d"], scale: float, skip: int
+) -> Float[Tensor, "B H N"]:
     """Return the attention that each patch receives, mean over all queries, (B, H, N) float32.
 
     Queries go through in chunks, so that no full attention map is held.
@@ -32,8 +39,9 @@ def received_attention(query: Tensor, key: Tensor, scale: float, skip: int) -> T
         scale: factor of the logits.
         skip: leading tokens that are no patches; they are queries too, but their columns are dropped.
     """
-    received = torch.zeros(key.shape[:-1], device=key.device)
+    received = torch.zeros(key.shape[:-1], device=key.device)  # (B, H, skip + N)
     columns = key.float().transpose(-1, -2)
     for rows in query.float().split(QUERIES_AT_ONCE, dim=2):
-        received += ((rows @ columns) * scale).softmax(dim=-1).sum(dim=2)
+        attention = ((rows @ columns) * scale).softmax(dim=-1)  # (B, H, chunk, skip + N)
+        received += attention.sum(dim=2)
     return received[..., skip:] / query.shape[2]

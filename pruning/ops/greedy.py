@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prunetune.pruning.ops import greedy_triton
@@ -11,11 +12,18 @@ EXHAUSTED = 1e-6
 """A DPP's remaining volume below this share of its largest quality counts as none: the rank is used up."""
 
 
-def pick_spread(matrix: Tensor, state: Tensor, keep: int, update: str, blocked: Tensor | None = None) -> Tensor:
+def pick_spread(
+    matrix: Float[Tensor, "B N N"],
+    state: Float[Tensor, "B N"],
+    keep: int,
+    update: str,
+    blocked: Bool[Tensor, "B N"] | None = None,
+) -> Int[Tensor, "B K"]:
     """Pick ``keep`` tokens one by one: always the highest ``state``, which the pick's row of ``matrix`` then updates.
 
     With distances and ``update="minimum"`` this is farthest point sampling (max-min); with negated similarities and
-    ``update="add"`` it is RepMax.
+    ``update="add"`` it is RepMax. With the distances ``[[[0, 1, 5], [1, 0, 4], [5, 4, 0]]]`` and the state
+    ``[[0, 1, 5]]`` two picks by "minimum" are ``[[2, 1]]``.
 
     Args:
         matrix: (B, N, N) float32.
@@ -28,20 +36,24 @@ def pick_spread(matrix: Tensor, state: Tensor, keep: int, update: str, blocked: 
         (B, keep) positions in order of picking, distinct while there are any; ties go to the lower index.
     """
     state = state.clone() if blocked is None else state.masked_fill(blocked, float("-inf"))
+    # A step is five small kernels: 64 steps would be 320 launches on a GPU, where the Triton kernel is one.
     if greedy_triton.usable(matrix):
         return greedy_triton.pick_spread(matrix, state, keep, update)
     picks = torch.zeros(len(state), keep, dtype=torch.long, device=state.device)
     items = torch.arange(len(state), device=state.device)
     for step in range(keep):
-        pick = state.argmax(dim=-1)
+        # The pick stays on the device: reading it back would make every step wait.
+        pick = state.argmax(dim=-1)  # (B,)
         picks[:, step] = pick
-        row = matrix[items, pick]
+        row = matrix[items, pick]  # (B, N)
         state = torch.minimum(state, row) if update == "minimum" else state + row
         state[items, pick] = float("-inf")  # neither minimum() nor + brings it back, so no token is picked twice
     return picks
 
 
-def pick_determinantal(similarity: Tensor, quality: Tensor, keep: int) -> Tensor:
+def pick_determinantal(
+    similarity: Float[Tensor, "B N N"], quality: Float[Tensor, "B N"], keep: int
+) -> Int[Tensor, "B K"]:
     """Pick ``keep`` tokens by greedy MAP of a DPP with kernel ``diag(q) S diag(q)``, by incremental Cholesky factors.
 
     Where the kernel's rank is used up before K, the tokens of highest quality fill the rest.
@@ -54,23 +66,28 @@ def pick_determinantal(similarity: Tensor, quality: Tensor, keep: int) -> Tensor
     Returns:
         (B, keep) positions in order of picking, all distinct; ties go to the lower index.
     """
-    volume = similarity.diagonal(dim1=1, dim2=2) * quality.square()
-    floor = EXHAUSTED * volume.amax(dim=-1, keepdim=True)
-    # Of tokens that add no volume the best has rank -1, the others follow in [-2, -1).
-    fill = quality / quality.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) - 2
+    tiny = torch.finfo(torch.float32).tiny
+    volume = similarity.diagonal(dim1=1, dim2=2) * quality.square()  # (B, N) what each token would add
+    floor = EXHAUSTED * volume.amax(dim=-1, keepdim=True)  # (B, 1)
+    # Of tokens that add no volume the best has rank -1, the others follow in [-2, -1): below every volume, above the
+    # -inf of what is picked.
+    fill = quality / quality.amax(dim=-1, keepdim=True).clamp(min=tiny) - 2  # (B, N)
     if greedy_triton.usable(similarity):
         return greedy_triton.pick_determinantal(similarity, quality, volume, fill, floor[:, 0], keep)
     picks = torch.zeros(len(quality), keep, dtype=torch.long, device=quality.device)
     items = torch.arange(len(quality), device=quality.device)
+    # A new factor per step costs O(step * N), where the determinants themselves would cost O(N^3) each.
     factors = similarity.new_zeros(len(quality), keep, quality.shape[1])  # (B, K, N) rows of the Cholesky factor
     for step in range(keep):
-        pick = torch.where(volume > floor, volume, torch.minimum(volume, fill)).argmax(dim=-1)
+        rank = torch.where(volume > floor, volume, torch.minimum(volume, fill))
+        pick = rank.argmax(dim=-1)  # (B,)
         picks[:, step] = pick
-        row = similarity[items, pick] * quality * quality[items, pick][:, None]
-        known = factors[:, :step]
+        row = similarity[items, pick] * quality * quality[items, pick][:, None]  # (B, N), the kernel's row
+        known = factors[:, :step]  # (B, step, N)
         row -= torch.bmm(known[items, :, pick][:, None], known)[:, 0]
-        rest = volume[items, pick][:, None]
-        row = torch.where(rest > floor, row / rest.clamp(min=torch.finfo(torch.float32).tiny).sqrt(), 0)
+        rest = volume[items, pick][:, None]  # (B, 1)
+        # A pick without volume has nothing to take from the others; dividing by its rounding would.
+        row = torch.where(rest > floor, row / rest.clamp(min=tiny).sqrt(), 0)
         factors[:, step] = row
         volume = volume - row.square()
         volume[items, pick] = float("-inf")

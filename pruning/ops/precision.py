@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
+# The switches belong to the process: whoever is inside is counted, and what was set before is kept until all have left.
 _lock = threading.Lock()
 _inside = 0
-_before: list[tuple[Any, str]] = []
+_before: list[tuple[Any, str]] = []  # a switch, None for PyTorch's one old switch, and its setting
 
 
 @contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
     """Switch autocast and TF32 (or bfloat16) matrix products off while the context is open.
 
-    With ten bits of mantissa the same picture would keep other tokens in a process that has them on. Autocast belongs
+    With ten bits of mantissa the same image would keep other tokens in a process that has them on. Autocast belongs
     to the thread. The switches of matrix products belong to the process: the first thread that enters sets them and the
     last one that leaves restores them, so meanwhile other threads compute more exactly than they asked for.
     """
@@ -40,7 +41,7 @@ def _enter() -> None:
             if hasattr(knob, "fp32_precision"):
                 _before.append((knob, knob.fp32_precision))
                 knob.fp32_precision = "ieee"
-        if not _before:  # before PyTorch 2.9
+        if not _before:  # PyTorch before 2.9 has one switch for all of them
             _before.append((None, torch.get_float32_matmul_precision()))
             torch.set_float32_matmul_precision("highest")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor
 
 from prunetune.pruning.ops.similarity import cosine_similarity
@@ -9,7 +10,7 @@ from prunetune.pruning.ops.statistics import masked_mean, text_mask
 from prunetune.pruning.types import VisualTokens
 
 
-def instruction_relevance(tokens: VisualTokens, text: str = "clip") -> Tensor:
+def instruction_relevance(tokens: VisualTokens, text: str = "clip") -> Float[Tensor, "B N"]:
     """Return the cosine (B, N) of every visual token with the instruction, float32.
 
     Args:
@@ -18,8 +19,9 @@ def instruction_relevance(tokens: VisualTokens, text: str = "clip") -> Tensor:
         text: "clip" or "llm".
     """
     if text == "clip":
-        pieces = tokens.finite("text_embeds")
-        return masked_mean(cosine_similarity(tokens.finite("image_embeds"), pieces), text_mask(pieces))
-    words = tokens.finite("text_token_embeds")
+        pieces = tokens.finite("text_embeds")  # (B, M, E)
+        similarity = cosine_similarity(tokens.finite("image_embeds"), pieces)  # (B, N, M)
+        return masked_mean(similarity, text_mask(pieces))
+    words = tokens.finite("text_token_embeds")  # (B, M, D)
     mean = masked_mean(words.transpose(1, 2), text_mask(words))[:, None]  # (B, 1, D)
     return cosine_similarity(tokens.finite("projected"), mean)[..., 0]
