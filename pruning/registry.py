@@ -108,13 +108,15 @@ def check_contract(name: str, pruner: Any) -> None:
     if not isinstance(pruner, type) or parameters is None or not parameters.frozen:
         shown = getattr(pruner, "__name__", repr(pruner))
         raise PruningError(f"{shown} must be a frozen dataclass: its fields are the method's options")
-    if "__call__" not in dir(pruner) or not hasattr(pruner, "needs"):
-        raise PruningError(f"{pruner.__name__} must have `needs` and be called with (tokens, keep), as Pruner says")
+    if not hasattr(pruner, "needs"):
+        raise PruningError(f"{pruner.__name__} must say in `needs` which signals it reads; frozenset() is none")
     for need in pruner().needs:
         try:
             signal_of(need)
         except PruningError as error:
             raise PruningError(f"{name} needs {need!r}: {error}") from None
+    if "__call__" not in dir(pruner):
+        raise PruningError(f"{pruner.__name__} must be called with (tokens, keep), as Pruner says")
 
 
 def build_pruner(name: str, options: Mapping[str, Any] | None = None) -> Pruner:
