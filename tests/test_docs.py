@@ -40,3 +40,10 @@ def test_links_and_navigation_lead_somewhere():
 def test_readme_names_every_method():
     text = (ROOT / "README.md").read_text()
     assert [name for name in registered_methods() if f"`{name}`" not in text] == []
+
+
+def test_the_code_of_the_plugin_page_is_that_of_the_examples():
+    """Which are run by tests/test_plugins.py."""
+    page = (ROOT / "docs" / "adding.md").read_text()
+    for file in ("my_pruning/norm.py", "my_pruning/colours.py", "tests/test_norm.py"):
+        assert f"```python\n{(ROOT / 'docs' / 'examples' / file).read_text()}```" in page, file
