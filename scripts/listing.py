@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prunetune.data_recipes.recipe import recipe_file, recipe_names
-from prunetune.evaluation.tasks import tasks
-from prunetune.pruning import registered_families, registered_methods
-
 
 def list_pruners() -> str:
     """Return a table of methods: paper, signals, whether training goes through, how faithful they are."""
+    from prunetune.pruning import registered_methods  # what is listed is imported: benchmarks need no torch
+
     rows = [["name", "paper", "needs", "trainable through", "status", "golden-checked"]]
     for method in registered_methods().values():
         rows.append(
@@ -28,6 +26,8 @@ def list_pruners() -> str:
 
 def list_families() -> str:
     """Return a table of model families."""
+    from prunetune.pruning import registered_families
+
     rows = [["name", "model types", "projector", "budget per"]]
     for family in registered_families().values():
         rows.append([family.name, ", ".join(family.model_types), ", ".join(family.projectors), family.item])
@@ -36,12 +36,16 @@ def list_families() -> str:
 
 def list_recipes() -> str:
     """Return a table of data recipes with the first comment line of each."""
+    from prunetune.data_recipes.recipe import recipe_file, recipe_names
+
     first = {name: recipe_file(name).read_text().splitlines()[0].lstrip("# ") for name in recipe_names()}
     return _table([["name", "about"], *([name, about] for name, about in first.items())])
 
 
 def list_tasks() -> str:
     """Return a table of benchmarks."""
+    from prunetune.evaluation.tasks import tasks
+
     rows = [["name", "protocol", "about"]]
     return _table(rows + [[task.name, task.protocol, task.about] for task in tasks().values()])
 
