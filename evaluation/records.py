@@ -254,8 +254,8 @@ def read_begun(folder: str | Path) -> Manifest:
     # Before anything else is looked at: of another format every other complaint would be beside the point.
     if values.get("format") != FORMAT:
         raise TaskError(
-            f"{path} has format {values.get('format')!r}, this version reads {FORMAT}; evaluate the arm again into another "
-            "folder, or read it with the version that wrote it"
+            f"{path} has format {values.get('format')!r}, this version reads {FORMAT}; evaluate the arm again into "
+            "another folder, or read it with the version that wrote it"
         )
     return _validated(Manifest, values, str(path))
 

@@ -54,7 +54,7 @@ def changed(arm, **fields):
     [
         (
             {"format": 2},
-            r"manifest.json has format 2, this version reads 1; evaluate the arm again into another folder",
+            r"manifest.json has format 2, this version reads 1; evaluate the arm again into",
         ),
         ({"format": "left out"}, "has format None, this version reads 1"),
         ({"frozen_hash": "left out"}, "manifest.json: the field frozen_hash is missing; another version wrote it"),
