@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prunetune.evaluation.tasks.base import Item
 
 
+# Reading says itself whether the layout is there, see Benchmark.open; an outside benchmark needs these three alone.
 class Reader(Protocol):
     """One layout that a benchmark's files come in.
 

@@ -128,6 +128,7 @@ class ProjectorRecord(_Record):
     tuned_for: dict[str, Any] | None
 
 
+# More than a mean: methods that decide by the image how many to keep differ between images as much as between budgets.
 class KeptTokens(_Record):
     """How many visual tokens of an item reached the LLM, over all items."""
 
@@ -263,8 +264,8 @@ def read_begun(folder: str | Path) -> Manifest:
     # Before anything else is looked at: of another format every other complaint would be beside the point.
     if values.get("format") != FORMAT:
         raise TaskError(
-            f"{path} has format {values.get('format')!r}, this version reads {FORMAT}; evaluate the arm again, or read "
-            "it with the version that wrote it"
+            f"{path} has format {values.get('format')!r}, this version reads {FORMAT}; evaluate the arm again into "
+            "another folder, or read it with the version that wrote it"
         )
     return _validated(Manifest, values, str(path))
 
@@ -284,7 +285,9 @@ def _validated(kind: type[_Kind], values: dict[str, Any], where: str) -> _Kind:
     except ValidationError as error:
         # pydantic's own text has three lines per field and an address of its documentation.
         wrong = [_complaint(detail) for detail in error.errors()]
-        raise TaskError(f"{where}: {'; '.join(wrong)}; another version wrote it, evaluate the arm again") from None
+        raise TaskError(
+            f"{where}: {'; '.join(wrong)}; another version wrote it, evaluate the arm again into another folder"
+        ) from None
 
 
 def _complaint(detail: Any) -> str:

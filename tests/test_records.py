@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -9,6 +11,7 @@ from conftest import ROOT
 from prunetune.evaluation.records import Result, read_manifest, read_results, write_manifest, write_results
 from prunetune.evaluation.report.arms import read_arm
 from prunetune.evaluation.report.compare import compare
+from prunetune.evaluation.run.shards import start
 from prunetune.evaluation.tasks import TaskError
 
 # Written by the version before the records were typed: the tiny VLM with divprune at 16 tokens, on eight questions.
@@ -49,7 +52,10 @@ def changed(arm, **fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format": 2}, r"manifest.json has format 2, this version reads 1; evaluate the arm again, or read it with"),
+        (
+            {"format": 2},
+            r"manifest.json has format 2, this version reads 1; evaluate the arm again into",
+        ),
         ({"format": "left out"}, "has format None, this version reads 1"),
         ({"frozen_hash": "left out"}, "manifest.json: the field frozen_hash is missing; another version wrote it"),
         ({"seed": 3}, "manifest.json: the field seed is unknown; another version wrote it, evaluate the arm again"),
@@ -64,6 +70,15 @@ def test_a_manifest_that_can_not_be_trusted_is_refused_in_one_line(arm, fields, 
     with pytest.raises(TaskError, match=message) as refused:
         compare([arm])
     assert "\n" not in str(refused.value)
+
+
+def test_an_arm_is_not_gone_on_with_in_a_folder_of_another_format(arm):
+    manifest = read_manifest(arm)
+    start(arm, manifest)  # the same arm: its rows are still there
+    assert len(read_results(arm)) == 8
+    changed(arm, format=2)
+    with pytest.raises(TaskError, match="has format 2, this version reads 1"):
+        start(arm, manifest)
 
 
 def test_broken_files_and_rows_are_refused_by_name_and_line(arm):
@@ -86,3 +101,22 @@ def test_broken_files_and_rows_are_refused_by_name_and_line(arm):
     (arm / "manifest.json").write_text("[]")
     with pytest.raises(TaskError, match=r"manifest.json is no manifest: it holds list"):
         compare([arm])
+
+
+@pytest.mark.parametrize("command", ["compare", "score", "list"])
+def test_commands_that_read_results_load_no_model_library(command, tmp_path):
+    """The whole command, as it is typed: waiting for torch would take longer than everything it does."""
+    arguments = {
+        "compare": ["compare", str(EARLIER), "--output", str(tmp_path / "table")],
+        "score": ["score", "tiny_world_validation", "--predictions", str(EARLIER / "results.jsonl"), "--data", "."],
+        "list": ["list", "tasks"],
+    }[command]
+    code = (
+        "import sys; from prunetune.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: print(end.code)\n"
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    expected = {"compare": "| divprune |", "score": "has no prediction for 2392 of 2400 questions", "list": "mmvet"}
+    assert expected[command] in done.stdout and done.stdout.splitlines()[-1] == "[]"

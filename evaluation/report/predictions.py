@@ -93,6 +93,7 @@ def paired(
             raise TaskError(
                 f"{path}, line {prediction.line}: question {key!r} was answered in line {found[key].line} already"
             )
+    # A mean over the questions that were answered could be made better by leaving the hard ones out.
     missing = [key for key in questions if key not in found]
     if missing and complete:
         raise TaskError(

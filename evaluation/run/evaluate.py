@@ -101,7 +101,7 @@ def evaluate(config: EvaluateConfig, arm: Arm | None = None, device: str | None 
         summaries = {}
         for work in works:
             summaries[work.task.name] = _summary(work, rows, output)
-        # Last of all: a manifest that says complete is what compare and the next run go by.
+        # Last of all: killed before this line, the arm is still unfinished, and compare says so.
         write_manifest(output, manifest.finished(summaries, _kept(rows), rate))
     ranks.destroy()
     return output

@@ -9,6 +9,7 @@ from prunetune.evaluation.readers import PublishedFiles, images_below
 from prunetune.evaluation.tasks.base import Benchmark, Item, Scorer, register_task
 from prunetune.evaluation.tasks.vqa import coco_items, read_row, score, summarise
 
+# VQAv2's names but for their "v2_": files are found by their whole names, so one folder can hold both.
 QUESTIONS = "OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS = "mscoco_val2014_annotations.json"
 SOURCE = "https://okvqa.allenai.org/download.html"

@@ -29,6 +29,7 @@ UNANSWERABLE = "When the provided information is insufficient, respond with 'Una
 
 def read_items(data: Path) -> list[Item]:
     """Return the validation questions; an item's id is its image's name, since there is one question per image."""
+    # The answer's type is the source: unanswerable questions are where pruning and guessing look alike.
     items = []
     for record in read_json(find_file(data, QUESTIONS, SOURCE)):
         kind = str(record.get("answer_type", "other"))
