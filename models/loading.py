@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from prunetune.assets import shipped
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.quiet import no_progress_bar
 
+# A hub repository may hold the weights a second time, as pickles; those are left there.
 _CARRIED = "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"
 
 
@@ -32,6 +31,7 @@ def checkpoint_folder(path: str, revision: str | None = None) -> Path:
         return Path(path)
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(_CARRIED)))
+    # Anything from a wrong id to a broken cache or network; the user's way out is the same.
     except Exception as error:
         raise CheckpointError(
             f"model {path!r} is neither a folder nor a checkpoint that could be fetched: {error}"
@@ -40,7 +40,7 @@ def checkpoint_folder(path: str, revision: str | None = None) -> Path:
 
 def load_model(
     path: str, revision: str | None = None, dtype: str = "float32", attention: str = "sdpa"
-) -> tuple[nn.Module, Any]:
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Return a stock model in eval mode and its processor.
 
     Args:
@@ -65,7 +65,7 @@ def load_model(
     return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
-def load_processor(path: str, revision: str | None = None) -> Any:
+def load_processor(path: str, revision: str | None = None) -> ProcessorMixin:
     """Return a checkpoint's processor alone; raises CheckpointError if there is none."""
     try:
         return AutoProcessor.from_pretrained(checkpoint_folder(path, revision))
