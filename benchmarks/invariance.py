@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,73 @@ def smooth_images(count: int) -> Tensor:
     return sum(parts, torch.zeros(()))
 
 
+@dataclass(frozen=True)
+class Row:
+    """What batches of one size do: images with the same tokens by method, and the largest relative differences."""
+
+    size: int
+    same: dict[str, int]
+    differences: dict[str, float]
+
+
+class Subject:
+    """A model, the methods that read nothing of the text, and images to encode in batches of any size."""
+
+    def __init__(self, device: str, dtype: torch.dtype, count: int) -> None:
+        self.model = build(device, dtype)
+        self.images = smooth_images(count).to(device, dtype)
+        self.plugs = {}
+        for name, method in registered_methods().items():
+            sources = {signal_of(need).source for need in method.needs}
+            if name != "identity" and "text" not in sources:
+                self.plugs[name] = PrunedModel(self.model, PruningSpec(name, KEEP))
+        self.needs = frozenset(need for plug in self.plugs.values() for need in plug.pruner.needs)
+
+    def kept(self, first: int, size: int) -> tuple[Vision, dict[str, Tensor]]:
+        """Return a batch of images encoded, and what every method keeps of it."""
+        pixels = self.images[first : first + size]
+        vision = family_of(self.model).encode(self.model, {"pixel_values": pixels}, "image", self.needs)
+        ids = torch.full((len(pixels), 576), IMAGE, device=pixels.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        kept = {}
+        for name, plug in self.plugs.items():
+            kept[name] = plug.prepare(inputs, vision={"image": vision}).keep
+        return vision, kept
+
+    def compare(self, size: int, alone: list[tuple[Vision, dict[str, Tensor]]]) -> Row:
+        """Compare batches of ``size`` with every image alone."""
+        row = Row(size, dict.fromkeys(self.plugs, 0), dict.fromkeys(("features", "projected", "cls_attention"), 0.0))
+        for first in range(0, len(self.images), size):
+            vision, together = self.kept(first, size)
+            for index in range(len(vision.groups[0].features)):
+                single, own = alone[first + index]
+                for name in self.plugs:
+                    row.same[name] += bool(torch.equal(together[name][index], own[name][0]))
+                for name, before in row.differences.items():
+                    row.differences[name] = max(before, relative_difference(name, vision, index, single))
+        return row
+
+
+def relative_difference(name: str, vision: Vision, index: int, single: Vision) -> float:
+    """Return how much a signal of an image in a batch differs from the image's alone, relative to its largest value."""
+    here = vision.groups[0].require(name)[index].float()
+    alone = single.groups[0].require(name)[0].float()
+    return float((here - alone).abs().max() / alone.abs().max())
+
+
+def table(rows: list[Row], count: int) -> list[str]:
+    """Return the rows as a Markdown table, one column per batch size."""
+    heads = [f"alone = in a batch of {row.size}" for row in rows]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(rows)]
+    for name in rows[0].same:
+        cells = [f"{row.same[name]} of {count}" for row in rows]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name in rows[0].differences:
+        cells = [f"{row.differences[name]:.1e}" for row in rows]
+        lines.append(f"| *largest relative difference of {name}* | " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -58,51 +126,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
-    model = build(options.device, dtype)
-    family = family_of(model)
-    plugs = {}
-    for name in registered_methods():
-        sources = {signal_of(need).source for need in registered_methods()[name].needs}
-        if name != "identity" and "text" not in sources:
-            plugs[name] = PrunedModel(model, PruningSpec(name, KEEP))
-    needs = frozenset(need for plug in plugs.values() for need in plug.pruner.needs)
-    images = smooth_images(options.images).to(options.device, dtype)
-
-    def kept(first: int, size: int) -> tuple[Vision, dict[str, Tensor]]:
-        pixels = images[first : first + size]
-        vision = family.encode(model, {"pixel_values": pixels}, "image", needs)
-        ids = torch.full((len(pixels), 576), IMAGE, device=options.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return vision, {name: plug.prepare(inputs, vision={"image": vision}).keep for name, plug in plugs.items()}
-
+    subject = Subject(options.device, getattr(torch, options.dtype), options.images)
     with torch.inference_mode():
-        alone = [kept(image, 1) for image in range(options.images)]
-        rows = []
-        for size in (2, options.images):
-            same = dict.fromkeys(plugs, 0)
-            differences = dict.fromkeys(("features", "projected", "cls_attention"), 0.0)
-            for first in range(0, options.images, size):
-                vision, together = kept(first, size)
-                for place in range(len(vision.groups[0].features)):
-                    single, own = alone[first + place]
-                    for name in plugs:
-                        same[name] += bool(torch.equal(together[name][place], own[name][0]))
-                    for name in differences:
-                        one, other = (v.groups[0].require(name)[i].float() for v, i in ((vision, place), (single, 0)))
-                        scale = other.abs().max()
-                        differences[name] = max(differences[name], float((one - other).abs().max() / scale))
-            rows.append((size, same, differences))
+        alone = [subject.kept(image, 1) for image in range(options.images)]
+        rows = [subject.compare(size, alone) for size in (2, options.images)]
     where = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {platform.machine()}"
     lines = [f"{where}, torch {torch.__version__}, {options.dtype}, {options.images} images, K = {KEEP} of 576", ""]
-    lines += ["| | " + " | ".join(f"alone = in a batch of {size}" for size, _, _ in rows) + " |"]
-    lines += ["|---|" + "---:|" * len(rows)]
-    for name in plugs:
-        cells = [f"{same[name]} of {options.images}" for _, same, _ in rows]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    for name in rows[0][2]:
-        cells = [f"{differences[name]:.1e}" for _, _, differences in rows]
-        lines.append(f"| *largest relative difference of {name}* | " + " | ".join(cells) + " |")
+    lines += table(rows, options.images)
     print("\n".join(lines))
     if options.output is not None:
         options.output.write_text("\n".join(lines) + "\n")

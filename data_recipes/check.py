@@ -20,6 +20,8 @@ from prunetune.data_recipes.sample import DataError, Sample
 
 PERCENTILES = (50, 90, 95, 99, 100)
 SHOWN = 5
+KINDS = ("missing image", "corrupt image", "placeholder mismatch", "malformed", "over-length", "duplicate id")
+"""All problems, in the order of the report; those that were not found are shown with 0."""
 
 
 @dataclass
@@ -29,9 +31,9 @@ class Report:
     Attributes:
         recipe: its name.
         counts: samples per source, the broken ones included.
-        problems: for each kind of problem its samples, by id or place, with a word on each.
+        problems: for each kind of problem its samples, by id or where they stand, with a word on each.
         lengths: percentiles of tokens per sample, if a tokenizer was given.
-        text_only: samples without a picture.
+        text_only: samples without an image.
     """
 
     recipe: str
@@ -50,11 +52,11 @@ class Report:
         self.problems.setdefault(kind, []).append(what)
 
     def failures(self, max_missing: float) -> list[str]:
-        """Return what is beyond the thresholds: pictures above ``max_missing``, and any malformed sample at all."""
+        """Return what is beyond the thresholds: images above ``max_missing``, and any malformed sample at all."""
         failed = []
-        lost = len(self.problems.get("missing image", [])) + len(self.problems.get("corrupt image", []))
-        if self.total and lost > max_missing * self.total:
-            failed.append(f"{lost} of {self.total} pictures can't be used, more than max_missing={max_missing:.2%}")
+        unusable = len(self.problems.get("missing image", [])) + len(self.problems.get("corrupt image", []))
+        if self.total and unusable > max_missing * self.total:
+            failed.append(f"{unusable} of {self.total} pictures can't be used, more than max_missing={max_missing:.2%}")
         for kind in ("malformed", "placeholder mismatch"):
             if self.problems.get(kind):
                 failed.append(f"{len(self.problems[kind])} samples: {kind}")
@@ -65,18 +67,19 @@ class Report:
     def to_text(self) -> str:
         """Return the report as tables for people."""
         lines = [f"recipe {self.recipe}: {self.total:,} samples, {self.text_only:,} of them text alone"]
-        lines += [f"  {source:<12} {count:>9,}" for source, count in sorted(self.counts.items())]
-        kinds = ("missing image", "corrupt image", "placeholder mismatch", "malformed", "over-length", "duplicate id")
-        for kind in kinds:
+        for source, count in sorted(self.counts.items()):
+            lines.append(f"  {source:<12} {count:>9,}")
+        for kind in KINDS:
             found = self.problems.get(kind, [])
             lines.append(f"{kind:<21} {len(found):>9,}")
-            lines += [f"    {what}" for what in found[:SHOWN]]
+            for what in found[:SHOWN]:
+                lines.append(f"    {what}")
             if len(found) > SHOWN:
                 lines.append(f"    ... and {len(found) - SHOWN:,} more")
+        measured = "not measured: give --model for its tokenizer"
         if self.lengths:
-            lines.append("tokens per sample     " + ", ".join(f"{p} %: {n:,}" for p, n in self.lengths.items()))
-        else:
-            lines.append("tokens per sample     not measured: give --model for its tokenizer")
+            measured = ", ".join(f"{share} %: {length:,}" for share, length in self.lengths.items())
+        lines.append(f"tokens per sample     {measured}")
         return "\n".join(lines)
 
 
@@ -89,7 +92,7 @@ def check_data(
     max_length: int = 2048,
     num_proc: int = 1,
 ) -> Report:
-    """Read every sample of a recipe once: records, pictures and, with a processor, lengths in tokens.
+    """Read every sample of a recipe once: records, images and, with a processor, lengths in tokens.
 
     Args:
         recipe_name: a shipped recipe or the path of a YAML file.
@@ -108,13 +111,15 @@ def check_data(
         raise DataError(f"recipe {recipe_name!r} draws its samples; there is no file to check")
     file = str(recipe.data_file(file, image_root))
     check_sources(recipe.sources or ())
-    per_picture = _tokens_per_picture(processor) if processor is not None else 0
+    tokens_per_image = None
+    if processor is not None:  # before the file is read: an unfit processor should not cost minutes
+        tokens_per_image = _tokens_per_image(processor)
     report = Report(recipe.name)
     samples = _samples(recipe, file, report)
     if any(sample.image is not None for sample in samples):
-        _check_pictures(samples, _opener(samples, file, image_root), report, num_proc)
-    if processor is not None and samples:
-        _measure(samples, processor, template, max_length, per_picture, report)
+        _check_images(samples, _opener(samples, file, image_root), report, num_proc)
+    if tokens_per_image is not None and samples:
+        _measure(samples, processor, template, max_length, tokens_per_image, report)
     return report
 
 
@@ -134,33 +139,46 @@ def _samples(recipe: LlavaJsonRecipe, file: str, report: Report) -> list[Sample]
         report.counts[sample.source] += 1
         report.text_only += sample.image is None
         seen[sample.source, sample.id] += 1
-        if seen[sample.source, sample.id] == 2:
+        if seen[sample.source, sample.id] == 2:  # named once, however often it repeats
             report.add("duplicate id", f"{sample.source} {sample.id}")
         samples.append(sample)
     return samples
 
 
 def _opener(samples: list[Sample], file: str, image_root: str | None) -> ImageOpener:
-    if any(sample.image is not None and sample.image.startswith(ROW) for sample in samples):
-        return ParquetImages(parquet_rows(Path(file)))
+    for sample in samples:
+        if sample.image is not None and sample.image.startswith(ROW):
+            return ParquetImages(parquet_rows(Path(file)))
     return FolderImages(image_root)
 
 
-def _check_pictures(samples: list[Sample], images: ImageOpener, report: Report, num_proc: int) -> None:
-    references = list(dict.fromkeys(sample.image for sample in samples if sample.image is not None))
-    there = [reference for reference in references if images.exists(reference)]
-    missing = set(references) - set(there)
-    broken: dict[str, str] = {}
-    if there:
-        rows = Dataset.from_dict({"reference": there}).map(
-            _decode, fn_kwargs={"images": images}, num_proc=num_proc if num_proc > 1 else None, desc="pictures"
-        )
-        broken = {row["reference"]: row["error"] for row in rows if row["error"]}
+def _check_images(samples: list[Sample], images: ImageOpener, report: Report, num_proc: int) -> None:
+    there, missing = [], set()
+    # Each image once: many samples share one, and decoding takes longest.
+    for reference in dict.fromkeys(sample.image for sample in samples):
+        if reference is None:
+            continue
+        if images.exists(reference):
+            there.append(reference)
+        else:
+            missing.add(reference)
+    broken = _undecodable(there, images, num_proc) if there else {}
     for sample in samples:
         if sample.image in missing:
             report.add("missing image", f"{sample.id}: {sample.image}")
         elif sample.image in broken:
             report.add("corrupt image", broken[str(sample.image)])
+
+
+def _undecodable(references: list[str], images: ImageOpener, num_proc: int) -> dict[str, str]:
+    """Return the images that can't be decoded, each with the reason."""
+    rows = Dataset.from_dict({"reference": references}).map(
+        _decode,
+        fn_kwargs={"images": images},
+        num_proc=num_proc if num_proc > 1 else None,  # None decodes in this process
+        desc="pictures",
+    )
+    return {row["reference"]: row["error"] for row in rows if row["error"]}
 
 
 def _decode(row: dict[str, str], images: ImageOpener) -> dict[str, str]:
@@ -172,35 +190,51 @@ def _decode(row: dict[str, str], images: ImageOpener) -> dict[str, str]:
 
 
 def _measure(
-    samples: list[Sample], processor: Any, template: str, max_length: int, per_picture: int, report: Report
+    samples: list[Sample], processor: Any, template: str, max_length: int, tokens_per_image: int, report: Report
 ) -> None:
     source = template_text(processor, template)
     lengths = []
     for sample in tqdm(samples, desc="lengths", unit="sample", dynamic_ncols=True):
-        messages: list[dict[str, Any]] = []
-        for number, turn in enumerate(sample.turns):
-            parts = [{"type": "image"}] if number == 0 and sample.image is not None else []
-            messages.append({"role": "user", "content": [*parts, {"type": "text", "text": turn.question}]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer or ""}]})
-        text = processor.apply_chat_template(messages, chat_template=source, tokenize=False)
-        tokens = len(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        length = tokens + (per_picture - 1 if sample.image is not None else 0)
+        text = processor.apply_chat_template(_messages(sample), chat_template=source, tokenize=False)
+        length = len(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if sample.image is not None:
+            length += tokens_per_image - 1  # the placeholder is one token of the text
         lengths.append(length)
         if length > max_length:
             report.add("over-length", f"{sample.id}: {length:,} tokens, max_length is {max_length:,}")
-    ranked = sorted(lengths)
-    report.lengths = {p: ranked[min(len(ranked) - 1, round(p / 100 * (len(ranked) - 1)))] for p in PERCENTILES}
+    lengths.sort()
+    last = len(lengths) - 1
+    for percentile in PERCENTILES:
+        rank = round(percentile / 100 * last)
+        report.lengths[percentile] = lengths[min(last, rank)]
 
 
-def _tokens_per_picture(processor: Any) -> int:
-    """Return the visual tokens of one picture of the processor's own size, as its placeholder expands.
+def _messages(sample: Sample) -> list[dict[str, Any]]:
+    """Return a sample's conversation as chat templates read it, with a placeholder instead of the image."""
+    messages: list[dict[str, Any]] = []
+    for number, turn in enumerate(sample.turns):
+        content = [{"type": "text", "text": turn.question}]
+        if number == 0 and sample.image is not None:
+            content.insert(0, {"type": "image"})
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer or ""}]})
+    return messages
+
+
+def _tokens_per_image(processor: Any) -> int:
+    """Return the visual tokens of one image of the processor's own size, as its placeholder expands.
 
     Raises:
         DataError: for a processor that does not say.
     """
     if not hasattr(processor, "patch_size") or not hasattr(processor, "vision_feature_select_strategy"):
         raise DataError(f"{type(processor).__name__} does not say how many tokens a picture has; leave --model out")
-    size = processor.image_processor.crop_size if hasattr(processor.image_processor, "crop_size") else None
-    side = (size or processor.image_processor.size).get("height") or processor.image_processor.size["shortest_edge"]
-    patches = (side // processor.patch_size) ** 2 + getattr(processor, "num_additional_image_tokens", 0)
-    return patches - (processor.vision_feature_select_strategy == "default")
+    images = processor.image_processor
+    # What the tower sees is the crop, or where nothing is cropped the resized image.
+    size = getattr(images, "crop_size", None) or images.size
+    side = size.get("height") or images.size["shortest_edge"]
+    tokens = (side // processor.patch_size) ** 2
+    tokens += getattr(processor, "num_additional_image_tokens", 0)
+    if processor.vision_feature_select_strategy == "default":
+        tokens -= 1  # [CLS] is among the additional tokens, and does not enter the projector
+    return tokens

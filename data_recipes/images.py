@@ -47,9 +47,10 @@ class FolderImages:
         path = self.root / reference
         try:
             with Image.open(path) as image:
-                return image.convert("RGB")
+                return image.convert("RGB")  # decodes: open() alone reads the head
         except FileNotFoundError:
             raise DataError(f"sample {sample_id!r}: image {path} is missing") from None
+        # Pillow's decoders raise all of these for broken files.
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(
                 f"sample {sample_id!r}: image {path} can't be decoded ({error}); replace the file"
@@ -62,5 +63,6 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
     if image.size == (side, side):
         return image
     square = Image.new("RGB", (side, side), color)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    square.paste(image, (left, top))
     return square

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as stream:
+        # The first character tells a list from an object, whose items ijson would silently not find.
         head = stream.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
         if head and not head.startswith(b"["):
             raise DataError(f"{path} must hold a list of conversations; it starts with {head[:20]!r}")
@@ -71,18 +73,20 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, start=1):
-            if line.strip():
-                try:
-                    yield f"{path}, line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, line {number} is not valid JSON: {error}") from None
+            if not line.strip():
+                continue
+            try:
+                yield f"{path}, line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number} is not valid JSON: {error}") from None
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     for number, record in enumerate(parquet_rows(path)):
         image = record.get("image")
-        if isinstance(image, dict):  # an image column: the picture itself is in the file
-            record = {**record, "image": f"{ROW}{number}" if image.get("bytes") else image.get("path")}
+        if isinstance(image, dict):  # an image column: the image itself is in the file, or its path is
+            reference = f"{ROW}{number}" if image.get("bytes") else image.get("path")
+            record = {**record, "image": reference}
         yield f"{path}, row {number}", record
 
 
@@ -106,8 +110,10 @@ def parse_record(record: dict[str, Any], place: str, sources: Sequence[str] | No
     if sources is not None and source not in sources:
         return None
     turns = tuple(_turns(record["conversations"], place, has_image=image is not None))
-    number = record.get("id")
-    return Sample(str(number) if number not in (None, "") else place, source, image, turns)
+    name = record.get("id")
+    if name is None or name == "":  # 0 is a name
+        name = place
+    return Sample(str(name), source, image, turns)
 
 
 def check_sources(sources: Sequence[str]) -> None:
@@ -129,10 +135,13 @@ def read_llava(path: str | Path, sources: Sequence[str] | None) -> Iterator[Samp
     seen: dict[tuple[str, str], int] = {}
     for place, record in read_records(path):
         sample = parse_record(record, place, sources)
-        if sample is not None:
-            number = seen[sample.source, sample.id] = seen.get((sample.source, sample.id), 0) + 1
-            name = sample.id if number == 1 else f"{sample.id}#{number}"
-            yield Sample(name, sample.source, sample.image, sample.turns)
+        if sample is None:
+            continue
+        key = sample.source, sample.id
+        seen[key] = seen.get(key, 0) + 1
+        if seen[key] > 1:  # names tell samples apart in messages and results
+            sample = replace(sample, id=f"{sample.id}#{seen[key]}")
+        yield sample
 
 
 def _source(image: str | None, place: str, strict: bool) -> str:

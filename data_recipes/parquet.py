@@ -25,9 +25,11 @@ def parquet_rows(paths: Path | Sequence[Path]) -> Dataset:
 
     tables = []
     for path in [paths] if isinstance(paths, Path) else paths:
-        rows = (
-            load_from_disk(str(path)) if path.is_dir() else load_dataset("parquet", data_files=str(path), split="train")
-        )
+        if path.is_dir():
+            rows = load_from_disk(str(path))
+        else:
+            rows = load_dataset("parquet", data_files=str(path), split="train")
+        # As bytes: reading a row for its text must not decode its image.
         if isinstance(rows.features.get("image"), ImageColumn):
             rows = rows.cast_column("image", ImageColumn(decode=False))
         tables.append(rows)
@@ -39,27 +41,30 @@ class ParquetImages:
 
     def __init__(self, rows: Dataset) -> None:
         self._rows = rows
-        self._places: dict[str, int] | None = None
+        self._index_of: dict[str, int] | None = None
 
-    def _place(self, reference: str) -> int | None:
+    def _index(self, reference: str) -> int | None:
         if reference.startswith(ROW):
             number = reference.removeprefix(ROW)
-            return int(number) if number.isdigit() and int(number) < len(self._rows) else None
-        if self._places is None:
+            if number.isdigit() and int(number) < len(self._rows):
+                return int(number)
+            return None
+        # Read when it is first needed: references by row never are.
+        if self._index_of is None:
             names = self._rows["id"] if "id" in self._rows.column_names else []
-            self._places = {f"{NAMED}{name}": place for place, name in enumerate(names)}
-        return self._places.get(reference)
+            self._index_of = {f"{NAMED}{name}": index for index, name in enumerate(names)}
+        return self._index_of.get(reference)
 
     def exists(self, reference: str) -> bool:
         """Return whether the row is there."""
-        return self._place(reference) is not None
+        return self._index(reference) is not None
 
     def open(self, reference: str, sample_id: str) -> Image.Image:
         """Return the decoded RGB picture."""
-        place = self._place(reference)
-        if place is None:
+        index = self._index(reference)
+        if index is None:
             raise DataError(f"sample {sample_id!r}: {reference!r} is no row of the data file")
-        cell: Any = self._rows[place]["image"]
+        cell: Any = self._rows[index]["image"]
         try:
             with Image.open(io.BytesIO(cell["bytes"])) as image:
                 return image.convert("RGB")

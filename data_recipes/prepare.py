@@ -38,26 +38,33 @@ def plan(recipe_name: str, file: str | None, image_root: str | None) -> tuple[st
         raise DataError(f"recipe {recipe_name!r} draws its samples; there is nothing to prepare")
     if recipe.sources is None:
         raise DataError(f"recipe {recipe_name!r} reads a file of your own; there is nothing to download")
-    lines, complete = [f"recipe {recipe.name}"], True
-    data = Path(file) if file is not None else Path(image_root or ".") / MIX[0]
-    here = data.is_file()
-    complete &= here
-    lines.append(f"  {_mark(here)} {data}\n      {MIX[1]}")
+    root = Path(image_root or ".")
+    name, url = MIX
+    data = root / name if file is None else Path(file)
+    complete = data.is_file()
+    lines = [f"recipe {recipe.name}", f"  {_mark(complete)} {data}\n      {url}"]
     for source in recipe.sources:
         if source not in PREFIXES:
             continue
         lines.append(f"  {source}: {SAMPLES[source]:,} samples")
         for folder, url in PICTURES[source]:
-            path = Path(image_root or ".") / folder
-            number = sum(1 for entry in path.iterdir() if entry.is_file()) if path.is_dir() else 0
-            complete &= number > 0
-            lines.append(f"    {_mark(number > 0)} {path}/{f'  {number:,} files' if number else ''}\n        {url}")
-    lines.append(
-        "all there; read it once with `prunetune data check`"
-        if complete
-        else "missing: download what is marked, unpack it to the folder named, and call this again"
-    )
+            path = root / folder
+            number = _files_in(path)
+            complete = complete and number > 0
+            found = f"  {number:,} files" if number else ""
+            lines.append(f"    {_mark(number > 0)} {path}/{found}\n        {url}")
+    if complete:
+        lines.append("all there; read it once with `prunetune data check`")
+    else:
+        lines.append("missing: download what is marked, unpack it to the folder named, and call this again")
     return "\n".join(lines), complete
+
+
+def _files_in(folder: Path) -> int:
+    """Return how many files a folder holds; 0 where there is none."""
+    if not folder.is_dir():
+        return 0
+    return sum(entry.is_file() for entry in folder.iterdir())
 
 
 def _mark(here: bool) -> str:

@@ -70,7 +70,11 @@ def recipe_file(name: str) -> Path:
 
 
 def _shipped() -> dict[str, Path]:
-    return {path.stem: path for folder in recipe_folders() for path in folder.glob("*.yaml")}
+    shipped = {}
+    for folder in recipe_folders():
+        for path in folder.glob("*.yaml"):
+            shipped[path.stem] = path
+    return shipped
 
 
 def read_recipe(name: str) -> Recipe:
@@ -86,8 +90,12 @@ def read_recipe(name: str) -> Recipe:
     try:
         recipe = format_of(values["format"]).model_validate(values)
     except ValidationError as error:
-        details = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in error.errors())
-        raise DataError(f"recipe {path}: {details}") from None
+        details = []
+        for problem in error.errors():
+            option = ".".join(map(str, problem["loc"]))
+            details.append(f"{option}: {problem['msg']}")
+        raise DataError(f"recipe {path}: {'; '.join(details)}") from None
+    # A file named in a recipe lies beside it, wherever the command runs.
     if isinstance(recipe, LlavaJsonRecipe) and recipe.file is not None:
         recipe = recipe.model_copy(update={"file": str(path.parent / recipe.file)})
     return recipe
@@ -118,29 +126,42 @@ def load_recipe(
     """
     recipe = read_recipe(name)
     rows, images = recipe.open_rows(file, image_root)
-    seed = recipe.seed if seed is None else seed
+    if seed is None:
+        seed = recipe.seed
     max_samples = max_samples or recipe.max_samples
     rows, missing = _present(rows, images, tolerated(recipe, max_missing))
     order = _thinned(recipe, rows["source"], seed)
     held_out = None
+    # Before the subset is drawn, so that a smaller subset holds out the same images.
     if recipe.held_out:
-        apart = _held_out(recipe, rows["image"], order, seed)
-        held_out, order = rows.select(sorted(apart)), [index for index in order if index not in apart]
+        held = _held_out(recipe, rows["image"], order, seed)
+        held_out = rows.select(sorted(held))
+        order = [index for index in order if index not in held]
     if not order:
         raise DataError(f"recipe {recipe.name!r} leaves no sample to train on")
     if max_samples is not None and max_samples < len(order):
         order = sorted(random.Random(seed).sample(order, max_samples))
     if len(order) < len(rows):
         rows = rows.select(order)
-    digest, counts = hashlib.sha256(), Counter[str]()
+    content_hash, counts = _hash_and_counts(rows)
+    return RecipeData(recipe.name, rows, images, content_hash, counts, missing, held_out)
+
+
+def _hash_and_counts(rows: Dataset) -> tuple[str, dict[str, int]]:
+    """Return a SHA-256 of all rows in order, and how many each source has; both in one pass over the rows."""
+    digest = hashlib.sha256()
+    counts = Counter[str]()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
         counts[row["source"]] += 1
-    return RecipeData(recipe.name, rows, images, digest.hexdigest(), dict(sorted(counts.items())), missing, held_out)
+    return digest.hexdigest(), dict(sorted(counts.items()))
 
 
 def _thinned(recipe: Recipe, sources: list[str], seed: int) -> list[int]:
     """Return the rows that weights and caps leave, in order.
+
+    Of the sources ``[vg, gqa, vg, gqa]`` with the weight 0.5 for vg and no cap, one of the rows 0 and 2 is drawn, and
+    1 and 3 stay.
 
     Raises:
         DataError: for a source that the data does not have.
@@ -148,47 +169,60 @@ def _thinned(recipe: Recipe, sources: list[str], seed: int) -> list[int]:
     strange = (set(recipe.weights) | set(recipe.caps)) - set(sources)
     if strange:
         raise DataError(f"recipe {recipe.name!r} weighs or caps {sorted(strange)}, which the data does not have")
-    places: dict[str, list[int]] = {}
+    rows_of: dict[str, list[int]] = {}
     for index, source in enumerate(sources):
-        places.setdefault(source, []).append(index)
-    kept = []
-    for source, own in places.items():
-        number = min(max(round(recipe.weights.get(source, 1.0) * len(own)), 1), recipe.caps.get(source, len(own)))
-        kept += own if number == len(own) else random.Random(f"{source} {seed}").sample(own, number)
+        rows_of.setdefault(source, []).append(index)
+    kept: list[int] = []
+    for source, rows in rows_of.items():
+        weighted = round(recipe.weights.get(source, 1.0) * len(rows))
+        number = min(max(weighted, 1), recipe.caps.get(source, len(rows)))
+        if number < len(rows):
+            # A generator of each source's own: another source's weight leaves this draw as it was.
+            rows = random.Random(f"{source} {seed}").sample(rows, number)
+        kept += rows
     return sorted(kept)
 
 
 def tolerated(recipe: Recipe, max_missing: float | None) -> float:
     """Return the share of pictures that may be missing: the one asked for, the recipe's, or 1 %."""
-    return next(value for value in (max_missing, recipe.max_missing, 0.01) if value is not None)
+    if max_missing is not None:
+        return max_missing
+    return 0.01 if recipe.max_missing is None else recipe.max_missing
 
 
 def _held_out(recipe: Recipe, images: list[str | None], order: list[int], seed: int) -> set[int]:
-    """Return at least ``held_out`` of the rows in ``order``, whole pictures at a time, so that none is trained on.
+    """Return at least ``held_out`` of the rows in ``order``, whole images at a time, so that none is trained on.
 
     Raises:
         DataError: if nothing would be left.
     """
     groups: dict[str, list[int]] = {}
     for index in order:
-        groups.setdefault(images[index] or f"text {index}", []).append(index)
+        image = images[index] or f"text {index}"  # a sample without an image is a group of its own
+        groups.setdefault(image, []).append(index)
     names = list(groups)
     random.Random(f"held out {seed}").shuffle(names)
-    apart: set[int] = set()
-    while names and len(apart) < recipe.held_out:
-        apart.update(groups[names.pop()])
-    if len(apart) >= len(order):
+    held: set[int] = set()
+    while names and len(held) < recipe.held_out:
+        held.update(groups[names.pop()])
+    if len(held) >= len(order):
         raise DataError(f"recipe {recipe.name!r} holds out {recipe.held_out} of only {len(order)} samples")
-    return apart
+    return held
 
 
 def _present(rows: Dataset, images: ImageOpener, max_missing: float) -> tuple[Dataset, list[str]]:
-    """Leave out the rows whose picture is not there, and return their references."""
-    there = [image is None or images.exists(image) for image in rows["image"]]
-    missing = [str(image) for image, here in zip(rows["image"], there, strict=True) if not here]
+    """Leave out the rows whose image is not there, and return their references."""
+    there, missing = [], []
+    for index, image in enumerate(rows["image"]):
+        if image is None or images.exists(image):
+            there.append(index)
+        else:
+            missing.append(str(image))
     if len(missing) > max_missing * len(rows):
         raise DataError(
             f"{len(missing)} of {len(rows)} samples miss their image file ({', '.join(missing[:3])}, ...), more than "
             f"max_missing={max_missing:.2%} allows; check data.image_root or raise data.max_missing"
         )
-    return (rows.select([index for index, here in enumerate(there) if here]) if missing else rows), missing
+    if missing:  # a selection costs every later look-up one more
+        rows = rows.select(there)
+    return rows, missing

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
 
 from prunetune.models.loading import CheckpointError
 from prunetune.pruning.families import family_of
@@ -35,14 +36,17 @@ def wrap_projector(model: nn.Module, modules: list[str] | None = None) -> PeftMo
             f"nothing would train: the list of trainable modules is empty; leave it unset to train the projector "
             f"({', '.join(family.projectors)})"
         )
-    names = {name for name, _ in model.named_modules()}
-    absent = [w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names)]
-    if absent:
-        raise CheckpointError(
-            f"no module is called {absent[0]!r}, so nothing of it would train; the projector of "
-            f"family {family.name!r} is {', '.join(family.projectors)}"
-        )
-    return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=wanted))
+    names = [f".{name}" for name, _ in model.named_modules()]
+    for module in wanted:
+        # PEFT matches the end of a name, and takes a typo for nothing to train.
+        if not any(name.endswith(f".{module}") for name in names):
+            raise CheckpointError(
+                f"no module is called {module!r}, so nothing of it would train; the projector of "
+                f"family {family.name!r} is {', '.join(family.projectors)}"
+            )
+    # No module gets a LoRA: PEFT's own name for "none" makes an adapter of the modules to save alone.
+    config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=wanted)
+    return get_peft_model(model, config)
 
 
 def load_projector(model: nn.Module, adapter: str | Path, files_hash: str | None = None) -> None:
@@ -68,6 +72,7 @@ def load_projector(model: nn.Module, adapter: str | Path, files_hash: str | None
         )
     try:
         saved = load_file(folder / _ADAPTER)
+    # safetensors raises an error of its own Rust side besides OSError.
     except Exception as error:
         raise CheckpointError(f"{folder / _ADAPTER} can't be read: {error}; save the projector again") from error
     own = projector_state(model)
@@ -80,6 +85,7 @@ def load_projector(model: nn.Module, adapter: str | Path, files_hash: str | None
                 f"projector {folder}: {name} has shape {tuple(tensor.shape)}, the model expects "
                 f"{tuple(own[name].shape)}; it belongs to a model of another size"
             )
+    # Only now, when everything fits: a projector copied by half would be nobody's.
     with torch.no_grad():
         for name, tensor in loaded.items():
             own[name].copy_(tensor)
@@ -111,8 +117,11 @@ def write_adapter(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    named = {}
+    for name, tensor in tensors.items():
+        named[f"base_model.model.{name}"] = tensor.detach().cpu().contiguous()
     save_file(named, partial / _ADAPTER, metadata={"format": "pt"})
+    # Stored in inference mode, as PEFT's own save does; the running model goes on training.
     config = peft_model.peft_config["default"]
     config.inference_mode, training = True, config.inference_mode
     config.save_pretrained(str(partial))
@@ -123,6 +132,7 @@ def write_adapter(
 
 def replace_folder(partial: Path, folder: Path) -> None:
     """Put a finished folder in the place of an older one; there is a complete one at every moment but the swap."""
+    # The older one is moved away and not deleted first: a process killed here leaves one of the two whole.
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -149,11 +159,11 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is broken: {error}") from None
 
 
-def export_merged(model: nn.Module, processor: Any, folder: Path) -> None:
+def export_merged(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
     """Write the model with its current projector as a full stock checkpoint; LLaVA's own file lies beside it."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)  # type: ignore[operator]
+    model.save_pretrained(partial)
     processor.save_pretrained(partial)
     projector = _llava_projector(projector_state(model))
     if projector is not None:
@@ -163,11 +173,11 @@ def export_merged(model: nn.Module, processor: Any, folder: Path) -> None:
 
 def _llava_projector(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Return a two-layer projector under LLaVA's own names, ``Sequential(Linear, GELU, Linear)``; None for another."""
-    places = {"linear_1": "0", "linear_2": "2"}
+    numbers = {"linear_1": "0", "linear_2": "2"}  # number 1 is the GELU, which has no weights
     named = {}
     for name, tensor in tensors.items():
         *_, layer, kind = name.split(".")
-        if layer not in places:
+        if layer not in numbers:
             return None
-        named[f"model.mm_projector.{places[layer]}.{kind}"] = tensor.cpu()
+        named[f"model.mm_projector.{numbers[layer]}.{kind}"] = tensor.cpu()
     return named

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
 
 from prunetune.assets import shipped
 from prunetune.configs import ModelConfig
@@ -51,7 +52,7 @@ class Base:
         self.config = config
         self.folder = checkpoint_folder(config.path, config.revision)
         self.model, self.processor = load_model(config.path, config.revision, config.dtype, config.attention)
-        self.model.to(device)
+        self.model.to(device)  # type: ignore[arg-type] # a string is as good as a device
 
     @cached_property
     def frozen_hash(self) -> str:
@@ -103,17 +104,19 @@ class Arm:
             CheckpointError: if the model can't be loaded, or the adapter belongs to another base or misses tensors.
             PruningError: if the model does not offer what the pruner reads.
         """
-        base = Base(model, default_device() if device is None else device)
-        spec = PruningSpec() if pruning is None else pruning
-        return cls._of(base, spec, adapter)
+        if device is None:
+            device = default_device()
+        if pruning is None:
+            pruning = PruningSpec()
+        return cls._of(Base(model, device), pruning, adapter)
 
     @classmethod
     def _of(cls, base: Base, spec: PruningSpec, adapter: str | Path | None) -> Arm:
-        model = base.model
-        if adapter is not None:
-            model = _with_own_projector(base.model)
-            load_projector(model, adapter, base.frozen_hash)
-        return cls(base, _pruned(model, spec, base.processor), spec, None if adapter is None else str(adapter))
+        if adapter is None:
+            return cls(base, _pruned(base.model, spec, base.processor), spec)
+        model = _with_own_projector(base.model)
+        load_projector(model, adapter, base.frozen_hash)
+        return cls(base, _pruned(model, spec, base.processor), spec, str(adapter))
 
     def with_pruning(self, spec: PruningSpec) -> Arm:
         """Return an arm of the same weights with another pruner or budget."""
@@ -128,12 +131,12 @@ class Arm:
         return self._of(self.base, self.spec, adapter)
 
     @property
-    def model(self) -> Any:
+    def model(self) -> PreTrainedModel:
         """The stock model with this arm's projector."""
         return self.pruned.model
 
     @property
-    def processor(self) -> Any:
+    def processor(self) -> ProcessorMixin:
         """The model's Hugging Face processor."""
         return self.base.processor
 
@@ -169,7 +172,8 @@ class Arm:
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 value = value.to(self.device)
-                value = value.to(self.model.dtype) if value.is_floating_point() else value
+                if value.is_floating_point():  # pixels; ids and masks keep their kind
+                    value = value.to(self.model.dtype)
             placed[name] = value
         return placed
 
@@ -186,27 +190,35 @@ class Arm:
             generated = self.pruned.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         texts = self.processor.batch_decode(generated.tokens, skip_special_tokens=True)
         kept = _per_sample(samples, generated.kept.get("image", ()))
-        return [Answer(s.id, text.strip(), number) for s, text, number in zip(samples, texts, kept, strict=True)]
+        answers = []
+        for sample, text, number in zip(samples, texts, kept, strict=True):
+            answers.append(Answer(sample.id, text.strip(), number))
+        return answers
 
 
 def default_device() -> str:
     """Return this process's GPU, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    local = os.environ.get("LOCAL_RANK", "0")  # the launcher's; without one there is one process
+    return f"cuda:{local}"
 
 
-def _pruned(model: nn.Module, spec: PruningSpec, processor: Any) -> PrunedModel:
+def _pruned(model: PreTrainedModel, spec: PruningSpec, processor: Any) -> PrunedModel:
     if spec.text_tower is not None:
         spec = spec.model_copy(update={"text_tower": shipped(spec.text_tower)})
     return PrunedModel(model, spec, processor.tokenizer)
 
 
-def _with_own_projector(model: nn.Module) -> nn.Module:
+def _with_own_projector(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of the modules that shares every tensor with ``model`` but the projector's."""
     own = {id(tensor) for tensor in projector_state(model, keep_vars=True).values()}
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
+    # deepcopy takes what its memo holds as copied already: 30 arms of a 7B model hold its weights once.
+    shared = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in own:
+            shared[id(tensor)] = tensor
+    return copy.deepcopy(model, shared)
 
 
 def _per_sample(samples: Sequence[Sample], kept: Iterable[int]) -> list[int]:

@@ -17,8 +17,10 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     """Return a SHA-256 over names, dtypes, shapes and bytes, in name order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
+        # One tensor at a time: a checkpoint on the GPU need not fit the memory of the host twice.
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # As bytes, because NumPy has no bfloat16.
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -42,6 +44,7 @@ def frozen_files_hash(folder: Path, projectors: tuple[str, ...]) -> str:
     for file in files:
         with safe_open(file, framework="pt") as weights:
             for name in sorted(weights.keys()):
+                # Inside the name and not at its start: releases of transformers prefix stored names differently.
                 if not any(f"{projector}." in name for projector in projectors):
                     digest.update(tensor_hash({name: weights.get_tensor(name)}).encode())
     return digest.hexdigest()
@@ -50,7 +53,10 @@ def frozen_files_hash(folder: Path, projectors: tuple[str, ...]) -> str:
 def settings_hash(folder: Path) -> str:
     """Return a SHA-256 of a checkpoint's configuration, processor, tokenizer and template files."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.model")]):
-        if not file.name.endswith(".index.json"):
-            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    files = [*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.model")]
+    for file in sorted(files):
+        if file.name.endswith(".index.json"):  # which weights are in which file decides nothing
+            continue
+        digest.update(file.name.encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from prunetune.assets import shipped
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.quiet import no_progress_bar
 
+# A hub repository may hold the weights a second time, as pickles; those are left there.
 _CARRIED = "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"
 
 
@@ -33,6 +32,7 @@ def checkpoint_folder(path: str, revision: str | None = None) -> Path:
         return Path(path)
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(_CARRIED)))
+    # Anything from a wrong id to a broken cache or network; the user's way out is the same.
     except Exception as error:
         raise CheckpointError(
             f"model {path!r} is neither a folder nor a checkpoint that could be fetched: {error}"
@@ -41,7 +41,7 @@ def checkpoint_folder(path: str, revision: str | None = None) -> Path:
 
 def load_model(
     path: str, revision: str | None = None, dtype: str = "float32", attention: str = "sdpa"
-) -> tuple[nn.Module, Any]:
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Return a stock model in eval mode and its processor.
 
     Args:
@@ -66,12 +66,12 @@ def load_model(
     return model.eval(), _processor(path, folder)
 
 
-def load_processor(path: str, revision: str | None = None) -> Any:
+def load_processor(path: str, revision: str | None = None) -> ProcessorMixin:
     """Return a checkpoint's processor alone; raises CheckpointError if there is none."""
     return _processor(path, checkpoint_folder(path, revision))
 
 
-def _processor(path: str, folder: Path) -> Any:
+def _processor(path: str, folder: Path) -> ProcessorMixin:
     try:
         return AutoProcessor.from_pretrained(folder)
     except ImportError as error:  # processors of models that see videos, also where only images are used

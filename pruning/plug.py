@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunetune.pruning.budget import Budget, check_budget
 from prunetune.pruning.errors import PruningError
@@ -34,7 +36,7 @@ class Generated:
         kept: for each modality how many visual tokens of each image reached the LLM, images in reading order.
     """
 
-    tokens: Tensor
+    tokens: Int[Tensor, "B T"]
     kept: Mapping[str, list[int]]
 
 
@@ -54,8 +56,10 @@ class PrunedModel:
             position policy that the family can't have.
     """
 
-    def __init__(self, model: nn.Module, spec: PruningSpec, tokenizer: Any = None) -> None:
-        self.model: Any = model
+    def __init__(
+        self, model: PreTrainedModel, spec: PruningSpec, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        self.model = model
         self.spec = spec
         self.family = family_of(model)
         self.pruner = spec.build()
@@ -72,7 +76,9 @@ class PrunedModel:
 
     def _position_policy(self) -> str:
         known = self.family.position_policies
-        policy = known[0] if self.spec.position_policy == "auto" else self.spec.position_policy
+        policy: str = self.spec.position_policy
+        if policy == "auto":
+            policy = known[0]
         if policy not in known:
             raise PruningError(
                 f"family {self.family.name!r} can't have position_policy: {policy}; its positions are "
@@ -85,12 +91,12 @@ class PrunedModel:
 
         The result is plain data: it can be stored and given to :meth:`prepare` later.
         """
+        visions = {}
         with frozen_parts_at_rest(*self.family.frozen_parts(self.model)):
-            return {
-                modality: self.family.encode(self.model, inputs, modality, self.pruner.needs)
-                for modality, name in self.family.pixels.items()
-                if inputs.get(name) is not None
-            }
+            for modality, name in self.family.pixels.items():
+                if inputs.get(name) is not None:
+                    visions[modality] = self.family.encode(self.model, inputs, modality, self.pruner.needs)
+        return visions
 
     def prepare(
         self,
@@ -135,7 +141,9 @@ class PrunedModel:
         for modality, images in visions.items():
             token = self.family.token_id(self.model, modality)
             places[modality], rows = placeholders(ids, token, images.lengths, modality)
-            names = {image: f"sample {sample_ids[row]!r}" for image, row in enumerate(rows) if sample_ids}
+            names = {}
+            if sample_ids:
+                names = {image: f"sample {sample_ids[row]!r}" for image, row in enumerate(rows)}
             chosen[modality] = self._choose(images, instructions, rows, keep, names)
         return rewrite(
             self.model,
@@ -166,8 +174,10 @@ class PrunedModel:
             check_poolable(self.pruner)
         vision = self.text.add(vision, self.pruner, instructions, rows)
         among = candidates(vision, self.spec.scope)
-        small = self.spec.small_images
-        return Chosen(vision, among, [choose(self.pruner, group, keep, small, names) for group in among])
+        selections = []
+        for group in among:
+            selections.append(choose(self.pruner, group, keep, self.spec.small_images, names))
+        return Chosen(vision, among, selections)
 
     def _check_instructions(self, instructions: Sequence[str], rows: int) -> None:
         if self.reads_text and len(instructions) != rows:
@@ -187,12 +197,15 @@ class PrunedModel:
         if not (self.model.training and torch.is_grad_enabled()):
             return Pruned(inputs, keep)
         # Every module that the ranks with images call is called here, too: ZeRO-3 gathers weights in step.
-        vision = self.text.add(self.encode(self.family.blank(self.model))["image"], self.pruner, [""], [0])
+        blank = self.encode(self.family.blank(self.model))["image"]
+        vision = self.text.add(blank, self.pruner, [""], [0])
         features = vision.slots[0][:0]
         if self.merges:
-            features = torch.cat([features, self.family.project(self.model, vision.groups[0].features[0, :0])])
+            nothing = vision.groups[0].features[0, :0]
+            features = torch.cat([features, self.family.project(self.model, nothing)])
         levels = [[level[0][:0]] for level in vision.levels]
-        return Pruned({**inputs, "mm_encoder_outputs": {"image": self.family.put_back([features], levels)}}, keep)
+        encoded = {"image": self.family.put_back([features], levels)}
+        return Pruned({**inputs, "mm_encoder_outputs": encoded}, keep)
 
     def forward(self, *, keep: Budget | None = None, vision: Mapping[str, Vision] | None = None, **inputs: Any) -> Any:
         """Run the stock model on pruned inputs and return its output; ``labels`` are shortened with the rest.
@@ -216,9 +229,12 @@ class PrunedModel:
                 stock method.
         """
         with torch.no_grad():
+            # On the left, so that every row's answer begins in the same column.
             pruned = self.prepare(inputs, padding_side="left", keep=keep, vision=vision)
-            output = self.model.generate(**pruned.inputs)
-        return Generated(output[:, pruned.inputs["input_ids"].shape[1] :], pruned.kept)
+            model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
+            output = model.generate(**pruned.inputs)
+        prompt_length = pruned.inputs["input_ids"].shape[1]
+        return Generated(output[:, prompt_length:], pruned.kept)
 
     @contextmanager
     def attach(self, seen: Callable[[Pruned], None] | None = None, packed: bool = False) -> Iterator[PrunedModel]:
@@ -240,8 +256,9 @@ class PrunedModel:
             pruned = self.prepare(kwargs)
             if seen is not None:
                 seen(pruned)
-            into_one_row = packed and self.model.training and kwargs.get("labels") is not None
-            return (), pack(pruned.inputs) if into_one_row else pruned.inputs
+            if packed and self.model.training and kwargs.get("labels") is not None:
+                return (), pack(pruned.inputs)
+            return (), pruned.inputs
 
         handle = self.model.register_forward_pre_hook(hook, with_kwargs=True)
         try:
@@ -257,6 +274,7 @@ class PrunedModel:
         """
         if args:
             raise PruningError("a model with an attached pruner takes keyword arguments only")
+        # A type says it and no flag: nothing has to be remembered between calls, and none can be forgotten.
         encoded = kwargs.get("mm_encoder_outputs") or {}
         if any(not isinstance(output, PrunedOutput) for output in encoded.values()):
             raise PruningError(

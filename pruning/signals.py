@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
@@ -68,29 +69,29 @@ class Attention:
         rotate: turns (B, H, T, d) as the layer turns queries and keys; None where it does not.
     """
 
-    hidden: Tensor
-    query_weight: Tensor
-    query_bias: Tensor | None
-    key_weight: Tensor
-    key_bias: Tensor | None
+    hidden: Float[Tensor, "B T C"]
+    query_weight: Float[Tensor, "Hd C"]
+    query_bias: Float[Tensor, " Hd"] | None
+    key_weight: Float[Tensor, "Hd C"]
+    key_bias: Float[Tensor, " Hd"] | None
     heads: int
     scale: float
     skip: int
     rotate: Callable[[Tensor], Tensor] | None = None
 
-    def query(self) -> Tensor:
+    def query(self) -> Float[Tensor, "B H T d"]:
         """Return all queries, (B, H, T, d) float32."""
         return self._turned(_linear(self.hidden, self.query_weight, self.query_bias))
 
-    def key(self) -> Tensor:
+    def key(self) -> Float[Tensor, "B H T d"]:
         """Return all keys, (B, H, T, d) float32."""
         return self._turned(_linear(self.hidden, self.key_weight, self.key_bias))
 
-    def patch_keys(self) -> Tensor:
+    def patch_keys(self) -> Float[Tensor, "B N Hd"]:
         """Return the keys of the patches with heads side by side, (B, N, H * d) float32, not turned."""
         return _linear(self.hidden[:, self.skip :], self.key_weight, self.key_bias).float()
 
-    def cls_attention(self, heads: int | None = None) -> Tensor:
+    def cls_attention(self, heads: int | None = None) -> Float[Tensor, "B H N"]:
         """Return the softmaxed attention of [CLS] to the patches, (B, heads, N) float32.
 
         ``q . (W x + b)`` is ``(W' q) . x`` plus a constant of the row, which the softmax removes: so the one query is
@@ -99,41 +100,59 @@ class Attention:
         Args:
             heads: how many heads the query is cut into; None is the layer's. With 1 the scale is that of one head.
         """
-        scale = self.scale if heads is None else (self.query_weight.shape[0] // heads) ** -0.5
+        if heads is None:
+            heads, scale = self.heads, self.scale
+        else:
+            width = self.query_weight.shape[0] // heads
+            scale = width**-0.5
         query = _linear(self.hidden[:, :1], self.query_weight, self.query_bias)[:, 0]  # (B, H * d)
-        query = query.unflatten(-1, (heads or self.heads, -1))  # (B, H, d)
-        key_weight = self.key_weight.double().unflatten(0, (heads or self.heads, -1))  # (H, d, C)
-        back = torch.einsum("bhd,hdc->bhc", query, key_weight)
+        query = query.unflatten(-1, (heads, -1))  # (B, H, d)
+        key_weight = self.key_weight.double().unflatten(0, (heads, -1))  # (H, d, C)
+        back = torch.einsum("bhd,hdc->bhc", query, key_weight)  # (B, H, C)
         logits = (back @ self.hidden.double().transpose(1, 2)) * scale  # (B, H, T)
         return logits.softmax(dim=-1)[..., self.skip :].float()
 
-    def _turned(self, projected: Tensor) -> Tensor:
-        split = projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return (split if self.rotate is None else self.rotate(split)).float()
+    def _turned(self, projected: Float[Tensor, "B T Hd"]) -> Float[Tensor, "B H T d"]:
+        heads = projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if self.rotate is not None:
+            heads = self.rotate(heads)
+        return heads.float()
 
 
-def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(
+    hidden: Float[Tensor, "B T C"], weight: Float[Tensor, "O C"], bias: Float[Tensor, " O"] | None
+) -> Float[Tensor, "B T O"]:
     """Return ``hidden`` (B, T, C) through a linear layer, item by item, float64."""
     product = hidden.double() @ weight.double().transpose(0, 1)
     return product if bias is None else product + bias.double()
 
 
-def image_keys(pixels: Tensor) -> Tensor:
+def image_keys(pixels: Shaped[Tensor, "B ..."]) -> Int[Tensor, " B"]:
     """Return an int64 fingerprint (B,) of each item's pixels (B, ...); integer sums, so the same in any batch.
 
     The first axis counts items. Half-precision pixels are widened exactly, so they keep their own fingerprint.
     """
     bits = pixels.float().flatten(1).contiguous().view(torch.int32).long()
-    place = torch.arange(bits.shape[1], device=bits.device) % 8191 + 1
-    return (bits * place).sum(dim=1) & ((1 << 31) - 1)
+    # Weighted by position, or an image and its mirror image would have one fingerprint.
+    weight = torch.arange(bits.shape[1], device=bits.device) % 8191 + 1
+    return (bits * weight).sum(dim=1) & ((1 << 31) - 1)
 
 
-def _received(attention: Attention) -> Tensor:
+def _received(attention: Attention) -> Float[Tensor, "B H N"]:
     return received_attention(attention.query(), attention.key(), attention.scale, attention.skip)
 
 
-def _mean_keys(attention: Attention) -> Tensor:
-    return attention.patch_keys().unflatten(-1, (attention.heads, -1)).mean(dim=2)
+def _mean_keys(attention: Attention) -> Float[Tensor, "B N d"]:
+    by_head = attention.patch_keys().unflatten(-1, (attention.heads, -1))  # (B, N, H, d)
+    return by_head.mean(dim=2)
+
+
+def _cls_feature(hidden: Float[Tensor, "B T C"]) -> Float[Tensor, "B C"]:
+    return hidden[:, 0]
+
+
+def _reader_attention(attention: Attention) -> Float[Tensor, "B N"]:
+    return attention.cls_attention(heads=1)[:, 0]
 
 
 _SIGNALS: dict[str, Signal] = {}
@@ -213,7 +232,7 @@ for _signal in (
         name="cls_feature",
         axes="B C",
         source="output",
-        read=lambda hidden: hidden[:, 0],
+        read=_cls_feature,
         about="hidden state of [CLS] where the features come from",
         cls=True,
     ),
@@ -221,7 +240,7 @@ for _signal in (
         name="reader_attention",
         axes="B N",
         source="reader",
-        read=lambda attention: attention.cls_attention(heads=1)[:, 0],
+        read=_reader_attention,
         about="[CLS]-to-patch attention of the reader, its heads taken as one",
         cls=True,
     ),

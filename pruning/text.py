@@ -8,12 +8,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoTokenizer, CLIPModel
+from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.ops.precision import exact_float32
+from prunetune.pruning.ops.statistics import text_mask
 from prunetune.pruning.quiet import no_progress_bar
 from prunetune.pruning.signals import of_source, registered_signals, signal_of
 from prunetune.pruning.types import Pruner
@@ -29,6 +31,8 @@ ANSWER_FORMATS = (
 
 def instruction_text(questions: Sequence[str]) -> str:
     """Return the text that pruning may read of a conversation: its first question, without an answer-format suffix.
+
+    ``["What is it?\\nAnswer the question with a single word.", "And this?"]`` gives ``"What is it?"``.
 
     Training and inference call this on the same thing, the user's turns. Answers are never part of it, and neither are
     later questions, which often give away an earlier answer ("what color is the cat?").
@@ -49,16 +53,21 @@ class TextReader:
             space. Only its text side, the visual projection and the norm before it are kept.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, clip: str | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, clip: str | None = None
+    ) -> None:
         self.model = model
         self._tokenizer = tokenizer
         self._clip = clip
-        self._prompts: dict[tuple, Tensor] = {}
+        self._prompts: dict[tuple, Tensor] = {}  # prompts are options: the same for every image of a run
 
     def signals(self) -> frozenset[str]:
         """Return the text signals that can be computed."""
         spaces = {"llm": self._tokenizer is not None, "clip": self._clip is not None}
-        offered = [name for name, signal in registered_signals().items() if spaces.get(signal.space or "", False)]
+        offered = []
+        for name, signal in registered_signals().items():
+            if signal.space is not None and spaces[signal.space]:
+                offered.append(name)
         return frozenset(offered)
 
     def add(self, vision: Vision, pruner: Pruner, instructions: Sequence[str], rows: Sequence[int]) -> Vision:
@@ -74,7 +83,8 @@ class TextReader:
         if not wanted:
             return vision
         prompts = list(getattr(pruner, "general_prompts", ()))
-        texts = {}  # one per row, or one for all rows
+        # Read once per row: the items of an image, and the images of a row, share the row's text.
+        texts = {}
         if "text_embeds" in wanted:
             texts["text_embeds"] = self.text_embeds(instructions)
         if "text_token_embeds" in wanted:
@@ -94,72 +104,91 @@ class TextReader:
         return replace(vision, groups=tuple(groups))
 
     @torch.no_grad()
-    def token_embeds(self, texts: Sequence[str]) -> Tensor:
+    def token_embeds(self, texts: Sequence[str]) -> Float[Tensor, "T M D"]:
         """Return LLM token embeddings (T, M, D); texts shorter than the longest are padded with rows of zeros."""
-        ids = [self._tokenizer(text or " ", add_special_tokens=False)["input_ids"] for text in texts]
-        device = self.model.device  # type: ignore[union-attr]
-        rows = pad_sequence([torch.tensor(row or [0], device=device) for row in ids], batch_first=True)  # type: ignore[arg-type]
-        lengths = torch.tensor([len(row) for row in ids], device=device)  # type: ignore[arg-type]
-        embeds = self.model.get_input_embeddings()(rows)  # type: ignore[operator]
-        places = torch.arange(rows.shape[1], device=rows.device)
-        return embeds.masked_fill((places >= lengths[:, None])[..., None], 0)
+        tokenizer = self._tokenizer
+        assert tokenizer is not None  # signals() offers the LLM's only then
+        device = self.model.device
+        rows, lengths = [], []
+        for text in texts:
+            # An empty text still has a row, or a batch of nothing but empty ones would have no token at all.
+            ids = tokenizer(text or " ", add_special_tokens=False)["input_ids"]
+            rows.append(torch.tensor(ids or [0], device=device))
+            lengths.append(len(ids))
+        padded = pad_sequence(rows, batch_first=True)  # (T, M)
+        embeds = self.model.get_input_embeddings()(padded)
+        index = torch.arange(padded.shape[1], device=device)
+        is_padding = index >= torch.tensor(lengths, device=device)[:, None]
+        return embeds.masked_fill(is_padding[..., None], 0)
 
     @torch.no_grad()
-    def text_embeds(self, texts: Sequence[str]) -> Tensor:
+    def text_embeds(self, texts: Sequence[str]) -> Float[Tensor, "T M E"]:
         """Return CLIP text embeddings (T, M, E), not normalised, M pieces per text; missing pieces are rows of zeros.
 
         Differs from the published code of CDPruner: every piece of a long text has its own start and end token (there
-        later pieces have neither and are pooled at an arbitrary place).
+        later pieces have neither and are pooled at an arbitrary position).
         """
-        pieces = [self._pieces(text) for text in texts]
-        flat = [piece for text in pieces for piece in text]
+        pieces, counts = [], []
+        for text in texts:
+            own = self._pieces(text)
+            pieces += [torch.tensor(ids) for ids in own]
+            counts.append(len(own))
         clip, end = self._placed_clip(), self._clip_tokenizer.eos_token_id
-        ids = pad_sequence([torch.tensor(piece) for piece in flat], batch_first=True, padding_value=end)
         # The model is causal and pools at the first end token, so padding with end tokens changes nothing.
+        ids = pad_sequence(pieces, batch_first=True, padding_value=end).to(clip.device)
         with exact_float32(clip.device):
-            embeds = clip.text_projection(clip.text_model(input_ids=ids.to(clip.device)).pooler_output)
-        split = embeds.split([len(text) for text in pieces])
-        return pad_sequence(list(split), batch_first=True)
+            embeds = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)  # (all pieces, E)
+        return pad_sequence(list(embeds.split(counts)), batch_first=True)
 
-    def prompt_embeds(self, prompts: Sequence[str], text: str) -> Tensor:
+    def prompt_embeds(self, prompts: Sequence[str], text: str) -> Float[Tensor, "P E"]:
         """Return constant prompts (P, E) in "clip" space, or (P, D) as mean "llm" token embeddings; computed once."""
-        key = (text, tuple(prompts), self.model.device)  # type: ignore[union-attr]
-        if key not in self._prompts:
-            if text == "clip":
-                self._prompts[key] = self.text_embeds(prompts)[:, 0]
-            else:
-                words = self.token_embeds(prompts)  # (P, M, D)
-                count = (words != 0).any(dim=-1).sum(dim=1, keepdim=True).clamp(min=1)
-                self._prompts[key] = words.float().sum(dim=1) / count
-        return self._prompts[key]
+        key = (text, tuple(prompts), self.model.device)
+        if key in self._prompts:
+            return self._prompts[key]
+        if text == "clip":
+            embeds = self.text_embeds(prompts)[:, 0]
+        else:
+            words = self.token_embeds(prompts)  # (P, M, D)
+            count = text_mask(words).sum(dim=1, keepdim=True).clamp(min=1)
+            embeds = words.float().sum(dim=1) / count
+        self._prompts[key] = embeds
+        return embeds
 
     @torch.no_grad()
-    def image_embeds(self, features: Tensor) -> Tensor:
+    def image_embeds(self, features: Float[Tensor, "B N C"]) -> Float[Tensor, "B N E"]:
         """Return vision features (B, N, C) in CLIP's shared space, (B, N, E): norm and visual projection, float32."""
         clip = self._placed_clip()
         with exact_float32(features.device):
-            return clip.visual_projection(clip.vision_model.post_layernorm(features.to(clip.visual_projection.weight)))
+            normed = clip.vision_model.post_layernorm(features.to(clip.visual_projection.weight))
+            return clip.visual_projection(normed)
 
-    def _placed_clip(self) -> Any:
-        device = self.model.device  # type: ignore[union-attr]
-        return self.clip if self.clip.device == device else self.clip.to(device)
+    def _placed_clip(self) -> CLIPModel:
+        """Return CLIP on the model's device, which a trainer may have changed since the last call."""
+        device = self.model.device
+        if self.clip.device != device:
+            self.clip.to(device)  # type: ignore[arg-type]
+        return self.clip
 
     def _pieces(self, text: str) -> list[list[int]]:
+        """Return a text as pieces of CLIP's length, each with its start and end token; an empty text is one piece."""
         tokenizer = self._clip_tokenizer
-        room = self.clip.config.text_config.max_position_embeddings - 2
+        config: Any = self.clip.config
+        room = config.text_config.max_position_embeddings - 2
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        cuts = range(0, max(len(ids), 1), room)
-        return [[tokenizer.bos_token_id, *ids[cut : cut + room], tokenizer.eos_token_id] for cut in cuts]
+        pieces = []
+        for start in range(0, max(len(ids), 1), room):
+            pieces.append([tokenizer.bos_token_id, *ids[start : start + room], tokenizer.eos_token_id])
+        return pieces
 
     @cached_property
-    def _clip_tokenizer(self) -> Any:
+    def _clip_tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(self._clip)
         except (OSError, ValueError) as error:
             raise PruningError(f"pruning.text_tower {self._clip!r} has no tokenizer: {error}") from error
 
     @cached_property
-    def clip(self) -> Any:
+    def clip(self) -> CLIPModel:
         """The text side and the visual projection of the CLIP checkpoint, float32.
 
         Raises:
@@ -178,11 +207,13 @@ class TextReader:
             raise PruningError(
                 f"pruning.text_tower {self._clip!r} is neither a folder nor a checkpoint that could be fetched: {error}"
             ) from error
-        width = self.model.config.vision_config.hidden_size  # type: ignore[union-attr]
+        vlm: Any = self.model.config
+        width = vlm.vision_config.hidden_size
         if config.vision_config.hidden_size != width:
             raise PruningError(
                 f"pruning.text_tower {self._clip!r} has a vision tower of width {config.vision_config.hidden_size}, "
                 f"this model's is {width} wide; name the CLIP checkpoint that the vision tower comes from"
             )
+        # Features come from the VLM's own tower; of CLIP's only the norm and the projection behind it are used.
         clip.vision_model.encoder = nn.Identity()
         return clip.eval().requires_grad_(False)

@@ -35,17 +35,23 @@ def vocabulary() -> list[str]:
 def ask(scene: Scene) -> list[Question]:
     """Pose the scene's eight questions; the same scene gets the same questions on every machine."""
     rng = np.random.default_rng([scene.seed, 2])
-    vg = [_describe(scene, index) for index in rng.permutation(len(scene.shapes))[:2]]
-    text_kinds = rng.permutation(list(_NUMBER))[:2].tolist() if scene.number else []
-    gqa_wanted = 6 - len(text_kinds)
-    gqa: list[Question] = []
+    questions = []
+    for index in rng.permutation(len(scene.shapes))[:2]:
+        questions.append(_describe(scene, index))
+    about_number = []
+    if scene.number is not None:
+        for kind in rng.permutation(list(_NUMBER))[:2].tolist():
+            about_number.append(_NUMBER[kind](scene.number))
+    wanted = 8 - len(about_number)
     for kind in rng.permutation(list(_GQA)).tolist():
+        # Asked also when there are enough: each draws from the generator, and the questions are part of the tiny
+        # VLM's and of every measurement's definition.
         question = _GQA[kind](scene, rng)
-        if question is not None and len(gqa) < gqa_wanted:
-            gqa.append(question)
-    while len(gqa) < gqa_wanted:  # a scene without repeats may lack some kinds; existence can always be asked
-        gqa.append(_exist(scene, rng))
-    return [*vg, *gqa, *(_NUMBER[kind](scene.number) for kind in text_kinds if scene.number is not None)]
+        if question is not None and len(questions) < wanted:
+            questions.append(question)
+    while len(questions) < wanted:  # a scene without repeats may lack some kinds; existence can always be asked
+        questions.append(_exist(scene, rng))
+    return questions + about_number
 
 
 def drill(scene: Scene) -> list[Question]:
@@ -55,10 +61,14 @@ def drill(scene: Scene) -> list[Question]:
     has learned to find things by colour is slow to learn the rest.
     """
     rng = np.random.default_rng([scene.seed, 5])
-    questions = [_GQA[kind](scene, rng) for kind in ("color", "color", "shape", "size", "where", "exist", "count")]
-    posed = [question for question in questions if question is not None]
+    posed = []
+    for kind in ("color", "color", "shape", "size", "where", "exist", "count"):
+        question = _GQA[kind](scene, rng)
+        if question is not None:
+            posed.append(question)
     if scene.number is not None:
-        posed += [_NUMBER[kind](scene.number) for kind in rng.permutation(list(_NUMBER))[:3].tolist()]
+        for kind in rng.permutation(list(_NUMBER))[:3].tolist():
+            posed.append(_NUMBER[kind](scene.number))
     order = rng.permutation(len(scene.shapes)).tolist()
     while len(posed) < 12:
         posed.append(_describe(scene, order[len(posed) % len(order)]))
@@ -67,55 +77,73 @@ def drill(scene: Scene) -> list[Question]:
 
 def _describe(scene: Scene, index: int) -> Question:
     shape = scene.shapes[index]
-    return Question(
-        "vg", "describe", f"describe the {PLACES[shape.cell]} .", f"{shape.size} {shape.color} {shape.shape}"
-    )
+    answer = f"{shape.size} {shape.color} {shape.shape}"
+    return Question("vg", "describe", f"describe the {PLACES[shape.cell]} .", answer)
 
 
 def _by_shape(scene: Scene, rng: np.random.Generator) -> Shape | None:
     """Return a random object whose form no other has, or None."""
-    return _pick([s for s in scene.shapes if sum(o.shape == s.shape for o in scene.shapes) == 1], rng)
+    forms = [shape.shape for shape in scene.shapes]
+    alone = [shape for shape in scene.shapes if forms.count(shape.shape) == 1]
+    return _pick(alone, rng)
 
 
 def _by_color(scene: Scene, rng: np.random.Generator) -> Shape | None:
     """Return a random object whose colour no other object and no number has, or None."""
-    inks = [s.color for s in scene.shapes] + ([scene.number.color] if scene.number is not None else [])
-    return _pick([s for s in scene.shapes if inks.count(s.color) == 1], rng)
+    inks = [shape.color for shape in scene.shapes]
+    if scene.number is not None:
+        inks.append(scene.number.color)
+    alone = [shape for shape in scene.shapes if inks.count(shape.color) == 1]
+    return _pick(alone, rng)
 
 
 def _pick(shapes: list[Shape], rng: np.random.Generator) -> Shape | None:
-    return shapes[rng.integers(len(shapes))] if shapes else None
+    if not shapes:
+        return None
+    return shapes[rng.integers(len(shapes))]
 
 
 def _named(scene: Scene, rng: np.random.Generator) -> tuple[Shape, str] | None:
     """Return an object with a name that is its own: "circle" or "red object"."""
     by_shape, by_color = _by_shape(scene, rng), _by_color(scene, rng)
-    names = [
-        (s, name)
-        for s, name in ((by_shape, by_shape and by_shape.shape), (by_color, by_color and f"{by_color.color} object"))
-        if s and name
-    ]
-    return names[rng.integers(len(names))] if names else None
+    names = []
+    if by_shape is not None:
+        names.append((by_shape, by_shape.shape))
+    if by_color is not None:
+        names.append((by_color, f"{by_color.color} object"))
+    if not names:
+        return None
+    return names[rng.integers(len(names))]
 
 
 def _color(scene: Scene, rng: np.random.Generator) -> Question | None:
     shape = _by_shape(scene, rng)
-    return None if shape is None else Question("gqa", "color", f"what color is the {shape.shape} ?", shape.color)
+    if shape is None:
+        return None
+    return Question("gqa", "color", f"what color is the {shape.shape} ?", shape.color)
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Question | None:
     shape = _by_color(scene, rng)
-    return None if shape is None else Question("gqa", "shape", f"what shape is the {shape.color} object ?", shape.shape)
+    if shape is None:
+        return None
+    return Question("gqa", "shape", f"what shape is the {shape.color} object ?", shape.shape)
 
 
 def _size(scene: Scene, rng: np.random.Generator) -> Question | None:
     named = _named(scene, rng)
-    return None if named is None else Question("gqa", "size", f"is the {named[1]} large or small ?", named[0].size)
+    if named is None:
+        return None
+    shape, name = named
+    return Question("gqa", "size", f"is the {name} large or small ?", shape.size)
 
 
 def _where(scene: Scene, rng: np.random.Generator) -> Question | None:
     named = _named(scene, rng)
-    return None if named is None else Question("gqa", "where", f"where is the {named[1]} ?", PLACES[named[0].cell])
+    if named is None:
+        return None
+    shape, name = named
+    return Question("gqa", "where", f"where is the {name} ?", PLACES[shape.cell])
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Question:
@@ -123,24 +151,54 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def _exist(scene: Scene, rng: np.random.Generator) -> Question:
-    """Ask for a form or a colour that is there, or for one that is nowhere in the picture, half and half."""
-    forms = {s.shape for s in scene.shapes}
-    colors = {s.color for s in scene.shapes}
-    seen = colors | ({scene.number.color} if scene.number is not None else set())
+    """Ask for a form or a colour that is there, or for one that is nowhere in the image, half and half."""
     answer = "yes" if rng.random() < 0.5 else "no"
     if rng.random() < 0.5:
-        choices = sorted(forms) if answer == "yes" else [s for s in SHAPES if s not in forms]
-        return Question("gqa", "exist", f"is there a {choices[rng.integers(len(choices))]} ?", answer)
-    choices = sorted(colors) if answer == "yes" else [c for c in COLORS if c not in seen]
-    return Question("gqa", "exist", f"is there a {choices[rng.integers(len(choices))]} object ?", answer)
+        known: tuple[str, ...] = SHAPES
+        thing = ""
+        there = {shape.shape for shape in scene.shapes}
+        seen = there
+    else:
+        known = COLORS
+        thing = " object"
+        there = {shape.color for shape in scene.shapes}
+        # A number is no object, but its colour is there to be seen: a colour that only it has is asked neither way.
+        seen = there | ({scene.number.color} if scene.number is not None else set())
+    choices = sorted(there)
+    if answer == "no":
+        choices = [name for name in known if name not in seen]
+    name = choices[rng.integers(len(choices))]
+    return Question("gqa", "exist", f"is there a {name}{thing} ?", answer)
+
+
+def _number(number: Number) -> Question:
+    first, last = number.digits
+    return Question("textvqa", "number", "what number is shown ?", f"{first} {last}")
+
+
+def _first(number: Number) -> Question:
+    return Question("textvqa", "first", "what is the first digit ?", str(number.digits[0]))
+
+
+def _last(number: Number) -> Question:
+    return Question("textvqa", "last", "what is the last digit ?", str(number.digits[1]))
+
+
+def _ink(number: Number) -> Question:
+    return Question("textvqa", "ink", "what color is the number ?", number.color)
 
 
 _GQA: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
-    "color": _color, "shape": _shape, "size": _size, "where": _where, "count": _count, "exist": _exist,
-}  # fmt: skip
+    "color": _color,
+    "shape": _shape,
+    "size": _size,
+    "where": _where,
+    "count": _count,
+    "exist": _exist,
+}
 _NUMBER: dict[str, Callable[[Number], Question]] = {
-    "number": lambda n: Question("textvqa", "number", "what number is shown ?", f"{n.digits[0]} {n.digits[1]}"),
-    "first": lambda n: Question("textvqa", "first", "what is the first digit ?", str(n.digits[0])),
-    "last": lambda n: Question("textvqa", "last", "what is the last digit ?", str(n.digits[1])),
-    "ink": lambda n: Question("textvqa", "ink", "what color is the number ?", n.color),
+    "number": _number,
+    "first": _first,
+    "last": _last,
+    "ink": _ink,
 }

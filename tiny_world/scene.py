@@ -50,10 +50,15 @@ _FONT = {
     8: "01110 10001 10001 01110 10001 10001 01110",
     9: "01110 10001 10001 01111 00001 00010 01100",
 }
-_GLYPHS = {
-    d: np.kron(np.array([[int(c) for c in row] for row in rows.split()]), np.ones((2, 2))).astype(bool)
-    for d, rows in _FONT.items()
-}
+
+
+def _glyph(rows: str) -> np.ndarray:
+    """Return a digit of the font, each of its pixels drawn 2 x 2, as a boolean (14, 10) mask."""
+    pixels = [list(map(int, row)) for row in rows.split()]
+    return np.kron(np.array(pixels), np.ones((2, 2))).astype(bool)
+
+
+_GLYPHS = {digit: _glyph(rows) for digit, rows in _FONT.items()}
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything about one picture that a question can ask for."""
+    """Everything about one image that a question can ask for."""
 
     seed: int
     shapes: tuple[Shape, ...]
@@ -113,26 +118,23 @@ def sample_scene(seed: int) -> Scene:
         low, high = _RADIUS[size]
         jitter = rng.uniform(-_JITTER, _JITTER, 2)
         row, column = divmod(cell, 3)
+        # Off the centre by a little, so that no patch always shows the same part of a shape.
         center = (row * CELL_PIXELS + 13.5 + jitter[0], column * CELL_PIXELS + 13.5 + jitter[1])
-        shapes.append(
-            Shape(
-                cell,
-                COLORS[pair // len(SHAPES)],
-                SHAPES[pair % len(SHAPES)],
-                size,
-                center,
-                float(rng.uniform(low, high)),
-            )
-        )
+        color, form = divmod(pair, len(SHAPES))
+        radius = float(rng.uniform(low, high))
+        shapes.append(Shape(cell, COLORS[color], SHAPES[form], size, center, radius))
     number = None
     if rng.random() < _NUMBER_CHANCE:
-        cell = int(cells[count])
-        row, column = divmod(cell, 3)
-        nudge = rng.integers(-1, 2, 2)
-        corner = (row * CELL_PIXELS + 7 + int(nudge[0]), column * CELL_PIXELS + int(nudge[1]))
-        digits = (int(rng.integers(10)), int(rng.integers(10)))
-        number = Number(cell, COLORS[int(rng.integers(len(COLORS)))], digits, corner)
+        number = _sample_number(int(cells[count]), rng)
     return Scene(seed, tuple(shapes), number)
+
+
+def _sample_number(cell: int, rng: np.random.Generator) -> Number:
+    row, column = divmod(cell, 3)
+    down, right = rng.integers(-1, 2, 2).tolist()
+    corner = (row * CELL_PIXELS + 7 + down, column * CELL_PIXELS + right)
+    digits = (int(rng.integers(10)), int(rng.integers(10)))
+    return Number(cell, COLORS[int(rng.integers(len(COLORS)))], digits, corner)
 
 
 def _shape_mask(shape: Shape, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -165,9 +167,12 @@ def object_masks(scene: Scene) -> list[np.ndarray]:
     masks = []
     for shape in scene.shapes:
         mask = np.zeros((IMAGE_PIXELS, IMAGE_PIXELS), dtype=bool)
-        row, column = (CELL_PIXELS * part for part in divmod(shape.cell, 3))
+        row, column = divmod(shape.cell, 3)
+        top, left = row * CELL_PIXELS, column * CELL_PIXELS
         span = np.arange(CELL_PIXELS)
-        mask[row : row + CELL_PIXELS, column : column + CELL_PIXELS] = _shape_mask(shape, row + span, column + span)
+        # Only its own cell is drawn, and no shape reaches beyond it.
+        cell = _shape_mask(shape, top + span, left + span)
+        mask[top : top + CELL_PIXELS, left : left + CELL_PIXELS] = cell
         masks.append(mask)
     if scene.number is not None:
         for digit, top, left in _digit_boxes(scene.number):
@@ -180,9 +185,14 @@ def object_masks(scene: Scene) -> list[np.ndarray]:
 def render(scene: Scene) -> np.ndarray:
     """Draw the scene as ``uint8`` pixels (84, 84, 3); deterministic in the scene's seed."""
     rng = np.random.default_rng([_WORLD, scene.seed, 1])
+    # The background differs from patch to patch: the patches of an even one would be duplicates of one another.
     coarse = rng.normal(0, 5, (12, 12, 1)).repeat(7, 0).repeat(7, 1)
-    image = rng.uniform(70, 105) + coarse + rng.normal(0, 3, (IMAGE_PIXELS, IMAGE_PIXELS, 1)) + np.zeros(3)
-    colors = [shape.color for shape in scene.shapes] + ([scene.number.color] * 2 if scene.number else [])
+    grey = rng.uniform(70, 105) + coarse
+    fine = rng.normal(0, 3, (IMAGE_PIXELS, IMAGE_PIXELS, 1))
+    image = grey + fine + np.zeros(3)
+    colors = [shape.color for shape in scene.shapes]
+    if scene.number is not None:
+        colors += [scene.number.color] * 2
     for mask, color in zip(object_masks(scene), colors, strict=True):
         image[mask] = np.array(PALETTE[color]) + rng.uniform(-10, 10, 3)
     return np.clip(image, 0, 255).astype(np.uint8)
@@ -190,6 +200,7 @@ def render(scene: Scene) -> np.ndarray:
 
 def patch_cover(scene: Scene) -> np.ndarray:
     """Return for each drawn thing the share of each patch it covers, ``float64`` (things, 144), raster order."""
-    masks = np.stack(object_masks(scene)).astype(float)
+    masks = np.stack(object_masks(scene)).astype(float)  # (things, 84, 84)
     side = PATCHES_PER_SIDE
-    return masks.reshape(-1, side, PATCH_PIXELS, side, PATCH_PIXELS).mean((2, 4)).reshape(len(masks), -1)
+    by_patch = masks.reshape(-1, side, PATCH_PIXELS, side, PATCH_PIXELS)
+    return by_patch.mean((2, 4)).reshape(len(masks), -1)

@@ -19,7 +19,12 @@ COMPLETE = "complete.json"
 
 
 class NumbersCallback(TrainerCallback):
-    """Logs loss, speed and ETA, draws the progress bar, and stops on a loss that is no number."""
+    """Logs loss, speed and ETA, draws the progress bar, and stops on a loss that is not finite.
+
+    Args:
+        tracker: the run's, on rank 0; the other ranks have none and only stop.
+        samples_per_step: over all ranks.
+    """
 
     def __init__(self, tracker: Tracker | None, samples_per_step: int) -> None:
         self.tracker = tracker
@@ -63,14 +68,15 @@ class NumbersCallback(TrainerCallback):
         logs = logs or {}
         if "loss" not in logs:
             return
+        # Before anything is written: the trainer would save the broken weights with the next checkpoint.
         for name in ("loss", "grad_norm"):
             value = _number(logs.get(name))
-            if value is None or math.isfinite(value):
-                continue
-            raise FloatingPointError(
-                f"the {name} became {value} at step {state.global_step}; the last checkpoint in "
-                f"{args.output_dir} is untouched. Lower train.learning_rate, or use bfloat16 or float32"
-            )
+            if value is not None and not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the {name} became {value} at step {state.global_step}; the last checkpoint in "
+                    f"{args.output_dir} is untouched. Lower train.learning_rate, or use bfloat16 or float32"
+                )
+        # Of this call alone: a resumed run's earlier steps took no time of this process.
         taken = max(1, state.global_step - self.first_step)
         speed = taken / (time.monotonic() - self.began)
         numbers = {
@@ -107,21 +113,26 @@ class CompleteCheckpointCallback(TrainerCallback):
             FloatingPointError: if a trained weight is NaN or infinite; the checkpoint stays unmarked.
         """
         check_finite_weights(model)
+        # The mark says that every rank's part is there, so rank 0 waits for all of them.
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             partial = folder / f"{COMPLETE}.partial"
             partial.write_text(json.dumps({"step": state.global_step, "settings": self.settings}))
-            partial.rename(folder / COMPLETE)
+            partial.rename(folder / COMPLETE)  # renamed, so that no half-written mark counts
 
 
 def check_finite_weights(model: torch.nn.Module) -> None:
-    """Check what trains, or this rank's piece of it; raises FloatingPointError if any weight is no number."""
+    """Check what trains, or this rank's piece of it; raises FloatingPointError if any weight is not finite."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(getattr(parameter, "ds_tensor", parameter)).all()):
+        if not parameter.requires_grad:
+            continue
+        piece = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3 the parameter itself is empty between layers
+        if not bool(torch.isfinite(piece).all()):
             raise FloatingPointError(f"{name} became NaN or infinite; it is not saved. Lower train.learning_rate")
 
 
 def _number(value: Any) -> float | None:
+    """Return a logged value as a number; a gradient norm may come as a tensor."""
     return None if value is None else float(value)

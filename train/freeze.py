@@ -20,9 +20,12 @@ class FrozenReport:
 
     def lines(self) -> list[str]:
         """Return one line per module, as printed before training."""
-        frozen = [f"[FROZEN]    {name:<28} {count:>15,}" for name, count in self.modules.items()]
-        trains = [f"[TRAINABLE] {name:<28} {count:>15,}" for name, count in self.trainable.items()]
-        return [*frozen, *trains]
+        lines = []
+        for name, count in self.modules.items():
+            lines.append(f"[FROZEN]    {name:<28} {count:>15,}")
+        for name, count in self.trainable.items():
+            lines.append(f"[TRAINABLE] {name:<28} {count:>15,}")
+        return lines
 
 
 def parameter_count(parameter: Tensor) -> int:
@@ -42,27 +45,42 @@ def freeze_all_but_projector(peft_model: PeftModel) -> FrozenReport:
     modules: dict[str, int] = {}
     trainable: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        place = name.removeprefix("model.")
-        in_copy = ".modules_to_save.default." in name
-        if in_copy and place.startswith(tuple(f"{p}." for p in projectors)):
+        module, is_projector = _module_of(name, projectors)
+        in_copy = ".modules_to_save.default." in name  # PEFT trains a copy and leaves the original beside it
+        if in_copy and is_projector:
             expected.add(name)
         if parameter.requires_grad:
             actual.add(name)
-        module = next((p for p in projectors if place.startswith(f"{p}.")), place.split(".")[0])
-        if not in_copy or parameter.requires_grad:
-            group = trainable if parameter.requires_grad else modules
-            if ".original_module." not in name:  # PEFT's untouched copy of what trains is not a part of the model
-                group[module] = group.get(module, 0) + parameter_count(parameter)
+        if ".original_module." in name or (in_copy and not parameter.requires_grad):
+            continue  # neither is a part of the model that runs
+        group = trainable if parameter.requires_grad else modules
+        group[module] = group.get(module, 0) + parameter_count(parameter)
     if not actual:
         raise CheckpointError(
             "nothing would train: the trainable set is empty; leave train.trainable unset to train the "
             f"projector ({', '.join(projectors)})"
         )
     if actual != expected or not expected:
+        differs = []
         extra, lacking = sorted(actual - expected), sorted(expected - actual)
+        if extra:
+            differs.append(f"also training {extra[:3]}")
+        if lacking:
+            differs.append(f"not training {lacking[:3]}")
         raise CheckpointError(
-            f"the trainable set must be exactly the projector ({', '.join(projectors)}); "
-            f"{f'also training {extra[:3]}' if extra else ''}{' and ' if extra and lacking else ''}"
-            f"{f'not training {lacking[:3]}' if lacking else ''}"
+            f"the trainable set must be exactly the projector ({', '.join(projectors)}); {' and '.join(differs)}"
         )
     return FrozenReport(modules, trainable)
+
+
+def _module_of(parameter: str, projectors: tuple[str, ...]) -> tuple[str, bool]:
+    """Return the module that a parameter is reported under, and whether that is a projector.
+
+    ``model.visual.merger.mlp.0.weight`` is of ``visual.merger``, a projector; ``model.visual.blocks.0.weight`` of
+    ``visual``.
+    """
+    path = parameter.removeprefix("model.")
+    for projector in projectors:
+        if path.startswith(f"{projector}."):
+            return projector, True
+    return path.split(".")[0], False

@@ -45,12 +45,17 @@ def run_record(
         "frozen_hash": files_hash,  # of the base's files, see frozen_files_hash
         "projector_hash": tensor_hash(tensors),
         "pruning": config.pruning.model_dump(),
-        "data": {"recipe": data.name, "hash": data.content_hash, "samples": len(data), "counts": data.counts,
-                 "missing": len(data.missing)},
+        "data": {
+            "recipe": data.name,
+            "hash": data.content_hash,
+            "samples": len(data),
+            "counts": data.counts,
+            "missing": len(data.missing),
+        },
         "train": config.train.model_dump(),
         "model": config.model.model_dump(),
         "step": step,
         "plugins": plugin_records(),
         "versions": library_versions(),
         "wandb_run": tracker.run_id if tracker is not None else None,
-    }  # fmt: skip
+    }

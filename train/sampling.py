@@ -12,29 +12,32 @@ from prunetune.data_recipes import RecipeData
 SAMPLINGS = ("shuffled", "length", "modality_length")
 MEGABATCH = 50
 """Batches that are sorted by length together: more make even batches, fewer keep the order random."""
-PICTURE = 576
-"""What a picture counts in words; only the order matters, and every picture has as many tokens."""
+IMAGE_WORDS = 576
+"""What an image counts in words; only the order matters, and every image has as many tokens."""
 
 
 def approximate_lengths(data: RecipeData) -> list[int]:
-    """Return the words of every sample's conversation, pictures counted in, without tokenizing anything."""
-    return [
-        sum(len(f"{turn['question']} {turn['answer']}".split()) for turn in turns) + PICTURE * (image is not None)
-        for turns, image in zip(data.rows["turns"], data.rows["image"], strict=True)
-    ]
+    """Return the words of every sample's conversation, images counted in, without tokenizing anything."""
+    lengths = []
+    for turns, image in zip(data.rows["turns"], data.rows["image"], strict=True):
+        words = 0 if image is None else IMAGE_WORDS
+        for turn in turns:
+            words += len(f"{turn['question']} {turn['answer']}".split())
+        lengths.append(words)
+    return lengths
 
 
 class GroupedSampler(Sampler[int]):
     """Every sample once per epoch, batches of similar length next to each other, batches in random order.
 
-    With ``modality`` a batch over all ranks holds pictures only or text only, but for the last of each; so no rank
-    waits for another's pictures. The order depends on seed and epoch alone, which is what resuming needs.
+    With ``modality`` a batch over all ranks holds images only or text only, but for the last of each; so no rank
+    waits for another's images. The order depends on seed and epoch alone, which is what resuming needs.
 
     Args:
         lengths: of every sample.
         group: samples per step over all ranks.
         seed: of the order.
-        modality: whether a sample has a picture; None mixes both.
+        modality: whether a sample has an image; None mixes both.
 
     Attributes:
         epoch: says which epoch begins. It is asked and not told, because data loaders count from 0 after resuming.
@@ -49,20 +52,27 @@ class GroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         chance = random.Random(f"{self.seed} {self.epoch()}")
-        everything = range(len(self.lengths))
-        kinds = [list(everything)]
-        if self.modality is not None:
-            kinds = [[n for n in everything if self.modality[n] == kind] for kind in (True, False)]
         whole: list[list[int]] = []
         rest: list[int] = []
-        for kind in kinds:
-            batches = list(self._batches(kind, chance))
-            whole += [batch for batch in batches if len(batch) == self.group]
-            rest += [n for batch in batches if len(batch) < self.group for n in batch]
+        for indices in self._kinds():
+            for batch in self._batches(indices, chance):
+                if len(batch) == self.group:
+                    whole.append(batch)
+                else:
+                    rest += batch
         chance.shuffle(whole)
         for batch in whole:
             yield from batch
         yield from rest  # at the end, so that it shifts no other batch
+
+    def _kinds(self) -> list[list[int]]:
+        """Return the samples with images and those of text alone, or all of them as one kind."""
+        everything = list(range(len(self.lengths)))
+        if self.modality is None:
+            return [everything]
+        with_image = [index for index in everything if self.modality[index]]
+        text_only = [index for index in everything if not self.modality[index]]
+        return [with_image, text_only]
 
     def _batches(self, indices: list[int], chance: random.Random) -> Iterator[list[int]]:
         chance.shuffle(indices)
@@ -77,5 +87,7 @@ def train_sampler(data: RecipeData, sampling: str, group: int, seed: int) -> Gro
     """Return the sampler of a configuration; None leaves shuffling to the trainer."""
     if sampling == "shuffled":
         return None
-    modality = [image is not None for image in data.rows["image"]] if sampling == "modality_length" else None
+    modality = None
+    if sampling == "modality_length":
+        modality = [image is not None for image in data.rows["image"]]
     return GroupedSampler(approximate_lengths(data), group, seed, modality)

@@ -27,7 +27,7 @@ DEEPSPEED_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "deepspe
 
 
 class SampleDataset(Dataset):
-    """A recipe's samples as a map-style dataset; pictures are opened when a batch is built."""
+    """A recipe's samples as a map-style dataset; images are opened when a batch is built."""
 
     def __init__(self, data: RecipeData) -> None:
         self.data = data
@@ -51,6 +51,7 @@ class RecalibrationTrainer(Trainer):
     ) -> None:
         self.sampler = sampler
         if sampler is not None:
+            # A sum of steps over steps per epoch: 1e-6 lifts 0.9999... over the epoch's end.
             sampler.epoch = lambda: int((self.state.epoch or 0) + 1e-6)
         self.unsupervised = 0
         super().__init__(data_collator=formatter.training_batch, train_dataset=SampleDataset(data), **kwargs)
@@ -65,7 +66,7 @@ class RecalibrationTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the stock loss; a micro-batch whose answers were all truncated away has loss 0, not 0 / 0."""
-        supervised = (inputs["labels"][:, 1:] != IGNORE_INDEX).any(dim=1)
+        supervised = (inputs["labels"][:, 1:] != IGNORE_INDEX).any(dim=1)  # the first token is predicted by none
         self.unsupervised += int((~supervised).sum())
         outputs = model(**inputs)
         # The zero stays tied to the projector, so that every rank takes part in the reduction of gradients.
@@ -158,9 +159,11 @@ def steps_in_total(train: TrainConfig, samples: int, world_size: int) -> int:
     """Return the number of optimizer steps of the whole run."""
     if train.max_steps > 0:
         return train.max_steps
-    per_rank = -(-samples // world_size)
-    batches = -(-per_rank // train.batch_size)
-    return max(1, math.ceil(train.epochs * -(-batches // train.accumulation)))
+    # Nothing is left out of an epoch, so each of these is rounded up.
+    per_rank = math.ceil(samples / world_size)
+    batches = math.ceil(per_rank / train.batch_size)
+    steps_per_epoch = math.ceil(batches / train.accumulation)
+    return max(1, math.ceil(train.epochs * steps_per_epoch))
 
 
 def last_complete_checkpoint(output: Path, settings: dict[str, Any]) -> Path | None:
@@ -169,37 +172,44 @@ def last_complete_checkpoint(output: Path, settings: dict[str, Any]) -> Path | N
     Raises:
         ConfigError: if it was written under other settings, naming them.
     """
-    marks = sorted(output.glob(f"checkpoint-*/{COMPLETE}"), key=lambda path: int(path.parent.name.split("-")[1]))
-    if not marks:
+    # By number: of names checkpoint-900 would be newer than checkpoint-1000.
+    by_step = {int(mark.parent.name.split("-")[1]): mark for mark in output.glob(f"checkpoint-*/{COMPLETE}")}
+    if not by_step:
         return None
-    written = json.loads(marks[-1].read_text())["settings"]
+    mark = by_step[max(by_step)]
+    written = json.loads(mark.read_text())["settings"]
     changed = [key for key in settings if written.get(key) != settings[key]]
     if changed:
         raise ConfigError(
-            f"{marks[-1].parent} was written with other settings for {', '.join(changed)}; use another "
+            f"{mark.parent} was written with other settings for {', '.join(changed)}; use another "
             "output folder, or set train.resume to never to start over"
         )
-    return marks[-1].parent
+    return mark.parent
 
 
 def set_aside(output: Path) -> None:
     """Move what an earlier run left in ``output`` below ``output/superseded-N``; nothing is deleted."""
-    old = [path for name in ("checkpoint-*", "log.jsonl", "wandb_id.txt", "adapter") for path in output.glob(name)]
-    if old:
-        folder = output / f"superseded-{len(list(output.glob('superseded-*'))) + 1}"
-        folder.mkdir()
-        for path in old:
-            path.rename(folder / path.name)
+    old: list[Path] = []
+    for name in ("checkpoint-*", "log.jsonl", "wandb_id.txt", "adapter"):
+        old += output.glob(name)
+    if not old:
+        return
+    number = len(list(output.glob("superseded-*"))) + 1
+    folder = output / f"superseded-{number}"
+    folder.mkdir()
+    for path in old:
+        path.rename(folder / path.name)
 
 
 def gathered_projector(peft_model: PeftModel) -> dict[str, Tensor]:
     """Return the trained tensors by their name in the unwrapped model, on every rank, also under ZeRO-3."""
-    trained = {n: p for n, p in peft_model.get_base_model().named_parameters() if p.requires_grad}
+    trained = {}
+    for name, parameter in peft_model.get_base_model().named_parameters():
+        if parameter.requires_grad:
+            trained[name.replace(".modules_to_save.default", "")] = parameter
     with _whole(list(trained.values())):
-        return {
-            name.replace(".modules_to_save.default", ""): parameter.detach().cpu().clone()
-            for name, parameter in trained.items()
-        }
+        # Cloned: under ZeRO-3 the whole ones are gone when the context closes.
+        return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
 
 
 def frozen_tensors_hash(peft_model: PeftModel) -> str:

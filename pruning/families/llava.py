@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunetune.pruning.families.base import Family, register_family, stacked
+from prunetune.pruning.families.stock import llava_model
 from prunetune.pruning.families.tower import blank_image, record_signals, tower_of, visual_tokens
 from prunetune.pruning.hooks import record_input
 from prunetune.pruning.vision import Vision, of_equal_images
@@ -26,9 +27,10 @@ class Llava(Family):
 
     def encode(self, model: nn.Module, inputs: Mapping[str, Any], modality: str, needs: frozenset[str]) -> Vision:
         """Encode ``pixel_values`` (images, 3, H, W)."""
-        base: Any = model.base_model
-        with record_input(base.multi_modal_projector) as features, record_signals(model, needs) as signals:
-            output = base.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+        stock = llava_model(model)
+        # The projector's input is read where it enters: the model itself picks the layer and drops [CLS].
+        with record_input(stock.multi_modal_projector) as features, record_signals(model, needs) as signals:
+            output = stock.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
         projected = stacked(output.pooler_output)
         return of_equal_images(visual_tokens(model, needs, features[0], projected, signals))
 

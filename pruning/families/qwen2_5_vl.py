@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from prunetune.pruning.families.base import Family, register_family
 from prunetune.pruning.families.frames import of_frames
 from prunetune.pruning.families.qwen_tower import QwenTower
+from prunetune.pruning.families.stock import qwen_visual
 from prunetune.pruning.hooks import record_input
 from prunetune.pruning.signals import signal_of
 from prunetune.pruning.vision import Vision
@@ -47,18 +49,22 @@ class Qwen25VL(Family):
     def encode(self, model: nn.Module, inputs: Mapping[str, Any], modality: str, needs: frozenset[str]) -> Vision:
         """Encode patches (P, values) of ``image_grid_thw`` or ``video_grid_thw`` (images, 3)."""
         base: Any = model.base_model
-        tower, grids = self._tower(model), inputs[GRIDS[modality]]
-        pixels = {self.pixels[modality]: inputs[self.pixels[modality]], GRIDS[modality]: grids}
-        with record_input(base.visual.merger) as patches, tower.record(needs) as flat:
-            output = getattr(base, f"get_{modality}_features")(**pixels, return_dict=True)
-        raster = self._raster_order(model, grids)
+        visual = qwen_visual(model)
+        pixels, grids = inputs[self.pixels[modality]], inputs[GRIDS[modality]]
+        encode = getattr(base, f"get_{modality}_features")
+        with record_input(visual.merger) as patches, self._tower(model).record(needs) as flat:
+            output = encode(**{self.pixels[modality]: pixels, GRIDS[modality]: grids}, return_dict=True)
+
+        # Images come back in raster order, what was read on the way is in the order of attention windows.
+        raster = self._raster_order(model, grids)  # (T,)
         features = patches[0].reshape(len(raster), -1)[raster]  # (T, 4 * C)
         signals = {}
         for name, values in flat.items():
             signals[name] = values[:, raster] if signal_of(name).axes == "B H N" else values[raster]
-        merge = base.visual.spatial_merge_size
+        merge = visual.spatial_merge_size
         sizes = [(frames, rows // merge, columns // merge) for frames, rows, columns in grids.tolist()]
-        pixel_rows = pixels[self.pixels[modality]].reshape(len(raster), -1)  # those of a token follow one another
+        # The processor writes the pixels of a token one after another, tokens in raster order already.
+        pixel_rows = pixels.reshape(len(raster), -1)
         return of_frames(modality, sizes, features, output.pooler_output, signals, pixel_rows, needs)
 
     def positions(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
@@ -69,15 +75,21 @@ class Qwen25VL(Family):
         base: Any = model.base_model
         kinds = inputs.get("mm_token_type_ids")
         if kinds is None:
+            # The codes of transformers' processor: 0 text, 1 image, 2 video.
             ids = inputs["input_ids"]
-            kinds = (ids == self.token_id(model, "image")).int() + 2 * (ids == self.token_id(model, "video")).int()
-        given = {name: inputs.get(name) for name in (*GRIDS.values(), "second_per_grid_ts", "attention_mask")}
+            is_image = (ids == self.token_id(model, "image")).int()
+            is_video = (ids == self.token_id(model, "video")).int()
+            kinds = is_image + 2 * is_video
+        names = (*GRIDS.values(), "second_per_grid_ts", "attention_mask")
+        given = {name: inputs.get(name) for name in names}
         return base.get_rope_index(inputs["input_ids"], mm_token_type_ids=kinds, **given)[0]
 
-    def project(self, model: nn.Module, features: Tensor) -> Tensor:
+    def project(self, model: nn.Module, features: Float[Tensor, "K C4"]) -> Float[Tensor, "K D"]:
         """Return blocks of four patches (K, 4 * C) in LLM space (K, D)."""
-        merger: Any = model.base_model.visual.merger  # type: ignore[union-attr]
-        return merger(features.reshape(-1, self._tower(model).patches, features.shape[-1] // 4).flatten(0, 1))
+        visual = qwen_visual(model)
+        # The merger takes patches one by one and joins them itself.
+        patches = features.reshape(-1, visual.spatial_merge_unit, features.shape[-1] // 4).flatten(0, 1)
+        return visual.merger(patches)
 
     def blank(self, model: nn.Module) -> dict[str, Tensor]:
         """Return one black image of two by two tokens."""
@@ -89,21 +101,22 @@ class Qwen25VL(Family):
         return {"pixel_values": parameter.new_zeros(side * side, values), "image_grid_thw": grid}
 
     def _tower(self, model: nn.Module) -> QwenTower:
-        visual: Any = model.base_model.visual  # type: ignore[union-attr]
+        visual = qwen_visual(model)
+        # The last block that attends to a whole image: the others see one window each.
         return QwenTower(visual.blocks, visual.fullatt_block_indexes[-1], visual.spatial_merge_unit)
 
-    def _raster_order(self, model: nn.Module, grids: Tensor) -> Tensor:
-        """Return for each token in raster order its place in the order of attention windows, (T,)."""
+    def _raster_order(self, model: nn.Module, grids: Int[Tensor, "images 3"]) -> Int[Tensor, " T"]:
+        """Return for each token in raster order its index in the order of attention windows, (T,)."""
         from transformers.vision_utils import get_vision_window_index
 
-        visual: Any = model.base_model.visual  # type: ignore[union-attr]
+        visual = qwen_visual(model)
         window, _ = get_vision_window_index(
             grids,
             spatial_merge_size=visual.spatial_merge_size,
             window_size=visual.window_size,
             patch_size=visual.patch_size,
         )
-        return window.argsort().to(grids.device)
+        return window.argsort().to(grids.device)  # the inverse of a permutation
 
 
 register_family(Qwen25VL())

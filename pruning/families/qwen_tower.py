@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.families.stock import QwenAttention, qwen_attention
 from prunetune.pruning.hooks import LinearCall, record_keywords, record_linear
 from prunetune.pruning.ops.precision import exact_float32
 from prunetune.pruning.signals import Attention, Signal, layer_of, of_source, registered_signals, signal_of
@@ -60,43 +63,52 @@ class QwenTower:
         attention = {need: self.index_of(need) for need in of_source(needs, "attention")}
         with ExitStack() as hooks:
             calls, keywords = {}, {}
+            # Several signals of one block share one recording of it.
             for index in set(attention.values()):
-                module: Any = self.blocks[index]
-                calls[index] = hooks.enter_context(record_linear(module.attn.qkv))
-                keywords[index] = hooks.enter_context(record_keywords(module.attn))
+                calls[index] = hooks.enter_context(record_linear(qwen_attention(self.blocks[index]).qkv))
+                keywords[index] = hooks.enter_context(record_keywords(self.blocks[index].get_submodule("attn")))
             yield flat
 
+        # Only now, when the hooks are gone: an error here must not leave the model with them.
         for need, index in attention.items():
             signal = signal_of(need)
-            block: Any = self.blocks[index]
-            with exact_float32(calls[index][0].hidden.device):
-                values = _by_segment(signal, block.attn, calls[index][0], keywords[index][0])
+            call = calls[index][0]
+            with exact_float32(call.hidden.device):
+                values = _by_segment(signal, qwen_attention(self.blocks[index]), call, keywords[index][0])
                 flat[signal.name] = self._per_token(values, signal)
 
-    def _per_token(self, values: Tensor, signal: Signal) -> Tensor:
+    def _per_token(self, values: Shaped[Tensor, ...], signal: Signal) -> Shaped[Tensor, ...]:
         """Return the mean over the patches of every LLM token."""
         axis = 1 if signal.axes == "B H N" else 0
         return values.unflatten(axis, (-1, self.patches)).mean(dim=axis + 1)
 
 
 def _offered(signal: Signal) -> bool:
-    return signal.source == "pixels" or (signal.source == "attention" and not signal.cls and signal.per_token)
+    if signal.source == "pixels":
+        return True
+    return signal.source == "attention" and signal.per_token and not signal.cls
 
 
-def _by_segment(signal: Signal, module: Any, call: LinearCall, keywords: dict[str, Any]) -> Tensor:
+def _by_segment(
+    signal: Signal, module: QwenAttention, call: LinearCall, keywords: dict[str, Any]
+) -> Shaped[Tensor, ...]:
     """Return a signal of every patch, (H, P), (P, C) or (P,): attention runs inside segments."""
-    hidden = call.hidden
-    lengths = keywords["cu_seqlens"].diff().tolist()
-    cos, sin = keywords["position_embeddings"]
-    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1].tolist()
-    query, key, _ = call.weight.chunk(3)
-    query_bias, key_bias, _ = (None, None, None) if call.bias is None else call.bias.chunk(3)
+    hidden = call.hidden  # (P, C)
+    limits = keywords["cu_seqlens"].tolist()
+    cos, sin = keywords["position_embeddings"]  # (P, d)
+    query, key, _ = call.weight.chunk(3)  # one layer for queries, keys and values
+    query_bias, key_bias = None, None
+    if call.bias is not None:
+        query_bias, key_bias, _ = call.bias.chunk(3)
     assert signal.read is not None  # only text has none
     axis = 1 if signal.axes == "B H N" else 0
+    starts_of: dict[int, list[int]] = {}  # by the segment's length
+    for start, end in itertools.pairwise(limits):
+        starts_of.setdefault(end - start, []).append(start)
     pieces: dict[int, Tensor] = {}  # by their first patch
-    for length in sorted(set(lengths)):
-        first = [start for start, own in zip(starts, lengths, strict=True) if own == length]
-        rows = torch.tensor(first, device=hidden.device)[:, None] + torch.arange(length, device=hidden.device)
+    # Segments of one length are one batch, as the items of a tower with a fixed size are.
+    for length, starts in sorted(starts_of.items()):
+        rows = torch.tensor(starts, device=hidden.device)[:, None] + torch.arange(length, device=hidden.device)
         attention = Attention(
             hidden=hidden[rows],
             query_weight=query,
@@ -108,18 +120,19 @@ def _by_segment(signal: Signal, module: Any, call: LinearCall, keywords: dict[st
             skip=0,
             rotate=_Rotation(cos[rows], sin[rows]),
         )
-        pieces |= dict(zip(first, signal.read(attention), strict=True))
-    return torch.cat([pieces[start] for start in starts], dim=axis)
+        pieces |= dict(zip(starts, signal.read(attention), strict=True))
+    in_order = [piece for _, piece in sorted(pieces.items())]
+    return torch.cat(in_order, dim=axis)
 
 
 @dataclass(frozen=True)
 class _Rotation:
     """Turns (B, H, T, d) by its rotary positions, cosines and sines (B, T, d)."""
 
-    cos: Tensor
-    sin: Tensor
+    cos: Float[Tensor, "B T d"]
+    sin: Float[Tensor, "B T d"]
 
-    def __call__(self, vectors: Tensor) -> Tensor:
+    def __call__(self, vectors: Float[Tensor, "B H T d"]) -> Float[Tensor, "B H T d"]:
         cos, sin = self.cos[:, None].double(), self.sin[:, None].double()
         front, back = vectors.chunk(2, dim=-1)
         return vectors * cos + torch.cat([-back, front], dim=-1) * sin

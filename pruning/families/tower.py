@@ -7,9 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.families.stock import clip_attention
 from prunetune.pruning.hooks import LinearCall, record_input, record_linear, record_output
 from prunetune.pruning.ops.precision import exact_float32
 from prunetune.pruning.signals import Attention, Signal, layer_of, of_source, registered_signals, signal_of
@@ -21,7 +23,16 @@ TOWERS = (*TOWERS_WITH_CLS, "siglip_vision_model")
 
 @dataclass(frozen=True)
 class Tower:
-    """A model's vision layers, seen from the one whose output enters the projector."""
+    """A model's vision layers, seen from the one whose output enters the projector.
+
+    Attributes:
+        module: the tower.
+        layers: its layers; empty for a tower of another kind.
+        feature: the index of the layer whose output enters the projector.
+        has_cls: whether its sequences begin with [CLS].
+        known: whether it is one whose attention can be read, with the feature layer among its layers.
+        with_cls_token: whether [CLS] enters the projector.
+    """
 
     module: nn.Module
     layers: nn.ModuleList
@@ -68,14 +79,22 @@ def tower_of(model: nn.Module) -> Tower:
     config: Any = model.config
     kind = config.vision_config.model_type
     layer = config.vision_feature_layer
-    layer = layer if isinstance(layer, int) else layer[-1]
-    known = kind in TOWERS
-    layers = base.vision_tower.encoder.layers if known else nn.ModuleList()
+    if not isinstance(layer, int):  # several layers side by side: the last named counts
+        layer = layer[-1]
+    layers = nn.ModuleList()
+    if kind in TOWERS:
+        layers = base.vision_tower.encoder.layers
     # hidden_states[0] is the embedding: the output of layers[i] is hidden_states[i + 1]; from the end both count alike.
     feature = len(layers) + layer if layer < 0 else layer - 1
-    full = kind in TOWERS_WITH_CLS and config.vision_feature_select_strategy == "full"
-    inside = known and 0 <= feature < len(layers)
-    return Tower(base.vision_tower, layers, feature, kind in TOWERS_WITH_CLS, inside, full)
+    has_cls = kind in TOWERS_WITH_CLS
+    return Tower(
+        module=base.vision_tower,
+        layers=layers,
+        feature=feature,
+        has_cls=has_cls,
+        known=kind in TOWERS and 0 <= feature < len(layers),
+        with_cls_token=has_cls and config.vision_feature_select_strategy == "full",
+    )
 
 
 @contextmanager
@@ -90,43 +109,46 @@ def record_signals(model: nn.Module, needs: frozenset[str]) -> Iterator[dict[str
     with ExitStack() as hooks:
         pixels = hooks.enter_context(record_input(tower.module))
         layers = {need: tower.index_of(need) for need in of_source(needs, "attention", "reader", "output")}
-        attentions = {}
+        queries, keys, outputs = {}, {}, {}
+        # Several signals of one layer share one recording of it.
         for index in {layers[need] for need in of_source(needs, "attention", "reader")}:
-            module: Any = tower.layers[index]
-            linears = module.self_attn.q_proj, module.self_attn.k_proj
-            attentions[index] = [hooks.enter_context(record_linear(linear)) for linear in linears]
-        outputs = {}
+            module = clip_attention(tower.layers[index])
+            queries[index] = hooks.enter_context(record_linear(module.q_proj))
+            keys[index] = hooks.enter_context(record_linear(module.k_proj))
         for index in {layers[need] for need in of_source(needs, "output")}:
             outputs[index] = hooks.enter_context(record_output(tower.layers[index]))
         yield signals
 
+    # Only now, when the hooks are gone: an error here must not leave the model with them.
     for need in of_source(needs, "attention", "reader"):
-        query, key = (calls[0] for calls in attentions[layers[need]])
-        attention = _attention(tower, layers[need], query, key)
-        with exact_float32(query.hidden.device):
+        index = layers[need]
+        attention = _attention(tower, index, queries[index][0], keys[index][0])
+        with exact_float32(attention.hidden.device):
             signals[signal_of(need).name] = _read(need, attention)
     for need in of_source(needs, "output"):
         hidden = outputs[layers[need]][0]
-        signals[signal_of(need).name] = _read(need, hidden if isinstance(hidden, Tensor) else hidden[0])
+        if not isinstance(hidden, Tensor):  # layers return a tuple in some releases of transformers
+            hidden = hidden[0]
+        signals[signal_of(need).name] = _read(need, hidden)
     for need in of_source(needs, "pixels"):
         signals[signal_of(need).name] = _read(need, pixels[0])
 
 
 def _attention(tower: Tower, index: int, query: LinearCall, key: LinearCall) -> Attention:
-    module: Any = tower.layers[index]
+    module = clip_attention(tower.layers[index])
     return Attention(
         hidden=key.hidden,
         query_weight=query.weight,
         query_bias=query.bias,
         key_weight=key.weight,
         key_bias=key.bias,
-        heads=module.self_attn.num_heads,
-        scale=module.self_attn.scale,
+        heads=module.num_heads,
+        scale=module.scale,
         skip=int(tower.has_cls),
     )
 
 
-def _read(need: str, source: Any) -> Tensor:
+def _read(need: str, source: Attention | Tensor) -> Tensor:
     read = signal_of(need).read
     assert read is not None  # only text has none
     return read(source)
@@ -152,7 +174,11 @@ def patch_grid(model: nn.Module, count: int) -> tuple[int, int] | None:
 
 
 def visual_tokens(
-    model: nn.Module, needs: frozenset[str], features: Tensor, projected: Tensor, signals: dict[str, Tensor]
+    model: nn.Module,
+    needs: frozenset[str],
+    features: Float[Tensor, "B N C"],
+    projected: Float[Tensor, "B N D"],
+    signals: dict[str, Tensor],
 ) -> VisualTokens:
     """Return the items (B, N) with their signals, grid and the layers they were read from."""
     return VisualTokens(
@@ -164,7 +190,7 @@ def visual_tokens(
     )
 
 
-def blank_image(model: nn.Module) -> Tensor:
+def blank_image(model: nn.Module) -> Float[Tensor, "1 3 H W"]:
     """Return one black image (1, 3, H, W) for the vision tower."""
     vision: Any = model.config.vision_config  # type: ignore[union-attr]
     parameter = next(model.parameters())

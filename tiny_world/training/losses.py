@@ -25,16 +25,14 @@ class PatchHeads(nn.Module):
     def loss(self, features: Tensor, batch: SceneBatch) -> tuple[Tensor, dict[str, float]]:
         """Return the weighted cross-entropy (background counts 0.3) and the accuracy on shown things."""
         shown = batch.labels["form"] > 0
+        # Most patches are background, which should not decide what the heads learn.
         weight = torch.where(shown, 1.0, 0.3)
         total, accuracy = features.new_zeros(()), {}
         for name, head in self.heads.items():
             target = batch.labels[name]
-            logits = head(features).float()
-            total = (
-                total
-                + (F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none") * weight.flatten()).sum()
-                / weight.sum()
-            )
+            logits = head(features).float()  # (B, 144, classes)
+            each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+            total = total + (each * weight.flatten()).sum() / weight.sum()
             right = (logits.argmax(-1) == target)[target > 0]
             accuracy[name] = right.float().mean().item()
         return total, accuracy
@@ -52,14 +50,18 @@ def contrastive_loss(clip: CLIPModel, vision: tuple[Tensor, Tensor], text: dict,
     """
     scale = clip.logit_scale.exp().clamp(max=50)
     image = F.normalize(clip.visual_projection(vision[0]), dim=-1)
-    patches = F.normalize(clip.visual_projection(clip.vision_model.post_layernorm(vision[1])), dim=-1)
+    normed = clip.vision_model.post_layernorm(vision[1])
+    patches = F.normalize(clip.visual_projection(normed), dim=-1)
     caption = F.normalize(clip.text_projection(clip.text_model(**text).pooler_output), dim=-1)
     phrase = F.normalize(clip.text_projection(clip.text_model(**phrases).pooler_output), dim=-1)
-    eye = torch.arange(len(image))
+    own = torch.arange(len(image))
     whole = scale * image.float() @ caption.float().T
+    # A phrase is compared with the patch it fits best: text-conditioned pruners compare patches, and not images.
     best = scale * torch.einsum("pe,bne->pbn", phrase.float(), patches.float()).amax(-1)
-    best = best.masked_fill(true & ~torch.eye(len(image), dtype=torch.bool), float("-inf"))
-    return (F.cross_entropy(whole, eye) + F.cross_entropy(whole.T, eye)) / 2 + F.cross_entropy(best, eye)
+    others = true & ~torch.eye(len(image), dtype=torch.bool)
+    best = best.masked_fill(others, float("-inf"))
+    images_and_captions = (F.cross_entropy(whole, own) + F.cross_entropy(whole.T, own)) / 2
+    return images_and_captions + F.cross_entropy(best, own)
 
 
 def alignment_loss(projected: Tensor, embedding: Tensor, batch: SceneBatch) -> Tensor:
@@ -70,9 +72,11 @@ def alignment_loss(projected: Tensor, embedding: Tensor, batch: SceneBatch) -> T
     """
     shown = batch.words.sum(-1) > 0
     tokens, words = projected[shown].float(), batch.words[shown]
-    nearness = -(words * (tokens @ embedding.float().T).log_softmax(-1)).sum(-1).mean()
+    log_likelihood = (tokens @ embedding.float().T).log_softmax(-1)
+    nearness = -(words * log_likelihood).sum(-1).mean()
     directions = F.normalize(embedding.detach().float(), dim=-1)
-    angle = 1 - F.cosine_similarity(tokens, (words > 0).float() @ directions, dim=-1).mean()
+    summed = (words > 0).float() @ directions
+    angle = 1 - F.cosine_similarity(tokens, summed, dim=-1).mean()
     return 0.5 * nearness + 2 * angle
 
 
@@ -90,26 +94,49 @@ def answer_logits(
     Returns:
         Logits (M, V) and targets (M,) of all answer tokens.
     """
-    b, q, t = batch.ids.shape
+    count = batch.ids.shape[0]
     embed = llava.get_input_embeddings()
     if kept is None:
         kept = torch.ones(visual.shape[:2], dtype=torch.bool)
-    order = torch.argsort((~kept).long(), dim=1, stable=True)[:, : int(kept.sum(1).max())]  # kept first, in order
+    longest = int(kept.sum(1).max())
+    order = torch.argsort((~kept).long(), dim=1, stable=True)[:, :longest]  # kept first, in order
     visual = visual.gather(1, order[..., None].expand(-1, -1, visual.shape[-1]))
-    present = kept.gather(1, order)
-    user = batch.prefix.expand(b, -1)
-    hidden = torch.cat([embed(user), visual, embed(batch.ids.flatten(1))], dim=1)
-    prefix = torch.cat([torch.ones_like(user, dtype=torch.bool), present], dim=1)
-    p = prefix.shape[1]
-    block = torch.block_diag(*[torch.ones(t, t).tril()] * q).bool()
-    mask = torch.zeros(b, 1, p + q * t, p + q * t, dtype=torch.bool)
-    mask[:, 0, :p, :p] = torch.ones(p, p).tril().bool() & prefix[:, None, :] | torch.eye(p).bool()
-    mask[:, 0, p:, :p] = prefix[:, None, :]
-    mask[:, 0, p:, p:] = block
-    start = prefix.sum(1, keepdim=True)
-    positions = torch.cat([torch.arange(p).expand(b, -1), start + torch.arange(t).repeat(q)[None, :]], dim=1)
+    user = batch.prefix.expand(count, -1)
+    hidden = torch.cat([embed(user), visual, embed(batch.ids.flatten(1))], dim=1)  # (B, P + Q * T, D)
+    seen = torch.cat([torch.ones_like(user, dtype=torch.bool), kept.gather(1, order)], dim=1)  # (B, P)
+
+    mask, positions = _one_row_per_image(seen, *batch.ids.shape[1:])
     output = llava.model.language_model(inputs_embeds=hidden, attention_mask=mask, position_ids=positions)
-    states = output.last_hidden_state[:, p:].reshape(b, q, t, -1)[:, :, :-1]
+    states = output.last_hidden_state[:, seen.shape[1] :]
+    states = states.reshape(*batch.ids.shape, -1)[:, :, :-1]  # (B, Q, T - 1, D), each predicts the next token
     targets = batch.labels[:, :, 1:]
     asked = targets != IGNORE
     return llava.lm_head(states[asked]).float(), targets[asked]
+
+
+def _one_row_per_image(seen: Tensor, questions: int, length: int) -> tuple[Tensor, Tensor]:
+    """Return attention mask and positions of rows that hold an image and its questions side by side.
+
+    The prefix with the image is encoded once for all of its questions, and not once for each.
+
+    Args:
+        seen: (B, P) boolean, which of the prefix and the visual tokens are there; the others are padding.
+        questions: Q per image.
+        length: T tokens per question.
+
+    Returns:
+        (B, 1, P + Q T, P + Q T) boolean, and (B, P + Q T): every question goes on where the prefix ends.
+    """
+    batch, prefix = seen.shape
+    total = prefix + questions * length
+    own_question = torch.block_diag(*[torch.ones(length, length).tril()] * questions).bool()
+    earlier = torch.ones(prefix, prefix).tril().bool()
+    itself = torch.eye(prefix).bool()  # padding sees itself, or its softmax would be 0 / 0
+    mask = torch.zeros(batch, 1, total, total, dtype=torch.bool)
+    mask[:, 0, :prefix, :prefix] = earlier & seen[:, None, :] | itself
+    mask[:, 0, prefix:, :prefix] = seen[:, None, :]
+    mask[:, 0, prefix:, prefix:] = own_question
+    start = seen.sum(1, keepdim=True)
+    of_questions = start + torch.arange(length).repeat(questions)[None, :]
+    positions = torch.cat([torch.arange(prefix).expand(batch, -1), of_questions], dim=1)
+    return mask, positions

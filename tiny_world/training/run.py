@@ -41,20 +41,23 @@ def train_tiny_vlm(output: Path, work: Path, seed: int = 0, scale: float = 1.0, 
     models = TinyModels()
     stages = [replace(stage, steps=max(2, round(stage.steps * scale))) for stage in STAGES]
     state = _load(work / "state.pt", models, seed, stages)
-    total, taken, began = sum(stage.steps for stage in stages), 0, time.monotonic()
+    total = sum(stage.steps for stage in stages)
+    taken, began = 0, time.monotonic()
     for index in range(state["stage"], len(stages)):
         stage = stages[index]
         done_before = sum(earlier.steps for earlier in stages[:index])
         optimizer = _optimizer(models, stage, state.pop("optimizer", None))
         for step in range(state["step"], stage.steps):
+            # Scenes follow from the step, so that a resumed run sees the ones it would have seen.
             numbers = _step(models, optimizer, stage, step, first_seed=32 * (done_before + step))
             taken += 1
             if (step + 1) % PRINT_EVERY == 0 or step + 1 == stage.steps:
                 speed = taken / (time.monotonic() - began)
                 left = (total - done_before - step - 1) / speed
-                row = {"stage": stage.name, "step": step + 1, "of": stage.steps, "eta_min": round(left / 60, 1)}
-                row |= {"scenes_per_s": round(speed * stage.batch, 1)}
-                _log(work, row | {name: round(value, 3) for name, value in numbers.items()})
+                row = {"stage": stage.name, "step": step + 1, "of": stage.steps}
+                row |= {"eta_min": round(left / 60, 1), "scenes_per_s": round(speed * stage.batch, 1)}
+                row |= {name: round(value, 3) for name, value in numbers.items()}
+                _log(work, row)
             if (step + 1) % SAVE_EVERY == 0 or taken == stop_after:
                 _save(work / "state.pt", models, optimizer, index, step + 1, seed, stages)
             if taken == stop_after:
@@ -70,7 +73,7 @@ def _optimizer(models: TinyModels, stage: Stage, saved: dict | None) -> torch.op
     models.requires_grad_(False)
     groups = trained_parameters(models, stage)
     for group in groups:
-        group["peak"] = group["lr"]
+        group["peak"] = group["lr"]  # the schedule overwrites the rate itself
         for parameter in group["params"]:
             parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02)
@@ -80,7 +83,9 @@ def _optimizer(models: TinyModels, stage: Stage, saved: dict | None) -> torch.op
 
 
 def _step(models: TinyModels, optimizer: torch.optim.Optimizer, stage: Stage, step: int, first_seed: int) -> dict:
-    share = min(1.0, (step + 1) / stage.warmup) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / stage.steps)))
+    warmup = min(1.0, (step + 1) / stage.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+    share = warmup * (0.03 + 0.97 * cosine)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
     seeds = split_seeds("pretrain", stage.batch, first_seed)
@@ -90,7 +95,10 @@ def _step(models: TinyModels, optimizer: torch.optim.Optimizer, stage: Stage, st
         raise RuntimeError(f"loss became {loss.item()} at step {step} of stage {stage.name}; the last state is kept")
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    trained = []
+    for group in optimizer.param_groups:
+        trained += group["params"]
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     return {"loss": loss.item(), **numbers}
 
@@ -99,7 +107,9 @@ def _report(work: Path, models: TinyModels, stage: Stage, scenes: int) -> None:
     batches = [split_seeds("validation", min(50, scenes - start), start) for start in range(0, scenes, 50)]
     for share in (1.0, 0.5):
         accuracy = dense_accuracy(models, iter(batches), share)
-        _log(work, {"stage": stage.name, "validation_keep": share, **{k: round(v, 1) for k, v in accuracy.items()}})
+        row = {"stage": stage.name, "validation_keep": share}
+        row |= {kind: round(value, 1) for kind, value in accuracy.items()}
+        _log(work, row)
 
 
 def _log(work: Path, row: dict) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from prunetune.tiny_world import ask, drill
-from prunetune.tiny_world.training.batches import SceneBatch, captions, question_batch, scene_batch
+from prunetune.tiny_world.training.batches import IGNORE, SceneBatch, captions, question_batch, scene_batch
 from prunetune.tiny_world.training.losses import (
     PatchHeads,
     alignment_loss,
@@ -58,11 +58,8 @@ class TinyModels(nn.Module):
 
     def tokens(self, texts: list[str]) -> dict[str, Tensor]:
         """Tokenize captions for CLIP, ``<s> words </s>``, padded."""
-        return dict(
-            self.tokenizer(
-                [f"<s> {text} </s>" for text in texts], padding=True, return_tensors="pt", return_token_type_ids=False
-            )
-        )
+        marked = [f"<s> {text} </s>" for text in texts]
+        return dict(self.tokenizer(marked, padding=True, return_tensors="pt", return_token_type_ids=False))
 
 
 def trained_parameters(models: TinyModels, stage: Stage) -> list[dict]:
@@ -75,15 +72,20 @@ def trained_parameters(models: TinyModels, stage: Stage) -> list[dict]:
         *clip.visual_projection.parameters(),
         clip.logit_scale,
     ]
+    # The last layer is CLIP's alone, for Llava reads the layer before it: "ground" can train it and change no answer.
+    last = [*tower.encoder.layers[-1].parameters(), *tower.post_layernorm.parameters()]
+    of_last = {id(parameter) for parameter in last}
     if stage.name == "tower":
         seeing, rest = list(tower.parameters()), [*text, *models.heads.parameters()]
     elif stage.name == "ground":
-        seeing, rest = [], [*text, *tower.encoder.layers[-1].parameters(), *tower.post_layernorm.parameters()]
-    else:  # the last layer is CLIP's alone: Llava reads the layer before it
-        seeing = [p for n, p in tower.named_parameters() if not n.startswith(("encoder.layers.4", "post_layernorm"))]
+        seeing, rest = [], [*text, *last]
+    else:
+        seeing = [parameter for parameter in tower.parameters() if id(parameter) not in of_last]
         rest = language
-    groups = [{"params": seeing if stage.tower_lr else [], "lr": stage.tower_lr}, {"params": rest, "lr": stage.lr}]
-    return [group for group in groups if group["params"]]
+    groups = [{"params": rest, "lr": stage.lr}]
+    if seeing and stage.tower_lr:
+        groups.insert(0, {"params": seeing, "lr": stage.tower_lr})
+    return groups
 
 
 def stage_loss(models: TinyModels, stage: Stage, seeds: range, progress: float) -> tuple[Tensor, dict[str, float]]:
@@ -97,21 +99,25 @@ def stage_loss(models: TinyModels, stage: Stage, seeds: range, progress: float) 
         features = tower_features(models.clip.vision_model, batch.pixels)
     visual = models.llava.model.multi_modal_projector(features)
     kept = None
-    if stage.keep_low < 1:
+    if stage.keep_low < 1:  # tokens are dropped at random, so that the VLM has seen images with gaps before any pruner
         rates = rng.uniform(stage.keep_low, 1, (len(batch.scenes), 1))
-        kept = torch.from_numpy(
-            rng.random((len(batch.scenes), visual.shape[1])).argsort(1).argsort(1) < rates * visual.shape[1]
-        )
-    logits, targets = answer_logits(
-        models.llava, visual, kept, question_batch([drill(scene) for scene in batch.scenes], models.tokenizer)
-    )
+        kept = torch.from_numpy(_random_ranks(rng, visual) < rates * visual.shape[1])
+    questions = question_batch([drill(scene) for scene in batch.scenes], models.tokenizer)
+    logits, targets = answer_logits(models.llava, visual, kept, questions)
     loss = nn.functional.cross_entropy(logits, targets)
     seen = {"answer": loss.item(), "right": (logits.argmax(-1) == targets).float().mean().item()}
-    weight = stage.align[0] + (stage.align[1] - stage.align[0]) * progress
+    first, last = stage.align
+    weight = first + (last - first) * progress
     if weight > 0:
         align = alignment_loss(visual, models.llava.lm_head.weight, batch)
         loss, seen["align"] = loss + weight * align, align.item()
     return loss, seen
+
+
+def _random_ranks(rng: np.random.Generator, visual: Tensor) -> np.ndarray:
+    """Return for each token (B, N) its rank in a random order."""
+    chance = rng.random(visual.shape[:2])
+    return chance.argsort(1).argsort(1)
 
 
 def _seeing_loss(
@@ -143,14 +149,20 @@ def dense_accuracy(models: TinyModels, batches: Iterator[range], kept_share: flo
         batch = scene_batch(seeds, models.tokenizer)
         visual = models.llava.model.multi_modal_projector(tower_features(models.clip.vision_model, batch.pixels))
         questions = question_batch([ask(scene) for scene in batch.scenes], models.tokenizer)
-        order = np.random.default_rng([seeds.start, 4]).random(visual.shape[:2]).argsort(1).argsort(1)
-        kept = torch.from_numpy(order < round(kept_share * visual.shape[1]))
+        ranks = _random_ranks(np.random.default_rng([seeds.start, 4]), visual)
+        kept = torch.from_numpy(ranks < round(kept_share * visual.shape[1]))
         logits, targets = answer_logits(models.llava, visual, kept, questions)
-        wrong = torch.zeros(questions.labels.shape[:2], dtype=torch.long)
-        where = (questions.labels[:, :, 1:] != -100).nonzero()
-        wrong.index_put_((where[:, 0], where[:, 1]), (logits.argmax(-1) != targets).long(), accumulate=True)
-        for scene, row in zip(batch.scenes, wrong.tolist(), strict=True):
+        misses_of = torch.zeros(questions.labels.shape[:2], dtype=torch.long)  # (B, Q)
+        scene_of, question_of, _ = (questions.labels[:, :, 1:] != IGNORE).nonzero().unbind(dim=1)
+        missed = logits.argmax(-1) != targets
+        misses_of.index_put_((scene_of, question_of), missed.long(), accumulate=True)
+        for scene, row in zip(batch.scenes, misses_of.tolist(), strict=True):
             for question, misses in zip(ask(scene), row, strict=True):
                 right.setdefault(question.kind, []).append(misses == 0)
-    every = [hit for hits in right.values() for hit in hits]
-    return {"all": 100 * float(np.mean(every)), **{k: 100 * float(np.mean(v)) for k, v in sorted(right.items())}}
+    every: list[bool] = []
+    for hits in right.values():
+        every += hits
+    accuracy = {"all": 100 * float(np.mean(every))}
+    for kind, hits in sorted(right.items()):
+        accuracy[kind] = 100 * float(np.mean(hits))
+    return accuracy
