@@ -26,29 +26,34 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
         raise TaskError(f"predictions file {path} does not exist")
     found = []
     for line, record in read_lines(path):
-        # A failed request of another program is often saved as null; no scorer would say which line it was.
-        for name in ("text", "prediction", "pred"):
-            if name in record:
-                if not isinstance(record[name], str):
-                    raise TaskError(f"{path}, line {line}: the answer is no text but {record[name]!r}")
-                break
-        # By the keys and not by the file's name: each of the three programs names its files as it is told to.
-        if "question_id" in record and "text" in record:
-            found.append(_prediction(record, line, "question_id", "text", "prompt"))
-        elif "id" in record and "prediction" in record:
-            if record.get("task", task) == task:
-                found.append(_prediction(record, line, "id", "prediction", "question"))
-        elif "id" in record and "pred" in record:
-            found.append(_prediction(record, line, "id", "pred", "question"))
-        else:
-            raise TaskError(
-                f"{path}, line {line}: neither LLaVA's format (question_id, text, prompt) nor ours (id, prediction, "
-                f"question); it has {', '.join(sorted(record))}"
-            )
+        prediction = _read(record, line, f"{path}, line {line}")
+        if record.get("task", task) == task:
+            found.append(prediction)
     # Rows of other tasks are left out without a word, so a file of nothing else would look like one that lacks answers.
     if not found:
         raise TaskError(f"{path} holds no prediction of {task}")
     return found
+
+
+def _read(record: dict[str, Any], line: int, where: str) -> Prediction:
+    """Return a line's prediction; raises TaskError for a line of no known format."""
+    # A failed request of another program is often saved as null; no scorer would say which line it was.
+    for name in ("text", "prediction", "pred"):
+        if name in record:
+            if not isinstance(record[name], str):
+                raise TaskError(f"{where}: the answer is no text but {record[name]!r}")
+            break
+    # By the keys and not by the file's name: each of the three programs names its files as it is told to.
+    if "question_id" in record and "text" in record:
+        return _prediction(record, line, "question_id", "text", "prompt")
+    if "id" in record and "prediction" in record:
+        return _prediction(record, line, "id", "prediction", "question")
+    if "id" in record and "pred" in record:
+        return _prediction(record, line, "id", "pred", "question")
+    raise TaskError(
+        f"{where}: neither LLaVA's format (question_id, text, prompt) nor ours (id, prediction, question); it has "
+        f"{', '.join(sorted(record))}"
+    )
 
 
 def _prediction(record: dict[str, Any], line: int, name: str, text: str, prompt: str) -> Prediction:

@@ -89,7 +89,8 @@ class FamilyIdentity:
         """Return the model under a method."""
         self.forget(model)
         spec = PruningSpec(name, self.keep if keep is None else keep, dict(self.options.get(name, {})), **fields)
-        return PrunedModel(model, spec, Words())
+        words: Any = Words()  # has what is called of a tokenizer
+        return PrunedModel(model, spec, words)
 
     def asked(self, rows: Sequence[Any], side: str = "right", labels: bool = True) -> Batch:
         """Return a batch with an instruction per row."""
