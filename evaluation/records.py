@@ -216,7 +216,10 @@ class Manifest(_Record):
     def to_json(self) -> dict[str, Any]:
         """Return the file's content."""
         # An unfinished arm has no outcome; a null there would read as one that was measured and empty.
-        return self.model_dump(exclude=None if self.complete else set(_OUTCOME))
+        left_out = set() if self.complete else set(_OUTCOME)
+        if not self.plugins:  # as of an arm of a version that knew none
+            left_out.add("plugins")
+        return self.model_dump(exclude=left_out)
 
 
 def read_results(folder: str | Path) -> list[Result]:
