@@ -54,7 +54,9 @@ class Report:
     def failures(self, max_missing: float) -> list[str]:
         """Return what is beyond the thresholds: images above ``max_missing``, and any malformed sample at all."""
         failed = []
-        unusable = len(self.problems.get("missing image", [])) + len(self.problems.get("corrupt image", []))
+        unusable = 0
+        for kind in ("missing image", "corrupt image"):
+            unusable += len(self.problems.get(kind, []))
         if self.total and unusable > max_missing * self.total:
             failed.append(f"{unusable} of {self.total} pictures can't be used, more than max_missing={max_missing:.2%}")
         for kind in ("malformed", "placeholder mismatch"):
@@ -127,6 +129,7 @@ def _samples(recipe: LlavaJsonRecipe, file: str, report: Report) -> list[Sample]
     samples: list[Sample] = []
     seen: Counter[tuple[str, str]] = Counter()
     for place, record in tqdm(read_records(file), desc="records", unit="record", dynamic_ncols=True):
+        # Reading goes on after a broken record: one run reports everything.
         try:
             sample = parse_record(record, place, recipe.sources)
         except DataError as error:
@@ -182,6 +185,7 @@ def _undecodable(references: list[str], images: ImageOpener, num_proc: int) -> d
 
 
 def _decode(row: dict[str, str], images: ImageOpener) -> dict[str, str]:
+    # As a value: an exception in a worker process would end the pass over the others.
     try:
         images.open(row["reference"], row["reference"])
     except DataError as error:

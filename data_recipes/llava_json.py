@@ -150,6 +150,7 @@ def _source(image: str | None, place: str, strict: bool) -> str:
     for source, prefix in PREFIXES.items():
         if image.startswith(prefix):
             return source
+    # A recipe that draws from sources would drop such a sample without a word.
     if strict:
         raise DataError(f"{place}: image path {image!r} starts with none of {', '.join(PREFIXES.values())}")
     return "custom"
@@ -159,21 +160,24 @@ def _turns(messages: list[Any], place: str, has_image: bool) -> Iterator[Turn]:
     if not messages or len(messages) % 2:
         raise DataError(f"{place}: a conversation alternates human and gpt messages, got {len(messages)} messages")
     placeholders = 0
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
+            raise DataError(f"{place}: message {number} has no text `value`")
     for index in range(0, len(messages), 2):
         asked, answered = messages[index], messages[index + 1]
-        for number, message in ((index, asked), (index + 1, answered)):
-            if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-                raise DataError(f"{place}: message {number} has no text `value`")
         if (asked.get("from"), answered.get("from")) != ("human", "gpt"):
             raise DataError(
                 f"{place}: messages {index} and {index + 1} are from {asked.get('from')!r} and "
                 f"{answered.get('from')!r}, expected 'human' and 'gpt'"
             )
-        placeholders += asked["value"].count(_IMAGE)
-        if _IMAGE in answered["value"]:
+        question, answer = asked["value"], answered["value"]
+        placeholders += question.count(_IMAGE)
+        if _IMAGE in answer:
             raise PlaceholderError(f"{place}: message {index + 1}, an answer, holds {_IMAGE}")
-        yield Turn(asked["value"].replace(_IMAGE, "").strip(), answered["value"].strip())
+        # The placeholder is left out: the chat template writes the model's own.
+        yield Turn(question.replace(_IMAGE, "").strip(), answer.strip())
     if placeholders != int(has_image):
         raise PlaceholderError(f"{place}: {placeholders} {_IMAGE} placeholders, but {int(has_image)} picture")
+    # Elsewhere the chat template would move it to the front, and the conversation would be another.
     if has_image and _IMAGE not in messages[0]["value"]:
         raise PlaceholderError(f"{place}: {_IMAGE} must be in the first human message")

@@ -36,7 +36,7 @@ def plan(recipe_name: str, file: str | None, image_root: str | None) -> tuple[st
     recipe = read_recipe(recipe_name)
     if not isinstance(recipe, LlavaJsonRecipe):
         raise DataError(f"recipe {recipe_name!r} draws its samples; there is nothing to prepare")
-    if recipe.sources is None:
+    if recipe.sources is None:  # only the published mix names its sources
         raise DataError(f"recipe {recipe_name!r} reads a file of your own; there is nothing to download")
     root = Path(image_root or ".")
     name, url = MIX

@@ -84,7 +84,7 @@ def read_recipe(name: str) -> Recipe:
         DataError: if there is none, or it does not validate.
     """
     path = recipe_file(name)
-    values = yaml.safe_load(path.read_text())
+    values = yaml.safe_load(path.read_text())  # safe: a recipe is data, and may come from anywhere
     if not isinstance(values, dict) or "format" not in values:
         raise DataError(f"recipe {path} names no format; write `format: llava_json`, for example")
     try:
@@ -141,7 +141,7 @@ def load_recipe(
         raise DataError(f"recipe {recipe.name!r} leaves no sample to train on")
     if max_samples is not None and max_samples < len(order):
         order = sorted(random.Random(seed).sample(order, max_samples))
-    if len(order) < len(rows):
+    if len(order) < len(rows):  # a selection of everything would cost each look-up one more
         rows = rows.select(order)
     content_hash, counts = _hash_and_counts(rows)
     return RecipeData(recipe.name, rows, images, content_hash, counts, missing, held_out)
@@ -152,6 +152,7 @@ def _hash_and_counts(rows: Dataset) -> tuple[str, dict[str, int]]:
     digest = hashlib.sha256()
     counts = Counter[str]()
     for row in rows:
+        # Sorted keys: a column's place in a file is no part of the data.
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
         counts[row["source"]] += 1
     return digest.hexdigest(), dict(sorted(counts.items()))

@@ -205,6 +205,7 @@ def default_device() -> str:
 
 
 def _pruned(model: PreTrainedModel, spec: PruningSpec, processor: Any) -> PrunedModel:
+    # A shipped name becomes a path here and not in the specification, which records keep as it was written.
     if spec.text_tower is not None:
         spec = spec.model_copy(update={"text_tower": shipped(spec.text_tower)})
     return PrunedModel(model, spec, processor.tokenizer)

@@ -30,6 +30,7 @@ def record_input(module: nn.Module) -> Iterator[list[Tensor]]:
 def record_output(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the output of every call of ``module`` while the context is open."""
     seen: list[Tensor] = []
+    # append() returns None, which leaves the output as it is.
     handle = module.register_forward_hook(lambda _module, _args, output: seen.append(output))
     try:
         yield seen

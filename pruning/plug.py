@@ -68,6 +68,7 @@ class PrunedModel:
         self.text = TextReader(model, tokenizer, spec.text_tower)
         config: Any = model.config
         tower = config.vision_config.model_type
+        # Here and not with the first batch: what the tower lacks it lacks for all of them.
         check_signals(self.pruner, self.family.signals(model), self.text.signals(), tower)
         texts = [signal_of(need) for need in of_source(self.pruner.needs, "text")]
         self.reads_text = bool(texts)
@@ -122,6 +123,7 @@ class PrunedModel:
         Raises:
             PruningError: if placeholders and images disagree, the mask is missing or the budget does not fit.
         """
+        # Trainers pass None for what a batch has not; a key that is there would be taken for an input.
         inputs = {key: value for key, value in inputs.items() if value is not None}
         instructions = inputs.pop("instructions", ())
         sample_ids = inputs.pop("sample_ids", ())
@@ -195,7 +197,7 @@ class PrunedModel:
         if self.family.counts_rows_and_columns:  # given to the model, since packing tells samples apart by them
             inputs = shorten(inputs, keep, self.family.positions(self.model, inputs), "right")
         if not (self.model.training and torch.is_grad_enabled()):
-            return Pruned(inputs, keep)
+            return Pruned(inputs, keep)  # in inference there is no gradient to agree on
         # Every module that the ranks with images call is called here, too: ZeRO-3 gathers weights in step.
         blank = self.encode(self.family.blank(self.model))["image"]
         vision = self.text.add(blank, self.pruner, [""], [0])
@@ -252,7 +254,7 @@ class PrunedModel:
 
         def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
             if self._is_prepared(args, kwargs):
-                return None
+                return None  # later steps of generate() call the model again
             pruned = self.prepare(kwargs)
             if seen is not None:
                 seen(pruned)

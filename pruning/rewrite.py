@@ -121,7 +121,8 @@ def _row_is_held(vision: Vision, stays: Bool[Tensor, " S"], is_end: Bool[Tensor,
     cell = image * cells + row + 1  # (S,)
     in_row = torch.zeros(len(lengths) * cells, dtype=torch.long, device=stays.device)
     in_row = in_row.index_add(0, cell, stays.long())
-    dropped = torch.zeros_like(lengths).index_add(0, image, (~stays & ~is_end).long())
+    is_dropped = ~stays & ~is_end
+    dropped = torch.zeros_like(lengths).index_add(0, image, is_dropped.long())
     row_has_token = (in_row[cell] > 0) & (row >= 0)
     image_is_whole = dropped[image] == 0
     return row_has_token | image_is_whole
@@ -154,10 +155,12 @@ def slot_features(
         return plain
     # Two look-ups instead of a loop: from a slot to its token, and from a token to its merged features, if it has any.
     order = torch.arange(len(numbers), device=numbers.device)
-    merged_of = torch.full((vision.total,), -1, device=numbers.device).index_copy(0, numbers, order)  # (T,)
+    nothing = torch.full((vision.total,), -1, device=numbers.device)
+    merged_of = nothing.index_copy(0, numbers, order)  # (T,)
     origin = torch.cat(vision.origin)[stays]  # (K,)
     source = torch.where(origin == NEWLINE, -1, merged_of[origin.clamp(min=0)])
-    return torch.where((source >= 0)[:, None], projected[source.clamp(min=0)], plain)
+    is_merged = (source >= 0)[:, None]
+    return torch.where(is_merged, projected[source.clamp(min=0)], plain)
 
 
 def rewrite(

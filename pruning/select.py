@@ -41,6 +41,7 @@ def candidates(vision: Vision, scope: str) -> list[Candidates]:
         if several and scope == "image":
             found += _pooled(vision, tokens, owner, first=int(numbers[0, 0]))
             continue
+        # Some methods scale their scores over all crops of an image, as their published code does.
         if several:
             tokens = replace(tokens, image=_counted(owner, tokens.features.device))
         found.append(Candidates(tokens, numbers, owner))
@@ -139,6 +140,7 @@ def choose(pruner: Pruner, among: Candidates, keep: Budget, small_images: str, n
         PruningError: if the budget does not fit.
     """
     tokens = among.tokens
+    # A share of the tokens always fits; only a number can exceed them.
     if isinstance(keep, int) and keep > tokens.count and small_images == "keep_all":
         keep = tokens.count
     try:

@@ -125,7 +125,9 @@ def _staying_order(stays: Bool[Tensor, "B L"], padding_side: str) -> Int[Tensor,
     right = padding_side == "right"
     # Stable sorting moves the staying columns to one side without changing their order.
     order = torch.sort(stays.long(), dim=1, descending=right, stable=True).indices
-    return order[:, :length] if right else order[:, order.shape[1] - length :]
+    if right:
+        return order[:, :length]
+    return order[:, order.shape[1] - length :]
 
 
 def _counted(mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:

@@ -103,6 +103,7 @@ class Attention:
         if heads is None:
             heads, scale = self.heads, self.scale
         else:
+            # PruMerge reads the layer as if it had one head; its logits are scaled by that head's width.
             width = self.query_weight.shape[0] // heads
             scale = width**-0.5
         query = _linear(self.hidden[:, :1], self.query_weight, self.query_bias)[:, 0]  # (B, H * d)
@@ -188,13 +189,17 @@ def signal_of(need: str) -> Signal:
 
 
 def layer_of(need: str) -> int | None:
-    """Return the layer that an entry of ``needs`` names, counted from 1; None if it leaves it to the signal."""
+    """Return the layer that an entry of ``needs`` names, counted from 1; None if it leaves it to the signal.
+
+    ``"object_attention@9"`` is 9, ``"keys"`` is None.
+    """
     number = need.partition("@")[2]
     return int(number) if number else None
 
 
 def of_source(needs: Iterable[str], *sources: Source) -> list[str]:
     """Return the entries of ``needs`` whose signals come from ``sources``, in alphabetical order."""
+    # Sorted, because a set's order differs from process to process.
     return sorted(need for need in needs if signal_of(need).source in sources)
 
 

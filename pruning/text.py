@@ -91,6 +91,7 @@ class TextReader:
             texts["text_token_embeds"] = self.token_embeds(instructions)
         groups = []
         for tokens, owner in zip(vision.groups, vision.owner, strict=True):
+            # The row of each item: crops and frames read the text of their image's sample.
             where = torch.tensor([rows[image] for image in owner], device=tokens.features.device)
             found = {name: values[where] for name, values in texts.items()}
             if "image_embeds" in wanted:
@@ -99,6 +100,7 @@ class TextReader:
                 found["general_embeds"] = self.prompt_embeds(prompts, "clip").expand(len(where), -1, -1)
             if "general_token_embeds" in wanted:
                 found["general_token_embeds"] = self.prompt_embeds(prompts, "llm").expand(len(where), -1, -1)
+            # For the message of a signal that is not finite.
             layers = {**tokens.layers, "image_embeds": "CLIP's visual projection"}
             groups.append(replace(tokens, signals={**tokens.signals, **found}, layers=layers))
         return replace(vision, groups=tuple(groups))

@@ -60,7 +60,7 @@ class VisualTokens:
         Raises:
             PruningError: if it was not computed, or holds NaN or infinity, naming the layer it was read from.
         """
-        value = self.require(signal).float()
+        value = self.require(signal).float()  # half precision ties where float32 does not
         # NaN and infinity do not go away in a sum: one number is read back, and no mask as large as the signal is made.
         if not math.isfinite(value.sum()):
             where = f" of {self.layers[signal]}" if signal in self.layers else ""
@@ -113,6 +113,7 @@ class Selection:
         if self.origin is None:
             return indices
         slots = self.origin[item].clone()
+        # Whatever has no origin was given a position of its own, so there are as many free ones as it takes.
         free = indices[~torch.isin(indices, slots)]
         slots[slots < 0] = free
         return slots
@@ -142,5 +143,6 @@ class Pruner(Protocol):
 
 def keep_all(tokens: VisualTokens) -> Selection:
     """Return every token as it is, unmerged: what each method answers when the budget is N."""
+    # Unmerged also by methods that merge: with all tokens kept the model's input is the stock model's bit for bit.
     positions = torch.arange(tokens.count, device=tokens.features.device)
     return Selection(positions.expand(len(tokens.features), -1))

@@ -59,6 +59,7 @@ class Vision:
     @property
     def cut_up(self) -> bool:
         """Whether some image has several items, such as crops."""
+        # Only then do a budget per item and one per image differ.
         return any(len(set(owner)) < len(owner) for owner in self.owner)
 
     def numbers(self) -> list[Int[Tensor, "B N"]]:
@@ -113,6 +114,7 @@ class Vision:
 
     def save(self, path: str | Path) -> None:
         """Write the images to a file, from the CPU and without their graph."""
+        # A cache written on one GPU is read on another, or on none.
         torch.save(self.map(lambda tensor: tensor.detach().cpu()), path)
 
     @staticmethod
@@ -137,6 +139,7 @@ def of_equal_images(tokens: VisualTokens, modality: str = "image") -> Vision:
     """Return B images of which each is one item, and each token one slot."""
     assert tokens.projected is not None  # every family fills it
     images, count, _ = tokens.projected.shape
+    # Token i of an image fills its placeholder i, so slots and tokens have one order.
     numbers = torch.arange(images * count, device=tokens.projected.device).view(images, count)
     return Vision(
         modality=modality,

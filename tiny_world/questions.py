@@ -10,6 +10,7 @@ import numpy as np
 from prunetune.tiny_world.scene import COLORS, PLACES, SHAPES, SIZES, Number, Scene, Shape
 
 COUNTS = ("zero", "one", "two", "three", "four", "five")
+# The words of the questions themselves; general prompts of text-conditioned pruners add a few.
 _SCAFFOLD = (
     "describe the . what color is shape ? a object or there how many shapes are where number shown first last digit "
     "of yes no in picture and , nothing with an on it to this image all text"
@@ -69,6 +70,7 @@ def drill(scene: Scene) -> list[Question]:
     if scene.number is not None:
         for kind in rng.permutation(list(_NUMBER))[:3].tolist():
             posed.append(_NUMBER[kind](scene.number))
+    # Filled up with descriptions: batches hold equally many questions per scene.
     order = rng.permutation(len(scene.shapes)).tolist()
     while len(posed) < 12:
         posed.append(_describe(scene, order[len(posed) % len(order)]))
@@ -152,7 +154,7 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question:
 
 def _exist(scene: Scene, rng: np.random.Generator) -> Question:
     """Ask for a form or a colour that is there, or for one that is nowhere in the image, half and half."""
-    answer = "yes" if rng.random() < 0.5 else "no"
+    answer = "yes" if rng.random() < 0.5 else "no"  # drawn first, so that neither answer is the better guess
     if rng.random() < 0.5:
         known: tuple[str, ...] = SHAPES
         thing = ""

@@ -109,7 +109,7 @@ def split_seeds(split: str, count: int, start: int = 0) -> range:
 def sample_scene(seed: int) -> Scene:
     """Draw the scene that belongs to ``seed``; the same seed gives the same scene on every machine."""
     rng = np.random.default_rng([_WORLD, seed])
-    cells = rng.permutation(9)
+    cells = rng.permutation(9)  # one thing per cell, so that no shape hides another
     count = int(rng.integers(3, 6))
     pairs = rng.permutation(len(COLORS) * len(SHAPES))[:count]  # no two shapes share both colour and form
     shapes = []
@@ -119,10 +119,11 @@ def sample_scene(seed: int) -> Scene:
         jitter = rng.uniform(-_JITTER, _JITTER, 2)
         row, column = divmod(cell, 3)
         # Off the centre by a little, so that no patch always shows the same part of a shape.
-        center = (row * CELL_PIXELS + 13.5 + jitter[0], column * CELL_PIXELS + 13.5 + jitter[1])
+        middle_row = row * CELL_PIXELS + 13.5 + jitter[0]
+        middle_column = column * CELL_PIXELS + 13.5 + jitter[1]
         color, form = divmod(pair, len(SHAPES))
         radius = float(rng.uniform(low, high))
-        shapes.append(Shape(cell, COLORS[color], SHAPES[form], size, center, radius))
+        shapes.append(Shape(cell, COLORS[color], SHAPES[form], size, (middle_row, middle_column), radius))
     number = None
     if rng.random() < _NUMBER_CHANCE:
         number = _sample_number(int(cells[count]), rng)
@@ -151,7 +152,8 @@ def _shape_mask(shape: Shape, rows: np.ndarray, columns: np.ndarray) -> np.ndarr
     if shape.shape == "diamond":
         return abs(dx) + abs(dy) <= 1.1 * r
     if shape.shape == "cross":
-        return (np.minimum(abs(dx), abs(dy)) <= 0.3 * r) & (np.maximum(abs(dx), abs(dy)) <= r)
+        near, far = np.minimum(abs(dx), abs(dy)), np.maximum(abs(dx), abs(dy))
+        return (near <= 0.3 * r) & (far <= r)
     distance = dx**2 + dy**2  # ring
     return (distance <= r**2) & (distance >= (0.55 * r) ** 2)
 
@@ -159,7 +161,8 @@ def _shape_mask(shape: Shape, rows: np.ndarray, columns: np.ndarray) -> np.ndarr
 def _digit_boxes(number: Number) -> list[tuple[int, int, int]]:
     """Return ``(digit, top, left)`` of the two 14 x 10 px glyphs."""
     top, left = number.corner
-    return [(digit, top, left + 2 + 14 * index) for index, digit in enumerate(number.digits)]
+    first, last = number.digits
+    return [(first, top, left + 2), (last, top, left + 16)]
 
 
 def object_masks(scene: Scene) -> list[np.ndarray]:
@@ -184,6 +187,7 @@ def object_masks(scene: Scene) -> list[np.ndarray]:
 
 def render(scene: Scene) -> np.ndarray:
     """Draw the scene as ``uint8`` pixels (84, 84, 3); deterministic in the scene's seed."""
+    # A generator of its own: a change of the drawing leaves the scenes, and so the answers, as they are.
     rng = np.random.default_rng([_WORLD, scene.seed, 1])
     # The background differs from patch to patch: the patches of an even one would be duplicates of one another.
     coarse = rng.normal(0, 5, (12, 12, 1)).repeat(7, 0).repeat(7, 1)

@@ -30,6 +30,7 @@ class FrozenReport:
 
 def parameter_count(parameter: Tensor) -> int:
     """Return a parameter's size, also when DeepSpeed ZeRO-3 holds it in pieces."""
+    # There the parameter itself has no elements; DeepSpeed notes how many it would have.
     return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
@@ -60,6 +61,7 @@ def freeze_all_but_projector(peft_model: PeftModel) -> FrozenReport:
             "nothing would train: the trainable set is empty; leave train.trainable unset to train the "
             f"projector ({', '.join(projectors)})"
         )
+    # Compared by name, in both directions: a second trained module is as wrong as half a projector.
     if actual != expected or not expected:
         differs = []
         extra, lacking = sorted(actual - expected), sorted(expected - actual)

@@ -60,6 +60,7 @@ class GroupedSampler(Sampler[int]):
                     whole.append(batch)
                 else:
                     rest += batch
+        # Batches and not samples are shuffled now, so that no batch mixes lengths again.
         chance.shuffle(whole)
         for batch in whole:
             yield from batch
@@ -76,6 +77,7 @@ class GroupedSampler(Sampler[int]):
 
     def _batches(self, indices: list[int], chance: random.Random) -> Iterator[list[int]]:
         chance.shuffle(indices)
+        # Sorted within a stretch only: sorted as a whole, the same samples would share a batch in every epoch.
         size = self.group * MEGABATCH
         for start in range(0, len(indices), size):
             ordered = sorted(indices[start : start + size], key=lambda n: -self.lengths[n])

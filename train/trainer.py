@@ -173,7 +173,10 @@ def last_complete_checkpoint(output: Path, settings: dict[str, Any]) -> Path | N
         ConfigError: if it was written under other settings, naming them.
     """
     # By number: of names checkpoint-900 would be newer than checkpoint-1000.
-    by_step = {int(mark.parent.name.split("-")[1]): mark for mark in output.glob(f"checkpoint-*/{COMPLETE}")}
+    by_step = {}
+    for mark in output.glob(f"checkpoint-*/{COMPLETE}"):
+        step = int(mark.parent.name.split("-")[1])
+        by_step[step] = mark
     if not by_step:
         return None
     mark = by_step[max(by_step)]

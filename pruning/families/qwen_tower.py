@@ -108,7 +108,8 @@ def _by_segment(
     pieces: dict[int, Tensor] = {}  # by their first patch
     # Segments of one length are one batch, as the items of a tower with a fixed size are.
     for length, starts in sorted(starts_of.items()):
-        rows = torch.tensor(starts, device=hidden.device)[:, None] + torch.arange(length, device=hidden.device)
+        first = torch.tensor(starts, device=hidden.device)
+        rows = first[:, None] + torch.arange(length, device=hidden.device)  # (segments, length)
         attention = Attention(
             hidden=hidden[rows],
             query_weight=query,
@@ -133,6 +134,8 @@ class _Rotation:
     sin: Float[Tensor, "B T d"]
 
     def __call__(self, vectors: Float[Tensor, "B H T d"]) -> Float[Tensor, "B H T d"]:
-        cos, sin = self.cos[:, None].double(), self.sin[:, None].double()
+        cos = self.cos[:, None].double()
+        sin = self.sin[:, None].double()
         front, back = vectors.chunk(2, dim=-1)
-        return vectors * cos + torch.cat([-back, front], dim=-1) * sin
+        turned = torch.cat([-back, front], dim=-1)
+        return vectors * cos + turned * sin

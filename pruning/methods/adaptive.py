@@ -22,6 +22,7 @@ from prunetune.pruning.options import check_choice, check_least, check_share
 from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens
 
+# The one table of variants: the option's choices, its check and its call all come from here.
 VARIANTS: dict[str, Variant] = {
     "threshold": threshold_walk,
     "vispruner": mixed_with_vispruner,

@@ -55,7 +55,8 @@ def threshold_walk(tokens: VisualTokens, budgets: ItemBudgets) -> Selection:
     threshold = (rank + 1) * budgets.scale * budgets.relative[:, None]  # (B, N)
     near = distance < threshold.clamp(max=budgets.tau_max)[..., None]
     removed = torch.where(near, -(rank + tokens.count), 0)
-    picks = pick_spread(removed, -rank.expand_as(order), int(budgets.wanted.max()), "minimum")
+    most = int(budgets.wanted.max())  # items that keep fewer walk on; what they pick then does not count
+    picks = pick_spread(removed, -rank.expand_as(order), most, "minimum")
     kept = mask_of_picks(order.gather(1, picks), budgets.wanted, tokens.count)
     return selection_of(kept, budgets.wanted)
 
@@ -80,9 +81,11 @@ def mixed_with_divprune(tokens: VisualTokens, budgets: ItemBudgets) -> Selection
     kept = first_ranked(_by_attention(tokens), budgets.attended)
     distance = cosine_distance(tokens.finite("projected"))
     # Without attended tokens there is nothing to be far from: the item starts as DivPrune does.
-    alone = mask_of(loneliest(distance, torch.zeros_like(kept))[:, None], tokens.count)
+    first = loneliest(distance, torch.zeros_like(kept))
+    alone = mask_of(first[:, None], tokens.count)
     kept = torch.where(budgets.attended[:, None] > 0, kept, alone)
-    nearest = distance.masked_fill(~kept[:, None, :], float("inf")).amin(dim=-1)  # (B, N)
+    to_kept = distance.masked_fill(~kept[:, None, :], float("inf"))
+    nearest = to_kept.amin(dim=-1)  # (B, N)
     left = budgets.wanted - budgets.attended.clamp(min=1)
     # Items that need fewer go on picking; what they pick then does not count.
     picks = pick_spread(distance, nearest, max(int(left.max()), 0), "minimum", kept)

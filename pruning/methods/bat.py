@@ -72,22 +72,27 @@ class BAT:
     def _peaks(self, distance: Float[Tensor, "B N N"], kept: Bool[Tensor, "B N"]) -> Float[Tensor, "B N"]:
         """Return density times distance to the nearest denser token (B, N); attentive tokens come last."""
         infinity = float("inf")
-        apart = distance.masked_fill(kept[:, None, :] | kept[:, :, None], infinity)  # (B, N, N)
+        # Attentive tokens are infinitely far: they are nobody's neighbour, and in no cluster.
+        with_kept = kept[:, None, :] | kept[:, :, None]
+        apart = distance.masked_fill(with_kept, infinity)  # (B, N, N)
         real = apart.isfinite()
 
         # Squared distances count relative to the item's own mean: real features are so wide and long (1024 channels of
         # norm 30 in the test) that exp(-distance^2) is 0 for every token, and the centres would be the first indices.
-        scale = apart.masked_fill(~real, 0).square().sum((1, 2)) / real.sum((1, 2)).clamp(min=1)  # (B,)
-        tiny = torch.finfo(torch.float32).tiny
+        zeroed = apart.masked_fill(~real, 0)
+        scale = zeroed.square().sum((1, 2)) / real.sum((1, 2)).clamp(min=1)  # (B,)
+        scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
         # One neighbour more, for the nearest token of each is itself.
-        near = apart.topk(min(self.neighbours + 1, apart.shape[1]), largest=False).values  # (B, N, k)
-        mean = near.nan_to_num(posinf=0).square().sum(-1) / near.isfinite().sum(-1).clamp(min=1)  # (B, N)
-        density = torch.exp(-mean / scale.clamp(min=tiny)[:, None])
+        number = min(self.neighbours + 1, apart.shape[1])
+        near = apart.topk(number, largest=False).values  # (B, N, number)
+        squares = near.nan_to_num(posinf=0).square()
+        mean = squares.sum(-1) / near.isfinite().sum(-1).clamp(min=1)  # (B, N)
+        density = torch.exp(-mean / scale[:, None])
 
         denser = density[:, None, :] > density[:, :, None]
         gap = apart.masked_fill(~denser, infinity).amin(dim=-1)  # (B, N)
         # Nothing is denser than the densest token: it counts as far as anything is, and becomes a centre.
-        widest = apart.masked_fill(~real, 0).amax(dim=(1, 2))
+        widest = zeroed.amax(dim=(1, 2))
         gap = torch.where(gap.isinf(), widest[:, None], gap)
         return (density * gap).masked_fill(kept, -infinity)
 
@@ -100,11 +105,14 @@ def _cluster_means(
     distance: Float[Tensor, "B N N"],
 ) -> Float[Tensor, "B N C"]:
     """Return at every centre the mean of its cluster, weighted by attention; elsewhere zeros."""
-    nearest = distance.masked_fill(~centre[:, None, :], float("inf")).argmin(dim=-1)  # (B, N)
+    to_centres = distance.masked_fill(~centre[:, None, :], float("inf"))
+    nearest = to_centres.argmin(dim=-1)  # (B, N)
     index = torch.arange(features.shape[1], device=features.device)
     nearest = torch.where(centre, index, nearest)  # of two equal centres each keeps itself
     # Attention may be 0; the floor lets such a token still stand for itself.
     weight = torch.where(kept, 0, attention.clamp(min=1e-12))
     # As a product: atomic additions on a GPU would change the last bits from run to run.
-    member = torch.zeros_like(distance).scatter(1, nearest[:, None], weight[:, None])  # (B, centre, token)
-    return (member @ features) / member.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    member = torch.zeros_like(distance)  # (B, centre, token)
+    member = member.scatter(1, nearest[:, None], weight[:, None])
+    total = member.sum(dim=-1, keepdim=True)
+    return (member @ features) / total.clamp(min=1e-30)  # a row that is no centre's holds nothing

@@ -86,6 +86,7 @@ class CrisPrune:
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K): salient or relevant, and diverse."""
+        # A side of weight 0 is left out and not multiplied: its signals were not computed.
         quality = tokens.features.new_zeros(tokens.features.shape[:2], dtype=torch.float32)
         if self.alpha > 0:
             quality = quality + self.alpha * self._semantic(tokens)

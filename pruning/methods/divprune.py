@@ -50,7 +50,8 @@ def most_distant(
         # Infinitely far: what does not exist is nobody's nearest neighbour. In place, for the matrix is the largest
         # thing there is.
         infinity = float("inf")
-        distance.masked_fill_(taken[:, :, None], infinity).masked_fill_(taken[:, None, :], infinity)
+        distance.masked_fill_(taken[:, :, None], infinity)
+        distance.masked_fill_(taken[:, None, :], infinity)
     first = loneliest(distance, taken)
     items = torch.arange(len(first), device=first.device)
     taken[items, first] = True

@@ -35,7 +35,7 @@ class DivPruneAligned:
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K aligned and mutually distant positions (B, K)."""
         projected = tokens.finite("projected")
-        first = max(whole(self.n1_ratio * tokens.count), keep)
+        first = max(whole(self.n1_ratio * tokens.count), keep)  # a filter below K would leave fewer than K
         aligned = aligned_tokens(tokens, projected, first, self.alignment_metric)
         picks = most_distant(projected, keep, among=mask_of(aligned, tokens.count))
         return Selection(ascending(picks))

@@ -53,7 +53,8 @@ def pooling(rows: int, columns: int, keep: int) -> tuple[Float[Tensor, "K N"], I
     A grid of 1 row and 4 columns with K = 2 gives ``[[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]`` and ``[1, 3]``.
     """
     # Square regions have sqrt(K * rows / columns) strips; no strip may have more regions than columns.
-    strips = max(round(math.sqrt(keep * rows / columns)), math.ceil(keep / columns), 1)
+    square = round(math.sqrt(keep * rows / columns))
+    strips = max(square, math.ceil(keep / columns), 1)
     weights, centers = [], []
     for strip in range(strips):
         regions = keep // strips
@@ -75,6 +76,7 @@ def _overlap(cells: int, regions: int) -> Float[Tensor, "regions cells"]:
     3 cells in 2 regions give ``[[1, 0.5, 0], [0, 0.5, 1]]``.
     """
     edges = torch.linspace(0, cells, regions + 1)
-    low = torch.maximum(edges[:-1, None], torch.arange(cells)[None, :])
-    high = torch.minimum(edges[1:, None], torch.arange(1, cells + 1)[None, :])
+    left = torch.arange(cells)[None, :]  # (1, cells)
+    low = torch.maximum(edges[:-1, None], left)
+    high = torch.minimum(edges[1:, None], left + 1)
     return (high - low).clamp(min=0)

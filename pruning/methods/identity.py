@@ -23,6 +23,7 @@ class Identity:
         Raises:
             PruningError: if the budget is below N, which this method can't honour.
         """
+        # A budget that is not met would be a dense arm under a pruned arm's name.
         if keep != tokens.count:
             raise PruningError(
                 f"identity keeps all {tokens.count} visual tokens, the budget says {keep}; "

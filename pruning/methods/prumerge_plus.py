@@ -64,8 +64,8 @@ def by_outliers(seen: Attended) -> OutliersAndSamples:
     # Rounded down twice, as the published code does: int(1 / ratio), then int(step / 3).
     step = (1 / share.clamp(min=1 / count)).long()
     stride = (step.double() / 3).long().clamp(min=1)
-    sampled = (index % stride[:, None] == 0) & (index < count - 1)
-    return outliers, sampled
+    on_stride = index % stride[:, None] == 0  # (B, N)
+    return outliers, on_stride & (index < count - 1)  # the published range ends before the last patch
 
 
 def by_ratio(seen: Attended) -> OutliersAndSamples:
@@ -75,7 +75,8 @@ def by_ratio(seen: Attended) -> OutliersAndSamples:
     number = max(int(count * seen.ratio), 1)
     every = max(int(1 / max(seen.ratio, 1 / count)), 1)
     first = every // 2
-    sampled = (index >= first) & ((index - first) % every == 0) & (index < count - 1)
+    on_stride = (index - first) % every == 0
+    sampled = on_stride & (index >= first) & (index < count - 1)  # (N,)
     outliers = torch.full((len(seen.order),), number, device=seen.order.device)
     return outliers, sampled.expand_as(seen.order)
 
@@ -121,7 +122,8 @@ class PruMergePlus(PruMerge):
             return keep_all(tokens)
         attention = tokens.finite("reader_attention")  # (B, N)
         order = top_k(attention, tokens.count)
-        outliers, sampled = WAYS[self.count](Attended(tokens, attention, order, keep, self.ratio))
+        count = WAYS[self.count]
+        outliers, sampled = count(Attended(tokens, attention, order, keep, self.ratio))
         sampled = sampled & ~first_ranked(order, outliers)  # (B, N)
         order = _in_output_order(order, outliers, sampled)
         numbers = outliers + sampled.sum(dim=1)

@@ -94,12 +94,14 @@ def merge_step(state: Merged, remove: int, class_token: bool = False) -> Merged:
     if remove <= 0:
         return state
     unit = F.normalize(state.metric, dim=-1)
-    scores = unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)  # (B, even, odd)
+    even, odd = unit[:, 0::2], unit[:, 1::2]
+    scores = even @ odd.transpose(1, 2)  # (B, even, odd)
     if class_token:
         scores[:, 0] = float("-inf")
     best, target = scores.max(dim=-1)  # (B, even), the most similar odd token of each
     order = best.sort(dim=-1, descending=True, stable=True).indices
-    source, stay = order[:, :remove], order[:, remove:]
+    source = order[:, :remove]
+    stay = order[:, remove:]
     if class_token:
         stay = ascending(stay)
     into = target.gather(1, source)  # (B, r), index among the odd
@@ -109,16 +111,19 @@ def merge_step(state: Merged, remove: int, class_token: bool = False) -> Merged:
     def merge(values: Tensor, weight: Tensor) -> Tensor:
         weighted = values * weight
         even, odd = weighted[:, 0::2], weighted[:, 1::2]
-        return torch.cat([rows_of(even, stay), odd + member @ rows_of(even, source)], dim=1)
+        joined = odd + member @ rows_of(even, source)
+        return torch.cat([rows_of(even, stay), joined], dim=1)
 
     size = merge(state.size, torch.ones_like(state.size))
-    first_even, first_odd = state.first[:, 0::2], state.first[:, 1::2]
+    first_even = state.first[:, 0::2].gather(1, stay)
+    first_odd = state.first[:, 1::2]
+    new_rows = _new_rows(source, stay, into, count)
     return Merged(
         metric=merge(state.metric, state.size) / size,
         features=merge(state.features, state.size) / size,
         size=size,
-        first=torch.cat([first_even.gather(1, stay), first_odd], dim=1),
-        assignment=_new_rows(source, stay, into, count).gather(1, state.assignment),
+        first=torch.cat([first_even, first_odd], dim=1),
+        assignment=new_rows.gather(1, state.assignment),
     )
 
 
@@ -134,7 +139,8 @@ def _new_rows(
     unmerged_count = stay.shape[1]
     even = torch.empty(len(source), (count + 1) // 2, dtype=torch.long, device=device)
     even = even.scatter(1, source, unmerged_count + into)
-    even = even.scatter(1, stay, torch.arange(unmerged_count, device=device).expand_as(stay))
+    in_order = torch.arange(unmerged_count, device=device)
+    even = even.scatter(1, stay, in_order.expand_as(stay))
     row = torch.empty(len(source), count, dtype=torch.long, device=device)
     row[:, 0::2] = even
     row[:, 1::2] = unmerged_count + torch.arange(count // 2, device=device)

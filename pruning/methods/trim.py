@@ -61,7 +61,8 @@ class Trim:
         order = top_k(score, tokens.count)
 
         dropped = dropped_mask(order, numbers, score.dtype)
-        mean = (dropped[:, None] @ features) / dropped.sum(dim=1).clamp(min=1)[:, None, None]  # (B, 1, C)
+        total = dropped[:, None] @ features  # (B, 1, C)
+        mean = total / dropped.sum(dim=1).clamp(min=1)[:, None, None]
         kept = _in_raster_order(order, numbers)
         position = strongest_dropped(order, numbers)
         # A budget of 1 is the one token that is kept: there is no room for the mean.
@@ -76,5 +77,7 @@ def _in_raster_order(order: Int[Tensor, "B N"], numbers: Int[Tensor, " B"]) -> I
     """
     count = order.shape[1]
     kept = order[:, : int(numbers.max())]
-    is_real = torch.arange(kept.shape[1], device=kept.device) < numbers[:, None]
-    return kept.gather(1, torch.where(is_real, kept, count).argsort(dim=1))
+    rank = torch.arange(kept.shape[1], device=kept.device)
+    # Padding sorts as a position behind the last.
+    key = torch.where(rank < numbers[:, None], kept, count)
+    return kept.gather(1, key.argsort(dim=1))

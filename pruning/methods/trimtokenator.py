@@ -80,7 +80,8 @@ def alignment(tokens: VisualTokens, projected: Float[Tensor, "B N D"], metric: s
     of_tokens = torch.linalg.vector_norm(projected, dim=-1).square()  # (B, N)
     of_words = words.square().sum(dim=-1)  # (B, M)
     square = of_tokens[..., None] + of_words[:, None]
-    distance = (square - 2 * (projected @ words.transpose(1, 2))).clamp(min=0).sqrt()  # (B, N, M)
+    product = projected @ words.transpose(1, 2)  # (B, N, M)
+    distance = (square - 2 * product).clamp(min=0).sqrt()
     return -masked_mean(distance, text_mask(words))
 
 
@@ -103,8 +104,12 @@ def repmax(
     else:
         # The highest sum of these is the lowest sum of similarities, which equation 16 asks for.
         apart = cosine_similarity(features).neg_()
-    exist = torch.ones(apart.shape[:2], device=apart.device) if among is None else among.float()
-    mean = (apart @ exist[..., None])[..., 0] / exist.sum(dim=1, keepdim=True)  # equation 9
+    if among is None:
+        exist = torch.ones(apart.shape[:2], device=apart.device)
+    else:
+        exist = among.float()
+    total = (apart @ exist[..., None])[..., 0]  # (B, N)
+    mean = total / exist.sum(dim=1, keepdim=True)  # equation 9
     taken = exist == 0
     first = mean.masked_fill(taken, float("-inf")).argmax(dim=-1)  # equation 10
     items = torch.arange(len(first), device=first.device)

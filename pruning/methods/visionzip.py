@@ -59,7 +59,8 @@ class VisionZip:
         merged = torch.cat(outputs, dim=1).to(tokens.features.dtype)  # (B, K, C)
 
         # [CLS] has no patch of its own: it sits on the most attended one that is not taken.
-        first_free = mask_of(kept, tokens.count).gather(1, order).long().argmin(dim=1, keepdim=True)
+        is_taken = mask_of(kept, tokens.count).gather(1, order)  # (B, N), the most attended first
+        first_free = is_taken.long().argmin(dim=1, keepdim=True)
         cls_position = order.gather(1, first_free)  # (B, 1)
         origin = torch.cat([torch.full_like(cls_position, -1), kept], dim=1)
         positions = ascending(torch.cat([cls_position, kept], dim=1))
@@ -73,11 +74,13 @@ def _contextual(
     count = features.shape[1]
     taken = mask_of(dominant, count)
     # A stable sort of a mask moves the free patches to the front in raster order.
-    free = torch.sort(taken.long(), dim=1, stable=True).indices[:, : count - dominant.shape[1]]  # (B, R)
+    in_raster_order = torch.sort(taken.long(), dim=1, stable=True).indices
+    free = in_raster_order[:, : count - dominant.shape[1]]  # (B, R)
     step = max(1, free.shape[1] // number)
     chosen = torch.arange(number, device=free.device) * step
     unit = F.normalize(rows_of(keys, free), dim=-1)
-    nearest = (unit @ unit[:, chosen].transpose(1, 2)).argmax(dim=-1)  # (B, R), the target of each
+    similarity = unit @ unit[:, chosen].transpose(1, 2)  # (B, R, number)
+    nearest = similarity.argmax(dim=-1)  # (B, R), the target of each
     # As a product and not by atomic additions, whose order on a GPU would change the last bits from run to run.
     member = F.one_hot(nearest, number).to(features)  # (B, R, number)
     member[:, chosen] = 0  # targets are assigned to nobody

@@ -60,14 +60,17 @@ def _by_rows(
     rows = similarity.reshape(batch * count, count)
     first_row = _first_rows(batch, count, rest.device)
     while rest.shape[1] > stop:
-        even, odd = rest[:, 0::2], rest[:, 1::2]
+        even = rest[:, 0::2]
+        odd = rest[:, 1::2]
         if odd.shape[1]:
             # Whole rows in one copy, and the even columns picked from their maximum: less to look up than every pair.
-            of_odd = rows.index_select(0, (odd + first_row).flatten()).view(batch, -1, count)
+            odd_rows = (odd + first_row).flatten()
+            of_odd = rows.index_select(0, odd_rows).view(batch, -1, count)  # (B, odd, N)
             duplicated = of_odd.amax(dim=1).gather(1, even)  # (B, even)
         else:  # a single token is left, and it has nothing to resemble
             duplicated = torch.zeros_like(even, dtype=similarity.dtype)
-        rest = _after_round(even, odd, duplicated, rest.shape[1] - wanted, per_round)
+        excess = rest.shape[1] - wanted
+        rest = _after_round(even, odd, duplicated, excess, per_round)
     return rest
 
 
@@ -87,7 +90,8 @@ def _by_neighbours(
     # 0 for odd tokens and below every cosine for the others: one addition then leaves the odd neighbours alone.
     penalty = torch.empty(batch * count, dtype=similarity.dtype, device=rest.device)
     while rest.shape[1] > stop:
-        even, odd = rest[:, 0::2], rest[:, 1::2]
+        even = rest[:, 0::2]
+        odd = rest[:, 1::2]
         penalty.fill_(_BELOW_ALL).index_fill_(0, (odd + first_row).flatten(), 0)
         even_rows = (even + first_row).flatten()
         neighbour_penalty = _looked_up(penalty, near_rows.index_select(0, even_rows))
@@ -95,9 +99,11 @@ def _by_neighbours(
         undecided = (duplicated < _BELOW_ALL / 2).nonzero()[:, 0]  # no neighbour is odd
         if len(undecided):
             item = undecided // even.shape[1]
-            whole = rows.index_select(0, even_rows[undecided]) + penalty.view(batch, count)[item]
+            whole = rows.index_select(0, even_rows[undecided])  # (undecided, N)
+            whole = whole + penalty.view(batch, count)[item]
             duplicated[undecided] = whole.amax(dim=-1)
-        rest = _after_round(even, odd, duplicated.view(even.shape), rest.shape[1] - wanted, per_round)
+        excess = rest.shape[1] - wanted
+        rest = _after_round(even, odd, duplicated.view(even.shape), excess, per_round)
     return rest
 
 
@@ -105,8 +111,10 @@ def _among(similarity: Float[Tensor, "B N N"], rest: Int[Tensor, "B R"]) -> Floa
     """Return the similarities (B, R, R) among the tokens ``rest`` (B, R)."""
     batch, count, _ = similarity.shape
     chosen = (rest + _first_rows(batch, count, rest.device)).flatten()
-    rows = similarity.reshape(batch * count, count).index_select(0, chosen).view(batch, -1, count)
-    return rows.gather(2, rest[:, None].expand(-1, rest.shape[1], -1))
+    rows = similarity.reshape(batch * count, count).index_select(0, chosen)
+    rows = rows.view(batch, -1, count)  # (B, R, N)
+    columns = rest[:, None].expand(-1, rest.shape[1], -1)
+    return rows.gather(2, columns)
 
 
 def _after_round(
@@ -115,7 +123,8 @@ def _after_round(
     """Return the list after a round: the even tokens by falling similarity without the first, then the odd ones."""
     drop = min(most, excess, even.shape[1])
     order = duplicated.sort(dim=-1, descending=True, stable=True).indices
-    return torch.cat([even.gather(1, order[:, drop:]), odd], dim=1)
+    staying = even.gather(1, order[:, drop:])
+    return torch.cat([staying, odd], dim=1)
 
 
 def _first_rows(batch: int, count: int, device: torch.device) -> Int[Tensor, "B 1"]:
@@ -158,20 +167,29 @@ def without_duplicates_each(
             break
         length = torch.tensor(lengths, device=device)[:, None]
         drop = torch.tensor(drops, device=device)[:, None]
-        even, odd = rest[:, 0::2], rest[:, 1::2]
-        real_even, real_odd = (length + 1) // 2, length // 2  # (B, 1) how many of either are no padding
+        even = rest[:, 0::2]
+        odd = rest[:, 1::2]
+        # How many of either are no padding, (B, 1).
+        real_even = (length + 1) // 2
+        real_odd = length // 2
         if odd.shape[1]:
-            of_odd = rows.index_select(0, (odd + first_row).flatten()).view(batch, -1, count)
-            of_odd = of_odd.masked_fill((index[: odd.shape[1]] >= real_odd)[..., None], _BELOW_ALL)
+            odd_rows = (odd + first_row).flatten()
+            of_odd = rows.index_select(0, odd_rows).view(batch, -1, count)  # (B, odd, N)
+            is_padding = index[: odd.shape[1]] >= real_odd
+            of_odd = of_odd.masked_fill(is_padding[..., None], _BELOW_ALL)
             duplicated = of_odd.amax(dim=1).gather(1, even)  # (B, even)
         else:
             duplicated = torch.zeros_like(even, dtype=similarity.dtype)
-        duplicated = duplicated.masked_fill(index[: even.shape[1]] >= real_even, float("-inf"))
+        # Padding goes to the end of the order, behind every real token.
+        is_padding = index[: even.shape[1]] >= real_even
+        duplicated = duplicated.masked_fill(is_padding, float("-inf"))
         by_similarity = even.gather(1, duplicated.sort(dim=-1, descending=True, stable=True).indices)
         # The new list is read out of [even by similarity, odd]: from behind the dropped to the last real even token,
         # then from the first odd one.
         left = real_even - drop
-        source = torch.where(index < left, index + drop, even.shape[1] + index - left).clamp(0, count - 1)
+        from_even = index + drop
+        from_odd = even.shape[1] + index - left
+        source = torch.where(index < left, from_even, from_odd).clamp(0, count - 1)
         rest = torch.cat([by_similarity, odd], dim=1).gather(1, source)
         lengths = [length - drop for length, drop in zip(lengths, drops, strict=True)]
     stays = index < torch.tensor(lengths, device=device)[:, None]
@@ -192,4 +210,5 @@ def _drops(lengths: list[int], wanted: list[int], per_round: int) -> list[int]:
 def _looked_up(values: Float[Tensor, " V"], indices: Int[Tensor, "R k"]) -> Float[Tensor, "R k"]:
     """Return ``values`` (V,) at ``indices`` (R, k)."""
     # On one CPU thread index_select takes 0.01 ms where take has 0.03 and indexing 0.04 (1440 x 13 of 2880).
-    return values.index_select(0, indices.flatten()).view(indices.shape)
+    flat = values.index_select(0, indices.flatten())
+    return flat.view(indices.shape)

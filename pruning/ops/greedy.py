@@ -71,7 +71,8 @@ def pick_determinantal(
     floor = EXHAUSTED * volume.amax(dim=-1, keepdim=True)  # (B, 1)
     # Of tokens that add no volume the best has rank -1, the others follow in [-2, -1): below every volume, above the
     # -inf of what is picked.
-    fill = quality / quality.amax(dim=-1, keepdim=True).clamp(min=tiny) - 2  # (B, N)
+    largest = quality.amax(dim=-1, keepdim=True).clamp(min=tiny)
+    fill = quality / largest - 2  # (B, N)
     if greedy_triton.usable(similarity):
         return greedy_triton.pick_determinantal(similarity, quality, volume, fill, floor[:, 0], keep)
     picks = torch.zeros(len(quality), keep, dtype=torch.long, device=quality.device)
@@ -82,12 +83,15 @@ def pick_determinantal(
         rank = torch.where(volume > floor, volume, torch.minimum(volume, fill))
         pick = rank.argmax(dim=-1)  # (B,)
         picks[:, step] = pick
-        row = similarity[items, pick] * quality * quality[items, pick][:, None]  # (B, N), the kernel's row
+        of_pick = quality[items, pick][:, None]
+        row = similarity[items, pick] * quality * of_pick  # (B, N), the kernel's row
         known = factors[:, :step]  # (B, step, N)
-        row -= torch.bmm(known[items, :, pick][:, None], known)[:, 0]
+        column = known[items, :, pick]  # (B, step)
+        row -= torch.bmm(column[:, None], known)[:, 0]
         rest = volume[items, pick][:, None]  # (B, 1)
         # A pick without volume has nothing to take from the others; dividing by its rounding would.
-        row = torch.where(rest > floor, row / rest.clamp(min=tiny).sqrt(), 0)
+        scaled = row / rest.clamp(min=tiny).sqrt()
+        row = torch.where(rest > floor, scaled, 0)
         factors[:, step] = row
         volume = volume - row.square()
         volume[items, pick] = float("-inf")

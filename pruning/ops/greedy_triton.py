@@ -102,7 +102,7 @@ if triton is not None:
             pick = tl.argmax(now, axis=0)  # ties go to the lower index
             tl.store(picks + item * keep + step, pick.to(tl.int64))
             row = tl.load(matrix + (item * count + pick) * count + index, mask=inside, other=float("-inf"))
-            if MINIMUM:  # noqa: SIM108 - a branch of the compiler, not of the kernel
+            if MINIMUM:  # a branch of the compiler, not of the kernel
                 now = tl.minimum(now, row)
             else:
                 now = now + row

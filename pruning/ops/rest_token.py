@@ -68,17 +68,20 @@ def with_rest_token(
     if len(set(lengths)) == 1:
         length = lengths[0]
         extra = rest.shape[1] if length < tokens.count else 0
-        kept, features = kept[:, :length], features[:, :length]
-        positions = torch.cat([kept, position[:, :extra]], dim=1).sort(dim=1).values
-        outputs = torch.cat([features, rest[:, :extra]], dim=1)
-        return Selection(positions, list(outputs), list(F.pad(kept, (0, extra), value=-1)))
+        kept = kept[:, :length]
+        positions = torch.cat([kept, position[:, :extra]], dim=1)
+        outputs = torch.cat([features[:, :length], rest[:, :extra]], dim=1)
+        origin = F.pad(kept, (0, extra), value=-1)
+        return Selection(positions.sort(dim=1).values, list(outputs), list(origin))
     ragged: list[Tensor] = []
     merged, origins = [], []
     # Ragged outputs are cut one by one; everything before is batched.
     for item, length in enumerate(lengths):
         extra = rest.shape[1] if length < tokens.count else 0
         own = kept[item, :length]
-        ragged.append(torch.cat([own, position[item, :extra]]).sort().values)
-        merged.append(torch.cat([features[item, :length], rest[item, :extra]]))
+        positions = torch.cat([own, position[item, :extra]])
+        outputs = torch.cat([features[item, :length], rest[item, :extra]])
+        ragged.append(positions.sort().values)
+        merged.append(outputs)
         origins.append(F.pad(own, (0, extra), value=-1))
     return Selection(ragged, merged, origins)

@@ -31,10 +31,13 @@ def cosine_similarity(
         product = features @ features.transpose(-1, -2)
         norm = product.diagonal(dim1=1, dim2=2).sqrt()
         inverse = torch.where(norm > 0, 1 / norm, 0)
-        return product.mul_(inverse[:, :, None]).mul_(inverse[:, None, :])
+        product.mul_(inverse[:, :, None])
+        return product.mul_(inverse[:, None, :])
     unit = F.normalize(features, dim=-1)
-    other = unit if others is None else F.normalize(others.to(dtype), dim=-1)
-    return unit @ other.transpose(-1, -2)
+    if others is None:
+        return unit @ unit.transpose(-1, -2)
+    other_unit = F.normalize(others.to(dtype), dim=-1)
+    return unit @ other_unit.transpose(-1, -2)
 
 
 def cosine_distance(features: Float[Tensor, "B N C"]) -> Float[Tensor, "B N N"]:
@@ -54,8 +57,12 @@ def euclidean_distance(
     # differences of all pairs (torch.cdist without products) take 1,140 ms.
     product = features @ features.transpose(-1, -2)
     square = product.diagonal(dim1=1, dim2=2).clone()  # (B, N)
-    to_mean = square - 2 * product.mean(dim=-1) + product.mean(dim=(1, 2))[:, None]
-    distance = product.mul_(-2).add_(square[:, :, None]).add_(square[:, None, :])
+    # The mean token is never made: its products with the others are means of rows, its own the mean of all.
+    with_mean = product.mean(dim=-1)  # (B, N)
+    of_mean = product.mean(dim=(1, 2))[:, None]  # (B, 1)
+    to_mean = square - 2 * with_mean + of_mean
+    distance = product.mul_(-2)
+    distance.add_(square[:, :, None]).add_(square[:, None, :])
     # A token's own distance is a difference of equal sums and may come out as rounding.
     distance.diagonal(dim1=1, dim2=2).zero_()
     return distance.clamp_(min=0).sqrt_(), to_mean.clamp(min=0).sqrt()

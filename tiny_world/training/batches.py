@@ -15,7 +15,13 @@ from prunetune.tiny_world.scene import COLORS, PLACES, SHAPES, SIZES, patch_cove
 from prunetune.tiny_world.training.model import EOS, PAD
 
 VISIBLE = 0.08  # a patch shows a thing from this share of its pixels on
-PATCH_LABELS = {"form": len(SHAPES) + 2, "color": len(COLORS) + 1, "size": len(SIZES) + 1, "digit": 11}
+# How many classes each label has; class 0 is the background, and a number is a form of its own.
+PATCH_LABELS = {
+    "form": len(SHAPES) + 2,
+    "color": len(COLORS) + 1,
+    "size": len(SIZES) + 1,
+    "digit": 11,
+}
 IGNORE = -100
 
 
@@ -80,7 +86,11 @@ def _things(scene: Scene) -> list[_Thing]:
         things.append(_Thing(labels, [shape.size, shape.color, shape.shape, PLACES[shape.cell]]))
     if scene.number is not None:
         for order, digit in zip(("first", "last"), scene.number.digits, strict=True):
-            labels = {"form": 1 + len(SHAPES), "color": 1 + COLORS.index(scene.number.color), "digit": 1 + digit}
+            labels = {
+                "form": 1 + len(SHAPES),
+                "color": 1 + COLORS.index(scene.number.color),
+                "digit": 1 + digit,
+            }
             things.append(_Thing(labels, ["number", order, str(digit), scene.number.color]))
     return things
 

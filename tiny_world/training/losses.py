@@ -20,7 +20,9 @@ class PatchHeads(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in PATCH_LABELS.items()})
+        self.heads = nn.ModuleDict()
+        for name, classes in PATCH_LABELS.items():
+            self.heads[name] = nn.Linear(width, classes)
 
     def loss(self, features: Tensor, batch: SceneBatch) -> tuple[Tensor, dict[str, float]]:
         """Return the weighted cross-entropy (background counts 0.3) and the accuracy on shown things."""
@@ -57,7 +59,8 @@ def contrastive_loss(clip: CLIPModel, vision: tuple[Tensor, Tensor], text: dict,
     own = torch.arange(len(image))
     whole = scale * image.float() @ caption.float().T
     # A phrase is compared with the patch it fits best: text-conditioned pruners compare patches, and not images.
-    best = scale * torch.einsum("pe,bne->pbn", phrase.float(), patches.float()).amax(-1)
+    fit = torch.einsum("pe,bne->pbn", phrase.float(), patches.float())  # (phrases, images, 144)
+    best = scale * fit.amax(-1)
     others = true & ~torch.eye(len(image), dtype=torch.bool)
     best = best.masked_fill(others, float("-inf"))
     images_and_captions = (F.cross_entropy(whole, own) + F.cross_entropy(whole.T, own)) / 2
@@ -102,8 +105,10 @@ def answer_logits(
     order = torch.argsort((~kept).long(), dim=1, stable=True)[:, :longest]  # kept first, in order
     visual = visual.gather(1, order[..., None].expand(-1, -1, visual.shape[-1]))
     user = batch.prefix.expand(count, -1)
-    hidden = torch.cat([embed(user), visual, embed(batch.ids.flatten(1))], dim=1)  # (B, P + Q * T, D)
-    seen = torch.cat([torch.ones_like(user, dtype=torch.bool), kept.gather(1, order)], dim=1)  # (B, P)
+    questions = batch.ids.flatten(1)  # (B, Q * T)
+    hidden = torch.cat([embed(user), visual, embed(questions)], dim=1)  # (B, P + Q * T, D)
+    whole_prefix = torch.ones_like(user, dtype=torch.bool)
+    seen = torch.cat([whole_prefix, kept.gather(1, order)], dim=1)  # (B, P)
 
     mask, positions = _one_row_per_image(seen, *batch.ids.shape[1:])
     output = llava.model.language_model(inputs_embeds=hidden, attention_mask=mask, position_ids=positions)
@@ -129,7 +134,8 @@ def _one_row_per_image(seen: Tensor, questions: int, length: int) -> tuple[Tenso
     """
     batch, prefix = seen.shape
     total = prefix + questions * length
-    own_question = torch.block_diag(*[torch.ones(length, length).tril()] * questions).bool()
+    one_question = torch.ones(length, length).tril()
+    own_question = torch.block_diag(*[one_question] * questions).bool()
     earlier = torch.ones(prefix, prefix).tril().bool()
     itself = torch.eye(prefix).bool()  # padding sees itself, or its softmax would be 0 / 0
     mask = torch.zeros(batch, 1, total, total, dtype=torch.bool)

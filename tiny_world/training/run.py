@@ -39,7 +39,10 @@ def train_tiny_vlm(output: Path, work: Path, seed: int = 0, scale: float = 1.0, 
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     models = TinyModels()
-    stages = [replace(stage, steps=max(2, round(stage.steps * scale))) for stage in STAGES]
+    stages = []
+    for stage in STAGES:
+        steps = max(2, round(stage.steps * scale))
+        stages.append(replace(stage, steps=steps))
     state = _load(work / "state.pt", models, seed, stages)
     total = sum(stage.steps for stage in stages)
     taken, began = 0, time.monotonic()
@@ -62,7 +65,7 @@ def train_tiny_vlm(output: Path, work: Path, seed: int = 0, scale: float = 1.0, 
                 _save(work / "state.pt", models, optimizer, index, step + 1, seed, stages)
             if taken == stop_after:
                 return
-        if stage.lr and index in (1, 2, 3):
+        if stage.lr and index in (1, 2, 3):  # stages that train answers
             _report(work, models, stage, scenes=max(10, round(300 * min(scale, 1))))
         state["step"] = 0
         _save(work / "state.pt", models, None, index + 1, 0, seed, stages)
@@ -98,14 +101,18 @@ def _step(models: TinyModels, optimizer: torch.optim.Optimizer, stage: Stage, st
     trained = []
     for group in optimizer.param_groups:
         trained += group["params"]
+    # Over both groups together, so that clipping changes the step's length and not its direction.
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     return {"loss": loss.item(), **numbers}
 
 
 def _report(work: Path, models: TinyModels, stage: Stage, scenes: int) -> None:
-    batches = [split_seeds("validation", min(50, scenes - start), start) for start in range(0, scenes, 50)]
-    for share in (1.0, 0.5):
+    batches = []
+    for start in range(0, scenes, 50):
+        size = min(50, scenes - start)
+        batches.append(split_seeds("validation", size, start))
+    for share in (1.0, 0.5):  # whole images, and images with half of their tokens
         accuracy = dense_accuracy(models, iter(batches), share)
         row = {"stage": stage.name, "validation_keep": share}
         row |= {kind: round(value, 1) for kind, value in accuracy.items()}
@@ -129,6 +136,7 @@ def _save(path: Path, models: TinyModels, optimizer, stage: int, step: int, seed
     }
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
+    # A run killed while it writes must find the older state whole.
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
@@ -139,6 +147,7 @@ def _load(path: Path, models: TinyModels, seed: int, stages: list[Stage]) -> dic
         return {"stage": 0, "step": 0}
     state = torch.load(path, weights_only=False)
     wanted = {"seed": seed, "stages": [asdict(s) for s in stages]}
+    # A state of another seed or of other stages would go on as a run that nobody asked for.
     for name, value in wanted.items():
         if state[name] != value:
             raise ValueError(

@@ -91,10 +91,11 @@ def trained_parameters(models: TinyModels, stage: Stage) -> list[dict]:
 def stage_loss(models: TinyModels, stage: Stage, seeds: range, progress: float) -> tuple[Tensor, dict[str, float]]:
     """Return the stage's loss on the scenes ``seeds`` and the numbers worth printing; ``progress`` runs from 0 to 1."""
     batch = scene_batch(seeds, models.tokenizer)
+    # Chance follows from the scenes, so that a resumed run draws what it would have drawn.
     rng = np.random.default_rng([seeds.start, 3])
     if stage.name in ("tower", "ground"):
         return _seeing_loss(models, stage, batch, rng)
-    train_tower = stage.tower_lr > 0
+    train_tower = stage.tower_lr > 0  # without it no graph of the tower is kept
     with torch.set_grad_enabled(train_tower):
         features = tower_features(models.clip.vision_model, batch.pixels)
     visual = models.llava.model.multi_modal_projector(features)
@@ -105,7 +106,8 @@ def stage_loss(models: TinyModels, stage: Stage, seeds: range, progress: float) 
     questions = question_batch([drill(scene) for scene in batch.scenes], models.tokenizer)
     logits, targets = answer_logits(models.llava, visual, kept, questions)
     loss = nn.functional.cross_entropy(logits, targets)
-    seen = {"answer": loss.item(), "right": (logits.argmax(-1) == targets).float().mean().item()}
+    right = (logits.argmax(-1) == targets).float().mean()
+    seen = {"answer": loss.item(), "right": right.item()}
     first, last = stage.align
     weight = first + (last - first) * progress
     if weight > 0:
@@ -153,7 +155,8 @@ def dense_accuracy(models: TinyModels, batches: Iterator[range], kept_share: flo
         kept = torch.from_numpy(ranks < round(kept_share * visual.shape[1]))
         logits, targets = answer_logits(models.llava, visual, kept, questions)
         misses_of = torch.zeros(questions.labels.shape[:2], dtype=torch.long)  # (B, Q)
-        scene_of, question_of, _ = (questions.labels[:, :, 1:] != IGNORE).nonzero().unbind(dim=1)
+        asked = questions.labels[:, :, 1:] != IGNORE  # (B, Q, T - 1)
+        scene_of, question_of, _ = asked.nonzero().unbind(dim=1)
         missed = logits.argmax(-1) != targets
         misses_of.index_put_((scene_of, question_of), missed.long(), accumulate=True)
         for scene, row in zip(batch.scenes, misses_of.tolist(), strict=True):
