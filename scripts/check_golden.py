@@ -230,8 +230,7 @@ def check(folder: Path, method: str | None = None) -> tuple[list[str], int, int]
     """Check all cases under ``folder``; return the lines, how many agree and how many were compared."""
     lines, same, total = [], 0, 0
     for name in [method] if method else CHECKS:
-        files = sorted((folder / name).glob("*.npz")) or (sorted(folder.glob("*.npz")) if folder.name == name else [])
-        for file in files:
+        for file in _files(folder, name):
             with np.load(file) as stored:
                 case = {key: stored[key] for key in stored.files}
             reason = defined_differently(name, case)
@@ -249,6 +248,14 @@ def check(folder: Path, method: str | None = None) -> tuple[list[str], int, int]
                 same += 1
                 lines.append(f"{name} {file.stem} ok")
     return lines, same, total
+
+
+def _files(folder: Path, method: str) -> list[Path]:
+    """Return a method's cases: those in its folder, or all of a folder that is the method's own."""
+    found = sorted((folder / method).glob("*.npz"))
+    if not found and folder.name == method:
+        found = sorted(folder.glob("*.npz"))
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -50,8 +50,12 @@ def agree_per_item(case: Case, key: str, ours: list[Tensor]) -> None:
 
 def kept(selection: Selection) -> list[Tensor]:
     """Return each item's kept tokens, ascending; of merging methods those that an output was made around."""
-    rows = selection.origin if selection.origin is not None else selection.indices
-    return [row[row >= 0].sort().values for row in rows]
+    rows = selection.indices if selection.origin is None else selection.origin
+    found = []
+    for row in rows:
+        real = row[row >= 0]  # -1 is an output made around no token, such as an aggregate
+        found.append(real.sort().values)
+    return found
 
 
 def defined_differently(name: str, case: Case) -> str | None:
@@ -59,26 +63,58 @@ def defined_differently(name: str, case: Case) -> str | None:
 
     The quirk's own condition must hold in the inputs; any other odd answer is compared, and differs.
     """
-    stored = [np.asarray(case[key]) for key in case if key.startswith(("kept_indices", "selection_order"))]
-    rows = [row for array in stored for row in np.atleast_2d(array)]
-    repeats = any(len(set(row.tolist())) < len(row) for row in rows)
-    short = "keep" in case and int(case["keep"]) > 0 and any(len(set(row.tolist())) < int(case["keep"]) for row in rows)
-    if name == "prumerge_plus" and not bool(case["adaptive"]) and repeats:
-        count, ratio = np.asarray(case["vision_hidden"]).shape[1], float(case["fixed_ratio"])
-        number, step = int(count * ratio), int(1 / ratio)
-        samples = set(range(step // 2, count - 1, step))
-        order = np.atleast_2d(np.asarray(case["selection_order"]))
-        twice = [{n for n in row.tolist() if row.tolist().count(n) > 1} for row in order]
-        if all(found == samples & set(row[:number].tolist()) for found, row in zip(twice, order, strict=True)):
-            return (
-                f"the published fixed ratio keeps {sum(map(len, twice))} tokens twice, as outlier and as sample, and "
-                "loses others; ours keeps distinct tokens"
-            )
-    if name in ("divprune", "cdpruner") and (repeats or short):
-        items, keep = np.asarray(case["projected"]), int(case["keep"])
-        spread = [len(np.unique(x, axis=0)) if name == "divprune" else np.linalg.matrix_rank(x) for x in items]
-        if min(spread) < keep or not items.any(axis=-1).all():
-            return "the published code runs out of different tokens and keeps fewer than K; ours keeps K distinct"
-    if name in ("prumerge", "trim") and any(row.size == 0 for row in rows):
+    rows = _stored_rows(case)
+    if name == "prumerge_plus":
+        return _kept_twice(case, rows)
+    if name in ("divprune", "cdpruner"):
+        return _ran_out(name, case, rows)
+    if name in ("prumerge", "trim") and any(len(row) == 0 for row in rows):
         return "without outliers the published code keeps no token of its own; ours keeps the strongest"
+    return None
+
+
+def _stored_rows(case: Case) -> list[list[int]]:
+    """Return every list of positions that a case stores, an item each."""
+    rows = []
+    for key in case:
+        if key.startswith(("kept_indices", "selection_order")):
+            rows += np.atleast_2d(np.asarray(case[key])).tolist()
+    return rows
+
+
+def _repeats(row: list[int]) -> set[int]:
+    """Return what stands more than once in a row."""
+    return {position for position in row if row.count(position) > 1}
+
+
+def _kept_twice(case: Case, rows: list[list[int]]) -> str | None:
+    """PruMerge+ at a fixed ratio: a sampled token that is an outlier as well is kept twice."""
+    if bool(case["adaptive"]) or not any(_repeats(row) for row in rows):
+        return None
+    count, ratio = np.asarray(case["vision_hidden"]).shape[1], float(case["fixed_ratio"])
+    outliers, step = int(count * ratio), int(1 / ratio)
+    samples = set(range(step // 2, count - 1, step))
+    twice = 0
+    for row in np.atleast_2d(np.asarray(case["selection_order"])).tolist():
+        # Outliers come first in the published order; what repeats must be a sample among them, or it is no quirk.
+        if _repeats(row) != samples & set(row[:outliers]):
+            return None
+        twice += len(_repeats(row))
+    return (
+        f"the published fixed ratio keeps {twice} tokens twice, as outlier and as sample, and loses others; ours keeps "
+        "distinct tokens"
+    )
+
+
+def _ran_out(name: str, case: Case, rows: list[list[int]]) -> str | None:
+    """Duplicate or zero tokens: the published loops find fewer than K different ones."""
+    keep = int(case.get("keep", 0))
+    short = any(len(set(row)) < keep for row in rows)
+    if not short and not any(_repeats(row) for row in rows):
+        return None
+    for tokens in np.asarray(case["projected"]):
+        # DivPrune needs different tokens, CDPruner's determinant independent ones.
+        different = len(np.unique(tokens, axis=0)) if name == "divprune" else np.linalg.matrix_rank(tokens)
+        if different < keep or not tokens.any(axis=-1).all():
+            return "the published code runs out of different tokens and keeps fewer than K; ours keeps K distinct"
     return None
