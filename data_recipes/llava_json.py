@@ -120,7 +120,8 @@ def check_sources(sources: Sequence[str]) -> None:
     """Raise DataError for a source that is none of the mix's."""
     unknown = set(sources) - {*PREFIXES, "text"}
     if unknown:
-        raise DataError(f"unknown sources {sorted(unknown)}; there are {', '.join([*PREFIXES, 'text'])}")
+        known = ", ".join([*PREFIXES, "text"])
+        raise DataError(f"unknown sources {sorted(unknown)}; there are {known}")
 
 
 def read_llava(path: str | Path, sources: Sequence[str] | None) -> Iterator[Sample]:
@@ -152,7 +153,8 @@ def _source(image: str | None, place: str, strict: bool) -> str:
             return source
     # A recipe that draws from sources would drop such a sample without a word.
     if strict:
-        raise DataError(f"{place}: image path {image!r} starts with none of {', '.join(PREFIXES.values())}")
+        known = ", ".join(PREFIXES.values())
+        raise DataError(f"{place}: image path {image!r} starts with none of {known}")
     return "custom"
 
 

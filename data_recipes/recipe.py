@@ -60,9 +60,8 @@ def recipe_file(name: str) -> Path:
     """
     path = _shipped().get(name, Path(name))
     if not path.is_file():
-        raise DataError(
-            f"unknown recipe {name!r}; there are {', '.join(recipe_names())}, or give the path of a YAML file"
-        )
+        known = ", ".join(recipe_names())
+        raise DataError(f"unknown recipe {name!r}; there are {known}, or give the path of a YAML file")
     return path
 
 

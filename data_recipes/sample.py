@@ -35,5 +35,7 @@ class Sample:
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Sample:
         """Return the sample of a row."""
-        turns = tuple(Turn(turn["question"], turn["answer"]) for turn in row["turns"])
-        return cls(row["id"], row["source"], row["image"], turns)
+        turns = []
+        for turn in row["turns"]:
+            turns.append(Turn(turn["question"], turn["answer"]))
+        return cls(row["id"], row["source"], row["image"], tuple(turns))
