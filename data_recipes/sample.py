@@ -20,7 +20,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation about at most one picture; ``image`` is a reference that the recipe's opener understands."""
+    """A conversation about at most one image; ``image`` is a reference that the recipe's opener understands."""
 
     id: str
     source: str

@@ -176,7 +176,7 @@ def rewrite(
     family: Family,
     inputs: Mapping[str, Any],
     chosen: Mapping[str, Chosen],
-    places: Mapping[str, Int[Tensor, "S 2"]],
+    placeholders_at: Mapping[str, Int[Tensor, "S 2"]],
     newline: str,
     position_policy: str,
     padding_side: str,
@@ -192,7 +192,7 @@ def rewrite(
         family: its family.
         inputs: the full batch.
         chosen: per modality.
-        places: per modality the row and column (S, 2) of all placeholders, in reading order.
+        placeholders_at: per modality the row and column (S, 2) of all placeholders, in reading order.
         newline: which row ends stay.
         position_policy: "compact" or "original".
         padding_side: where the shortened rows are padded.
@@ -204,7 +204,7 @@ def rewrite(
     for modality, choice in chosen.items():
         vision = choice.vision
         stays = staying_slots(vision, choice.kept_tokens(), newline)
-        row, column = places[modality].unbind(dim=1)  # (S,) each
+        row, column = placeholders_at[modality].unbind(dim=1)  # (S,) each
         keep[row, column] = stays
         counts[modality] = _per_image(stays, vision.lengths)
         merged = choice.merged_tokens() if merges else None
