@@ -98,12 +98,12 @@ def check_data(
 
     Args:
         recipe_name: a shipped recipe or the path of a YAML file.
-        file: its data file; None is the one the recipe names, or LLaVA's mix in the folder of the pictures.
-        image_root: folder of the pictures.
+        file: its data file; None is the one the recipe names, or LLaVA's mix in the folder of the images.
+        image_root: folder of the images.
         processor: the model's, for token lengths; without it they are not measured.
         template: conversation template.
         max_length: longest sample in tokens that training takes whole.
-        num_proc: processes that decode pictures.
+        num_proc: processes that decode images.
 
     Raises:
         DataError: if the file can't be read at all; single records that are wrong are reported instead.
@@ -128,10 +128,10 @@ def check_data(
 def _samples(recipe: LlavaJsonRecipe, file: str, report: Report) -> list[Sample]:
     samples: list[Sample] = []
     seen: Counter[tuple[str, str]] = Counter()
-    for place, record in tqdm(read_records(file), desc="records", unit="record", dynamic_ncols=True):
+    for where, record in tqdm(read_records(file), desc="records", unit="record", dynamic_ncols=True):
         # Reading goes on after a broken record: one run reports everything.
         try:
-            sample = parse_record(record, place, recipe.sources)
+            sample = parse_record(record, where, recipe.sources)
         except DataError as error:
             kind = "placeholder mismatch" if isinstance(error, PlaceholderError) else "malformed"
             report.add(kind, str(error))

@@ -1,4 +1,4 @@
-"""Opening pictures."""
+"""Opening images."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from prunetune.data_recipes.sample import DataError
 
 
 class ImageOpener(Protocol):
-    """Turns a sample's image reference into a picture."""
+    """Turns a sample's image reference into an image."""
 
     def exists(self, reference: str) -> bool:
-        """Return whether the picture is there, without decoding it."""
+        """Return whether the image is there, without decoding it."""
         ...
 
     def open(self, reference: str, sample_id: str) -> Image.Image:
-        """Return the RGB picture; raises DataError naming the sample if it can't."""
+        """Return the RGB image; raises DataError naming the sample if it can't."""
         ...
 
 
 class FolderImages:
-    """Pictures below a root folder.
+    """Images below a root folder.
 
     Raises:
         DataError: if the root is not set or not a folder.
@@ -43,7 +43,7 @@ class FolderImages:
         return (self.root / reference).is_file()
 
     def open(self, reference: str, sample_id: str) -> Image.Image:
-        """Return the decoded RGB picture."""
+        """Return the decoded RGB image."""
         path = self.root / reference
         try:
             with Image.open(path) as image:
@@ -58,7 +58,7 @@ class FolderImages:
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """Return the picture centred on a square of ``color``, as LLaVA-1.5 prepares its images."""
+    """Return the image centred on a square of ``color``, as LLaVA-1.5 prepares its images."""
     side = max(image.size)
     if image.size == (side, side):
         return image

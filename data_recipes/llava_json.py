@@ -1,4 +1,4 @@
-"""Conversations in LLaVA's format: from JSON, JSONL or Parquet, filtered by where their pictures come from."""
+"""Conversations in LLaVA's format: from JSON, JSONL or Parquet, filtered by where their images come from."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ PREFIXES = {
     "ocr_vqa": "ocr_vqa/",
     "textvqa": "textvqa/",
 }
-"""Image path prefixes of LLaVA-1.5's mix, by source; ``text`` stands for samples without a picture."""
+"""Image path prefixes of LLaVA-1.5's mix, by source; ``text`` stands for samples without an image."""
 
 _IMAGE = "<image>"
 
 
 class PlaceholderError(DataError):
-    """A conversation whose image placeholders and picture disagree."""
+    """A conversation whose placeholders and image disagree."""
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each record of a file with its place, for messages.
+    """Yield each record of a file with where it stands, for messages.
 
     JSON lists are streamed, so that a file of a gigabyte does not have to fit in memory.
 
@@ -50,10 +50,10 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = {".json": _json, ".jsonl": _jsonl, ".parquet": _rows}.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"data file {path}: expected .json, .jsonl or .parquet, got {path.suffix or 'no suffix'!r}")
-    for place, record in reader(path):
+    for where, record in reader(path):
         if not isinstance(record, dict):
-            raise DataError(f"{place}: expected an object with a list `conversations`")
-        yield place, record
+            raise DataError(f"{where}: expected an object with a list `conversations`")
+        yield where, record
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -90,29 +90,29 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, row {number}", record
 
 
-def parse_record(record: dict[str, Any], place: str, sources: Sequence[str] | None) -> Sample | None:
+def parse_record(record: dict[str, Any], where: str, sources: Sequence[str] | None) -> Sample | None:
     """Return a record as a sample, or None if its source is not asked for.
 
     Args:
         record: ``{"id", "image"?, "conversations": [{"from", "value"}, ...]}``.
-        place: where it stands, for messages.
+        where: where it stands, for messages.
         sources: keys of ``PREFIXES`` or "text"; None takes everything, whatever its prefix.
 
     Raises:
         DataError: for a malformed record or an unknown prefix.
     """
     if not isinstance(record.get("conversations"), list):
-        raise DataError(f"{place}: expected an object with a list `conversations`")
+        raise DataError(f"{where}: expected an object with a list `conversations`")
     image = record.get("image")
     if image is not None and not isinstance(image, str):
-        raise DataError(f"{place}: `image` is a path, got {type(image).__name__}")
-    source = _source(image, place, strict=sources is not None)
+        raise DataError(f"{where}: `image` is a path, got {type(image).__name__}")
+    source = _source(image, where, strict=sources is not None)
     if sources is not None and source not in sources:
         return None
-    turns = tuple(_turns(record["conversations"], place, has_image=image is not None))
+    turns = tuple(_turns(record["conversations"], where, has_image=image is not None))
     name = record.get("id")
     if name is None or name == "":  # 0 is a name
-        name = place
+        name = where
     return Sample(str(name), source, image, turns)
 
 
@@ -120,21 +120,22 @@ def check_sources(sources: Sequence[str]) -> None:
     """Raise DataError for a source that is none of the mix's."""
     unknown = set(sources) - {*PREFIXES, "text"}
     if unknown:
-        raise DataError(f"unknown sources {sorted(unknown)}; there are {', '.join([*PREFIXES, 'text'])}")
+        known = ", ".join([*PREFIXES, "text"])
+        raise DataError(f"unknown sources {sorted(unknown)}; there are {known}")
 
 
 def read_llava(path: str | Path, sources: Sequence[str] | None) -> Iterator[Sample]:
     """Yield the samples of ``sources`` in file order; repeated ids are numbered.
 
-    The published mix holds several conversations per VG picture under one id.
+    The published mix holds several conversations per VG image under one id.
 
     Raises:
         DataError: for a file, source, prefix or record that can't be used, naming it.
     """
     check_sources(sources or ())
     seen: dict[tuple[str, str], int] = {}
-    for place, record in read_records(path):
-        sample = parse_record(record, place, sources)
+    for where, record in read_records(path):
+        sample = parse_record(record, where, sources)
         if sample is None:
             continue
         key = sample.source, sample.id
@@ -144,7 +145,7 @@ def read_llava(path: str | Path, sources: Sequence[str] | None) -> Iterator[Samp
         yield sample
 
 
-def _source(image: str | None, place: str, strict: bool) -> str:
+def _source(image: str | None, where: str, strict: bool) -> str:
     if image is None:
         return "text"
     for source, prefix in PREFIXES.items():
@@ -152,32 +153,33 @@ def _source(image: str | None, place: str, strict: bool) -> str:
             return source
     # A recipe that draws from sources would drop such a sample without a word.
     if strict:
-        raise DataError(f"{place}: image path {image!r} starts with none of {', '.join(PREFIXES.values())}")
+        known = ", ".join(PREFIXES.values())
+        raise DataError(f"{where}: image path {image!r} starts with none of {known}")
     return "custom"
 
 
-def _turns(messages: list[Any], place: str, has_image: bool) -> Iterator[Turn]:
+def _turns(messages: list[Any], where: str, has_image: bool) -> Iterator[Turn]:
     if not messages or len(messages) % 2:
-        raise DataError(f"{place}: a conversation alternates human and gpt messages, got {len(messages)} messages")
+        raise DataError(f"{where}: a conversation alternates human and gpt messages, got {len(messages)} messages")
     placeholders = 0
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-            raise DataError(f"{place}: message {number} has no text `value`")
+            raise DataError(f"{where}: message {number} has no text `value`")
     for index in range(0, len(messages), 2):
         asked, answered = messages[index], messages[index + 1]
         if (asked.get("from"), answered.get("from")) != ("human", "gpt"):
             raise DataError(
-                f"{place}: messages {index} and {index + 1} are from {asked.get('from')!r} and "
+                f"{where}: messages {index} and {index + 1} are from {asked.get('from')!r} and "
                 f"{answered.get('from')!r}, expected 'human' and 'gpt'"
             )
         question, answer = asked["value"], answered["value"]
         placeholders += question.count(_IMAGE)
         if _IMAGE in answer:
-            raise PlaceholderError(f"{place}: message {index + 1}, an answer, holds {_IMAGE}")
+            raise PlaceholderError(f"{where}: message {index + 1}, an answer, holds {_IMAGE}")
         # The placeholder is left out: the chat template writes the model's own.
         yield Turn(question.replace(_IMAGE, "").strip(), answer.strip())
     if placeholders != int(has_image):
-        raise PlaceholderError(f"{place}: {placeholders} {_IMAGE} placeholders, but {int(has_image)} picture")
+        raise PlaceholderError(f"{where}: {placeholders} {_IMAGE} placeholders, but {int(has_image)} picture")
     # Elsewhere the chat template would move it to the front, and the conversation would be another.
     if has_image and _IMAGE not in messages[0]["value"]:
-        raise PlaceholderError(f"{place}: {_IMAGE} must be in the first human message")
+        raise PlaceholderError(f"{where}: {_IMAGE} must be in the first human message")

@@ -1,4 +1,4 @@
-"""Parquet files with pictures in a column, read through ``datasets`` without decoding them all."""
+"""Parquet files with images in a column, read through ``datasets`` without decoding them all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ROW, NAMED = "row:", "id:"
-"""How a picture in a file is referred to: by its row, or by the value of the file's ``id`` column."""
+"""How an image in a file is referred to: by its row, or by the value of the file's ``id`` column."""
 
 
 def parquet_rows(paths: Path | Sequence[Path]) -> Dataset:
@@ -37,7 +37,7 @@ def parquet_rows(paths: Path | Sequence[Path]) -> Dataset:
 
 
 class ParquetImages:
-    """Pictures in the ``image`` column of rows; a reference is ``row:NUMBER`` or ``id:NAME``."""
+    """Images in the ``image`` column of rows; a reference is ``row:NUMBER`` or ``id:NAME``."""
 
     def __init__(self, rows: Dataset) -> None:
         self._rows = rows
@@ -60,7 +60,7 @@ class ParquetImages:
         return self._index(reference) is not None
 
     def open(self, reference: str, sample_id: str) -> Image.Image:
-        """Return the decoded RGB picture."""
+        """Return the decoded RGB image."""
         index = self._index(reference)
         if index is None:
             raise DataError(f"sample {sample_id!r}: {reference!r} is no row of the data file")

@@ -28,7 +28,7 @@ SAMPLES = {"coco": 364_100, "vg": 86_417, "gqa": 72_140, "ocr_vqa": 80_000, "tex
 
 
 def plan(recipe_name: str, file: str | None, image_root: str | None) -> tuple[str, bool]:
-    """Return what a recipe needs as text, each item with its place, its source and whether it is there; and if all is.
+    """Return what a recipe needs as text, each item with its folder, its source and whether it is there; and if all is.
 
     Raises:
         DataError: if the recipe needs no download.

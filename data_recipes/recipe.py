@@ -28,7 +28,7 @@ class RecipeData:
     Attributes:
         name: the recipe's name.
         rows: one row per sample, see ``Sample.to_row``.
-        images: opens the samples' pictures.
+        images: opens the samples' images.
         content_hash: SHA-256 of all rows in order.
         counts: samples per source.
         missing: samples left out because their image file is missing.
@@ -63,9 +63,8 @@ def recipe_file(name: str) -> Path:
     """
     path = _shipped().get(name, Path(name))
     if not path.is_file():
-        raise DataError(
-            f"unknown recipe {name!r}; there are {', '.join(recipe_names())}, or give the path of a YAML file"
-        )
+        known = ", ".join(recipe_names())
+        raise DataError(f"unknown recipe {name!r}; there are {known}, or give the path of a YAML file")
     return path
 
 
@@ -110,19 +109,19 @@ def load_recipe(
     seed: int | None = None,
     max_missing: float | None = None,
 ) -> RecipeData:
-    """Read a recipe's samples, check that their pictures are there, and draw the subset.
+    """Read a recipe's samples, check that their images are there, and draw the subset.
 
     Args:
         name: a shipped recipe or the path of a YAML file.
         file: data file, for recipes that read one.
-        image_root: folder of the pictures, for recipes that read files.
+        image_root: folder of the images, for recipes that read files.
         max_samples: size of a seeded subset in file order; None is all.
         seed: seed of the subset; None is the recipe's, or 0.
-        max_missing: largest tolerated share of samples without their picture, which are left out and named; None is
+        max_missing: largest tolerated share of samples without their image, which are left out and named; None is
             the recipe's, or 1 %.
 
     Raises:
-        DataError: for anything that can't be read, or too many missing pictures.
+        DataError: for anything that can't be read, or too many missing images.
     """
     recipe = read_recipe(name)
     rows, images = recipe.open_rows(file, image_root)
@@ -152,7 +151,7 @@ def _hash_and_counts(rows: Dataset) -> tuple[str, dict[str, int]]:
     digest = hashlib.sha256()
     counts = Counter[str]()
     for row in rows:
-        # Sorted keys: a column's place in a file is no part of the data.
+        # Sorted keys: the order of a file's columns is no part of the data.
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
         counts[row["source"]] += 1
     return digest.hexdigest(), dict(sorted(counts.items()))
@@ -185,7 +184,7 @@ def _thinned(recipe: Recipe, sources: list[str], seed: int) -> list[int]:
 
 
 def tolerated(recipe: Recipe, max_missing: float | None) -> float:
-    """Return the share of pictures that may be missing: the one asked for, the recipe's, or 1 %."""
+    """Return the share of images that may be missing: the one asked for, the recipe's, or 1 %."""
     if max_missing is not None:
         return max_missing
     return 0.01 if recipe.max_missing is None else recipe.max_missing

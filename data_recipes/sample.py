@@ -22,7 +22,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation about at most one picture; ``image`` is a reference that the recipe's opener understands."""
+    """A conversation about at most one image; ``image`` is a reference that the recipe's opener understands."""
 
     id: str
     source: str
@@ -37,5 +37,7 @@ class Sample:
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Sample:
         """Return the sample of a row."""
-        turns = tuple(Turn(turn["question"], turn["answer"]) for turn in row["turns"])
-        return cls(row["id"], row["source"], row["image"], turns)
+        turns = []
+        for turn in row["turns"]:
+            turns.append(Turn(turn["question"], turn["answer"]))
+        return cls(row["id"], row["source"], row["image"], tuple(turns))

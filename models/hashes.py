@@ -19,9 +19,11 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         # One tensor at a time: a checkpoint on the GPU need not fit the memory of the host twice.
         tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        head = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        digest.update(head.encode())
         # As bytes, because NumPy has no bfloat16.
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        values = tensor.reshape(-1).view(torch.uint8)
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -139,10 +139,10 @@ class PrunedModel:
             return self._without_images(inputs)
         ids = inputs["input_ids"]
         self._check_instructions(instructions, len(ids))
-        places, chosen = {}, {}
+        placeholders_at, chosen = {}, {}
         for modality, images in visions.items():
             token = self.family.token_id(self.model, modality)
-            places[modality], rows = placeholders(ids, token, images.lengths, modality)
+            placeholders_at[modality], rows = placeholders(ids, token, images.lengths, modality)
             names = {}
             if sample_ids:
                 names = {image: f"sample {sample_ids[row]!r}" for image, row in enumerate(rows)}
@@ -152,7 +152,7 @@ class PrunedModel:
             self.family,
             inputs,
             chosen,
-            places,
+            placeholders_at,
             newline=self.spec.newline,
             position_policy=self.position_policy,
             padding_side=padding_side,

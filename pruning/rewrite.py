@@ -87,7 +87,11 @@ class Pruned:
         return {modality: choice.selections for modality, choice in self.chosen.items()}
 
 
-def staying_slots(vision: Vision, kept: Bool[Tensor, " T"], newline: str) -> Bool[Tensor, " S"]:
+def staying_slots(
+    vision: Vision,
+    kept: Bool[Tensor, " T"],
+    newline: str,
+) -> Bool[Tensor, " S"]:
     """Return which of all images' slots stay, (S,) boolean: those of kept tokens, and row ends by policy.
 
     With "rows" a row end stays if a token of its row does. An image of which nothing is dropped stays whole: a row of
@@ -100,8 +104,8 @@ def staying_slots(vision: Vision, kept: Bool[Tensor, " T"], newline: str) -> Boo
         kept: (T,) which tokens are kept.
         newline: "rows", "all" or "none".
     """
-    origin = torch.cat(vision.origin)
-    is_end = origin == NEWLINE
+    origin = torch.cat(vision.origin)  # (S,)
+    is_end = origin == NEWLINE  # (S,)
     stays = kept[origin.clamp(min=0)] & ~is_end  # a row end looks up token 0, and is taken out again
     if newline == "all":
         return stays | is_end
@@ -110,17 +114,21 @@ def staying_slots(vision: Vision, kept: Bool[Tensor, " T"], newline: str) -> Boo
     return stays
 
 
-def _row_is_held(vision: Vision, stays: Bool[Tensor, " S"], is_end: Bool[Tensor, " S"]) -> Bool[Tensor, " S"]:
+def _row_is_held(
+    vision: Vision,
+    stays: Bool[Tensor, " S"],
+    is_end: Bool[Tensor, " S"],
+) -> Bool[Tensor, " S"]:
     """Return for every slot whether a token of its row stays, or its image loses no token at all, (S,)."""
     lengths = torch.tensor(vision.lengths, device=stays.device)
     # The output's size is said, or it would be read back from the device.
     image = torch.arange(len(lengths), device=stays.device).repeat_interleave(lengths, output_size=len(stays))
-    row = torch.cat(vision.row)
+    row = torch.cat(vision.row)  # (S,)
     # Rows of all images in one vector: no image has more rows than slots, and its cell 0 is that of no row.
     cells = max(vision.lengths) + 1
     cell = image * cells + row + 1  # (S,)
     in_row = torch.zeros(len(lengths) * cells, dtype=torch.long, device=stays.device)
-    in_row = in_row.index_add(0, cell, stays.long())
+    in_row = in_row.index_add(0, cell, stays.long())  # (cells of all images,), how many tokens of each row stay
     is_dropped = ~stays & ~is_end
     dropped = torch.zeros_like(lengths).index_add(0, image, is_dropped.long())
     row_has_token = (in_row[cell] > 0) & (row >= 0)
@@ -146,7 +154,7 @@ def slot_features(
         merged: numbers (M,) and pre-projector features (M, C) of merged tokens; None for a method that never merges.
         project: from pre-projector features to the LLM's space.
     """
-    plain = torch.cat(vision.slots)[stays]
+    plain = torch.cat(vision.slots)[stays]  # (K, D)
     if merged is None:
         return plain
     numbers, features = merged
@@ -168,7 +176,7 @@ def rewrite(
     family: Family,
     inputs: Mapping[str, Any],
     chosen: Mapping[str, Chosen],
-    places: Mapping[str, Int[Tensor, "S 2"]],
+    placeholders_at: Mapping[str, Int[Tensor, "S 2"]],
     newline: str,
     position_policy: str,
     padding_side: str,
@@ -184,19 +192,19 @@ def rewrite(
         family: its family.
         inputs: the full batch.
         chosen: per modality.
-        places: per modality the row and column (S, 2) of all placeholders, in reading order.
+        placeholders_at: per modality the row and column (S, 2) of all placeholders, in reading order.
         newline: which row ends stay.
         position_policy: "compact" or "original".
         padding_side: where the shortened rows are padded.
         merges: whether the method may return merged features.
     """
-    keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)  # (B, L)
     outputs: dict[str, PrunedOutput] = {}
     counts: dict[str, list[int]] = {}
     for modality, choice in chosen.items():
         vision = choice.vision
         stays = staying_slots(vision, choice.kept_tokens(), newline)
-        row, column = places[modality].unbind(dim=1)
+        row, column = placeholders_at[modality].unbind(dim=1)  # (S,) each
         keep[row, column] = stays
         counts[modality] = _per_image(stays, vision.lengths)
         merged = choice.merged_tokens() if merges else None
@@ -216,12 +224,15 @@ def rewrite(
     return Pruned(result, keep, dict(chosen), counts)
 
 
-def _per_image(stays: Bool[Tensor, " S"], lengths: list[int]) -> list[int]:
+def _per_image(
+    stays: Bool[Tensor, " S"],
+    lengths: list[int],
+) -> list[int]:
     """Return how many slots of each image stay: ``[True, False, True, True]`` with lengths ``[2, 2]`` gives ``[1, 2]``.
 
     One number an image is read back from the device, in one go.
     """
-    ends = torch.tensor(lengths, device=stays.device).cumsum(0)
+    ends = torch.tensor(lengths, device=stays.device).cumsum(0)  # (images,)
     total = torch.cat([ends.new_zeros(1), stays.long().cumsum(0)])
     return total[ends].diff(prepend=ends.new_zeros(1)).tolist()
 

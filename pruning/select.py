@@ -67,7 +67,7 @@ def _pooled(vision: Vision, tokens: VisualTokens, owner: tuple[int, ...], first:
     # Images with equally many tokens are one batch: a pruner runs once per size and not once per image.
     by_size: dict[int, dict[int, Tensor]] = {}
     for image in dict.fromkeys(owner):
-        numbers = vision.origin[image]
+        numbers = vision.origin[image]  # (L,)
         pool = numbers[numbers != NEWLINE].sort().values  # padding that the model cuts away is in no slot
         by_size.setdefault(len(pool), {})[image] = pool
     found = []
@@ -79,7 +79,11 @@ def _pooled(vision: Vision, tokens: VisualTokens, owner: tuple[int, ...], first:
     return found
 
 
-def _gathered(tokens: VisualTokens, indices: Int[Tensor, "G P"], items: Int[Tensor, " G"]) -> VisualTokens:
+def _gathered(
+    tokens: VisualTokens,
+    indices: Int[Tensor, "G P"],
+    items: Int[Tensor, " G"],
+) -> VisualTokens:
     """Return the tokens at ``indices`` (G, P), counted through all B * N, as G items with P tokens each and no grid.
 
     Of 2 items with 3 tokens, ``[[1, 3, 5]]`` is one item: token 1 of the first, tokens 0 and 2 of the second.

@@ -15,7 +15,10 @@ IGNORE_INDEX = -100  # the label that transformers' losses leave out
 
 
 def placeholders(
-    input_ids: Int[Tensor, "B L"], token_id: int, lengths: list[int], what: str = "image"
+    input_ids: Int[Tensor, "B L"],
+    token_id: int,
+    lengths: list[int],
+    what: str = "image",
 ) -> tuple[Int[Tensor, "S 2"], list[int]]:
     """Return row and column (S, 2) of all placeholders in reading order, and the row of every image.
 
@@ -55,7 +58,12 @@ def placeholders(
     return found, rows
 
 
-def _where_they_disagree(input_ids: Int[Tensor, "B L"], token_id: int, lengths: list[int], what: str) -> str:
+def _where_they_disagree(
+    input_ids: Int[Tensor, "B L"],
+    token_id: int,
+    lengths: list[int],
+    what: str,
+) -> str:
     counts = (input_ids == token_id).sum(dim=1).tolist()
     return f"Placeholders per row: {counts}; visual tokens per {what}: {lengths}"
 
@@ -86,17 +94,20 @@ def shorten(
     if padding_side not in ("left", "right"):
         raise PruningError(f"padding_side is 'left' or 'right', got {padding_side!r}")
     result = dict(inputs)
-    mask = inputs["attention_mask"].bool()
+    mask = inputs["attention_mask"].bool()  # (B, L)
     # Left as they are, so that a batch of which nothing is dropped is bit-identical to the stock model's.
     if bool(keep.all()):
         if positions is not None and positions.ndim == 3:
             result["position_ids"] = torch.cat([_counted(mask)[None], positions])
         return result
-    stays = keep & mask
+    stays = keep & mask  # (B, L), without padding
     order = _staying_order(stays, padding_side)  # (B, L')
-    new_mask = stays.gather(1, order)
+    new_mask = stays.gather(1, order)  # (B, L')
 
-    def gather(values: Shaped[Tensor, "B L"], fill: int) -> Shaped[Tensor, "B L2"]:
+    def gather(
+        values: Shaped[Tensor, "B L"],
+        fill: int,
+    ) -> Shaped[Tensor, "B L2"]:
         return values.gather(1, order).masked_fill(~new_mask, fill)
 
     fills = {"input_ids": 0, "labels": IGNORE_INDEX, **(aligned or {})}
@@ -116,7 +127,10 @@ def shorten(
     return result
 
 
-def _staying_order(stays: Bool[Tensor, "B L"], padding_side: str) -> Int[Tensor, "B L2"]:
+def _staying_order(
+    stays: Bool[Tensor, "B L"],
+    padding_side: str,
+) -> Int[Tensor, "B L2"]:
     """Return the columns of the staying tokens in their order, rows filled up with others on the padding side.
 
     Of ``[[True, False, True], [False, False, True]]`` padded on the right it is ``[[0, 2], [2, 0]]``.
@@ -148,7 +162,7 @@ def pack(inputs: Mapping[str, Any]) -> dict[str, Any]:
             else passes.
     """
     result = dict(inputs)
-    mask = result.pop("attention_mask").bool()
+    mask = result.pop("attention_mask").bool()  # (B, L)
     positions = result.get("position_ids")
     if positions is not None and positions.ndim == 3:
         result["position_ids"] = positions[:, mask][:, None]

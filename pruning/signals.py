@@ -89,7 +89,8 @@ class Attention:
 
     def patch_keys(self) -> Float[Tensor, "B N Hd"]:
         """Return the keys of the patches with heads side by side, (B, N, H * d) float32, not turned."""
-        return _linear(self.hidden[:, self.skip :], self.key_weight, self.key_bias).float()
+        patches = self.hidden[:, self.skip :]
+        return _linear(patches, self.key_weight, self.key_bias).float()
 
     def cls_attention(self, heads: int | None = None) -> Float[Tensor, "B H N"]:
         """Return the softmaxed attention of [CLS] to the patches, (B, heads, N) float32.
@@ -106,8 +107,9 @@ class Attention:
             # PruMerge reads the layer as if it had one head; its logits are scaled by that head's width.
             width = self.query_weight.shape[0] // heads
             scale = width**-0.5
-        query = _linear(self.hidden[:, :1], self.query_weight, self.query_bias)[:, 0]  # (B, H * d)
-        query = query.unflatten(-1, (heads, -1))  # (B, H, d)
+        cls = self.hidden[:, :1]
+        query = _linear(cls, self.query_weight, self.query_bias)  # (B, 1, H * d)
+        query = query[:, 0].unflatten(-1, (heads, -1))  # (B, H, d)
         key_weight = self.key_weight.double().unflatten(0, (heads, -1))  # (H, d, C)
         back = torch.einsum("bhd,hdc->bhc", query, key_weight)  # (B, H, C)
         logits = (back @ self.hidden.double().transpose(1, 2)) * scale  # (B, H, T)
@@ -121,7 +123,9 @@ class Attention:
 
 
 def _linear(
-    hidden: Float[Tensor, "B T C"], weight: Float[Tensor, "O C"], bias: Float[Tensor, " O"] | None
+    hidden: Float[Tensor, "B T C"],
+    weight: Float[Tensor, "O C"],
+    bias: Float[Tensor, " O"] | None,
 ) -> Float[Tensor, "B T O"]:
     """Return ``hidden`` (B, T, C) through a linear layer, item by item, float64."""
     product = hidden.double() @ weight.double().transpose(0, 1)
@@ -133,7 +137,7 @@ def image_keys(pixels: Shaped[Tensor, "B ..."]) -> Int[Tensor, " B"]:
 
     The first axis counts items. Half-precision pixels are widened exactly, so they keep their own fingerprint.
     """
-    bits = pixels.float().flatten(1).contiguous().view(torch.int32).long()
+    bits = pixels.float().flatten(1).contiguous().view(torch.int32).long()  # (B, values)
     # Weighted by position, or an image and its mirror image would have one fingerprint.
     weight = torch.arange(bits.shape[1], device=bits.device) % 8191 + 1
     return (bits * weight).sum(dim=1) & ((1 << 31) - 1)

@@ -96,10 +96,10 @@ class TextReader:
             found = {name: values[where] for name, values in texts.items()}
             if "image_embeds" in wanted:
                 found["image_embeds"] = self.image_embeds(tokens.features)
-            if "general_embeds" in wanted:
-                found["general_embeds"] = self.prompt_embeds(prompts, "clip").expand(len(where), -1, -1)
-            if "general_token_embeds" in wanted:
-                found["general_token_embeds"] = self.prompt_embeds(prompts, "llm").expand(len(where), -1, -1)
+            for name, space in (("general_embeds", "clip"), ("general_token_embeds", "llm")):
+                if name in wanted:
+                    embeds = self.prompt_embeds(prompts, space)  # (P, E)
+                    found[name] = embeds.expand(len(where), -1, -1)
             # For the message of a signal that is not finite.
             layers = {**tokens.layers, "image_embeds": "CLIP's visual projection"}
             groups.append(replace(tokens, signals={**tokens.signals, **found}, layers=layers))
@@ -118,7 +118,7 @@ class TextReader:
             rows.append(torch.tensor(ids or [0], device=device))
             lengths.append(len(ids))
         padded = pad_sequence(rows, batch_first=True)  # (T, M)
-        embeds = self.model.get_input_embeddings()(padded)
+        embeds = self.model.get_input_embeddings()(padded)  # (T, M, D)
         index = torch.arange(padded.shape[1], device=device)
         is_padding = index >= torch.tensor(lengths, device=device)[:, None]
         return embeds.masked_fill(is_padding[..., None], 0)
@@ -148,7 +148,7 @@ class TextReader:
         if key in self._prompts:
             return self._prompts[key]
         if text == "clip":
-            embeds = self.text_embeds(prompts)[:, 0]
+            embeds = self.text_embeds(prompts)[:, 0]  # prompts are short: one piece each
         else:
             words = self.token_embeds(prompts)  # (P, M, D)
             count = text_mask(words).sum(dim=1, keepdim=True).clamp(min=1)

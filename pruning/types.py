@@ -96,9 +96,9 @@ class Selection:
             (K_b,) per item; -1 where there is none ([CLS], aggregates of what was dropped).
     """
 
-    indices: Int[Tensor, "B K"] | list[Int[Tensor, " K"]]
-    merged: list[Float[Tensor, "K C"]] | None = None
-    origin: list[Int[Tensor, " K"]] | None = None
+    indices: Int[Tensor, "B _K"] | list[Int[Tensor, " _K"]]
+    merged: list[Float[Tensor, "_K C"]] | None = None
+    origin: list[Int[Tensor, " _K"]] | None = None
 
     def of(self, item: int) -> Int[Tensor, " K"]:
         """Return the kept positions (K,) of one item."""

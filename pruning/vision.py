@@ -37,10 +37,10 @@ class Vision:
     modality: str
     groups: tuple[VisualTokens, ...]
     owner: tuple[tuple[int, ...], ...]
-    slots: tuple[Float[Tensor, "L D"], ...]
-    origin: tuple[Int[Tensor, " L"], ...]
-    row: tuple[Int[Tensor, " L"], ...] = ()
-    levels: tuple[tuple[Float[Tensor, "L D"], ...], ...] = ()
+    slots: tuple[Float[Tensor, "_L D"], ...]
+    origin: tuple[Int[Tensor, " _L"], ...]
+    row: tuple[Int[Tensor, " _L"], ...] = ()
+    levels: tuple[tuple[Float[Tensor, "_L D"], ...], ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -62,7 +62,7 @@ class Vision:
         # Only then do a budget per item and one per image differ.
         return any(len(set(owner)) < len(owner) for owner in self.owner)
 
-    def numbers(self) -> list[Int[Tensor, "B N"]]:
+    def numbers(self) -> list[Int[Tensor, "_B _N"]]:
         """Return for each group the numbers (B, N) of its tokens.
 
         Groups of 1 item with 2 tokens and of 2 items with 3 give ``[[0, 1]]`` and ``[[2, 3, 4], [5, 6, 7]]``.
@@ -140,7 +140,7 @@ def of_equal_images(tokens: VisualTokens, modality: str = "image") -> Vision:
     assert tokens.projected is not None  # every family fills it
     images, count, _ = tokens.projected.shape
     # Token i of an image fills its placeholder i, so slots and tokens have one order.
-    numbers = torch.arange(images * count, device=tokens.projected.device).view(images, count)
+    numbers = torch.arange(images * count, device=tokens.projected.device).view(images, count)  # (B, N)
     return Vision(
         modality=modality,
         groups=(tokens,),

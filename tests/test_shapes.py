@@ -9,6 +9,7 @@ from prunetune.pruning.methods.divprune import most_distant
 from prunetune.pruning.ops.greedy import pick_spread
 from prunetune.pruning.ops.indexing import mask_of, rows_of
 from prunetune.pruning.ops.similarity import cosine_similarity
+from prunetune.pruning.sequence import placeholders
 
 WRONG = {
     "another rank": lambda: mask_of(torch.zeros(4, dtype=torch.long), 6),
@@ -17,6 +18,7 @@ WRONG = {
     "another width": lambda: cosine_similarity(torch.zeros(1, 6, 3), torch.zeros(1, 5, 4)),
     "no square": lambda: pick_spread(torch.zeros(1, 6, 5), torch.zeros(1, 6), 2, "minimum"),
     "a method's function": lambda: most_distant(torch.zeros(6, 3), 2),
+    "a function of the plug": lambda: placeholders(torch.zeros(4, dtype=torch.long), 9, [2]),
 }
 
 

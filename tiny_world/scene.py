@@ -54,8 +54,8 @@ _FONT = {
 
 def _glyph(rows: str) -> np.ndarray:
     """Return a digit of the font, each of its pixels drawn 2 x 2, as a boolean (14, 10) mask."""
-    pixels = [list(map(int, row)) for row in rows.split()]
-    return np.kron(np.array(pixels), np.ones((2, 2))).astype(bool)
+    pixels = np.array([list(map(int, row)) for row in rows.split()])
+    return np.kron(pixels, np.ones((2, 2))).astype(bool)
 
 
 _GLYPHS = {digit: _glyph(rows) for digit, rows in _FONT.items()}
@@ -102,7 +102,8 @@ def split_seeds(split: str, count: int, start: int = 0) -> range:
         raise ValueError(f"unknown scene split {split!r}; there are {', '.join(SPLITS)}")
     seeds = SPLITS[split][start : start + count]
     if len(seeds) < count:
-        raise ValueError(f"split {split!r} has {len(SPLITS[split])} scenes; {count} from {start} were asked for")
+        held = len(SPLITS[split])
+        raise ValueError(f"split {split!r} has {held} scenes; {count} from {start} were asked for")
     return seeds
 
 
@@ -140,8 +141,8 @@ def _sample_number(cell: int, rng: np.random.Generator) -> Number:
 
 def _shape_mask(shape: Shape, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Return which of the pixels ``rows x columns`` the shape covers, as a boolean grid."""
-    dy = rows[:, None] - shape.center[0]
-    dx = columns[None, :] - shape.center[1]
+    dy = rows[:, None] - shape.center[0]  # (rows, 1)
+    dx = columns[None, :] - shape.center[1]  # (1, columns)
     r = shape.radius
     if shape.shape == "circle":
         return dx**2 + dy**2 <= r**2
@@ -190,7 +191,8 @@ def render(scene: Scene) -> np.ndarray:
     # A generator of its own: a change of the drawing leaves the scenes, and so the answers, as they are.
     rng = np.random.default_rng([_WORLD, scene.seed, 1])
     # The background differs from patch to patch: the patches of an even one would be duplicates of one another.
-    coarse = rng.normal(0, 5, (12, 12, 1)).repeat(7, 0).repeat(7, 1)
+    coarse = rng.normal(0, 5, (PATCHES_PER_SIDE, PATCHES_PER_SIDE, 1))
+    coarse = coarse.repeat(PATCH_PIXELS, 0).repeat(PATCH_PIXELS, 1)
     grey = rng.uniform(70, 105) + coarse
     fine = rng.normal(0, 3, (IMAGE_PIXELS, IMAGE_PIXELS, 1))
     image = grey + fine + np.zeros(3)
@@ -198,7 +200,8 @@ def render(scene: Scene) -> np.ndarray:
     if scene.number is not None:
         colors += [scene.number.color] * 2
     for mask, color in zip(object_masks(scene), colors, strict=True):
-        image[mask] = np.array(PALETTE[color]) + rng.uniform(-10, 10, 3)
+        ink = np.array(PALETTE[color]) + rng.uniform(-10, 10, 3)
+        image[mask] = ink
     return np.clip(image, 0, 255).astype(np.uint8)
 
 

@@ -74,7 +74,7 @@ class RecalibrationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def unsupervised_samples(self) -> int:
-        """Return how many samples lost every answer token to truncation, over all ranks; all ranks call this."""
+        """Return of how many samples truncation left no answer token, over all ranks; all ranks call this."""
         total = torch.tensor([self.unsupervised], device=self.args.device)
         return int(self.accelerator.reduce(total, reduction="sum").item())
 
@@ -211,7 +211,7 @@ def gathered_projector(peft_model: PeftModel) -> dict[str, Tensor]:
         if parameter.requires_grad:
             trained[name.replace(".modules_to_save.default", "")] = parameter
     with _whole(list(trained.values())):
-        # Cloned: under ZeRO-3 the whole ones are gone when the context closes.
+        # Cloned: under ZeRO-3 the whole ones are freed when the context closes.
         return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
 
 

@@ -87,7 +87,11 @@ def _by_size(sizes: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int], lis
     return frames
 
 
-def _gathered(values: Tensor, indices: Int[Tensor, "B N"], axes: str) -> Shaped[Tensor, "B ..."]:
+def _gathered(
+    values: Tensor,
+    indices: Int[Tensor, "B N"],
+    axes: str,
+) -> Shaped[Tensor, "B ..."]:
     """Return flat values, (T, C), (T,) or (H, T), at ``indices`` (B, N)."""
     if axes == "B H N":
         return values[:, indices].transpose(0, 1)

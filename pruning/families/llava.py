@@ -31,7 +31,7 @@ class Llava(Family):
         # The projector's input is read where it enters: the model itself picks the layer and drops [CLS].
         with record_input(stock.multi_modal_projector) as features, record_signals(model, needs) as signals:
             output = stock.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
-        projected = stacked(output.pooler_output)
+        projected = stacked(output.pooler_output)  # (B, N, D)
         return of_equal_images(visual_tokens(model, needs, features[0], projected, signals))
 
     def blank(self, model: nn.Module) -> dict[str, Tensor]:

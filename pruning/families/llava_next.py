@@ -58,13 +58,19 @@ class LlavaNext(Family):
     def blank(self, model: nn.Module) -> dict[str, Tensor]:
         """Return one black image of the base view's size, with as many crops as the model makes of it."""
         pixels = blank_image(model)
-        size = torch.tensor([[pixels.shape[-2], pixels.shape[-1]]], device=pixels.device)
+        height, width = pixels.shape[-2:]
+        size = torch.tensor([[height, width]], device=pixels.device)
         crops = _crops_per_image(model, size)[0]
+        # Expanded and not copied: all crops are the same black image.
         return {"pixel_values": pixels[None].expand(1, crops, -1, -1, -1), "image_sizes": size}
 
 
 def _origin(
-    model: nn.Module, sizes: Int[Tensor, "images 2"], crops: list[int], count: int, device: torch.device
+    model: nn.Module,
+    sizes: Int[Tensor, "images 2"],
+    crops: list[int],
+    count: int,
+    device: torch.device,
 ) -> list[Int[Tensor, " L"]]:
     """Return for every packed token of each image (L,) its number among all crop tokens, or ``NEWLINE``.
 
@@ -72,7 +78,8 @@ def _origin(
     float64 holds them exactly.
     """
     config: Any = model.config
-    numbers = torch.arange(sum(crops) * count, dtype=torch.float64, device=device).view(-1, count, 1)
+    numbers = torch.arange(sum(crops) * count, dtype=torch.float64, device=device)
+    numbers = numbers.view(-1, count, 1)  # (crops of all images, N, 1)
     packed, _ = llava_next_model(model).pack_image_features(
         numbers.split(crops, dim=0),
         sizes,
@@ -82,7 +89,10 @@ def _origin(
     return [image[:, 0].long() for image in packed]
 
 
-def _rows(origin: Int[Tensor, " L"], count: int) -> Int[Tensor, " L"]:
+def _rows(
+    origin: Int[Tensor, " L"],
+    count: int,
+) -> Int[Tensor, " L"]:
     """Return the row of the merged grid (L,) that each slot lies in or ends; the base view before it has none.
 
     A base view of 2 tokens and a grid of 2 rows with 1 token each, ``[0, 1, 2, -1, 3, -1]``, give

@@ -60,9 +60,14 @@ class Qwen25VL(Family):
         features = patches[0].reshape(len(raster), -1)[raster]  # (T, 4 * C)
         signals = {}
         for name, values in flat.items():
-            signals[name] = values[:, raster] if signal_of(name).axes == "B H N" else values[raster]
+            if signal_of(name).axes == "B H N":
+                signals[name] = values[:, raster]
+            else:
+                signals[name] = values[raster]
         merge = visual.spatial_merge_size
-        sizes = [(frames, rows // merge, columns // merge) for frames, rows, columns in grids.tolist()]
+        sizes = []
+        for frames, rows, columns in grids.tolist():
+            sizes.append((frames, rows // merge, columns // merge))
         # The processor writes the pixels of a token one after another, tokens in raster order already.
         pixel_rows = pixels.reshape(len(raster), -1)
         return of_frames(modality, sizes, features, output.pooler_output, signals, pixel_rows, needs)
@@ -84,11 +89,16 @@ class Qwen25VL(Family):
         given = {name: inputs.get(name) for name in names}
         return base.get_rope_index(inputs["input_ids"], mm_token_type_ids=kinds, **given)[0]
 
-    def project(self, model: nn.Module, features: Float[Tensor, "K C4"]) -> Float[Tensor, "K D"]:
+    def project(
+        self,
+        model: nn.Module,
+        features: Float[Tensor, "K C4"],
+    ) -> Float[Tensor, "K D"]:
         """Return blocks of four patches (K, 4 * C) in LLM space (K, D)."""
         visual = qwen_visual(model)
         # The merger takes patches one by one and joins them itself.
-        patches = features.reshape(-1, visual.spatial_merge_unit, features.shape[-1] // 4).flatten(0, 1)
+        width = features.shape[-1] // 4
+        patches = features.reshape(-1, visual.spatial_merge_unit, width).flatten(0, 1)
         return visual.merger(patches)
 
     def blank(self, model: nn.Module) -> dict[str, Tensor]:
@@ -105,7 +115,11 @@ class Qwen25VL(Family):
         # The last block that attends to a whole image: the others see one window each.
         return QwenTower(visual.blocks, visual.fullatt_block_indexes[-1], visual.spatial_merge_unit)
 
-    def _raster_order(self, model: nn.Module, grids: Int[Tensor, "images 3"]) -> Int[Tensor, " T"]:
+    def _raster_order(
+        self,
+        model: nn.Module,
+        grids: Int[Tensor, "images 3"],
+    ) -> Int[Tensor, " T"]:
         """Return for each token in raster order its index in the order of attention windows, (T,)."""
         from transformers.vision_utils import get_vision_window_index
 

@@ -69,7 +69,7 @@ class QwenTower:
                 keywords[index] = hooks.enter_context(record_keywords(self.blocks[index].get_submodule("attn")))
             yield flat
 
-        # Only now, when the hooks are gone: an error here must not leave the model with them.
+        # Only now, when the hooks are removed: an error here must not leave the model with them.
         for need, index in attention.items():
             signal = signal_of(need)
             call = calls[index][0]

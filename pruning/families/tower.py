@@ -119,7 +119,7 @@ def record_signals(model: nn.Module, needs: frozenset[str]) -> Iterator[dict[str
             outputs[index] = hooks.enter_context(record_output(tower.layers[index]))
         yield signals
 
-    # Only now, when the hooks are gone: an error here must not leave the model with them.
+    # Only now, when the hooks are removed: an error here must not leave the model with them.
     for need in of_source(needs, "attention", "reader"):
         index = layers[need]
         attention = _attention(tower, index, queries[index][0], keys[index][0])

@@ -104,7 +104,7 @@ class Adaptive:
 
     def _budgets(self, tokens: VisualTokens, keep: int) -> ItemBudgets:
         """Return what the complexity of each item makes of the options."""
-        relative = self._relative(tokens)
+        relative = self._relative(tokens)  # (B,)
         wanted = torch.full_like(relative, keep, dtype=torch.long)
         if self.count == "adaptive":
             factor = relative.clamp(min=1 - self.max_fewer)

@@ -97,7 +97,10 @@ def _by_attention(tokens: VisualTokens) -> Int[Tensor, "B N"]:
     return top_k(tokens.finite("cls_attention").mean(dim=1), tokens.count)
 
 
-def selection_of(kept: Bool[Tensor, "B N"], wanted: Int[Tensor, " B"]) -> Selection:
+def selection_of(
+    kept: Bool[Tensor, "B N"],
+    wanted: Int[Tensor, " B"],
+) -> Selection:
     """Return a mask (B, N) with ``wanted`` (B,) tokens per item as a selection, ragged where the numbers differ.
 
     The mask ``[[True, False, True], [False, True, False]]`` with ``[2, 1]`` gives the positions ``[[0, 2], [1]]``.

@@ -47,7 +47,12 @@ class BAT:
         attentive = (wanted * self.attentive_ratio).long()
         return self.mixed(tokens, wanted, attentive)
 
-    def mixed(self, tokens: VisualTokens, wanted: Int[Tensor, " B"], attentive: Int[Tensor, " B"]) -> Selection:
+    def mixed(
+        self,
+        tokens: VisualTokens,
+        wanted: Int[Tensor, " B"],
+        attentive: Int[Tensor, " B"],
+    ) -> Selection:
         """Return ``wanted`` (B,) tokens of which ``attentive`` (B,) are attentive and the others merged clusters."""
         numbers = wanted.tolist()
         if min(numbers) == tokens.count:
@@ -69,7 +74,11 @@ class BAT:
             return Selection(torch.stack(positions), merged, positions)
         return Selection(positions, merged, positions)
 
-    def _peaks(self, distance: Float[Tensor, "B N N"], kept: Bool[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+    def _peaks(
+        self,
+        distance: Float[Tensor, "B N N"],
+        kept: Bool[Tensor, "B N"],
+    ) -> Float[Tensor, "B N"]:
         """Return density times distance to the nearest denser token (B, N); attentive tokens come last."""
         infinity = float("inf")
         # Attentive tokens are infinitely far: they are nobody's neighbour, and in no cluster.

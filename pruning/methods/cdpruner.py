@@ -53,8 +53,8 @@ class CDPruner:
 
     def quality(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
         """Return the scaled relevance r (B, N); of equally relevant tokens all are 1."""
-        relevance = self.relevance_sign * instruction_relevance(tokens)
+        relevance = self.relevance_sign * instruction_relevance(tokens)  # (B, N)
         low, high = image_range(relevance, tokens.image)
-        spread = high - low
+        spread = high - low  # (B, 1)
         # Where all are equally relevant the published 0 / 0 leaves fewer than K tokens; 1 leaves the choice to S.
         return torch.where(spread > 0, (relevance - low + self.eps) / spread, 1)

@@ -36,7 +36,9 @@ class DivPrune:
 
 
 def most_distant(
-    features: Float[Tensor, "B N D"], keep: int, among: Bool[Tensor, "B N"] | None = None
+    features: Float[Tensor, "B N D"],
+    keep: int,
+    among: Bool[Tensor, "B N"] | None = None,
 ) -> Int[Tensor, "B K"]:
     """Return ``keep`` positions (B, K) of ``features`` (B, N, D) by greedy max-min cosine distance, as picked.
 
@@ -52,20 +54,23 @@ def most_distant(
         infinity = float("inf")
         distance.masked_fill_(taken[:, :, None], infinity)
         distance.masked_fill_(taken[:, None, :], infinity)
-    first = loneliest(distance, taken)
+    first = loneliest(distance, taken)  # (B,)
     items = torch.arange(len(first), device=first.device)
     taken[items, first] = True
     rest = pick_spread(distance, distance[items, first], keep - 1, "minimum", taken)
     return torch.cat([first[:, None], rest], dim=1)
 
 
-def loneliest(distance: Float[Tensor, "B N N"], blocked: Bool[Tensor, "B N"]) -> Int[Tensor, " B"]:
+def loneliest(
+    distance: Float[Tensor, "B N N"],
+    blocked: Bool[Tensor, "B N"],
+) -> Int[Tensor, " B"]:
     """Return the token (B,) that is farthest from its nearest neighbour, by distances (B, N, N), not in ``blocked``."""
     # The diagonal is lifted out of the way and put back: a copy of the matrix would cost as much as it takes.
     itself = distance.diagonal(dim1=1, dim2=2)
     own = itself.clone()
     itself.fill_(float("inf"))
     # A matrix product is not symmetric to the last bit; taking rows and columns keeps mutual neighbours tied.
-    lonely = torch.minimum(distance.amin(dim=-1), distance.amin(dim=-2))
+    lonely = torch.minimum(distance.amin(dim=-1), distance.amin(dim=-2))  # (B, N)
     itself.copy_(own)
     return lonely.masked_fill(blocked, float("-inf")).argmax(dim=-1)

@@ -90,6 +90,7 @@ def zone_of(rows: int, columns: int, zones: int) -> Int[Tensor, " N"]:
 
     A grid of 2 rows and 3 columns with 2 zones per side gives ``[0, 0, 1, 2, 2, 3]``.
     """
+    # A grid with fewer rows than zones has as many strips as rows.
     down = torch.arange(rows) * min(zones, rows) // rows
     across = torch.arange(columns) * min(zones, columns) // columns
     return (down[:, None] * zones + across[None, :]).flatten()

@@ -67,10 +67,15 @@ class HiPrune:
         return Selection(ascending(top_k(rank, keep)))
 
 
-def neighbours(positions: Int[Tensor, "B K"], columns: int, count: int) -> Int[Tensor, "B 4*K"]:
+def neighbours(
+    positions: Int[Tensor, "B K"],
+    columns: int,
+    count: int,
+) -> Int[Tensor, "B 4*K"]:
     """Return the four neighbours (B, 4 K) of positions (B, K) in raster order, clamped to 0 .. count - 1.
 
     Of a grid with 3 columns and 9 patches, ``[[4]]`` gives ``[[3, 5, 1, 7]]``.
     """
     steps = torch.tensor([-1, 1, -columns, columns], device=positions.device)
-    return (positions[:, :, None] + steps).clamp(0, count - 1).flatten(1)
+    beside = positions[:, :, None] + steps  # (B, K, 4)
+    return beside.clamp(0, count - 1).flatten(1)

@@ -57,7 +57,7 @@ class PrismPrune:
         """Return K positions (B, K), salient and diverse."""
         attention = tokens.finite("cls_attention")  # (B, H, N)
         diverse = whole(keep * (1 - self.salient_ratio))
-        salient = top_k(attention.mean(dim=1), keep - diverse)
+        salient = top_k(attention.mean(dim=1), keep - diverse)  # (B, K_sal)
         if not diverse:
             return Selection(ascending(salient))
         taken = mask_of(salient, tokens.count)

@@ -92,7 +92,7 @@ def enriched(
     # GPU would change the last bits from run to run.
     near_attention = attention[:, None].expand_as(similarity).gather(2, near)
     weight = torch.zeros_like(similarity).scatter(2, near, near_attention)  # (B, n, N)
-    merged = rows_of(features, kept) + weight @ features
+    merged = rows_of(features, kept) + weight @ features  # (B, n, C)
     dropped = dropped_mask(order, numbers, attention.dtype)
     summed = (dropped * attention)[:, None] @ features  # (B, 1, C)
     position = strongest_dropped(order, numbers)

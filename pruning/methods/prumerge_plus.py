@@ -131,7 +131,9 @@ class PruMergePlus(PruMerge):
 
 
 def _in_output_order(
-    order: Int[Tensor, "B N"], outliers: Int[Tensor, " B"], sampled: Bool[Tensor, "B N"]
+    order: Int[Tensor, "B N"],
+    outliers: Int[Tensor, " B"],
+    sampled: Bool[Tensor, "B N"],
 ) -> Int[Tensor, "B N"]:
     """Return all positions: outliers by attention, then samples in raster order, then the dropped by attention.
 

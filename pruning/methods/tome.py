@@ -73,7 +73,10 @@ class ToMe:
         return Selection(ascending(state.first), list(merged), list(state.first))
 
 
-def unmerged(metric: Float[Tensor, "B N d"], features: Float[Tensor, "B N C"]) -> Merged:
+def unmerged(
+    metric: Float[Tensor, "B N d"],
+    features: Float[Tensor, "B N C"],
+) -> Merged:
     """Return all tokens, each standing for itself."""
     batch, count, _ = features.shape
     positions = torch.arange(count, device=features.device).expand(batch, -1)
@@ -93,7 +96,7 @@ def merge_step(state: Merged, remove: int, class_token: bool = False) -> Merged:
     remove = min(remove, (count - int(class_token)) // 2)
     if remove <= 0:
         return state
-    unit = F.normalize(state.metric, dim=-1)
+    unit = F.normalize(state.metric, dim=-1)  # (B, t, d)
     even, odd = unit[:, 0::2], unit[:, 1::2]
     scores = even @ odd.transpose(1, 2)  # (B, even, odd)
     if class_token:
@@ -114,7 +117,7 @@ def merge_step(state: Merged, remove: int, class_token: bool = False) -> Merged:
         joined = odd + member @ rows_of(even, source)
         return torch.cat([rows_of(even, stay), joined], dim=1)
 
-    size = merge(state.size, torch.ones_like(state.size))
+    size = merge(state.size, torch.ones_like(state.size))  # (B, t', 1)
     first_even = state.first[:, 0::2].gather(1, stay)
     first_odd = state.first[:, 1::2]
     new_rows = _new_rows(source, stay, into, count)
@@ -128,7 +131,10 @@ def merge_step(state: Merged, remove: int, class_token: bool = False) -> Merged:
 
 
 def _new_rows(
-    source: Int[Tensor, "B r"], stay: Int[Tensor, "B s"], into: Int[Tensor, "B r"], count: int
+    source: Int[Tensor, "B r"],
+    stay: Int[Tensor, "B s"],
+    into: Int[Tensor, "B r"],
+    count: int,
 ) -> Int[Tensor, "B t"]:
     """Return the row (B, t) that each of the ``count`` old tokens has after a step: unmerged even tokens, then the odd.
 

@@ -70,7 +70,10 @@ class Trim:
         return with_rest_token(tokens, kept, rows_of(features, kept), numbers, position, rest)
 
 
-def _in_raster_order(order: Int[Tensor, "B N"], numbers: Int[Tensor, " B"]) -> Int[Tensor, "B n"]:
+def _in_raster_order(
+    order: Int[Tensor, "B N"],
+    numbers: Int[Tensor, " B"],
+) -> Int[Tensor, "B n"]:
     """Return the first ``numbers`` (B,) of ``order`` in raster order, and behind them what pads a row.
 
     The order ``[[3, 1, 0], [2, 0, 1]]`` with ``[2, 1]`` gives ``[[1, 3], [2, 0]]``, whose last entry is padding.

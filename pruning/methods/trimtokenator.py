@@ -55,7 +55,7 @@ class TrimTokenator:
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K), aligned and not redundant."""
         first = max(whole(self.n1_ratio * tokens.count), keep)
-        projected = tokens.finite("projected")
+        projected = tokens.finite("projected")  # (B, N, D)
         if self.stages == "align":
             return Selection(aligned_tokens(tokens, projected, keep, self.alignment_metric))
         if self.stages == "repmax":
@@ -71,7 +71,11 @@ class TrimTokenator:
         return Selection(ascending(picks))
 
 
-def alignment(tokens: VisualTokens, projected: Float[Tensor, "B N D"], metric: str) -> Float[Tensor, "B N"]:
+def alignment(
+    tokens: VisualTokens,
+    projected: Float[Tensor, "B N D"],
+    metric: str,
+) -> Float[Tensor, "B N"]:
     """Return how well each projected token is aligned with the instruction's token embeddings, (B, N), equation 3."""
     words = tokens.finite("text_token_embeds")  # (B, M, D)
     if metric == "cosine":
@@ -86,14 +90,20 @@ def alignment(tokens: VisualTokens, projected: Float[Tensor, "B N D"], metric: s
 
 
 def aligned_tokens(
-    tokens: VisualTokens, projected: Float[Tensor, "B N D"], count: int, metric: str
+    tokens: VisualTokens,
+    projected: Float[Tensor, "B N D"],
+    count: int,
+    metric: str,
 ) -> Int[Tensor, "B N1"]:
     """Return the ``count`` best aligned positions (B, N1), ascending, equation 4."""
     return ascending(top_k(alignment(tokens, projected, metric), count))
 
 
 def repmax(
-    features: Float[Tensor, "B N D"], keep: int, metric: str, among: Bool[Tensor, "B N"] | None = None
+    features: Float[Tensor, "B N D"],
+    keep: int,
+    metric: str,
+    among: Bool[Tensor, "B N"] | None = None,
 ) -> Int[Tensor, "B K"]:
     """Return ``keep`` positions (B, K) of ``features`` (B, N, D) with low mutual similarity, in order of picking.
 

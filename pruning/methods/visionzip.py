@@ -68,7 +68,10 @@ class VisionZip:
 
 
 def _contextual(
-    features: Float[Tensor, "B N C"], keys: Float[Tensor, "B N d"], dominant: Int[Tensor, "B n"], number: int
+    features: Float[Tensor, "B N C"],
+    keys: Float[Tensor, "B N d"],
+    dominant: Int[Tensor, "B n"],
+    number: int,
 ) -> tuple[Int[Tensor, "B number"], Float[Tensor, "B number C"]]:
     """Return evenly spaced targets among the patches that are not dominant, and their features with what they merge."""
     count = features.shape[1]

@@ -11,7 +11,9 @@ QUERIES_AT_ONCE = 128
 
 
 def cls_attention(
-    query: Float[Tensor, "B H 1 d"], key: Float[Tensor, "B H T d"], scale: float
+    query: Float[Tensor, "B H 1 d"],
+    key: Float[Tensor, "B H T d"],
+    scale: float,
 ) -> Float[Tensor, "B H N"]:
     """Return the softmaxed attention of [CLS] to the patches, (B, H, N) float32.
 
@@ -21,13 +23,17 @@ def cls_attention(
         scale: factor of the logits.
     """
     # One row per head costs little, and rounding once from float64 leaves no bit to the order of a sum.
-    logits = (query.double() @ key.double().transpose(-1, -2)) * scale  # (B, H, 1, 1 + N)
+    product = query.double() @ key.double().transpose(-1, -2)  # (B, H, 1, 1 + N)
+    logits = product * scale
     attention = logits.softmax(dim=-1)[:, :, 0]
     return attention[..., 1:].float()
 
 
 def received_attention(
-    query: Float[Tensor, "B H T d"], key: Float[Tensor, "B H T d"], scale: float, skip: int
+    query: Float[Tensor, "B H T d"],
+    key: Float[Tensor, "B H T d"],
+    scale: float,
+    skip: int,
 ) -> Float[Tensor, "B H N"]:
     """Return the attention that each patch receives, mean over all queries, (B, H, N) float32.
 
@@ -42,6 +48,7 @@ def received_attention(
     received = torch.zeros(key.shape[:-1], device=key.device)  # (B, H, skip + N)
     columns = key.float().transpose(-1, -2)
     for rows in query.float().split(QUERIES_AT_ONCE, dim=2):
-        attention = ((rows @ columns) * scale).softmax(dim=-1)  # (B, H, chunk, skip + N)
+        logits = (rows @ columns) * scale  # (B, H, chunk, skip + N)
+        attention = logits.softmax(dim=-1)
         received += attention.sum(dim=2)
     return received[..., skip:] / query.shape[2]

@@ -17,7 +17,10 @@ _BELOW_ALL = -4.0  # below every cosine, also when a cosine is added to it
 
 
 def without_duplicates(
-    similarity: Float[Tensor, "B N N"], rest: Int[Tensor, "B R"], wanted: int, per_round: int
+    similarity: Float[Tensor, "B N N"],
+    rest: Int[Tensor, "B R"],
+    wanted: int,
+    per_round: int,
 ) -> Int[Tensor, "B W"]:
     """Shrink ``rest`` round by round; the order of what stays decides the next round's split.
 
@@ -53,7 +56,11 @@ def without_duplicates(
 
 
 def _by_rows(
-    similarity: Float[Tensor, "B N N"], rest: Int[Tensor, "B R"], wanted: int, per_round: int, stop: int
+    similarity: Float[Tensor, "B N N"],
+    rest: Int[Tensor, "B R"],
+    wanted: int,
+    per_round: int,
+    stop: int,
 ) -> Int[Tensor, "B S"]:
     """Do rounds until ``stop`` or fewer are left, reading the whole row of every odd token."""
     batch, count, _ = similarity.shape
@@ -75,7 +82,11 @@ def _by_rows(
 
 
 def _by_neighbours(
-    similarity: Float[Tensor, "B N N"], rest: Int[Tensor, "B R"], wanted: int, per_round: int, stop: int
+    similarity: Float[Tensor, "B N N"],
+    rest: Int[Tensor, "B R"],
+    wanted: int,
+    per_round: int,
+    stop: int,
 ) -> Int[Tensor, "B S"]:
     """Do the same with each token's nearest neighbours; only where none of them is odd, a whole row is read.
 
@@ -107,7 +118,10 @@ def _by_neighbours(
     return rest
 
 
-def _among(similarity: Float[Tensor, "B N N"], rest: Int[Tensor, "B R"]) -> Float[Tensor, "B R R"]:
+def _among(
+    similarity: Float[Tensor, "B N N"],
+    rest: Int[Tensor, "B R"],
+) -> Float[Tensor, "B R R"]:
     """Return the similarities (B, R, R) among the tokens ``rest`` (B, R)."""
     batch, count, _ = similarity.shape
     chosen = (rest + _first_rows(batch, count, rest.device)).flatten()
@@ -118,7 +132,11 @@ def _among(similarity: Float[Tensor, "B N N"], rest: Int[Tensor, "B R"]) -> Floa
 
 
 def _after_round(
-    even: Int[Tensor, "B even"], odd: Int[Tensor, "B odd"], duplicated: Float[Tensor, "B even"], excess: int, most: int
+    even: Int[Tensor, "B even"],
+    odd: Int[Tensor, "B odd"],
+    duplicated: Float[Tensor, "B even"],
+    excess: int,
+    most: int,
 ) -> Int[Tensor, "B left"]:
     """Return the list after a round: the even tokens by falling similarity without the first, then the odd ones."""
     drop = min(most, excess, even.shape[1])
@@ -195,7 +213,8 @@ def without_duplicates_each(
     stays = index < torch.tensor(lengths, device=device)[:, None]
     # Padding may repeat a position that stays; the maximum lets it stay.
     mask = torch.zeros(batch, count, device=device)
-    return mask.scatter_reduce_(1, rest, stays.float(), "amax").bool()
+    mask = mask.scatter_reduce_(1, rest, stays.float(), "amax")
+    return mask.bool()
 
 
 def _drops(lengths: list[int], wanted: list[int], per_round: int) -> list[int]:
@@ -207,7 +226,10 @@ def _drops(lengths: list[int], wanted: list[int], per_round: int) -> list[int]:
     return drops
 
 
-def _looked_up(values: Float[Tensor, " V"], indices: Int[Tensor, "R k"]) -> Float[Tensor, "R k"]:
+def _looked_up(
+    values: Float[Tensor, " V"],
+    indices: Int[Tensor, "R k"],
+) -> Float[Tensor, "R k"]:
     """Return ``values`` (V,) at ``indices`` (R, k)."""
     # On one CPU thread index_select takes 0.01 ms where take has 0.03 and indexing 0.04 (1440 x 13 of 2880).
     flat = values.index_select(0, indices.flatten())

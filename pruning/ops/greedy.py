@@ -52,7 +52,9 @@ def pick_spread(
 
 
 def pick_determinantal(
-    similarity: Float[Tensor, "B N N"], quality: Float[Tensor, "B N"], keep: int
+    similarity: Float[Tensor, "B N N"],
+    quality: Float[Tensor, "B N"],
+    keep: int,
 ) -> Int[Tensor, "B K"]:
     """Pick ``keep`` tokens by greedy MAP of a DPP with kernel ``diag(q) S diag(q)``, by incremental Cholesky factors.
 

@@ -28,7 +28,10 @@ def usable(matrix: Tensor) -> bool:
 
 
 def pick_spread(
-    matrix: Float[Tensor, "B N N"], state: Float[Tensor, "B N"], keep: int, update: str
+    matrix: Float[Tensor, "B N N"],
+    state: Float[Tensor, "B N"],
+    keep: int,
+    update: str,
 ) -> Int[Tensor, "B K"]:
     """Return what :func:`prunetune.pruning.ops.greedy.pick_spread` returns; tokens with state -inf are never picked."""
     batch, count = state.shape

@@ -13,7 +13,12 @@ from prunetune.pruning.types import Selection, VisualTokens
 COUNTS = ("budget", "outliers")
 
 
-def numbers_to_keep(scores: Float[Tensor, "B N"], tokens: VisualTokens, count: str, budget: int) -> Int[Tensor, " B"]:
+def numbers_to_keep(
+    scores: Float[Tensor, "B N"],
+    tokens: VisualTokens,
+    count: str,
+    budget: int,
+) -> Int[Tensor, " B"]:
     """Return how many tokens (B,) to keep: ``budget``, or the number of outliers, at least one."""
     if count == "budget":
         return torch.full((len(scores),), budget, device=scores.device)
@@ -21,7 +26,11 @@ def numbers_to_keep(scores: Float[Tensor, "B N"], tokens: VisualTokens, count: s
     return (share * tokens.count).long().clamp(min=1)
 
 
-def dropped_mask(order: Int[Tensor, "B N"], numbers: Int[Tensor, " B"], dtype: torch.dtype) -> Float[Tensor, "B N"]:
+def dropped_mask(
+    order: Int[Tensor, "B N"],
+    numbers: Int[Tensor, " B"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "B N"]:
     """Return 1 for every token (B, N) behind the first ``numbers`` (B,) of ``order`` (B, N), and 0 for the others.
 
     The order ``[[2, 0, 1]]`` with the number ``[1]`` gives ``[[1.0, 1.0, 0.0]]``.
@@ -31,7 +40,10 @@ def dropped_mask(order: Int[Tensor, "B N"], numbers: Int[Tensor, " B"], dtype: t
     return torch.zeros(order.shape, dtype=dtype, device=order.device).scatter(1, order, dropped)
 
 
-def strongest_dropped(order: Int[Tensor, "B N"], numbers: Int[Tensor, " B"]) -> Int[Tensor, "B 1"]:
+def strongest_dropped(
+    order: Int[Tensor, "B N"],
+    numbers: Int[Tensor, " B"],
+) -> Int[Tensor, "B 1"]:
     """Return the position (B, 1) that follows the first ``numbers`` (B,) of ``order`` (B, N): the rest token's.
 
     The order ``[[2, 0, 1]]`` with the number ``[1]`` gives ``[[0]]``. Where nothing is dropped it is the last.

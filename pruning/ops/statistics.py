@@ -12,7 +12,10 @@ def text_mask(embeds: Float[Tensor, "B M E"]) -> Bool[Tensor, "B M"]:
     return (embeds != 0).any(dim=-1)
 
 
-def masked_mean(values: Float[Tensor, "B N M"], mask: Bool[Tensor, "B M"]) -> Float[Tensor, "B N"]:
+def masked_mean(
+    values: Float[Tensor, "B N M"],
+    mask: Bool[Tensor, "B M"],
+) -> Float[Tensor, "B N"]:
     """Return the mean of ``values`` (B, N, M) over the M that ``mask`` (B, M) allows; 0 where it allows none.
 
     Values ``[[[1.0, 3.0, 9.0]]]`` with the mask ``[[True, True, False]]`` give ``[[2.0]]``.
@@ -23,20 +26,25 @@ def masked_mean(values: Float[Tensor, "B N M"], mask: Bool[Tensor, "B M"]) -> Fl
 
 
 def image_range(
-    values: Float[Tensor, "B N"], image: Int[Tensor, " B"] | None
+    values: Float[Tensor, "B N"],
+    image: Int[Tensor, " B"] | None,
 ) -> tuple[Float[Tensor, "B 1"], Float[Tensor, "B 1"]]:
     """Return minimum and maximum (B, 1) of ``values`` (B, N) over all items of the same image."""
     low, high = values.amin(dim=1), values.amax(dim=1)
     if image is not None and len(image):
         # Image numbers are below the number of items, so B cells are enough, and no count is read from the device.
         size = (len(image),)
-        lowest = low.new_full(size, float("inf")).scatter_reduce(0, image, low, "amin")
-        highest = high.new_full(size, float("-inf")).scatter_reduce(0, image, high, "amax")
-        low, high = lowest[image], highest[image]
+        lowest = low.new_full(size, float("inf"))
+        highest = high.new_full(size, float("-inf"))
+        low = lowest.scatter_reduce(0, image, low, "amin")[image]
+        high = highest.scatter_reduce(0, image, high, "amax")[image]
     return low[:, None], high[:, None]
 
 
-def outlier_share(values: Float[Tensor, "B N"], image: Int[Tensor, " B"] | None) -> Float[Tensor, " B"]:
+def outlier_share(
+    values: Float[Tensor, "B N"],
+    image: Int[Tensor, " B"] | None,
+) -> Float[Tensor, " B"]:
     """Return the share (B,) of an image's values above Q3 + 1.5 (Q3 - Q1), float64: PruMerge's adaptive ratio.
 
     Args:
@@ -61,11 +69,15 @@ def outlier_share(values: Float[Tensor, "B N"], image: Int[Tensor, " B"] | None)
     third = _quantile(ranked, start, total, 0.75)
     above = flat > (third + 1.5 * (third - first))[owner]
     outliers = torch.zeros_like(total).scatter_add(0, owner, above.long())
-    return (outliers.double() / total.clamp(min=1))[image]
+    share = outliers.double() / total.clamp(min=1)  # of each image
+    return share[image]
 
 
 def _quantile(
-    ranked: Float[Tensor, " V"], start: Int[Tensor, " B"], total: Int[Tensor, " B"], share: float
+    ranked: Float[Tensor, " V"],
+    start: Int[Tensor, " B"],
+    total: Int[Tensor, " B"],
+    share: float,
 ) -> Float[Tensor, " B"]:
     """Return a quantile (B,) of each of the runs that ``ranked`` (V,) holds, interpolated between ranks."""
     last = (total - 1).clamp(min=0)

@@ -83,7 +83,8 @@ def _things(scene: Scene) -> list[_Thing]:
             "color": 1 + COLORS.index(shape.color),
             "size": 1 + SIZES.index(shape.size),
         }
-        things.append(_Thing(labels, [shape.size, shape.color, shape.shape, PLACES[shape.cell]]))
+        words = [shape.size, shape.color, shape.shape, PLACES[shape.cell]]
+        things.append(_Thing(labels, words))
     if scene.number is not None:
         for order, digit in zip(("first", "last"), scene.number.digits, strict=True):
             labels = {
@@ -91,7 +92,8 @@ def _things(scene: Scene) -> list[_Thing]:
                 "color": 1 + COLORS.index(scene.number.color),
                 "digit": 1 + digit,
             }
-            things.append(_Thing(labels, ["number", order, str(digit), scene.number.color]))
+            words = ["number", order, str(digit), scene.number.color]
+            things.append(_Thing(labels, words))
     return things
 
 
@@ -115,7 +117,9 @@ def captions(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[str], 
     """Return a caption and one phrase per scene, and which phrase is true of which scene, (B phrases, B scenes)."""
     full, phrases = [], []
     for scene in scenes:
-        parts = [f"{shape.size} {shape.color} {shape.shape} {PLACES[shape.cell]}" for shape in scene.shapes]
+        parts = []
+        for shape in scene.shapes:
+            parts.append(f"{shape.size} {shape.color} {shape.shape} {PLACES[shape.cell]}")
         if scene.number is not None:
             first, last = scene.number.digits
             parts.append(f"{scene.number.color} number {first} {last}")
@@ -133,4 +137,5 @@ def captions(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[str], 
 def _holds(phrase: str, scene: Scene) -> bool:
     if phrase == "number":
         return scene.number is not None
-    return any(phrase == f"{s.color} {s.shape}" for s in scene.shapes)
+    named = [f"{shape.color} {shape.shape}" for shape in scene.shapes]
+    return phrase in named

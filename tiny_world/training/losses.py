@@ -51,13 +51,13 @@ def contrastive_loss(clip: CLIPModel, vision: tuple[Tensor, Tensor], text: dict,
         true: (B, B), phrase i holds for image j.
     """
     scale = clip.logit_scale.exp().clamp(max=50)
-    image = F.normalize(clip.visual_projection(vision[0]), dim=-1)
+    image = F.normalize(clip.visual_projection(vision[0]), dim=-1)  # (B, E)
     normed = clip.vision_model.post_layernorm(vision[1])
-    patches = F.normalize(clip.visual_projection(normed), dim=-1)
-    caption = F.normalize(clip.text_projection(clip.text_model(**text).pooler_output), dim=-1)
-    phrase = F.normalize(clip.text_projection(clip.text_model(**phrases).pooler_output), dim=-1)
+    patches = F.normalize(clip.visual_projection(normed), dim=-1)  # (B, 144, E)
+    caption = _embedded(clip, text)
+    phrase = _embedded(clip, phrases)
     own = torch.arange(len(image))
-    whole = scale * image.float() @ caption.float().T
+    whole = scale * image.float() @ caption.float().T  # (images, captions)
     # A phrase is compared with the patch it fits best: text-conditioned pruners compare patches, and not images.
     fit = torch.einsum("pe,bne->pbn", phrase.float(), patches.float())  # (phrases, images, 144)
     best = scale * fit.amax(-1)
@@ -67,18 +67,24 @@ def contrastive_loss(clip: CLIPModel, vision: tuple[Tensor, Tensor], text: dict,
     return images_and_captions + F.cross_entropy(best, own)
 
 
+def _embedded(clip: CLIPModel, text: dict) -> Tensor:
+    """Return tokenized texts in the shared space, (B, E), of length 1."""
+    pooled = clip.text_model(**text).pooler_output
+    return F.normalize(clip.text_projection(pooled), dim=-1)
+
+
 def alignment_loss(projected: Tensor, embedding: Tensor, batch: SceneBatch) -> Tensor:
     """Make a shown patch's visual token (B, 144, D) point at the word embeddings (V, D) of what it shows.
 
     Two parts: cross-entropy between its nearness to every word and those words, and the angle to the sum of their
     directions. Without the second, tokens are separable but not alike to words, and attention is slow to match them.
     """
-    shown = batch.words.sum(-1) > 0
-    tokens, words = projected[shown].float(), batch.words[shown]
+    shown = batch.words.sum(-1) > 0  # (B, 144)
+    tokens, words = projected[shown].float(), batch.words[shown]  # (patches, D), (patches, V)
     log_likelihood = (tokens @ embedding.float().T).log_softmax(-1)
     nearness = -(words * log_likelihood).sum(-1).mean()
     directions = F.normalize(embedding.detach().float(), dim=-1)
-    summed = (words > 0).float() @ directions
+    summed = (words > 0).float() @ directions  # of the words that are shown, whatever their share
     angle = 1 - F.cosine_similarity(tokens, summed, dim=-1).mean()
     return 0.5 * nearness + 2 * angle
 
@@ -103,7 +109,8 @@ def answer_logits(
         kept = torch.ones(visual.shape[:2], dtype=torch.bool)
     longest = int(kept.sum(1).max())
     order = torch.argsort((~kept).long(), dim=1, stable=True)[:, :longest]  # kept first, in order
-    visual = visual.gather(1, order[..., None].expand(-1, -1, visual.shape[-1]))
+    index = order[..., None].expand(-1, -1, visual.shape[-1])
+    visual = visual.gather(1, index)  # (B, N', D)
     user = batch.prefix.expand(count, -1)
     questions = batch.ids.flatten(1)  # (B, Q * T)
     hidden = torch.cat([embed(user), visual, embed(questions)], dim=1)  # (B, P + Q * T, D)
@@ -143,6 +150,8 @@ def _one_row_per_image(seen: Tensor, questions: int, length: int) -> tuple[Tenso
     mask[:, 0, prefix:, :prefix] = seen[:, None, :]
     mask[:, 0, prefix:, prefix:] = own_question
     start = seen.sum(1, keepdim=True)
-    of_questions = start + torch.arange(length).repeat(questions)[None, :]
-    positions = torch.cat([torch.arange(prefix).expand(batch, -1), of_questions], dim=1)
+    in_question = torch.arange(length).repeat(questions)
+    of_questions = start + in_question[None, :]
+    of_prefix = torch.arange(prefix).expand(batch, -1)
+    positions = torch.cat([of_prefix, of_questions], dim=1)
     return mask, positions

@@ -58,7 +58,8 @@ def train_tiny_vlm(output: Path, work: Path, seed: int = 0, scale: float = 1.0, 
                 speed = taken / (time.monotonic() - began)
                 left = (total - done_before - step - 1) / speed
                 row = {"stage": stage.name, "step": step + 1, "of": stage.steps}
-                row |= {"eta_min": round(left / 60, 1), "scenes_per_s": round(speed * stage.batch, 1)}
+                row["eta_min"] = round(left / 60, 1)
+                row["scenes_per_s"] = round(speed * stage.batch, 1)
                 row |= {name: round(value, 3) for name, value in numbers.items()}
                 _log(work, row)
             if (step + 1) % SAVE_EVERY == 0 or taken == stop_after:
@@ -66,7 +67,8 @@ def train_tiny_vlm(output: Path, work: Path, seed: int = 0, scale: float = 1.0, 
             if taken == stop_after:
                 return
         if stage.lr and index in (1, 2, 3):  # stages that train answers
-            _report(work, models, stage, scenes=max(10, round(300 * min(scale, 1))))
+            scenes = round(300 * min(scale, 1))
+            _report(work, models, stage, max(10, scenes))
         state["step"] = 0
         _save(work / "state.pt", models, None, index + 1, 0, seed, stages)
     save_tiny_vlm(output, models.llava, models.clip)

@@ -75,10 +75,12 @@ def trained_parameters(models: TinyModels, stage: Stage) -> list[dict]:
     # The last layer is CLIP's alone, for Llava reads the layer before it: "ground" can train it and change no answer.
     last = [*tower.encoder.layers[-1].parameters(), *tower.post_layernorm.parameters()]
     of_last = {id(parameter) for parameter in last}
+    seeing: list[nn.Parameter] = []
     if stage.name == "tower":
-        seeing, rest = list(tower.parameters()), [*text, *models.heads.parameters()]
+        seeing = list(tower.parameters())
+        rest = [*text, *models.heads.parameters()]
     elif stage.name == "ground":
-        seeing, rest = [], [*text, *last]
+        rest = [*text, *last]
     else:
         seeing = [parameter for parameter in tower.parameters() if id(parameter) not in of_last]
         rest = language
@@ -136,7 +138,9 @@ def _seeing_loss(
     )
     if stage.name == "ground":
         return contrast, {"contrast": contrast.item()}
-    patches, accuracy = models.heads.loss(out.hidden_states[-2][:, 1:], batch)
+    # The layer that enters the projector, without [CLS].
+    features = out.hidden_states[-2][:, 1:]
+    patches, accuracy = models.heads.loss(features, batch)
     return patches + 0.3 * contrast, {"contrast": contrast.item(), **accuracy}
 
 
@@ -149,9 +153,10 @@ def dense_accuracy(models: TinyModels, batches: Iterator[range], kept_share: flo
     right: dict[str, list[bool]] = {}
     for seeds in batches:
         batch = scene_batch(seeds, models.tokenizer)
-        visual = models.llava.model.multi_modal_projector(tower_features(models.clip.vision_model, batch.pixels))
+        features = tower_features(models.clip.vision_model, batch.pixels)
+        visual = models.llava.model.multi_modal_projector(features)
         questions = question_batch([ask(scene) for scene in batch.scenes], models.tokenizer)
-        ranks = _random_ranks(np.random.default_rng([seeds.start, 4]), visual)
+        ranks = _random_ranks(np.random.default_rng([seeds.start, 4]), visual)  # (B, N)
         kept = torch.from_numpy(ranks < round(kept_share * visual.shape[1]))
         logits, targets = answer_logits(models.llava, visual, kept, questions)
         misses_of = torch.zeros(questions.labels.shape[:2], dtype=torch.long)  # (B, Q)
