@@ -15,6 +15,8 @@ from prunetune.plugins import PluginError
 
 Config = TypeVar("Config", bound=BaseModel)
 FOLDER = Path(__file__).parent
+_FLAGS = {"overwrite"}
+"""What may be said without a value, as of commands that have no configuration."""
 
 
 class ConfigError(PrunetuneError):
@@ -130,7 +132,9 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
         if not flag.startswith("--"):
             raise ConfigError(f"unexpected argument {flag!r}; overrides are written --section.field value")
         key, equals, value = flag[2:].partition("=")
-        if not equals:
+        if key in _FLAGS and not equals and (not rest or rest[0].startswith("--")):
+            value = "true"
+        elif not equals:
             if not rest:
                 raise ConfigError(f"override --{key} has no value; write --{key} VALUE")
             value = rest.pop(0)

@@ -121,6 +121,10 @@ class RecalibrateConfig(PluggedConfig):
     train: TrainConfig = TrainConfig()
     tracking: TrackingConfig = TrackingConfig()
     output: str = Field(description="folder for the adapter, checkpoints, logs and the effective config")
+    overwrite: bool = Field(
+        False,
+        description="delete what an earlier recalibration wrote to the output folder, that alone, and start over",
+    )
     devices: int | None = Field(
         None, ge=1, description="how many devices `prunetune recalibrate` launches; None is all"
     )
@@ -141,6 +145,10 @@ class EvaluateConfig(PluggedConfig):
     max_new_tokens: int = Field(128, ge=1, description="longest answer in tokens")
     tracking: TrackingConfig = TrackingConfig()
     output: str = Field(description="folder for results.jsonl, manifest.json and the effective config")
+    overwrite: bool = Field(
+        False,
+        description="delete what an earlier evaluation wrote to the output folder, that alone, and start over",
+    )
 
     @field_validator("tasks")
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,11 +82,3 @@ def read_questions(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise TaskError(f"{path}, line {line}: question_id {number} is in line {seen[number]} already")
         seen[number] = line
         yield line, record
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all, whenever the process is killed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    # Within one folder a replacement is atomic; across file systems it would be a copy, which can be cut short.
-    os.replace(partial, path)

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, m
 
 from prunetune.configs import ModelConfig
 from prunetune.evaluation.errors import TaskError
-from prunetune.evaluation.files import read_json, read_lines, write_whole
+from prunetune.evaluation.files import read_json, read_lines
+from prunetune.outputs import write_text
 from prunetune.pruning.spec import PruningSpec
 
 RESULTS = "results.jsonl"
@@ -239,7 +240,7 @@ def result_of(record: dict[str, Any], where: str) -> Result:
 
 def write_results(folder: Path, rows: Iterable[Result]) -> None:
     """Write an arm's rows, whole or not at all."""
-    write_whole(folder / RESULTS, "".join(row.to_line() for row in rows))
+    write_text(folder / RESULTS, "".join(row.to_line() for row in rows))
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -275,7 +276,7 @@ def read_begun(folder: str | Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest, whole or not at all."""
-    write_whole(folder / MANIFEST, json.dumps(manifest.to_json(), indent=2) + "\n")
+    write_text(folder / MANIFEST, json.dumps(manifest.to_json(), indent=2) + "\n")
 
 
 _Kind = TypeVar("_Kind", bound=_Record)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from prunetune.models.loading import CheckpointError
+from prunetune.outputs import ADAPTER_FILES, EXPORT, OutputFolder, replaced_folder
 from prunetune.pruning.families import family_of
 
 RECORD = "prunetune.json"
@@ -114,31 +113,17 @@ def write_adapter(
     """
     from safetensors.torch import save_file
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     named = {}
     for name, tensor in tensors.items():
         named[f"base_model.model.{name}"] = tensor.detach().cpu().contiguous()
-    save_file(named, partial / _ADAPTER, metadata={"format": "pt"})
-    # Stored in inference mode, as PEFT's own save does; the running model goes on training.
-    config = peft_model.peft_config["default"]
-    config.inference_mode, training = True, config.inference_mode
-    config.save_pretrained(str(partial))
-    config.inference_mode = training
-    (partial / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n")
-    replace_folder(partial, folder)
-
-
-def replace_folder(partial: Path, folder: Path) -> None:
-    """Put a finished folder in the place of an older one; there is a complete one at every moment but the swap."""
-    # The older one is moved away and not deleted first: a process killed here leaves one of the two whole.
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replaced_folder(folder, ADAPTER_FILES, sign=RECORD) as partial:
+        save_file(named, partial / _ADAPTER, metadata={"format": "pt"})
+        # Stored in inference mode, as PEFT's own save does; the running model goes on training.
+        config = peft_model.peft_config["default"]
+        config.inference_mode, training = True, config.inference_mode
+        config.save_pretrained(str(partial))
+        config.inference_mode = training
+        (partial / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n")
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -159,16 +144,18 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is broken: {error}") from None
 
 
-def export_merged(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
-    """Write the model with its current projector as a full stock checkpoint; LLaVA's own file lies beside it."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    projector = _llava_projector(projector_state(model))
-    if projector is not None:
-        torch.save(projector, partial / "mm_projector.bin")
-    replace_folder(partial, folder)
+def export_merged(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, overwrite: bool = False) -> None:
+    """Write the model with its current projector as a full stock checkpoint; LLaVA's own file lies beside it.
+
+    Raises:
+        OutputError: if the folder holds something else than an export, or can't be written.
+    """
+    with OutputFolder(folder, EXPORT, overwrite) as output, output.staged(whole=True) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        projector = _llava_projector(projector_state(model))
+        if projector is not None:
+            torch.save(projector, partial / "mm_projector.bin")
 
 
 def _llava_projector(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 
+from prunetune.errors import PrunetuneError
+from prunetune.outputs import OutputError, OutputFolder, writing
 from prunetune.plugins import PluginError
 
 PATIENCE = timedelta(days=7)
@@ -52,6 +56,29 @@ class Ranks:
                 if mine != theirs:
                     told = f"rank 0 has {_told(mine)}, rank {rank} {_told(theirs)}"
                     raise PluginError(f"plug-in {name!r} differs between ranks: {told}; install the same on every host")
+
+    @contextmanager
+    def open_output(self, folder: OutputFolder) -> Iterator[None]:
+        """Open an output folder on rank 0 for all; the others go on once it is open.
+
+        Raises:
+            OutputError: on every rank, if it can't be opened.
+        """
+        error: list[PrunetuneError | None] = [None]
+        with ExitStack() as stack:
+            stack.enter_context(writing(folder.path))
+            if self.is_zero:
+                try:
+                    stack.enter_context(folder)
+                except PrunetuneError as failure:
+                    error[0] = failure
+            # Nobody writes before rank 0 has found that the folder may be written to.
+            told: list[Any] = [str(error[0]) if error[0] is not None else None]
+            if self.world > 1:
+                torch.distributed.broadcast_object_list(told, src=0)
+            if told[0] is not None:
+                raise error[0] or OutputError(told[0])
+            yield
 
     def destroy(self) -> None:
         """Destroy the process group; the last thing a rank does."""

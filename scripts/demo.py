@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from prunetune.evaluation.report.arms import read_arm
 from prunetune.evaluation.report.table import to_markdown
 from prunetune.evaluation.run.visualize import visualize
 from prunetune.models import Arm
+from prunetune.outputs import DEMO, RECALIBRATION, OutputFolder
 from prunetune.pruning import PruningSpec
 from prunetune.screen import libraries_in, say
 from prunetune.scripts.launch import LOG, launch
@@ -25,7 +25,7 @@ from prunetune.scripts.tracked import tracked_compare, tracked_evaluate
 
 METHODS = ("fastervlm", "vispruner", "prismprune", "divprune")
 BUDGETS = (36, 16)
-RECALIBRATION = "recalibrate/tiny_divprune_16"
+RECIPE = "recalibrate/tiny_divprune_16"
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,27 @@ FULL = Size(scenes=200, samples=16_000)
 QUICK = Size(scenes=60, samples=6_000)
 
 
-def run_demo(output: Path, quick: bool = False) -> None:
+def run_demo(output: Path, quick: bool = False, overwrite: bool = False) -> None:
     """Dense, four methods at two budgets, one recalibration on two CPU ranks, the same arm tuned, and the table.
 
     Args:
         output: folder of everything that is written; an older demo there is replaced, anything else is left alone.
         quick: fewer test scenes and training samples.
+        overwrite: use a folder that holds other files as well.
 
     Raises:
-        ConfigError: if the folder holds something else than a demo, or the recalibration fails.
+        OutputError: if the folder holds something else than a demo, is in use, or can't be written.
+        ConfigError: if the recalibration fails.
     """
     began = time.monotonic()
-    _fresh_folder(output)
-    with libraries_in(output / "libraries.log"):
-        _run(output, QUICK if quick else FULL, began)
+    with OutputFolder(output, DEMO, overwrite) as folder:
+        folder.clear()
+        with libraries_in(output / "libraries.log"):
+            _run(output, QUICK if quick else FULL, began)
 
 
 def _run(output: Path, size: Size, began: float) -> None:
-    recipe = load_config(RecalibrateConfig, RECALIBRATION)
+    recipe = load_config(RecalibrateConfig, RECIPE)
     limit = 8 * size.scenes
 
     say("\n== 1/4  dense and training-free")
@@ -75,10 +78,10 @@ def _run(output: Path, size: Size, began: float) -> None:
     arms.append(_evaluate(output, "divprune_16_tuned", tuned, limit))
 
     say("\n== 4/4  compare")
-    rows = tracked_compare(arms, output / "comparison", TrackingConfig(wandb="offline", name="demo"))
+    rows = tracked_compare(arms, output / "comparison", TrackingConfig(wandb="offline", name="demo"), overwrite=True)
     print(to_markdown(rows))
     specs = [PruningSpec(method, 16) for method in METHODS]
-    pictures = visualize(recipe.model, specs, "tiny_world", 4, output / "kept_tokens", arm=dense)
+    pictures = visualize(recipe.model, specs, "tiny_world", 4, output / "kept_tokens", arm=dense, overwrite=True)
     gain = next(row for row in rows if row.gain is not None)
     assert gain.gain is not None and gain.gain_interval is not None  # the tuned row has both
     print(
@@ -103,6 +106,7 @@ def _evaluate(output: Path, name: str, arm: Arm, limit: int) -> Path:
         batch_size=80,
         max_new_tokens=6,
         output=str(output / "arms" / name),
+        overwrite=True,  # whose folder it is was settled with the demo's
     )
     folder = tracked_evaluate(config, arm)
     reached = read_arm(folder)
@@ -111,17 +115,8 @@ def _evaluate(output: Path, name: str, arm: Arm, limit: int) -> Path:
 
 
 def _recalibrate(output: Path, samples: int) -> None:
-    arguments = ["--config", RECALIBRATION, "--output", str(output), "--data.max_samples", str(samples)]
-    status = launch(2, arguments, output)
+    arguments = ["--config", RECIPE, "--output", str(output), "--data.max_samples", str(samples)]
+    with OutputFolder(output, RECALIBRATION, overwrite=True) as folder:
+        status = launch(2, arguments, folder)
     if status != 0:
         raise ConfigError(f"the recalibration ended with status {status}; what it said is above and in {output / LOG}")
-
-
-def _fresh_folder(output: Path) -> None:
-    mark = output / ".prunetune-demo"
-    if mark.exists():
-        shutil.rmtree(output)
-    elif output.exists() and any(output.iterdir()):
-        raise ConfigError(f"{output} is not empty and holds no demo; choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    mark.touch()

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 import prunetune
-from prunetune.configs import ConfigError, RecalibrateConfig, load_config
+from prunetune.configs import RecalibrateConfig, load_config
+from prunetune.outputs import RECALIBRATION, OutputFolder
 from prunetune.screen import say, show_and_log
 
 ROOT = Path(prunetune.__file__).resolve().parents[1]
@@ -27,28 +28,24 @@ def launch_recalibration(file: str | None, overrides: list[str]) -> int:
     """
     config = load_config(RecalibrateConfig, file, overrides)
     devices = config.devices or max(torch.cuda.device_count(), 1)
-    return launch(devices, ["--config", file, *overrides] if file else overrides, Path(config.output))
+    folder = OutputFolder(config.output, RECALIBRATION, config.overwrite, reads=(config.model.path,))
+    with folder:
+        return launch(devices, ["--config", file, *overrides] if file else overrides, folder)
 
 
-def launch(devices: int, arguments: list[str], output: Path) -> int:
-    """Run the trainer on some devices, show what it says and write the libraries' lines to a log in ``output``.
+def launch(devices: int, arguments: list[str], folder: OutputFolder) -> int:
+    """Run the trainer on some devices, show what it says and write the libraries' lines to a log in its open folder.
 
     Raises:
-        ConfigError: if the folder can't be written.
+        OutputError: if the log can't be written.
     """
-    log = output / LOG
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        stream = log.open("ab")
-    except OSError as error:
-        raise ConfigError(f"output folder {output} can't be written: {error.strerror}") from None
+    log = folder.path / LOG
     line = launch_line(devices, [*arguments, "--marked"])
-    with stream:
+    environment = {**launch_environment(devices), **folder.shared()}
+    with log.open("ab") as stream:
         stream.write(f"{' '.join(line)}\n".encode())
         stream.flush()
-        process = subprocess.Popen(
-            line, env=launch_environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert process.stdout is not None  # it is the pipe
         try:
             shown = show_and_log(process.stdout, stream)

@@ -14,6 +14,7 @@ from prunetune.evaluation.report.compare import Row, compare
 from prunetune.evaluation.report.plot import plot_rows
 from prunetune.evaluation.report.quoted import Quoted
 from prunetune.evaluation.report.table import to_csv, to_markdown
+from prunetune.outputs import COMPARISON, OutputFolder
 from prunetune.train.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -23,13 +24,19 @@ if TYPE_CHECKING:
 def tracked_evaluate(config: EvaluateConfig, arm: Arm | None = None) -> Path:
     """Run one arm, or one that is loaded already; its accuracy per source and overall goes to the log and to W&B."""
     # Here and not above: comparing arms, below, needs no torch.
-    from prunetune.evaluation.run.evaluate import evaluate
-    from prunetune.models.ranks import launched_ranks
+    from prunetune.evaluation.run.evaluate import evaluate, output_folder
+    from prunetune.models.ranks import join_ranks
 
-    tracker = Tracker(config.tracking, Path(config.output), config.model_dump()) if launched_ranks().is_zero else None
-    folder = evaluate(config, arm)
-    if tracker is None:
-        return folder
+    ranks = join_ranks()
+    with ranks.open_output(output_folder(config)):
+        tracker = Tracker(config.tracking, Path(config.output), config.model_dump()) if ranks.is_zero else None
+        folder = evaluate(config, arm)
+        if tracker is not None:
+            _track(tracker, folder)
+    return folder
+
+
+def _track(tracker: Tracker, folder: Path) -> None:
     rows = read_results(folder)
     mean = average([row.score for row in rows], [f"{row.task}/{row.source}" for row in rows])
     if mean.overall is None:  # every benchmark hides its answers
@@ -38,7 +45,6 @@ def tracked_evaluate(config: EvaluateConfig, arm: Arm | None = None) -> Path:
         accuracy = {"overall": mean.overall, **mean.by_source}
         tracker.log({name: round(value, 4) for name, value in accuracy.items()})
     tracker.close()
-    return folder
 
 
 def tracked_compare(
@@ -47,20 +53,31 @@ def tracked_compare(
     tracking: TrackingConfig,
     hard_for: Path | None = None,
     quoted: Sequence[Quoted] = (),
+    overwrite: bool = False,
 ) -> list[Row]:
     """Write table.md, table.csv and plot.png to ``output``, send them to W&B when asked, and return the rows.
 
     Quoted rows stand in the tables only.
+
+    Raises:
+        OutputError: if the folder holds something else, or can't be written.
+        TaskError: for arms that can't be compared.
     """
     rows = compare([*runs], hard_for=hard_for)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "table.md").write_text(to_markdown(rows, quoted))
-    (output / "table.csv").write_text(to_csv(rows, quoted))
-    plot_rows(rows, output / "plot.png")
+    with OutputFolder(output, COMPARISON, overwrite, reads=(*runs, hard_for)) as folder:
+        with folder.staged() as new:
+            (new / "table.md").write_text(to_markdown(rows, quoted), encoding="utf-8")
+            (new / "table.csv").write_text(to_csv(rows, quoted), encoding="utf-8")
+            plot_rows(rows, new / "plot.png")
+        _send(rows, runs, output, tracking)
+    return rows
+
+
+def _send(rows: list[Row], runs: list[Path], output: Path, tracking: TrackingConfig) -> None:
+    """Send a comparison to W&B, when asked."""
     if tracking.wandb != "off":
         tracker = Tracker(tracking, output, {"runs": [str(run) for run in runs]})
         header, *body = csv.reader(to_csv(rows).splitlines())
         tracker.log_table("comparison", header, body)
         tracker.log_image("plot", output / "plot.png")
         tracker.close()
-    return rows

@@ -21,6 +21,7 @@ from prunetune.models import (
 )
 from prunetune.models.adapter import projector_state
 from prunetune.models.hashes import frozen_files_hash, tensor_hash
+from prunetune.outputs import OutputError
 from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.train.freeze import freeze_all_but_projector
 from prunetune.train.trainer import gathered_projector
@@ -152,7 +153,7 @@ def test_a_failed_save_keeps_the_old_adapter(adapter, monkeypatch):
     folder = adapter(shifted)
     before = (folder / "adapter_model.safetensors").read_bytes()
     monkeypatch.setattr("safetensors.torch.save_file", _disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         adapter()
     assert (folder / "adapter_model.safetensors").read_bytes() == before
     assert json.loads((folder / "prunetune.json").read_text())["frozen_hash"]

@@ -3,6 +3,7 @@
 import pytest
 
 from prunetune.models import adapter, arm
+from prunetune.outputs import OutputError
 from prunetune.scripts import demo
 
 
@@ -23,7 +24,7 @@ def test_the_base_is_loaded_and_hashed_once(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(arm, name, counting(name))
 
     def recalibrated(output, samples):
-        base = demo.Arm.load(demo.load_config(demo.RecalibrateConfig, demo.RECALIBRATION).model, device="cpu")
+        base = demo.Arm.load(demo.load_config(demo.RecalibrateConfig, demo.RECIPE).model, device="cpu")
         record = {"frozen_hash": base.base.frozen_hash, "pruning": demo.PruningSpec("divprune", 16).model_dump()}
         tensors = {name: tensor.clone() for name, tensor in adapter.projector_state(base.model).items()}
         adapter.write_adapter(output / "adapter", tensors, adapter.wrap_projector(base.model), record)
@@ -39,6 +40,6 @@ def test_the_base_is_loaded_and_hashed_once(tmp_path, monkeypatch, capsys):
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(demo.ConfigError, match="holds no demo"):
+    with pytest.raises(OutputError, match="holds no demo of prunetune, but mine.txt"):
         demo.run_demo(tmp_path, quick=True)
     assert (tmp_path / "mine.txt").read_text() == "mine"

@@ -219,7 +219,7 @@ def test_an_edited_template_or_processor_is_a_difference(arms, settings, untrain
     shutil.copytree(untrained_folder, edited)
     template = edited / "chat_template.jinja"
     template.write_text(template.read_text().replace("USER", "USER USER"))
-    arm = evaluate(settings("edited", "--model.path", str(edited)))
+    arm = evaluate(settings("arm", "--model.path", str(edited)))
     manifest = json.loads((arm / "manifest.json").read_text())
     manifest["model"]["path"] = str(untrained_folder)
     (arm / "manifest.json").write_text(json.dumps(manifest))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,11 +21,13 @@ from prunetune.data_recipes import RecipeData, load_recipe
 from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
 from prunetune.models.ranks import Ranks, launched_ranks
+from prunetune.outputs import RECALIBRATION, OutputFolder, write_text, writing
 from prunetune.plugins import PluginError, plugin_records
 from prunetune.screen import SCREEN, say
 from prunetune.train.callbacks import CompleteCheckpointCallback, NumbersCallback, check_finite_weights
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
 from prunetune.train.record import run_record
+from prunetune.train.rotation import KeepNewestCallback
 from prunetune.train.sampling import train_sampler
 from prunetune.train.tracking import Tracker
 from prunetune.train.trainer import (
@@ -101,9 +104,10 @@ def start(config: RecalibrateConfig) -> Run:
     data = load_recipe(config.data.recipe, **config.data.model_dump(exclude={"recipe"}))
     settings = _settings(config, data, ranks.world)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     resume = None
-    if config.train.resume == "auto":
+    if config.overwrite:
+        pass  # rank 0 has deleted the checkpoints, or is about to
+    elif config.train.resume == "auto":
         resume = last_complete_checkpoint(output, settings)
     elif ranks.is_zero:
         set_aside(output)
@@ -123,7 +127,7 @@ def train(run: Run, arm: Arm, peft_model: PeftModel, tracker: Tracker | None) ->
         train_sampler(run.data, config.sampling, config.batch_size * run.ranks.world, config.seed),
         model=peft_model,
         args=training_arguments(run.config, run.output, steps),
-        callbacks=[numbers, CompleteCheckpointCallback(run.settings)],
+        callbacks=[numbers, CompleteCheckpointCallback(run.settings), KeepNewestCallback()],
     )
     run.ranks.check_same(plugin_records())
     before = frozen_tensors_hash(peft_model)
@@ -173,7 +177,8 @@ def announce(run: Run, report: FrozenReport) -> None:
     if not run.ranks.is_zero:
         return
     config, data = run.config, run.data
-    (run.output / "config.yaml").write_text(to_yaml(config))
+    # Without the word: who goes on with this file should not delete what there is.
+    write_text(run.output / "config.yaml", to_yaml(config.model_copy(update={"overwrite": False})))
     sources = ", ".join(f"{name} {count:,}" for name, count in data.counts.items())
     lines = [
         f"model     {config.model.path} ({config.model.dtype})",
@@ -199,15 +204,24 @@ def main(arguments: list[str]) -> None:
     options, overrides = parser.parse_known_args(arguments)
     SCREEN.marked = options.marked
     ranks = launched_ranks()
+    with ExitStack() as stack:
+        _main(options.config, overrides, ranks, stack)
+
+
+def _main(file: str | None, overrides: list[str], ranks: Ranks, stack: ExitStack) -> None:
     try:
-        run = start(load_config(RecalibrateConfig, options.config, overrides))
+        config = load_config(RecalibrateConfig, file, overrides)
+        if ranks.is_zero:
+            stack.enter_context(OutputFolder(config.output, RECALIBRATION, config.overwrite, (config.model.path,)))
+        run = start(config)
     except PrunetuneError as error:
         # All ranks fail alike and one says why; a plug-in may be missing on one host alone, which then says so itself.
         if ranks.is_zero or isinstance(error, PluginError):
             _fail(ranks, error)
         sys.exit(1)
     try:
-        recalibrate(run)
+        with writing(run.output):
+            recalibrate(run)
     except (PrunetuneError, FloatingPointError) as error:
         _fail(ranks, error)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from prunetune.configs import ConfigError, TrackingConfig
+from prunetune.outputs import write_text
 from prunetune.screen import say
 
 
@@ -35,7 +36,7 @@ class Tracker:
         if first_step is not None and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) <= first_step]
-            self.path.write_text("".join(kept))
+            write_text(self.path, "".join(kept))
         self.run = self._start(config, folder, settings) if config.wandb != "off" else None
 
     @property
@@ -95,7 +96,7 @@ class Tracker:
                 f"Send it later with: wandb sync {folder}/wandb/offline-run-*"
             )
             run = wandb.init(mode="offline", **options)
-        id_file.write_text(run.id)
+        write_text(id_file, run.id)
         if run.url is not None:
             say(f"W&B: {run.url}")
         return run

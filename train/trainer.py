@@ -104,7 +104,7 @@ def training_arguments(config: RecalibrateConfig, output: Path, total_steps: int
         logging_steps=train.log_steps,
         logging_nan_inf_filter=False,  # a NaN must be seen, not replaced by the last good loss
         save_steps=train.save_steps,
-        save_total_limit=2,
+        save_total_limit=None,  # see prunetune.train.rotation
         dataloader_num_workers=train.workers,
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from prunetune.configs import ConfigError, DataConfig, RecalibrateConfig
 from prunetune.data_recipes import DataError, Formatter, Sample, load_recipe
 from prunetune.data_recipes.images import ImageOpener
-from prunetune.evaluation.files import write_whole
 from prunetune.models import Arm
+from prunetune.outputs import write_text
 from prunetune.pruning.ops.complexity import attention_entropy, erank
 
 OPTIONS = {"erank": "erank_avg", "attention_entropy": "entropy_avg"}
@@ -153,5 +153,5 @@ def write_averages(file: Path, calibration: Calibration) -> dict[str, float]:
     text = io.StringIO()  # ruamel writes to streams only
     yaml.dump(document, text)
     # Whole or not at all: the file is somebody's own, with comments that are nowhere else.
-    write_whole(file, text.getvalue())
+    write_text(file, text.getvalue())
     return written

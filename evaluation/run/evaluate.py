@@ -15,7 +15,6 @@ from tqdm import tqdm
 from prunetune.configs import EvaluateConfig, to_yaml
 from prunetune.data_recipes import Formatter, Sample, Turn
 from prunetune.evaluation.errors import TaskError
-from prunetune.evaluation.files import write_whole
 from prunetune.evaluation.records import (
     KeptTokens,
     Manifest,
@@ -32,6 +31,7 @@ from prunetune.evaluation.tasks import Benchmark, Item, Scored, get_task
 from prunetune.evaluation.tasks.base import Questions, items_hash, task_folder
 from prunetune.models import Arm, read_record
 from prunetune.models.ranks import Ranks, join_ranks
+from prunetune.outputs import EVALUATION, OutputFolder
 from prunetune.plugins import plugin_records
 
 
@@ -65,12 +65,26 @@ def evaluate(config: EvaluateConfig, arm: Arm | None = None, device: str | None 
 
     Raises:
         TaskError: if the folder holds results of another configuration, naming the field.
+        OutputError: if it is in use, holds something else, or can't be written.
         CheckpointError, PruningError, DataError: for weights, pruners or images that can't work.
     """
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     ranks = join_ranks()
     ranks.check_same(plugin_records())
+    folder = output_folder(config)
+    with ranks.open_output(folder):
+        _fill(folder, config, arm, device, ranks)
+    ranks.destroy()
+    return folder.path
+
+
+def output_folder(config: EvaluateConfig) -> OutputFolder:
+    """Return where an evaluation writes; rank 0 opens it."""
+    return OutputFolder(config.output, EVALUATION, config.overwrite, reads=(config.model.path, config.adapter))
+
+
+def _fill(folder: OutputFolder, config: EvaluateConfig, arm: Arm | None, device: str | None, ranks: Ranks) -> None:
+    """Run one arm into a folder that is open."""
+    output = folder.path
     # Before the model: missing files should not wait for minutes of loading.
     works = [_work(name, config) for name in config.tasks]
     if arm is None:
@@ -81,7 +95,8 @@ def evaluate(config: EvaluateConfig, arm: Arm | None = None, device: str | None 
     # One rank writes what there is one of; the others wait below until it is there.
     if ranks.is_zero:
         start(output, manifest)
-        write_whole(output / "config.yaml", to_yaml(config))
+        # Without the word: the file repeats the evaluation, and should not delete what it repeats.
+        folder.write_text("config.yaml", to_yaml(config.model_copy(update={"overwrite": False})))
         gather(output, batches)
     ranks.wait()
     done = {row.key for row in read_results(output)}
@@ -100,11 +115,9 @@ def evaluate(config: EvaluateConfig, arm: Arm | None = None, device: str | None 
         rate = round(new / seconds, 2) if new else None
         summaries = {}
         for work in works:
-            summaries[work.task.name] = _summary(work, rows, output)
+            summaries[work.task.name] = _summary(work, rows, folder)
         # Last of all: killed before this line, the arm is still unfinished, and compare says so.
         write_manifest(output, manifest.finished(summaries, _kept(rows), rate))
-    ranks.destroy()
-    return output
 
 
 def _work(name: str, config: EvaluateConfig) -> Work:
@@ -190,7 +203,7 @@ def _answers(arm: Arm, formatter: Formatter, task: Benchmark, batch: list[Item],
     return rows
 
 
-def _summary(work: Work, rows: list[Result], output: Path) -> TaskSummary:
+def _summary(work: Work, rows: list[Result], folder: OutputFolder) -> TaskSummary:
     """Return a task's metrics with their interval, writing the upload file where the benchmark has one."""
     # Rows come in the order of the items. The items are those that were read, and not made from rows: an upload or a
     # set's metric may need what a row does not hold.
@@ -201,7 +214,10 @@ def _summary(work: Work, rows: list[Result], output: Path) -> TaskSummary:
     summary = work.task.summarise(scored)
     if work.task.upload is None:
         return summary
-    return summary.model_copy(update={"upload": work.task.upload(scored, output).name})
+    # Staged: what a benchmark of somebody else's calls its file must not replace one that is not ours.
+    with folder.staged() as staged:
+        name = work.task.upload(scored, staged).name
+    return summary.model_copy(update={"upload": name})
 
 
 def _kept(rows: list[Result]) -> KeptTokens:

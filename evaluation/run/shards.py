@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from prunetune.evaluation.records import (
     write_results,
 )
 
+_SHARD = re.compile(r"results(\.rank[0-9]+)?\.jsonl")
 Batches = dict[str, list[list[str]]]
 """For each task the ids of its items, in their fixed batches."""
 
@@ -80,7 +82,8 @@ def gather(output: Path, batches: Batches) -> None:
 
 
 def _files(output: Path) -> list[Path]:
-    return sorted(output.glob("results*.jsonl"))
+    # By their exact names: what somebody put beside them, results_backup.jsonl say, is neither read nor deleted.
+    return sorted(file for file in output.glob("results*.jsonl") if _SHARD.fullmatch(file.name))
 
 
 def _whole_lines(file: Path) -> Iterator[Result]:

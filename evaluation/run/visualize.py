@@ -18,6 +18,7 @@ from prunetune.evaluation.report.plot import kept_overlay
 from prunetune.evaluation.tasks import Item, get_task
 from prunetune.evaluation.tasks.base import task_folder
 from prunetune.models import Arm
+from prunetune.outputs import VISUALIZATION, OutputFolder
 from prunetune.pruning import PruningSpec
 
 
@@ -29,6 +30,7 @@ def visualize(
     output: Path,
     data: str | None = None,
     arm: Arm | None = None,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write one PNG per image with a panel per method, for the first ``count`` images of a task.
 
@@ -40,23 +42,27 @@ def visualize(
         output: folder of the PNG files.
         data: folder of the benchmark's files, see EvaluateConfig.
         arm: one of that model that is loaded already; None loads it.
+        overwrite: see :class:`~prunetune.outputs.OutputFolder`.
 
     Raises:
+        OutputError: if the folder holds something else, or can't be written.
         TaskError: if the visual tokens of this model form no grid.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    # Loaded once: the methods share the model's weights, and differ in what they keep of its output.
-    loaded = Arm.load(config) if arm is None else arm
-    arms = [loaded.with_pruning(spec) for spec in specs]
-    questions = get_task(task).open(task_folder(data, task))
-    images = questions.open_images()
-    written = []
-    for number, item in enumerate(_first_questions(questions.items)[:count]):
-        sample = Sample(str(item.image), task, item.image, (Turn(item.question, None),))
-        path = output / f"kept_{number:02d}.png"
-        _strip(arms, images, sample).save(path)
-        written.append(path)
-    return written
+    names = []
+    # All or none: beside those of an earlier call, half of the images would pass for a whole set.
+    folder = OutputFolder(output, VISUALIZATION, overwrite, reads=(config.path, data))
+    with folder, folder.staged(whole=True) as new:
+        # Loaded once: the methods share the model's weights, and differ in what they keep of its output.
+        loaded = Arm.load(config) if arm is None else arm
+        arms = [loaded.with_pruning(spec) for spec in specs]
+        questions = get_task(task).open(task_folder(data, task))
+        images = questions.open_images()
+        for number, item in enumerate(_first_questions(questions.items)[:count]):
+            sample = Sample(str(item.image), task, item.image, (Turn(item.question, None),))
+            name = f"kept_{number:02d}.png"
+            _strip(arms, images, sample).save(new / name)
+            names.append(name)
+    return [output / name for name in names]
 
 
 def _first_questions(items: list[Item]) -> list[Item]:

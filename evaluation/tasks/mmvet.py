@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from prunetune.evaluation.files import find_file, read_questions, write_whole
+from prunetune.evaluation.files import find_file, read_questions
 from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
 from prunetune.evaluation.readers import PublishedFiles, images_below
 from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, register_task
+from prunetune.outputs import write_text
 
 QUESTIONS = "llava-mm-vet.jsonl"
 SOURCE = "LLaVA's eval.zip, see its docs/Evaluation.md"
@@ -35,7 +36,7 @@ def upload(scored: Sequence[Scored], folder: Path) -> Path:
     for one in scored:
         answers[f"v1_{one.item.id}"] = one.prediction
     path = folder / "mmvet_upload.json"
-    write_whole(path, json.dumps(answers, indent=2, ensure_ascii=False))
+    write_text(path, json.dumps(answers, indent=2, ensure_ascii=False))
     return path
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunetune.evaluation.errors import TaskError
-from prunetune.evaluation.files import find_file, read_json, write_whole
+from prunetune.evaluation.files import find_file, read_json
 from prunetune.evaluation.metrics.vqa import normalize
 from prunetune.evaluation.tasks.base import Benchmark, Item, Scorer, register_task
+from prunetune.outputs import write_text
 
 if TYPE_CHECKING:
     from prunetune.data_recipes.images import ImageOpener
@@ -83,7 +84,7 @@ def write_predictions(pairs: Iterable[tuple[str, Item]], path: Path) -> None:
             "pred": prediction,
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_whole(path, "".join(lines))
+    write_text(path, "".join(lines))
 
 
 for _name, _title in NAMES.items():

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.evaluation.errors import TaskError
-from prunetune.evaluation.files import find_file, read_json, read_questions, write_whole
+from prunetune.evaluation.files import find_file, read_json, read_questions
 from prunetune.evaluation.lmms_lab import Row, image_in_row
 from prunetune.evaluation.metrics.vqa import normalize, vqa_accuracy
 from prunetune.evaluation.tasks.base import SHORT_ANSWER, Item, Scored, averaged
+from prunetune.outputs import write_text
 
 LLAVA_EVAL = "LLaVA's eval.zip, see its docs/Evaluation.md"
 
@@ -95,5 +96,5 @@ def write_answers(path: Path, scored: Sequence[Scored], question: str) -> Path:
         name = int(one.item.id) if question == "question_id" else one.item.image
         # Normalised before the upload, as LLaVA's converters do it.
         rows.append({question: name, "answer": normalize(one.prediction)})
-    write_whole(path, json.dumps(rows))
+    write_text(path, json.dumps(rows))
     return path

@@ -10,7 +10,9 @@ import click
 from prunetune.cli.group import Commands
 from prunetune.errors import PrunetuneError
 
-INTERRUPTED = "interrupted; recalibrate and evaluate go on where they stopped when the same command is run again"
+INTERRUPTED = "interrupted; run the same command again"
+GO_ON = {"evaluate", "recalibrate"}
+"""The commands that continue what was interrupted; the others start over, and leave nothing half written."""
 
 
 @click.group(cls=Commands, invoke_without_command=True)
@@ -32,5 +34,12 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         sys.exit(f"error: {error.format_message()}")
     except click.Abort:
-        click.echo(f"\n{INTERRUPTED}", err=True)
+        click.echo(f"\n{_interrupted(sys.argv[1:] if arguments is None else arguments)}", err=True)
         sys.exit(130)  # what shells report for Ctrl-C
+
+
+def _interrupted(arguments: list[str]) -> str:
+    """Return what the next run of an interrupted command does."""
+    if arguments and arguments[0] in GO_ON:
+        return f"{INTERRUPTED}: it goes on where this one stopped"
+    return f"{INTERRUPTED}: it starts over, and what was complete before is untouched"

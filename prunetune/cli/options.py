@@ -10,6 +10,12 @@ import click
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 
 
+def overwrite_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--overwrite``."""
+    about = "use an output folder that holds other files; only what prunetune wrote is ever replaced"
+    return click.option("--overwrite", is_flag=True, help=about)(function)
+
+
 def plugins_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--plugins``: each is loaded before the command runs."""
     about = "a module or .py file that registers something, see docs/adding.md; may be repeated"

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from prunetune.cli.options import overwrite_option
+
 
 @click.command("compare")
 @click.argument("runs", nargs=-1, required=True, type=Path)
@@ -13,8 +15,14 @@ import click
 )
 @click.option("--difficulty-filter", type=Path, metavar="RUN", help="only what this downsample arm gets wrong")
 @click.option("--quoted", type=Path, metavar="FILE", help="YAML list of rows from papers, shown and marked as quoted")
+@overwrite_option
 def command(
-    runs: tuple[Path, ...], output: Path, wandb: str, difficulty_filter: Path | None, quoted: Path | None
+    runs: tuple[Path, ...],
+    output: Path,
+    wandb: str,
+    difficulty_filter: Path | None,
+    quoted: Path | None,
+    overwrite: bool,
 ) -> None:
     """One table of dense, training-free and tuned arms: RUNS are folders written by prunetune evaluate."""
     from prunetune.configs import TrackingConfig
@@ -24,6 +32,6 @@ def command(
 
     rows_of_papers = read_quoted(quoted) if quoted else []
     tracking = TrackingConfig.model_validate({"wandb": wandb})
-    rows = tracked_compare(list(runs), output, tracking, difficulty_filter, rows_of_papers)
+    rows = tracked_compare(list(runs), output, tracking, difficulty_filter, rows_of_papers, overwrite)
     print(to_markdown(rows, rows_of_papers))
     print(f"table.md, table.csv, plot.png: {output}")

@@ -10,15 +10,17 @@ from prunetune.screen import libraries_in
 def run(config: str | None, overrides: list[str]) -> None:
     """Run one arm on tasks; an interrupted run goes on."""
     from prunetune.configs import load_config, to_yaml
-    from prunetune.models.ranks import launched_ranks
+    from prunetune.evaluation.run.evaluate import output_folder
+    from prunetune.models.ranks import join_ranks
     from prunetune.scripts.tracked import tracked_evaluate
 
     settings = load_config(EvaluateConfig, config, overrides)
-    if launched_ranks().is_zero:
+    ranks = join_ranks()
+    if ranks.is_zero:
         print(to_yaml(settings))
-    with libraries_in(Path(settings.output) / "libraries.log"):
+    with ranks.open_output(output_folder(settings)), libraries_in(Path(settings.output) / "libraries.log"):
         folder = tracked_evaluate(settings)
-    if launched_ranks().is_zero:
+    if ranks.is_zero:
         print(f"results: {folder}")
 
 

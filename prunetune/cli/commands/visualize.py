@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from prunetune.cli.options import DTYPES, plugins_option
+from prunetune.cli.options import DTYPES, overwrite_option, plugins_option
+from prunetune.outputs import VISUALIZATION, OutputFolder
 from prunetune.screen import libraries_in
 
 
@@ -18,6 +19,7 @@ from prunetune.screen import libraries_in
 @click.option("--data", metavar="DIR", help="folder of the benchmark's published files")
 @click.option("--count", type=int, default=4, help="how many images")
 @click.option("--output", type=Path, default=Path("runs/visualize"), help="folder of the PNG files")
+@overwrite_option
 @plugins_option
 def command(
     pruners: tuple[str, ...],
@@ -29,6 +31,7 @@ def command(
     data: str | None,
     count: int,
     output: Path,
+    overwrite: bool,
 ) -> None:
     """Draw the tokens that PRUNERS keep over images: fastervlm, vispruner, prismprune and divprune if none is named."""
     from prunetune.configs import ModelConfig
@@ -38,6 +41,7 @@ def command(
     names = pruners or ("fastervlm", "vispruner", "prismprune", "divprune")
     specs = [PruningSpec(name, keep, text_tower=text_tower) for name in names]
     config = ModelConfig.model_validate({"path": model, "dtype": dtype})
-    with libraries_in(output / "libraries.log"):
+    folder = OutputFolder(output, VISUALIZATION, overwrite, reads=(model, data))
+    with folder, libraries_in(output / "libraries.log"):
         written = visualize(config, specs, task, count, output, data)
     print("\n".join(map(str, written)))
