@@ -72,7 +72,7 @@ def test_other_pruners_are_measured_and_nothing_is_written(tmp_path, capsys):
     result = calibrate(config, 6)
     assert result.after["erank"].mean < result.before["erank"].mean and result.before.keys() == {"erank"}
     with pytest.raises(ConfigError, match="prunes by 'divprune'"):
-        write_averages(file, result)
+        write_averages(file, result, "6 items")
 
 
 def test_spread_of_few_values():
