@@ -93,8 +93,6 @@ class LlavaJsonRecipe(Recipe):
         path = self.data_file(file, image_root)
         check_sources(self.sources or ())
         rows = _cached_rows(path, self.sources)
-        if not len(rows):
-            raise DataError(f"{path} has no sample of {', '.join(self.sources or ['any source'])}")
         embedded = any(image is not None and image.startswith(ROW) for image in rows["image"])
         return rows, ParquetImages(parquet_rows(path)) if embedded else FolderImages(image_root)
 
@@ -133,12 +131,22 @@ def _cached_rows(path: Path, sources: list[str] | None) -> Dataset:
 
 
 def _llava_rows(path: str, sources: tuple[str, ...] | None, version: str) -> Iterator[dict[str, Any]]:
-    """Yield rows; ``version`` is part of the cache's key, so that an edited file is read again."""
+    """Yield rows; ``version`` is part of the cache's key, so that an edited file is read again.
+
+    Raises:
+        DataError: for a file that can't be used, or has no record of the sources.
+    """
+    empty = True
     for sample in read_llava(path, sources):
+        empty = False
         if isinstance(sample, BrokenRecord):
-            yield {"id": "", "source": "", "image": None, "turns": [], "broken": str(sample)}
+            # By the file's name alone: what is left out stands in records, which say nothing of the machine.
+            fault = str(sample).replace(path, Path(path).name, 1)
+            yield {"id": "", "source": "", "image": None, "turns": [], "broken": fault}
         else:
             yield {**sample.to_row(), "broken": None}
+    if empty:  # said here, because `datasets` makes no table of nothing
+        raise DataError(f"{path} has no sample of {', '.join(sources or ['any source'])}")
 
 
 _FORMATS: dict[str, type[Recipe]] = {}

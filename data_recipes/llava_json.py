@@ -71,11 +71,14 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
         if not head.startswith(b"["):
             raise DataError(f"{path} must hold a list of conversations; it starts with {head[:20]!r}")
         stream.seek(0)
+        number = 0
         try:
-            for number, record in enumerate(ijson.items(stream, "item", use_float=True)):
+            for record in ijson.items(stream, "item", use_float=True):
                 yield f"{path}, record {number}", record
+                number += 1
         except (ijson.JSONError, ValueError, RecursionError) as error:  # ValueError: text that is no UTF-8
-            raise DataError(f"{path} is not valid JSON: {one_line(error)}") from None
+            reason = str(error).partition("\n")[0]  # below it the parser draws an excerpt
+            raise DataError(f"{path}, record {number} is not valid JSON: {reason}") from None
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:

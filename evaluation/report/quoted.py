@@ -45,10 +45,8 @@ def read_quoted(path: Path) -> list[Quoted]:
     if not path.is_file():
         raise TaskError(f"{path} does not exist; give a YAML list of quoted rows: arm, kept, values, cite")
     records = read_yaml(path, TaskError)
-    if records is None:  # a file of comments alone
-        return []
-    if not isinstance(records, list):
-        raise TaskError(f"{path} must hold a list of quoted rows, but holds {type(records).__name__}")
+    if not isinstance(records, list) or not records:
+        raise TaskError(f"{path} must hold a list of quoted rows: arm, kept, values, cite; it holds {shown(records)}")
     return [_row(record, f"{path}, row {number}") for number, record in enumerate(records, start=1)]
 
 
