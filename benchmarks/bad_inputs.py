@@ -26,7 +26,7 @@ class Outcome:
     """How a command ended.
 
     Attributes:
-        verdict: "one line", "list of errors" (a configuration's), "report" (of `data check`), "accepted", or "TRACEBACK".
+        verdict: "one line", "list of errors" (a configuration), "report" (`data check`), "accepted" or "TRACEBACK".
         text: what it said, or where it broke.
     """
 
@@ -454,6 +454,14 @@ def option_cases(world: World) -> Iterator[Case]:
         "an arm that is not there": ["compare", "no_arm"],
         "a shipped file for calibrate": ["calibrate", "--config", "recalibrate/tiny_adaptive_16"],
         "an unknown command": ["recalibrat"],
+        "no image to draw": ["visualize", "--count", "0"],
+        "a grader without an address": [
+            "score", "gqa", "--predictions", world.file("predictions.jsonl"), "--data", world.file("gqa"),
+            "--grader", "nonsense",
+        ],
+        "a module to train that is not there": [
+            "train", "--config", world.file("recalibrate.yaml"), "--train.trainable", "[nothing]",
+        ],
         "more workers than none": [*check, "--num-proc", "0"],
         "an unknown kind of list": ["list", "pruner"],
         "a broken plug-in": ["list", "pruners", "--plugins", world.file("mix.json") + ".py"],
@@ -490,6 +498,21 @@ def model_cases(world: World) -> Iterator[Case]:
             yield Case(f"a model's {name} {damage}", make(name, DAMAGES[damage]))
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         yield Case(f"a model's {name} is missing", make(name, DAMAGES["is missing"]))
+
+    def hashed(folder: Path) -> list[str]:
+        shutil.copytree(TINY_VLM, folder / "model")
+        (folder / "model" / "extra.safetensors").write_bytes(b"no weights")
+        return ["export", "--model", str(folder / "model"), "--adapter", world.file("adapter"), "--output", "exported"]
+
+    yield Case("a model with a broken file beside it", hashed)
+
+    def towered(folder: Path) -> list[str]:
+        shutil.copytree(TINY_VLM / "clip", folder / "clip")
+        (folder / "clip" / "model.safetensors").write_bytes(b"no weights")
+        line = ["evaluate", "--config", world.file("evaluate.yaml"), "--output", "out", "--pruning.pruner", "cdpruner"]
+        return [*line, "--pruning.text_tower", str(folder / "clip")]
+
+    yield Case("a text tower with broken weights", towered)
 
 
 def template_cases(world: World) -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""Good files with a few bytes or values changed at random, as commands read them. Part of ``benchmarks/reliability.py``."""
+"""Good files with a few bytes or values changed at random, as commands read them: for ``benchmarks/reliability.py``."""
 
 from __future__ import annotations
 

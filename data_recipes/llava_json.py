@@ -12,7 +12,7 @@ import ijson
 from prunetune.data_recipes.images import check_inside
 from prunetune.data_recipes.parquet import ROW, parquet_rows
 from prunetune.data_recipes.sample import DataError, Sample, Turn
-from prunetune.reading import one_line, read_json_lines, shown
+from prunetune.reading import read_json_lines, shown
 
 PREFIXES = {
     "coco": "coco/",
