@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from prunetune.errors import PrunetuneError
 from prunetune.names import nearest
 from prunetune.plugins import PluginError
+from prunetune.reading import parse_yaml, read_yaml, shown
 
 Config = TypeVar("Config", bound=BaseModel)
 FOLDER = Path(__file__).parent
@@ -63,11 +64,22 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML as people write it: ``2e-5`` is a number, ``off`` is a word, and a key written twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise ConfigError(f"line {node.start_mark.line + 1}: key {twice[0]!r} is written twice in one section")
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            # Every key of ours is a word: a number, a date or a list would only fail somewhere further on.
+            if key.tag != "tag:yaml.org,2002:str":
+                raise yaml.MarkedYAMLError(problem=f"a key is a word, got {_written(key)}", problem_mark=key.start_mark)
+            if key.value in seen:
+                problem = f"key {key.value!r} is written twice in one section"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _written(node: yaml.Node) -> str:
+    return shown(node.value) if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -91,10 +103,13 @@ def config_file(name: str | Path) -> Path:
     Raises:
         ConfigError: if there is neither, with the nearest name.
     """
-    if Path(name).is_file():
-        return Path(name)
+    try:
+        if Path(name).is_file():
+            return Path(name)
+    except OSError as error:  # the name is too long, or its folder may not be read
+        raise ConfigError(f"config file {name} can't be read: {error.strerror}") from None
     shipped = shipped_configs()
-    asked = Path(name).with_suffix("").as_posix().removeprefix("configs/")
+    asked = Path(name).as_posix().removeprefix("configs/").removesuffix(".yaml")
     if asked in shipped:
         return shipped[asked]
     raise ConfigError(
@@ -103,13 +118,13 @@ def config_file(name: str | Path) -> Path:
     )
 
 
+def is_shipped(file: Path) -> bool:
+    """Return whether a file lies in the package's own folder of configurations, by whatever name it was found."""
+    return file.resolve().is_relative_to(FOLDER.resolve())
+
+
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    values = read_yaml(path, ConfigError, _Loader)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections and keys, but holds {type(values).__name__}")
     return values
@@ -139,9 +154,9 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"override --{key} has no value; write --{key} VALUE")
             value = rest.pop(0)
         try:
-            pairs.append((key, yaml.load(value, Loader=_Loader)))
-        except yaml.YAMLError:
-            raise ConfigError(f"override --{key}: {value!r} is no value; quote text with special characters") from None
+            pairs.append((key, parse_yaml(value, shown(value), ConfigError, _Loader)))
+        except ConfigError as error:
+            raise ConfigError(f"override --{key}: {error}; quote text with special characters") from None
     return pairs
 
 
@@ -164,7 +179,7 @@ def _explain(schema: type[BaseModel], detail: Any) -> str:
         return f"  {key}: missing; it must be set"
     if detail["type"] == "value_error":
         return f"  {key}: {detail['ctx']['error']}"
-    return f"  {key}: {detail['msg'][0].lower() + detail['msg'][1:]}, got {detail['input']!r}"
+    return f"  {key}: {detail['msg'][0].lower() + detail['msg'][1:]}, got {shown(detail['input'])}"
 
 
 def _fields(schema: type[BaseModel], path: list[str]) -> list[str]:

@@ -48,6 +48,16 @@ class DataConfig(Section):
     max_missing: float | None = Field(
         None, ge=0, le=1, description="largest share of samples without their image file; None is the recipe's, or 1 %"
     )
+    max_broken: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="largest share of records that are no conversation, which are left out; None is the recipe's, or "
+        "1 %",
+    )
+    max_pixels: int = Field(
+        50_000_000, ge=1, description="images with more pixels are refused before they are decoded, 3 bytes each"
+    )
 
 
 class TrainConfig(Section):
@@ -143,6 +153,9 @@ class EvaluateConfig(PluggedConfig):
     limit: int | None = Field(None, ge=1, description="first items of every task only")
     batch_size: int = Field(1, ge=1, description="scores shift with it in half precision, so it is in the manifest")
     max_new_tokens: int = Field(128, ge=1, description="longest answer in tokens")
+    max_pixels: int = Field(
+        50_000_000, ge=1, description="images with more pixels are refused before they are decoded, 3 bytes each"
+    )
     tracking: TrackingConfig = TrackingConfig()
     output: str = Field(description="folder for results.jsonl, manifest.json and the effective config")
     overwrite: bool = Field(

@@ -8,6 +8,7 @@ from typing import Any
 from prunetune.data_recipes.sample import DataError
 from prunetune.names import nearest
 from prunetune.plugins import load_installed
+from prunetune.reading import read_text
 
 MODELS_OWN = "model"
 _TEMPLATES = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
@@ -64,7 +65,7 @@ def template_text(processor: Any, name: str) -> str:
         DataError: for an unknown name, or a processor without a template.
     """
     if name != MODELS_OWN:
-        return template_file(name).read_text(encoding="utf-8")
+        return read_text(template_file(name), DataError)
     if not processor.chat_template:
         raise DataError("this processor has no chat template; set model.template, for example to vicuna_v1")
     return processor.chat_template

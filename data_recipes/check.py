@@ -12,15 +12,33 @@ from tqdm import tqdm
 
 from prunetune.data_recipes.chat_templates import template_text
 from prunetune.data_recipes.formats import LlavaJsonRecipe
-from prunetune.data_recipes.images import FolderImages, ImageOpener
-from prunetune.data_recipes.llava_json import PlaceholderError, check_sources, parse_record, read_records
+from prunetune.data_recipes.formatting import readable_template
+from prunetune.data_recipes.images import MAX_PIXELS, FolderImages, ImageOpener, TooLarge, limited
+from prunetune.data_recipes.llava_json import (
+    BrokenRecord,
+    OutsidePath,
+    PlaceholderError,
+    check_sources,
+    parse_record,
+    read_records,
+)
 from prunetune.data_recipes.parquet import ROW, ParquetImages, parquet_rows
 from prunetune.data_recipes.recipe import read_recipe
 from prunetune.data_recipes.sample import DataError, Sample
 
 PERCENTILES = (50, 90, 95, 99, 100)
 SHOWN = 5
-KINDS = ("missing image", "corrupt image", "placeholder mismatch", "malformed", "over-length", "duplicate id")
+KINDS = (
+    "missing image",
+    "corrupt image",
+    "too large image",
+    "outside path",
+    "unknown source",
+    "placeholder mismatch",
+    "malformed",
+    "over-length",
+    "duplicate id",
+)
 """All problems, in the order of the report; those that were not found are shown with 0."""
 
 
@@ -51,20 +69,29 @@ class Report:
         """Note a problem."""
         self.problems.setdefault(kind, []).append(what)
 
-    def failures(self, max_missing: float) -> list[str]:
-        """Return what is beyond the thresholds: images above ``max_missing``, and any malformed sample at all."""
+    def failures(self, max_missing: float, max_broken: float) -> list[str]:
+        """Return what would stop a recalibration: too many missing images or broken records, and a path or size at all.
+
+        An image that can't be decoded counts as missing here, though a run meets it later.
+        """
         failed = []
-        unusable = 0
-        for kind in ("missing image", "corrupt image"):
-            unusable += len(self.problems.get(kind, []))
+        unusable = self._number("missing image", "corrupt image")
         if self.total and unusable > max_missing * self.total:
-            failed.append(f"{unusable} of {self.total} pictures can't be used, more than max_missing={max_missing:.2%}")
-        for kind in ("malformed", "placeholder mismatch"):
-            if self.problems.get(kind):
-                failed.append(f"{len(self.problems[kind])} samples: {kind}")
+            failed.append(f"{unusable} of {self.total} images can't be used, more than max_missing={max_missing:.2%}")
+        broken = self._number("malformed", "placeholder mismatch")
+        if self.total and broken > max_broken * self.total:
+            failed.append(
+                f"{broken} of {self.total} records are no conversation, more than max_broken={max_broken:.2%}"
+            )
+        for kind in ("outside path", "unknown source", "too large image"):
+            if self._number(kind):
+                failed.append(f"{self._number(kind)} samples: {kind}")
         if not self.total:
             failed.append("there is no sample at all")
         return failed
+
+    def _number(self, *kinds: str) -> int:
+        return sum(len(self.problems.get(kind, ())) for kind in kinds)
 
     def to_text(self) -> str:
         """Return the report as tables for people."""
@@ -93,6 +120,7 @@ def check_data(
     template: str = "model",
     max_length: int = 2048,
     num_proc: int = 1,
+    max_pixels: int = MAX_PIXELS,
 ) -> Report:
     """Read every sample of a recipe once: records, images and, with a processor, lengths in tokens.
 
@@ -104,6 +132,7 @@ def check_data(
         template: conversation template.
         max_length: longest sample in tokens that training takes whole.
         num_proc: processes that decode images.
+        max_pixels: largest image that is decoded.
 
     Raises:
         DataError: if the file can't be read at all; single records that are wrong are reported instead.
@@ -119,7 +148,7 @@ def check_data(
     report = Report(recipe.name)
     samples = _samples(recipe, file, report)
     if any(sample.image is not None for sample in samples):
-        _check_images(samples, _opener(samples, file, image_root), report, num_proc)
+        _check_images(samples, limited(_opener(samples, file, image_root), max_pixels), report, num_proc)
     if tokens_per_image is not None and samples:
         _measure(samples, processor, template, max_length, tokens_per_image, report)
     return report
@@ -129,12 +158,10 @@ def _samples(recipe: LlavaJsonRecipe, file: str, report: Report) -> list[Sample]
     samples: list[Sample] = []
     seen: Counter[tuple[str, str]] = Counter()
     for where, record in tqdm(read_records(file), desc="records", unit="record", dynamic_ncols=True):
-        # Reading goes on after a broken record: one run reports everything.
         try:
             sample = parse_record(record, where, recipe.sources)
         except DataError as error:
-            kind = "placeholder mismatch" if isinstance(error, PlaceholderError) else "malformed"
-            report.add(kind, str(error))
+            report.add(_kind(error), str(error))
             report.counts["(unreadable)"] += 1
             continue
         if sample is None:
@@ -146,6 +173,14 @@ def _samples(recipe: LlavaJsonRecipe, file: str, report: Report) -> list[Sample]
             report.add("duplicate id", f"{sample.source} {sample.id}")
         samples.append(sample)
     return samples
+
+
+def _kind(error: DataError) -> str:
+    if isinstance(error, PlaceholderError):
+        return "placeholder mismatch"
+    if isinstance(error, BrokenRecord):
+        return "malformed"
+    return "outside path" if isinstance(error, OutsidePath) else "unknown source"
 
 
 def _opener(samples: list[Sample], file: str, image_root: str | None) -> ImageOpener:
@@ -170,27 +205,29 @@ def _check_images(samples: list[Sample], images: ImageOpener, report: Report, nu
         if sample.image in missing:
             report.add("missing image", f"{sample.id}: {sample.image}")
         elif sample.image in broken:
-            report.add("corrupt image", broken[str(sample.image)])
+            report.add(*broken[sample.image])
 
 
-def _undecodable(references: list[str], images: ImageOpener, num_proc: int) -> dict[str, str]:
-    """Return the images that can't be decoded, each with the reason."""
+def _undecodable(references: list[str], images: ImageOpener, num_proc: int) -> dict[str, tuple[str, str]]:
+    """Return the images that can't be decoded, each with the kind of its problem and the reason."""
     rows = Dataset.from_dict({"reference": references}).map(
         _decode,
         fn_kwargs={"images": images},
         num_proc=num_proc if num_proc > 1 else None,  # None decodes in this process
-        desc="pictures",
+        desc="images",
     )
-    return {row["reference"]: row["error"] for row in rows if row["error"]}
+    return {row["reference"]: (row["kind"], row["error"]) for row in rows if row["error"]}
 
 
 def _decode(row: dict[str, str], images: ImageOpener) -> dict[str, str]:
     # As a value: an exception in a worker process would end the pass over the others.
     try:
         images.open(row["reference"], row["reference"])
+    except TooLarge as error:
+        return {"kind": "too large image", "error": str(error)}
     except DataError as error:
-        return {"error": str(error)}
-    return {"error": ""}
+        return {"kind": "corrupt image", "error": str(error)}
+    return {"kind": "", "error": ""}
 
 
 def _measure(
@@ -199,7 +236,8 @@ def _measure(
     source = template_text(processor, template)
     lengths = []
     for sample in tqdm(samples, desc="lengths", unit="sample", dynamic_ncols=True):
-        text = processor.apply_chat_template(_messages(sample), chat_template=source, tokenize=False)
+        with readable_template():
+            text = processor.apply_chat_template(_messages(sample), chat_template=source, tokenize=False)
         length = len(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if sample.image is not None:
             length += tokens_per_image - 1  # the placeholder is one token of the text
@@ -232,7 +270,7 @@ def _tokens_per_image(processor: Any) -> int:
         DataError: for a processor that does not say.
     """
     if not hasattr(processor, "patch_size") or not hasattr(processor, "vision_feature_select_strategy"):
-        raise DataError(f"{type(processor).__name__} does not say how many tokens a picture has; leave --model out")
+        raise DataError(f"{type(processor).__name__} does not say how many tokens an image has; leave --model out")
     images = processor.image_processor
     # What the tower sees is the crop, or where nothing is cropped the resized image.
     size = getattr(images, "crop_size", None) or images.size

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from prunetune.data_recipes.images import FolderImages, ImageOpener
-from prunetune.data_recipes.llava_json import check_sources, read_llava
+from prunetune.data_recipes.llava_json import BrokenRecord, check_sources, read_llava
 from prunetune.data_recipes.parquet import ROW, ParquetImages, parquet_rows
 from prunetune.data_recipes.sample import DataError
 from prunetune.names import nearest
 from prunetune.plugins import load_installed, named
+from prunetune.reading import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PARSER_VERSION = 1
+PARSER_VERSION = 2
 """Part of the cache's key: raise it when the same file is read into other rows."""
 MIX = "llava_v1_5_mix665k.json"
 
@@ -42,18 +43,22 @@ class Recipe(BaseModel):
     caps: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="at most so many samples of a source"
     )
-    held_out: int = Field(0, ge=0, description="samples set aside with all others of their pictures, never trained on")
+    held_out: int = Field(0, ge=0, description="samples set aside with all others of their images, never trained on")
     max_samples: int | None = Field(None, ge=1)
     max_missing: float | None = Field(None, ge=0, le=1)
+    max_broken: float | None = Field(None, ge=0, le=1)
     seed: int = 0
 
     @abstractmethod
     def open_rows(self, file: str | None, image_root: str | None) -> tuple[Dataset, ImageOpener]:
-        """Return all rows in their order (see ``Sample.to_row``), and what opens their pictures.
+        """Return all rows in their order (see ``Sample.to_row``), and what opens their images.
+
+        A row of a record that is no conversation may stand among them, with what is wrong in a column ``broken``,
+        which is None in all others: such rows are left out, and counted against ``max_broken``.
 
         Args:
             file: the data file that a run names; None leaves it to the recipe.
-            image_root: folder of the pictures.
+            image_root: folder of the images.
 
         Raises:
             DataError: for a file or record that can't be used.
@@ -67,7 +72,7 @@ class LlavaJsonRecipe(Recipe):
     sources: list[str] | None = Field(None, description="by image prefix, and text; None is everything in the file")
 
     def data_file(self, file: str | None, image_root: str | None) -> Path:
-        """Return the data file: the one given, the recipe's own, or LLaVA's mix lying in the folder of the pictures.
+        """Return the data file: the one given, the recipe's own, or LLaVA's mix lying in the folder of the images.
 
         Raises:
             DataError: if there is none of them.
@@ -80,7 +85,7 @@ class LlavaJsonRecipe(Recipe):
         raise DataError(f"recipe {self.name!r} reads a data file; set data.file")
 
     def open_rows(self, file: str | None, image_root: str | None) -> tuple[Dataset, ImageOpener]:
-        """Return the rows, from the Arrow cache if they were read before, and the pictures.
+        """Return the rows, from the Arrow cache if they were read before, and the images.
 
         Raises:
             DataError: for a file or record that can't be used.
@@ -88,8 +93,6 @@ class LlavaJsonRecipe(Recipe):
         path = self.data_file(file, image_root)
         check_sources(self.sources or ())
         rows = _cached_rows(path, self.sources)
-        if not len(rows):
-            raise DataError(f"{path} has no sample of {', '.join(self.sources or ['any source'])}")
         embedded = any(image is not None and image.startswith(ROW) for image in rows["image"])
         return rows, ParquetImages(parquet_rows(path)) if embedded else FolderImages(image_root)
 
@@ -105,7 +108,13 @@ def _cached_rows(path: Path, sources: list[str] | None) -> Dataset:
     from datasets.exceptions import DatasetGenerationError
 
     text = Value("string")
-    features = {"id": text, "source": text, "image": text, "turns": [{"question": text, "answer": text}]}
+    features = {
+        "id": text,
+        "source": text,
+        "image": text,
+        "turns": [{"question": text, "answer": text}],
+        "broken": text,
+    }
     try:
         return Dataset.from_generator(
             _llava_rows,
@@ -122,9 +131,22 @@ def _cached_rows(path: Path, sources: list[str] | None) -> Dataset:
 
 
 def _llava_rows(path: str, sources: tuple[str, ...] | None, version: str) -> Iterator[dict[str, Any]]:
-    """Yield rows; ``version`` is part of the cache's key, so that an edited file is read again."""
+    """Yield rows; ``version`` is part of the cache's key, so that an edited file is read again.
+
+    Raises:
+        DataError: for a file that can't be used, or has no record of the sources.
+    """
+    empty = True
     for sample in read_llava(path, sources):
-        yield sample.to_row()
+        empty = False
+        if isinstance(sample, BrokenRecord):
+            # By the file's name alone: what is left out stands in records, which say nothing of the machine.
+            fault = str(sample).replace(path, Path(path).name, 1)
+            yield {"id": "", "source": "", "image": None, "turns": [], "broken": fault}
+        else:
+            yield {**sample.to_row(), "broken": None}
+    if empty:  # said here, because `datasets` makes no table of nothing
+        raise DataError(f"{path} has no sample of {', '.join(sources or ['any source'])}")
 
 
 _FORMATS: dict[str, type[Recipe]] = {}
@@ -156,13 +178,15 @@ def recipe_folders() -> list[Path]:
     return list(_FOLDERS)
 
 
-def format_of(name: str) -> type[Recipe]:
+def format_of(name: Any) -> type[Recipe]:
     """Return the format of a name, or the class that ``package.module:Class`` names.
 
     Raises:
         DataError: if there is none, with the nearest name, or the class is no recipe.
         PluginError: if its module can't be imported.
     """
+    if not isinstance(name, str):
+        raise DataError(f"a recipe's format is a name, got {shown(name)}")
     if ":" in name:
         recipe = named(name)
         if not (isinstance(recipe, type) and issubclass(recipe, Recipe)):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jinja2 import TemplateError, TemplateSyntaxError
 from PIL import Image
 from torch import Tensor
 
 from prunetune.data_recipes.chat_templates import check_marks, template_text
 from prunetune.data_recipes.images import ImageOpener, pad_to_square
 from prunetune.data_recipes.sample import DataError, Sample
+from prunetune.reading import one_line
 
 IGNORE_INDEX = -100
 
@@ -77,15 +80,16 @@ class Formatter:
 
     def _batch(self, samples: Sequence[Sample], padding_side: str, **options: Any) -> dict[str, Tensor]:
         conversations = [self._messages(sample) for sample in samples]
-        encoded = self.processor.apply_chat_template(
-            conversations,
-            chat_template=self.template,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": padding_side},
-            **options,
-        )
+        with readable_template():
+            encoded = self.processor.apply_chat_template(
+                conversations,
+                chat_template=self.template,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": padding_side},
+                **options,
+            )
         batch = dict(encoded)
         batch["sample_ids"] = [sample.id for sample in samples]  # for messages; the plug takes them out
         if self.instructions is not None:
@@ -124,6 +128,16 @@ class Formatter:
         for name, values in batch.items():
             if isinstance(values, Tensor) and values.shape == shape:
                 batch[name] = values[:, :limit]
+
+
+@contextmanager
+def readable_template() -> Iterator[None]:
+    """Raise DataError for a chat template that is no Jinja, or asks for what a conversation does not have."""
+    try:
+        yield
+    except TemplateError as error:
+        line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise DataError(f"the chat template can't be used{line}: {one_line(error)}; see model.template") from error
 
 
 def check_supervision(tokenizer: Any, ids: Tensor, mask: Tensor, sample: Sample) -> None:

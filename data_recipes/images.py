@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Protocol
+import copy
+from pathlib import Path, PurePath
+from typing import IO, Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from prunetune.data_recipes.sample import DataError
+from prunetune.reading import one_line, shown
+
+MAX_PIXELS = 50_000_000
+"""Largest image that is decoded where nothing else is asked for: as RGB it takes 150 MB."""
 
 
 class ImageOpener(Protocol):
@@ -22,8 +27,57 @@ class ImageOpener(Protocol):
         ...
 
 
-class FolderImages:
-    """Images below a root folder.
+class TooLarge(DataError):
+    """An image with more pixels than are decoded."""
+
+
+class StoredImages:
+    """Base of what opens stored images; ``max_pixels`` is the largest that it decodes."""
+
+    max_pixels: int = MAX_PIXELS
+
+    def decode(self, source: Path | IO[bytes], what: str) -> Image.Image:
+        """Return the decoded RGB image.
+
+        Args:
+            source: a file or its content.
+            what: the sample and the image, for messages.
+
+        Raises:
+            TooLarge: if it has more than ``max_pixels``; its head alone is read then.
+            FileNotFoundError: if there is no such file.
+            DataError: if it can't be decoded.
+        """
+        try:
+            with Image.open(source) as image:
+                self._check_size(image, what)
+                return image.convert("RGB")  # decodes: open() alone reads the head
+        except (TooLarge, FileNotFoundError):
+            raise
+        # Pillow's decoders raise nearly anything for a broken file, struct.error and KeyError among it.
+        except Exception as error:
+            raise DataError(f"{what} can't be decoded ({one_line(error)}); replace the file") from error
+
+    def _check_size(self, image: Image.Image, what: str) -> None:
+        pixels = image.width * image.height
+        if pixels > self.max_pixels:
+            raise TooLarge(
+                f"{what} has {image.width:,} x {image.height:,} = {pixels:,} pixels, max_pixels is "
+                f"{self.max_pixels:,}; make it smaller, or raise max_pixels"
+            )
+
+
+def limited(images: ImageOpener, max_pixels: int | None) -> ImageOpener:
+    """Return an opener that decodes no image above ``max_pixels``; one that stores no images is returned as it is."""
+    if max_pixels is None or not isinstance(images, StoredImages):
+        return images
+    own = copy.copy(images)
+    own.max_pixels = max_pixels
+    return own
+
+
+class FolderImages(StoredImages):
+    """Images below a root folder. A link in it may lead anywhere, since data sets are often linked; a path may not.
 
     Raises:
         DataError: if the root is not set or not a folder.
@@ -40,21 +94,34 @@ class FolderImages:
 
     def exists(self, reference: str) -> bool:
         """Return whether the file is there."""
-        return (self.root / reference).is_file()
+        try:
+            return not leaves_root(reference) and (self.root / reference).is_file()
+        except OSError as error:  # a name that no file can have, or a folder that may not be read
+            raise DataError(f"image {shown(reference)} can't be looked up: {error.strerror}") from None
 
     def open(self, reference: str, sample_id: str) -> Image.Image:
         """Return the decoded RGB image."""
+        check_inside(reference, f"sample {sample_id!r}")
         path = self.root / reference
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB")  # decodes: open() alone reads the head
+            return self.decode(path, f"sample {sample_id!r}: image {path}")
         except FileNotFoundError:
             raise DataError(f"sample {sample_id!r}: image {path} is missing") from None
-        # Pillow's decoders raise all of these for broken files.
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"sample {sample_id!r}: image {path} can't be decoded ({error}); replace the file"
-            ) from error
+
+
+def leaves_root(reference: str) -> bool:
+    """Return whether an image path is absolute or climbs, so that it could name any file of the machine."""
+    path = PurePath(reference)
+    return path.is_absolute() or ".." in path.parts
+
+
+def check_inside(reference: str, where: str) -> None:
+    """Raise DataError, its message beginning with ``where``, for an image path that leaves its folder."""
+    if leaves_root(reference):
+        raise DataError(
+            f"{where}: image path {shown(reference)} leaves the image folder; paths are relative to data.image_root, "
+            "without '..' (a link in that folder may lead elsewhere)"
+        )
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:

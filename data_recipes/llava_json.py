@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 
 import ijson
 
+from prunetune.data_recipes.images import check_inside
 from prunetune.data_recipes.parquet import ROW, parquet_rows
 from prunetune.data_recipes.sample import DataError, Sample, Turn
+from prunetune.reading import read_json_lines, shown
 
 PREFIXES = {
     "coco": "coco/",
@@ -25,11 +26,19 @@ PREFIXES = {
 _IMAGE = "<image>"
 
 
-class PlaceholderError(DataError):
-    """A conversation whose placeholders and image disagree."""
+class BrokenRecord(DataError):
+    """A record that is no conversation; a recalibration leaves out as many as ``data.max_broken`` tolerates."""
 
 
-def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+class PlaceholderError(BrokenRecord):
+    """A conversation whose image placeholders and image disagree."""
+
+
+class OutsidePath(DataError):
+    """An image path that leaves the image folder; it is never tolerated."""
+
+
+def read_records(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Yield each record of a file with where it stands, for messages.
 
     JSON lists are streamed, so that a file of a gigabyte does not have to fit in memory.
@@ -50,35 +59,31 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = {".json": _json, ".jsonl": _jsonl, ".parquet": _rows}.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"data file {path}: expected .json, .jsonl or .parquet, got {path.suffix or 'no suffix'!r}")
-    for where, record in reader(path):
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: expected an object with a list `conversations`")
-        yield where, record
+    yield from reader(path)
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as stream:
         # The first character tells a list from an object, whose items ijson would silently not find.
         head = stream.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
-        if head and not head.startswith(b"["):
+        if not head:
+            raise DataError(f"{path} is empty, expected a list of conversations")
+        if not head.startswith(b"["):
             raise DataError(f"{path} must hold a list of conversations; it starts with {head[:20]!r}")
         stream.seek(0)
+        number = 0
         try:
-            for number, record in enumerate(ijson.items(stream, "item", use_float=True)):
+            for record in ijson.items(stream, "item", use_float=True):
                 yield f"{path}, record {number}", record
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is not valid JSON: {error}") from None
+                number += 1
+        except (ijson.JSONError, ValueError, RecursionError) as error:  # ValueError: text that is no UTF-8
+            reason = str(error).partition("\n")[0]  # below it the parser draws an excerpt
+            raise DataError(f"{path}, record {number} is not valid JSON: {reason}") from None
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is not valid JSON: {error}") from None
+    for number, record in read_json_lines(path, DataError):
+        yield f"{path}, line {number}", record
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -90,30 +95,56 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, row {number}", record
 
 
-def parse_record(record: dict[str, Any], where: str, sources: Sequence[str] | None) -> Sample | None:
+def parse_record(record: Any, where: str, sources: Sequence[str] | None) -> Sample | None:
     """Return a record as a sample, or None if its source is not asked for.
+
+    A first message that is not the human's is dropped, as LLaVA's own preprocessing does.
 
     Args:
         record: ``{"id", "image"?, "conversations": [{"from", "value"}, ...]}``.
-        where: where it stands, for messages.
+        where: file and position, for messages.
         sources: keys of ``PREFIXES`` or "text"; None takes everything, whatever its prefix.
 
     Raises:
-        DataError: for a malformed record or an unknown prefix.
+        BrokenRecord: for a record that is no conversation.
+        DataError: for an unknown prefix, or an image path that leaves its folder.
     """
-    if not isinstance(record.get("conversations"), list):
-        raise DataError(f"{where}: expected an object with a list `conversations`")
+    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
+        raise BrokenRecord(f"{where}: expected an object with a list `conversations`")
     image = record.get("image")
     if image is not None and not isinstance(image, str):
-        raise DataError(f"{where}: `image` is a path, got {type(image).__name__}")
-    source = _source(image, where, strict=sources is not None)
-    if sources is not None and source not in sources:
-        return None
-    turns = tuple(_turns(record["conversations"], where, has_image=image is not None))
+        raise BrokenRecord(f"{where}: `image` is a path, got {type(image).__name__}")
     name = record.get("id")
     if name is None or name == "":  # 0 is a name
         name = where
-    return Sample(str(name), source, image, turns)
+    if image is not None:
+        _check_path(image, f"{where}: sample {shown(name)}")
+    source = _source(image, where, strict=sources is not None)
+    if sources is not None and source not in sources:
+        return None
+    sample = Sample(
+        str(name), source, image, tuple(_turns(record["conversations"], where, has_image=image is not None))
+    )
+    _check_text(sample, where)
+    return sample
+
+
+def _check_path(image: str, where: str) -> None:
+    try:
+        check_inside(image, where)
+    except DataError as error:
+        raise OutsidePath(str(error)) from None
+
+
+def _check_text(sample: Sample, where: str) -> None:
+    """Check that all text of a sample can be written: JSON can spell half of a character."""
+    texts = [sample.id, sample.image or ""]
+    for turn in sample.turns:
+        texts += [turn.question, turn.answer or ""]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise BrokenRecord(f"{where}: {error}") from None
 
 
 def check_sources(sources: Sequence[str]) -> None:
@@ -124,18 +155,22 @@ def check_sources(sources: Sequence[str]) -> None:
         raise DataError(f"unknown sources {sorted(unknown)}; there are {known}")
 
 
-def read_llava(path: str | Path, sources: Sequence[str] | None) -> Iterator[Sample]:
-    """Yield the samples of ``sources`` in file order; repeated ids are numbered.
+def read_llava(path: str | Path, sources: Sequence[str] | None) -> Iterator[Sample | BrokenRecord]:
+    """Yield the samples of ``sources`` in file order, and what is wrong with a record that is none; ids are numbered.
 
     The published mix holds several conversations per VG image under one id.
 
     Raises:
-        DataError: for a file, source, prefix or record that can't be used, naming it.
+        DataError: for a file, source, prefix or image path that can't be used, naming it.
     """
     check_sources(sources or ())
     seen: dict[tuple[str, str], int] = {}
     for where, record in read_records(path):
-        sample = parse_record(record, where, sources)
+        try:
+            sample = parse_record(record, where, sources)
+        except BrokenRecord as error:
+            yield error
+            continue
         if sample is None:
             continue
         key = sample.source, sample.id
@@ -153,33 +188,31 @@ def _source(image: str | None, where: str, strict: bool) -> str:
             return source
     # A recipe that draws from sources would drop such a sample without a word.
     if strict:
-        known = ", ".join(PREFIXES.values())
-        raise DataError(f"{where}: image path {image!r} starts with none of {known}")
+        raise DataError(f"{where}: image path {image!r} starts with none of {', '.join(PREFIXES.values())}")
     return "custom"
 
 
 def _turns(messages: list[Any], where: str, has_image: bool) -> Iterator[Turn]:
-    if not messages or len(messages) % 2:
-        raise DataError(f"{where}: a conversation alternates human and gpt messages, got {len(messages)} messages")
-    placeholders = 0
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-            raise DataError(f"{where}: message {number} has no text `value`")
-    for index in range(0, len(messages), 2):
+            raise BrokenRecord(f"{where}: message {number} has no text `value`")
+    # LLaVA's preprocessing drops a first message that is not the human's, and it alone.
+    first = 1 if messages and messages[0].get("from") == "gpt" else 0
+    if len(messages) == first or (len(messages) - first) % 2:
+        raise BrokenRecord(f"{where}: a conversation alternates human and gpt messages, got {len(messages)} messages")
+    placeholders = 0
+    for index in range(first, len(messages), 2):
         asked, answered = messages[index], messages[index + 1]
         if (asked.get("from"), answered.get("from")) != ("human", "gpt"):
-            raise DataError(
-                f"{where}: messages {index} and {index + 1} are from {asked.get('from')!r} and "
-                f"{answered.get('from')!r}, expected 'human' and 'gpt'"
+            raise BrokenRecord(
+                f"{where}: messages {index} and {index + 1} are from {shown(asked.get('from'))} and "
+                f"{shown(answered.get('from'))}, expected 'human' and 'gpt'"
             )
-        question, answer = asked["value"], answered["value"]
-        placeholders += question.count(_IMAGE)
-        if _IMAGE in answer:
+        placeholders += asked["value"].count(_IMAGE)
+        if _IMAGE in answered["value"]:
             raise PlaceholderError(f"{where}: message {index + 1}, an answer, holds {_IMAGE}")
-        # The placeholder is left out: the chat template writes the model's own.
-        yield Turn(question.replace(_IMAGE, "").strip(), answer.strip())
+        yield Turn(asked["value"].replace(_IMAGE, "").strip(), answered["value"].strip())
     if placeholders != int(has_image):
-        raise PlaceholderError(f"{where}: {placeholders} {_IMAGE} placeholders, but {int(has_image)} picture")
-    # Elsewhere the chat template would move it to the front, and the conversation would be another.
-    if has_image and _IMAGE not in messages[0]["value"]:
+        raise PlaceholderError(f"{where}: {placeholders} {_IMAGE} placeholders, but {int(has_image)} image")
+    if has_image and _IMAGE not in messages[first]["value"]:
         raise PlaceholderError(f"{where}: {_IMAGE} must be in the first human message")

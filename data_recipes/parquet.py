@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from prunetune.data_recipes.images import StoredImages
 from prunetune.data_recipes.sample import DataError
+from prunetune.reading import one_line, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,24 +21,42 @@ ROW, NAMED = "row:", "id:"
 
 
 def parquet_rows(paths: Path | Sequence[Path]) -> Dataset:
-    """Return the rows of files, or of folders of ``save_to_disk``, in order; an image column holds bytes."""
-    from datasets import Image as ImageColumn  # takes seconds, and most commands read no Parquet file
-    from datasets import concatenate_datasets, load_dataset, load_from_disk
+    """Return the rows of files, or of folders of ``save_to_disk``, in order; an image column holds bytes.
 
-    tables = []
-    for path in [paths] if isinstance(paths, Path) else paths:
+    Raises:
+        DataError: naming the file that can't be read.
+    """
+    from datasets import concatenate_datasets
+
+    tables = [_table(path) for path in ([paths] if isinstance(paths, Path) else paths)]
+    if len(tables) == 1:
+        return tables[0]
+    try:
+        return concatenate_datasets(tables)
+    except ValueError as error:
+        raise DataError(f"the files {shown(paths)} hold unlike columns: {one_line(error)}") from error
+
+
+def _table(path: Path) -> Dataset:
+    from datasets import Image as ImageColumn  # takes seconds, and most commands read no Parquet file
+    from datasets import load_dataset, load_from_disk
+
+    try:
         if path.is_dir():
             rows = load_from_disk(str(path))
         else:
             rows = load_dataset("parquet", data_files=str(path), split="train")
-        # As bytes: reading a row for its text must not decode its image.
-        if isinstance(rows.features.get("image"), ImageColumn):
-            rows = rows.cast_column("image", ImageColumn(decode=False))
-        tables.append(rows)
-    return tables[0] if len(tables) == 1 else concatenate_datasets(tables)
+    # Arrow, the Parquet reader and `datasets` have no error in common for a file that is broken or empty.
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise DataError(f"{path} can't be read as Parquet or Arrow data: {one_line(cause)}") from error
+    # As bytes: reading a row for its text must not decode its image.
+    if isinstance(rows.features.get("image"), ImageColumn):
+        rows = rows.cast_column("image", ImageColumn(decode=False))
+    return rows
 
 
-class ParquetImages:
+class ParquetImages(StoredImages):
     """Images in the ``image`` column of rows; a reference is ``row:NUMBER`` or ``id:NAME``."""
 
     def __init__(self, rows: Dataset) -> None:
@@ -64,11 +84,8 @@ class ParquetImages:
         index = self._index(reference)
         if index is None:
             raise DataError(f"sample {sample_id!r}: {reference!r} is no row of the data file")
-        cell: Any = self._rows[index]["image"]
-        try:
-            with Image.open(io.BytesIO(cell["bytes"])) as image:
-                return image.convert("RGB")
-        except (
-            UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError
-        ) as error:  # fmt: skip
-            raise DataError(f"sample {sample_id!r}: the picture in {reference} can't be decoded ({error})") from error
+        cell: Any = self._rows[index].get("image")
+        content = cell.get("bytes") if isinstance(cell, dict) else None
+        if not isinstance(content, bytes):
+            raise DataError(f"sample {sample_id!r}: {reference} of the data file holds no image")
+        return self.decode(io.BytesIO(content), f"sample {sample_id!r}: the image in {reference}")

@@ -6,16 +6,17 @@ import hashlib
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
 from pydantic import ValidationError
 
 from prunetune.data_recipes.formats import LlavaJsonRecipe, Recipe, format_of, recipe_folders
-from prunetune.data_recipes.images import ImageOpener
+from prunetune.data_recipes.images import ImageOpener, limited
 from prunetune.data_recipes.sample import DataError, Sample
+from prunetune.reading import read_yaml, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +34,7 @@ class RecipeData:
         counts: samples per source.
         missing: samples left out because their image file is missing.
         held_out: rows set aside by the recipe, of the same kind.
+        broken: records left out because they are no conversation, each with what is wrong with it.
     """
 
     name: str
@@ -42,6 +44,7 @@ class RecipeData:
     counts: dict[str, int]
     missing: list[str]
     held_out: Dataset | None = None
+    broken: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -62,10 +65,12 @@ def recipe_file(name: str) -> Path:
         DataError: if there is none.
     """
     path = _shipped().get(name, Path(name))
-    if not path.is_file():
-        known = ", ".join(recipe_names())
-        raise DataError(f"unknown recipe {name!r}; there are {known}, or give the path of a YAML file")
-    return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # the name is too long, or its folder may not be read
+        raise DataError(f"recipe {path} can't be read: {error.strerror}") from None
+    raise DataError(f"unknown recipe {name!r}; there are {', '.join(recipe_names())}, or give the path of a YAML file")
 
 
 def _shipped() -> dict[str, Path]:
@@ -83,7 +88,7 @@ def read_recipe(name: str) -> Recipe:
         DataError: if there is none, or it does not validate.
     """
     path = recipe_file(name)
-    values = yaml.safe_load(path.read_text())  # safe: a recipe is data, and may come from anywhere
+    values = read_yaml(path, DataError)
     if not isinstance(values, dict) or "format" not in values:
         raise DataError(f"recipe {path} names no format; write `format: llava_json`, for example")
     try:
@@ -92,7 +97,7 @@ def read_recipe(name: str) -> Recipe:
         details = []
         for problem in error.errors():
             option = ".".join(map(str, problem["loc"]))
-            details.append(f"{option}: {problem['msg']}")
+            details.append(f"{option}: {problem['msg']}, got {shown(problem['input'])}")
         raise DataError(f"recipe {path}: {'; '.join(details)}") from None
     # A file named in a recipe lies beside it, wherever the command runs.
     if isinstance(recipe, LlavaJsonRecipe) and recipe.file is not None:
@@ -108,6 +113,8 @@ def load_recipe(
     max_samples: int | None = None,
     seed: int | None = None,
     max_missing: float | None = None,
+    max_broken: float | None = None,
+    max_pixels: int | None = None,
 ) -> RecipeData:
     """Read a recipe's samples, check that their images are there, and draw the subset.
 
@@ -119,16 +126,20 @@ def load_recipe(
         seed: seed of the subset; None is the recipe's, or 0.
         max_missing: largest tolerated share of samples without their image, which are left out and named; None is
             the recipe's, or 1 %.
+        max_broken: the same of records that are no conversation.
+        max_pixels: largest image that is decoded; None is the opener's own limit.
 
     Raises:
-        DataError: for anything that can't be read, or too many missing images.
+        DataError: for anything that can't be read, too many missing images or broken records.
     """
     recipe = read_recipe(name)
     rows, images = recipe.open_rows(file, image_root)
     if seed is None:
         seed = recipe.seed
     max_samples = max_samples or recipe.max_samples
-    rows, missing = _present(rows, images, tolerated(recipe, max_missing))
+    images = limited(images, max_pixels)
+    rows, broken = _whole(rows, tolerated(recipe.max_broken, max_broken))
+    rows, missing = _present(rows, images, tolerated(recipe.max_missing, max_missing))
     order = _thinned(recipe, rows["source"], seed)
     held_out = None
     # Before the subset is drawn, so that a smaller subset holds out the same images.
@@ -143,7 +154,7 @@ def load_recipe(
     if len(order) < len(rows):  # a selection of everything would cost each look-up one more
         rows = rows.select(order)
     content_hash, counts = _hash_and_counts(rows)
-    return RecipeData(recipe.name, rows, images, content_hash, counts, missing, held_out)
+    return RecipeData(recipe.name, rows, images, content_hash, counts, missing, held_out, broken)
 
 
 def _hash_and_counts(rows: Dataset) -> tuple[str, dict[str, int]]:
@@ -183,11 +194,11 @@ def _thinned(recipe: Recipe, sources: list[str], seed: int) -> list[int]:
     return sorted(kept)
 
 
-def tolerated(recipe: Recipe, max_missing: float | None) -> float:
-    """Return the share of images that may be missing: the one asked for, the recipe's, or 1 %."""
-    if max_missing is not None:
-        return max_missing
-    return 0.01 if recipe.max_missing is None else recipe.max_missing
+def tolerated(recipes: float | None, asked: float | None) -> float:
+    """Return the share of samples that may be unusable: the one asked for, the recipe's, or 1 %."""
+    if asked is not None:
+        return asked
+    return 0.01 if recipes is None else recipes
 
 
 def _held_out(recipe: Recipe, images: list[str | None], order: list[int], seed: int) -> set[int]:
@@ -208,6 +219,28 @@ def _held_out(recipe: Recipe, images: list[str | None], order: list[int], seed: 
     if len(held) >= len(order):
         raise DataError(f"recipe {recipe.name!r} holds out {recipe.held_out} of only {len(order)} samples")
     return held
+
+
+def _whole(rows: Dataset, max_broken: float) -> tuple[Dataset, list[str]]:
+    """Leave out the rows of records that are no conversation, and return what is wrong with each."""
+    if "broken" not in rows.column_names:
+        return rows, []
+    whole, broken = [], []
+    for index, fault in enumerate(rows["broken"]):
+        if fault is None:
+            whole.append(index)
+        else:
+            broken.append(fault)
+    if len(broken) > max_broken * len(rows):
+        raise DataError(
+            f"{len(broken)} of {len(rows)} records are no conversation ({'; '.join(broken[:3])}), more than "
+            f"max_broken={max_broken:.2%} allows; `prunetune data check` names them all, mend them or raise "
+            "data.max_broken"
+        )
+    rows = rows.remove_columns("broken")
+    if broken:  # a selection costs every later look-up one more
+        rows = rows.select(whole)
+    return rows, broken
 
 
 def _present(rows: Dataset, images: ImageOpener, max_missing: float) -> tuple[Dataset, list[str]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prunetune import reading
 from prunetune.evaluation.errors import MissingFile, TaskError
 
 
@@ -36,11 +36,8 @@ def find_file(data: Path, name: str, source: str) -> Path:
 
 def read_json(path: Path) -> Any:
     """Return a JSON file's content; raises TaskError if it is broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
     # A download that was cut short is no JSON; one that was an archive is no text either.
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path} is not valid JSON: {error}") from None
+    return reading.read_json(path, TaskError)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -49,19 +46,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         TaskError: naming the line that is no JSON object.
     """
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            # VQAv2's test-dev has 107,394 lines: without its number nobody finds the one that is wrong.
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TaskError(f"{path}, line {number} is not valid JSON: {error}") from None
-            # A file of bare numbers or lists is valid JSON all the same.
-            if not isinstance(record, dict):
-                raise TaskError(f"{path}, line {number}: expected an object, got {type(record).__name__}")
-            yield number, record
+    # VQAv2's test-dev has 107,394 lines: without its number nobody finds the one that is wrong.
+    for number, record in reading.read_json_lines(path, TaskError):
+        # A file of bare numbers or lists is valid JSON all the same.
+        if not isinstance(record, dict):
+            raise TaskError(f"{path}, line {number}: expected an object, got {type(record).__name__}")
+        yield number, record
 
 
 def read_questions(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

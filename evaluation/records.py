@@ -17,6 +17,7 @@ from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import read_json, read_lines
 from prunetune.outputs import write_text
 from prunetune.pruning.spec import PruningSpec
+from prunetune.reading import shown
 
 RESULTS = "results.jsonl"
 MANIFEST = "manifest.json"
@@ -27,7 +28,8 @@ _OUTCOME = ("metrics", "kept_tokens", "items_per_second")
 
 class _Record(BaseModel):
     # Unknown fields are errors, and nothing is converted: a file that another version wrote is refused, not guessed at.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    # JSON as Python reads it has NaN and Infinity; no score of ours is one, and a mean with one says nothing.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # In the order of its keys in the file, which is part of the format: equal arms are equal files.
@@ -233,7 +235,7 @@ def read_results(folder: str | Path) -> list[Result]:
     return rows
 
 
-def result_of(record: dict[str, Any], where: str) -> Result:
+def result_of(record: Any, where: str) -> Result:
     """Return a row from its JSON object; raises TaskError if it is none, beginning with ``where``."""
     return _validated(Result, record, where)
 
@@ -282,8 +284,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 _Kind = TypeVar("_Kind", bound=_Record)
 
 
-def _validated(kind: type[_Kind], values: dict[str, Any], where: str) -> _Kind:
+def _validated(kind: type[_Kind], values: Any, where: str) -> _Kind:
     """Return a record; raises TaskError in one line with every field that is wrong."""
+    if not isinstance(values, dict):
+        raise TaskError(f"{where}: expected an object, got {type(values).__name__}")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -303,4 +307,4 @@ def _complaint(detail: Any) -> str:
         return f"the field {field} is unknown"
     if not field:  # what the whole record is checked for
         return str(detail["ctx"]["error"])
-    return f"the field {field} is {detail['input']!r}: {detail['msg']}"
+    return f"the field {field} is {shown(detail['input'])}: {detail['msg']}"

@@ -17,9 +17,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 from prunetune.models.loading import CheckpointError
 from prunetune.outputs import ADAPTER_FILES, EXPORT, OutputFolder, replaced_folder
 from prunetune.pruning.families import family_of
+from prunetune.reading import one_line, read_json, shown
 
 RECORD = "prunetune.json"
 _ADAPTER = "adapter_model.safetensors"
+_READ = {"base_model": str, "frozen_hash": str, "pruning": dict}
+"""What of a record is read again, and its type there."""
 
 
 def wrap_projector(model: nn.Module, modules: list[str] | None = None) -> PeftModel:
@@ -73,7 +76,9 @@ def load_projector(model: nn.Module, adapter: str | Path, files_hash: str | None
         saved = load_file(folder / _ADAPTER)
     # safetensors raises an error of its own Rust side besides OSError.
     except Exception as error:
-        raise CheckpointError(f"{folder / _ADAPTER} can't be read: {error}; save the projector again") from error
+        raise CheckpointError(
+            f"{folder / _ADAPTER} can't be read: {one_line(error)}; save the projector again"
+        ) from error
     own = projector_state(model)
     loaded = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
     if loaded.keys() != own.keys():
@@ -130,7 +135,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """Return an adapter's ``prunetune.json``.
 
     Raises:
-        CheckpointError: if the folder is no recalibrated projector.
+        CheckpointError: if the folder is no recalibrated projector, or its record is broken.
     """
     path = Path(folder) / RECORD
     if not path.is_file():
@@ -138,10 +143,21 @@ def read_record(folder: str | Path) -> dict[str, Any]:
             f"{folder} is no recalibrated projector: {RECORD} is missing; give the `adapter` folder of "
             "a recalibration's output"
         )
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is broken: {error}") from None
+    record = read_json(path, CheckpointError)
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} is broken: expected an object, got {type(record).__name__}")
+    for name, kind in _READ.items():
+        if name in record and not isinstance(record[name], kind):
+            raise CheckpointError(f"{path} is broken: {name} is {shown(record[name])}, expected {kind.__name__}")
+    return record
+
+
+def tuned_for(folder: str | Path) -> dict[str, Any]:
+    """Return the pruning that an adapter was recalibrated for; raises CheckpointError if its record does not say."""
+    record = read_record(folder)
+    if "pruning" not in record:
+        raise CheckpointError(f"{Path(folder) / RECORD} is broken: it does not say for which pruning it was made")
+    return record["pruning"]
 
 
 def export_merged(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, overwrite: bool = False) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prunetune.models.loading import CheckpointError
+from prunetune.reading import one_line
 
 
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -44,12 +46,19 @@ def frozen_files_hash(folder: Path, projectors: tuple[str, ...]) -> str:
         )
     digest = hashlib.sha256()
     for file in files:
-        with safe_open(file, framework="pt") as weights:
-            for name in sorted(weights.keys()):
-                # Inside the name and not at its start: releases of transformers prefix stored names differently.
-                if not any(f"{projector}." in name for projector in projectors):
-                    digest.update(tensor_hash({name: weights.get_tensor(name)}).encode())
+        try:
+            _add_frozen(digest, file, projectors)
+        except (SafetensorError, OSError) as error:  # also a file that the model itself does not use
+            raise CheckpointError(f"{file} can't be read: {one_line(error)}; fetch it again or remove it") from error
     return digest.hexdigest()
+
+
+def _add_frozen(digest: Any, file: Path, projectors: tuple[str, ...]) -> None:
+    with safe_open(file, framework="pt") as weights:
+        for name in sorted(weights.keys()):
+            # Inside the name and not at its start: releases of transformers prefix stored names differently.
+            if not any(f"{projector}." in name for projector in projectors):
+                digest.update(tensor_hash({name: weights.get_tensor(name)}).encode())
 
 
 def settings_hash(folder: Path) -> str:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from prunetune.assets import shipped
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.quiet import no_progress_bar
+from prunetune.reading import one_line
 
 # A hub repository may hold the weights a second time, as pickles; those are left there.
 _CARRIED = "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"
@@ -35,7 +35,7 @@ def checkpoint_folder(path: str, revision: str | None = None) -> Path:
     # Anything from a wrong id to a broken cache or network; the user's way out is the same.
     except Exception as error:
         raise CheckpointError(
-            f"model {path!r} is neither a folder nor a checkpoint that could be fetched: {error}"
+            f"model {path!r} is neither a folder nor a checkpoint that could be fetched: {one_line(error)}"
         ) from error
 
 
@@ -53,17 +53,40 @@ def load_model(
     Raises:
         CheckpointError: if the model can't be loaded.
     """
+    _check_attention(attention, dtype)
     folder = checkpoint_folder(path, revision)
     try:
         with no_progress_bar():
-            model = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=getattr(torch, dtype), attn_implementation=attention
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=getattr(torch, dtype), attn_implementation=attention, output_loading_info=True
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    except torch.OutOfMemoryError:  # nothing is wrong with the checkpoint
+        raise
+    except ImportError as error:
+        raise CheckpointError(f"{path!r} can't be loaded with model.attention {attention}: {_line(error)}") from error
+    # Anything: transformers passes on what its parts say of broken files, KeyError and RuntimeError among it.
+    except Exception as error:
         raise CheckpointError(
             f"{path!r} is no vision-language checkpoint that transformers can load: {_line(error)}"
         ) from error
+    # transformers fills what is missing with random numbers, and says so in a log alone.
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(f"{path!r} lacks {len(missing)} of its weights, such as {missing[0]}; fetch it again")
     return model.eval(), _processor(path, folder)
+
+
+def _check_attention(attention: str, dtype: str) -> None:
+    """Check what can be told of an attention kernel before anything is loaded."""
+    if attention != "flash_attention_2":
+        return
+    if not torch.cuda.is_available():
+        raise CheckpointError("model.attention flash_attention_2 needs a GPU, and there is none; set it to sdpa")
+    if dtype == "float32":
+        raise CheckpointError(
+            "model.attention flash_attention_2 computes in half precision alone, got model.dtype float32; "
+            "set model.dtype to bfloat16, or model.attention to sdpa"
+        )
 
 
 def load_processor(path: str, revision: str | None = None) -> ProcessorMixin:
@@ -73,14 +96,20 @@ def load_processor(path: str, revision: str | None = None) -> ProcessorMixin:
 
 def _processor(path: str, folder: Path) -> ProcessorMixin:
     try:
-        return AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
     except ImportError as error:  # processors of models that see videos, also where only images are used
         needed = "torchvision; pip install 'prunetune[video]'" if "orchvision" in str(error) else _line(error)
         raise CheckpointError(f"the processor of {path!r} needs {needed}") from error
-    except (OSError, ValueError) as error:
+    # Anything: the tokenizers' Rust side has errors without a kind of their own.
+    except Exception as error:
         raise CheckpointError(f"{path!r} holds no processor: {_line(error)}") from error
+    # Of a folder without a processor's own files transformers returns what there is.
+    if not isinstance(processor, ProcessorMixin):
+        raise CheckpointError(f"{path!r} holds no processor, only a {type(processor).__name__}")
+    return processor
 
 
 def _line(error: Exception) -> str:
-    """Return a library's message in one line."""
-    return " ".join(str(error).split())
+    """Return a library's message in one line, with its kind where the message alone says little (``'model_type'``)."""
+    line = one_line(error)
+    return line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from prunetune.names import nearest
 from prunetune.plugins import import_folder, load_installed, named
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.signals import signal_of
 from prunetune.pruning.types import Pruner
+from prunetune.reading import shown
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def build_pruner(name: str, options: Mapping[str, Any] | None = None) -> Pruner:
     """Return the method ``name`` with ``options`` (fields of its dataclass; the rest are the paper's defaults).
 
     Raises:
-        PruningError: for an unknown method or option, with the nearest valid name.
+        PruningError: for an unknown method or option, with the nearest valid name, or a value of another type.
     """
     pruner = method_of(name).pruner
     valid = [field.name for field in fields(pruner)]  # type: ignore[arg-type]
@@ -132,7 +137,46 @@ def build_pruner(name: str, options: Mapping[str, Any] | None = None) -> Pruner:
             raise PruningError(
                 f"pruner {name!r} has no option {option!r}{nearest(option, valid)}; it has {', '.join(valid) or 'none'}"
             )
+    if options:
+        _check_types(name, pruner, options)
     return pruner(**(options or {}))
+
+
+def _check_types(name: str, pruner: type[Pruner], options: Mapping[str, Any]) -> None:
+    """Check values against the annotations of the dataclass's fields: an int is a float, text is neither."""
+    # Here: methods import this module, and neither they nor `import prunetune` should wait for pydantic.
+    from pydantic import ConfigDict, TypeAdapter
+    from pydantic.errors import PydanticUserError
+
+    try:
+        annotations = get_type_hints(pruner)
+    except NameError:  # of an outside class, whose types are imported for type checkers alone; it checks them itself
+        return
+    for option, value in options.items():
+        try:
+            adapter: TypeAdapter[Any] = TypeAdapter(annotations[option], config=ConfigDict(allow_inf_nan=False))
+        except PydanticUserError:  # an outside class's own type
+            continue
+        if not _fits(adapter, value):
+            raise PruningError(
+                f"option {option!r} of pruner {name!r} takes {_type_name(annotations[option])}, got {shown(value)}"
+            )
+
+
+def _fits(adapter: TypeAdapter[Any], value: Any) -> bool:
+    """Return whether a value is of a type as it is, or as JSON: YAML has no tuples, so a list is as good as one."""
+    try:
+        adapter.validate_python(value, strict=True)
+    except ValueError:  # pydantic's ValidationError among them
+        try:
+            adapter.validate_json(json.dumps(value), strict=True)
+        except (ValueError, TypeError):
+            return False
+    return True
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def merges(name: str, pruner: Pruner) -> bool:

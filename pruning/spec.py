@@ -40,7 +40,10 @@ class PruningSpec(BaseModel):
         description="row-end tokens that stay, in families that have them: of rows with kept tokens, all or none",
     )
 
-    def __init__(self, pruner: str = "identity", keep: int | float | str = "100%", options: Any = None, **fields: Any):
+    # The slash: a configuration's key may be called "self", which is an unknown key and no error of Python's.
+    def __init__(
+        self, /, pruner: str = "identity", keep: int | float | str = "100%", options: Any = None, **fields: Any
+    ):
         super().__init__(pruner=pruner, keep=keep, options={} if options is None else options, **fields)
 
     def build(self) -> Pruner:

@@ -20,6 +20,7 @@ from prunetune.pruning.quiet import no_progress_bar
 from prunetune.pruning.signals import of_source, registered_signals, signal_of
 from prunetune.pruning.types import Pruner
 from prunetune.pruning.vision import Vision
+from prunetune.reading import one_line
 
 ANSWER_FORMATS = (
     "\nAnswer the question using a single word or phrase.",
@@ -186,8 +187,8 @@ class TextReader:
     def _clip_tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(self._clip)
-        except (OSError, ValueError) as error:
-            raise PruningError(f"pruning.text_tower {self._clip!r} has no tokenizer: {error}") from error
+        except Exception as error:  # anything, as below
+            raise PruningError(f"pruning.text_tower {self._clip!r} has no tokenizer: {one_line(error)}") from error
 
     @cached_property
     def clip(self) -> CLIPModel:
@@ -205,9 +206,13 @@ class TextReader:
                 )
             with no_progress_bar():
                 clip = CLIPModel.from_pretrained(self._clip, dtype=torch.float32)
-        except OSError as error:
+        except (PruningError, torch.OutOfMemoryError):
+            raise
+        # Anything: transformers passes on what its parts say of broken files.
+        except Exception as error:
             raise PruningError(
-                f"pruning.text_tower {self._clip!r} is neither a folder nor a checkpoint that could be fetched: {error}"
+                f"pruning.text_tower {self._clip!r} is neither a folder nor a checkpoint that could be fetched and "
+                f"loaded: {one_line(error)}"
             ) from error
         vlm: Any = self.model.config
         width = vlm.vision_config.hidden_size

@@ -11,7 +11,7 @@ from conftest import ROOT, TINY_VLM
 from prunetune.cli import main
 from prunetune.configs import ConfigError, RecalibrateConfig, load_config
 from prunetune.data_recipes import Formatter, load_recipe
-from prunetune.evaluation.run.calibrate import Spread, calibrate, write_averages
+from prunetune.evaluation.run.calibrate import Calibration, Spread, calibrate, write_averages
 from prunetune.models import load_model
 from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.pruning.ops.complexity import attention_entropy, erank
@@ -47,6 +47,9 @@ def test_calibrate_measures_the_configured_sample_and_writes_it(tmp_path, capsys
     config = load_config(RecalibrateConfig, file)
     changed = {line for line in file.read_text().splitlines() if line not in before.splitlines()}
     assert {line.split(":")[0].strip() for line in changed} == {"erank_avg", "entropy_avg"}  # comments are still there
+    assert all(
+        line.endswith("# measured by prunetune calibrate, 12 items of tiny_world, assets/tiny_vlm") for line in changed
+    )
 
     data = load_recipe("tiny_world")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.data.seed or 0))[:12].tolist()
@@ -72,9 +75,45 @@ def test_other_pruners_are_measured_and_nothing_is_written(tmp_path, capsys):
     result = calibrate(config, 6)
     assert result.after["erank"].mean < result.before["erank"].mean and result.before.keys() == {"erank"}
     with pytest.raises(ConfigError, match="prunes by 'divprune'"):
-        write_averages(file, result)
+        write_averages(file, result, "6 items")
 
 
 def test_spread_of_few_values():
     assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 2.0)
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 3.0, 4.0)
+
+
+def test_the_comment_beside_a_number_says_where_it_comes_from(tmp_path):
+    """What was quoted is measured now; comments of other keys and lines stay."""
+    file = tmp_path / "mine.yaml"
+    quoted = (ROOT / "configs" / "recalibrate" / "llava15_7b_adaptive_64.yaml").read_text()
+    file.write_text(quoted)
+    spread = Spread.of([7.25])
+    write_averages(file, Calibration(3, {"erank": spread}, {}), "3 items of vg, model m")
+    before, after = quoted.splitlines(), file.read_text().splitlines()
+    changed = [line for line in after if line not in before]
+    assert changed == ["    erank_avg: 7.25  # measured by prunetune calibrate, 3 items of vg, model m"]
+    assert len(after) == len(before) and "quoted: the paper's mean" not in file.read_text()
+    file.write_text(
+        "pruning:\n  pruner: adaptive\n  options:\n    erank_avg: 1 # old\n    # below\n    scale: 1 # mine\n"
+    )
+    write_averages(file, Calibration(3, {"erank": spread, "attention_entropy": spread}, {}), "x")
+    text = file.read_text()
+    assert "    # below\n    scale: 1 # mine\n" in text and "# old" not in text
+    assert "entropy_avg: 7.25 # measured by prunetune calibrate, x" in text
+
+
+@pytest.mark.parametrize("asked", ["recalibrate/tiny_adaptive_16", "configs/recalibrate/tiny_adaptive_16.yaml", "link"])
+def test_a_shipped_file_is_never_edited(asked, tmp_path, monkeypatch):
+    """By name, by path and behind a link; said before minutes of measuring."""
+    monkeypatch.chdir(ROOT)
+    if asked == "link":
+        (tmp_path / "link.yaml").symlink_to(CONFIG)
+        asked = str(tmp_path / "link.yaml")
+    monkeypatch.setattr("prunetune.evaluation.run.calibrate.calibrate", lambda *_: pytest.fail("it measured"))
+    before = CONFIG.read_bytes()
+    with pytest.raises(SystemExit, match="is shipped.*`prunetune configs copy recalibrate/tiny_adaptive_16`"):
+        main(["calibrate", "--config", asked])
+    assert CONFIG.read_bytes() == before
+    with pytest.raises(ConfigError, match="is shipped"):
+        write_averages(CONFIG, Calibration(1, {}, {}), "x")

@@ -133,7 +133,7 @@ def test_the_frozen_hash_ignores_the_projector_and_nothing_else(untrained_folder
 
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda f: (f / "prunetune.json").unlink(), "prunetune.json is missing"),
-    (lambda f: (f / "prunetune.json").write_text("{"), "is broken"),
+    (lambda f: (f / "prunetune.json").write_text("{"), "is not valid JSON"),
     (lambda f: (f / "adapter_model.safetensors").write_bytes(b"half a fi"), "can't be read"),
     (lambda f: _rewrite(f, lambda t: {k: v for k, v in t.items() if "bias" not in k}), "the model expects"),
     (lambda f: _rewrite(f, lambda t: {k: v[..., :3].contiguous() for k, v in t.items()}), "another size"),

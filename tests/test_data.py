@@ -112,9 +112,12 @@ def test_a_corrupt_picture_names_the_sample(mix):
 @pytest.mark.parametrize(("record", "message"), [
     ({"id": "a", "image": "vg/1.jpg", "conversations": [{"from": "human", "value": "hi"},
                                                         {"from": "gpt", "value": "x"}]},
-     "record 0: 0 <image> placeholders, but 1 picture"),
+     "record 0: 0 <image> placeholders, but 1 image"),
     ({"id": "a", "image": "vg/1.jpg", "conversations": [{"from": "human", "value": "<image> hi"}]}, "got 1 messages"),
-    ({"id": "a", "image": "vg/1.jpg", "conversations": [{"from": "gpt", "value": "<image> hi"},
+    ({"id": "a", "image": "vg/1.jpg", "conversations": [{"from": "gpt", "value": "I see"},
+                                                        {"from": "human", "value": "<image>"}]},
+     "got 2 messages"),
+    ({"id": "a", "image": "vg/1.jpg", "conversations": [{"from": "human", "value": "<image> hi"},
                                                         {"from": "human", "value": ""}]},
      "expected 'human' and 'gpt'"),
     ({"id": "a", "image": "flickr/1.jpg", "conversations": []}, "starts with none of"),
@@ -125,7 +128,8 @@ def test_a_corrupt_picture_names_the_sample(mix):
 def test_malformed_records_are_named(tmp_path, record, message):
     (tmp_path / "mix.json").write_text(json.dumps([record]))
     with pytest.raises(DataError, match=message):
-        list(read_llava(tmp_path / "mix.json", ["vg", "gqa"]))
+        for found in read_llava(tmp_path / "mix.json", ["vg", "gqa"]):
+            raise found
     (tmp_path / "mix.json").write_text("[{")
     with pytest.raises(DataError, match="not valid JSON"):
         list(read_llava(tmp_path / "mix.json", ["vg"]))

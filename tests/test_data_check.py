@@ -63,12 +63,12 @@ def test_everything_that_is_wrong_is_found(broken, capsys):
     )
     assert [len(report.problems[kind]) for kind in ("corrupt image", "placeholder mismatch", "malformed")] == [1, 2, 1]
     assert "torn.png can't be decoded" in report.problems["corrupt image"][0]
-    assert "record 5: 0 <image> placeholders, but 1 picture" in report.problems["placeholder mismatch"][0]
+    assert "record 5: 0 <image> placeholders, but 1 image" in report.problems["placeholder mismatch"][0]
     assert report.lengths[100] > 500 > 170 > report.lengths[50]
 
     code, printed = run(broken, capsys)
-    assert code == 1 and "2 of 10 pictures can't be used, more than max_missing=1.00%" in printed
-    assert "FAILED: 1 samples: malformed" in printed and "FAILED: 2 samples: placeholder mismatch" in printed
+    assert code == 1 and "2 of 10 images can't be used, more than max_missing=1.00%" in printed
+    assert "FAILED: 3 of 10 records are no conversation, more than max_broken=1.00%" in printed
     assert "not measured: give --model" in printed
 
 

@@ -190,6 +190,8 @@ def announce(run: Run, report: FrozenReport) -> None:
     ]
     if data.missing:
         lines.insert(3, f"          {len(data.missing)} samples left out, their image is missing: {data.missing[:3]}")
+    if data.broken:
+        lines.insert(3, f"          {len(data.broken)} records left out, they are no conversation: {data.broken[:3]}")
     if run.resume is not None:
         lines.append(f"resuming from {run.resume}")
     say("\n".join(lines))

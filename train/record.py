@@ -51,6 +51,8 @@ def run_record(
             "samples": len(data),
             "counts": data.counts,
             "missing": len(data.missing),
+            "broken": len(data.broken),
+            "first_broken": list(data.broken[:3]),
         },
         "train": config.train.model_dump(),
         "model": config.model.model_dump(),

@@ -75,7 +75,8 @@ class EvaluatedArm:
             return ""
         if target is None or target == self.manifest.pruning.model_dump():
             return " + tuned projector"
-        return f" + tuned projector (for {target['pruner']}, {target['keep']})"
+        # The adapter's own word, which another version may have written.
+        return f" + tuned projector (for {target.get('pruner')}, {target.get('keep')})"
 
     def average(self) -> Average:
         """Return the mean scores in percent, overall and by source."""
@@ -102,6 +103,8 @@ def read_arm(folder: str | Path) -> EvaluatedArm:
     # A file that was cut short is still one of whole lines, and its mean a number of other questions.
     if len(rows) != expected:
         raise TaskError(f"{folder} has {len(rows)} results, its manifest says {expected}; evaluate it again")
+    if not rows:
+        raise TaskError(f"{folder} holds no result; evaluate it with at least one item")
     hidden = sorted({row.task for row in rows if row.score is None})
     if hidden:
         raise TaskError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunetune.evaluation.errors import TaskError
+from prunetune.reading import one_line
 
 INSTRUCTION = (
     "You grade answers to questions about videos. Compare the predicted answer with the correct one: do they mean the "
@@ -68,13 +69,14 @@ class Grader:
             # From the environment and never from an option: command lines are logged.
             headers["Authorization"] = f"Bearer {key}"
         url = f"{self.endpoint.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
+            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                 text = json.load(reply)["choices"][0]["message"]["content"]
         # One failed answer stops it all: a mean over those that came back would be of other questions.
-        except (urllib.error.URLError, OSError, KeyError, IndexError, json.JSONDecodeError) as error:
-            raise TaskError(f"the grader at {url} did not answer: {error}") from error
+        # ValueError: the address is none, or the reply is no JSON; the others: it is JSON of another shape.
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise TaskError(f"the grader at {url} did not answer: {one_line(error)}") from error
         return read_grade(text)
 
 

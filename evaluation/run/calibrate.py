@@ -6,17 +6,22 @@ import io
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import YAMLError
 from tqdm import tqdm
 
 from prunetune.configs import ConfigError, DataConfig, RecalibrateConfig
+from prunetune.configs.load import FOLDER, is_shipped
 from prunetune.data_recipes import DataError, Formatter, Sample, load_recipe
 from prunetune.data_recipes.images import ImageOpener
 from prunetune.models import Arm
 from prunetune.outputs import write_text
 from prunetune.pruning.ops.complexity import attention_entropy, erank
+from prunetune.reading import one_line, read_text
 
 OPTIONS = {"erank": "erank_avg", "attention_entropy": "entropy_avg"}
 """Which option of the method `adaptive` each measure's mean belongs to."""
@@ -134,24 +139,85 @@ def _measure(arm: Arm, formatter: Formatter, samples: list[Sample], before: Valu
             after["attention_entropy"] += attention_entropy(kept).tolist()
 
 
-def write_averages(file: Path, calibration: Calibration) -> dict[str, float]:
-    """Write the means into ``pruning.options`` of a YAML file, keeping its comments; return what was written.
+def check_writable(file: Path) -> None:
+    """Check, before minutes of measuring, that the means may be written into a configuration.
 
     Raises:
-        ConfigError: if the file's pruner is not `adaptive`.
+        ConfigError: for a shipped file, whose next release or reader would not know of it, or another pruner.
     """
-    yaml = YAML()  # ruamel's, which keeps comments and the order of keys
-    yaml.preserve_quotes = True
-    document = yaml.load(file.read_text(encoding="utf-8"))
-    pruner = document.get("pruning", {}).get("pruner")
-    if pruner != "adaptive":
-        raise ConfigError(f"{file} prunes by {pruner!r}; the averages are options of `adaptive`, nothing is written")
+    if is_shipped(file):
+        name = file.resolve().relative_to(FOLDER.resolve()).with_suffix("").as_posix()
+        raise ConfigError(
+            f"{file} is shipped, and the averages are written into the file; `prunetune configs copy {name}` makes "
+            "one of your own"
+        )
+    _options(_document(file), file)
+
+
+def write_averages(file: Path, calibration: Calibration, measured: str) -> dict[str, float]:
+    """Write the means into ``pruning.options`` of a YAML file, keeping its comments; return what was written.
+
+    The comment beside a number says where it comes from, so that of a number which is replaced is replaced with it.
+
+    Args:
+        file: the configuration.
+        calibration: what was measured.
+        measured: on what, for the comments.
+
+    Raises:
+        ConfigError: if the file is shipped, or its pruner is not `adaptive`.
+    """
+    check_writable(file)
+    document = _document(file)
+    options = _options(document, file)
     written = {}
     for name, spread in calibration.before.items():
-        written[OPTIONS[name]] = round(spread.mean, 3)
-    document["pruning"].setdefault("options", {}).update(written)
+        option = OPTIONS[name]
+        written[option] = options[option] = round(spread.mean, 3)
+        # ruamel keeps with a value what follows it up to the next one: the lines below are somebody else's.
+        _, newline, below = _comment_after(options, option).partition("\n")
+        options.ca.items.pop(option, None)
+        options.yaml_add_eol_comment(f"measured by prunetune calibrate, {measured}", option)
+        options.ca.items[option][2].value += newline + below
     text = io.StringIO()  # ruamel writes to streams only
-    yaml.dump(document, text)
+    _yaml().dump(document, text)
     # Whole or not at all: the file is somebody's own, with comments that are nowhere else.
     write_text(file, text.getvalue())
     return written
+
+
+def _yaml() -> YAML:
+    yaml = YAML()  # ruamel's, which keeps comments and the order of keys
+    yaml.preserve_quotes = True
+    yaml.width = 4096  # lines stay as long as they were written
+    return yaml
+
+
+def _document(file: Path) -> Any:
+    try:
+        return _yaml().load(read_text(file, ConfigError))
+    except YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {one_line(error)}") from None
+
+
+def _options(document: Any, file: Path) -> CommentedMap:
+    """Return the section that the means are written into, made if it is not there.
+
+    Raises:
+        ConfigError: if the file prunes by another method.
+    """
+    pruning = document.get("pruning") if isinstance(document, CommentedMap) else None
+    pruner = pruning.get("pruner") if isinstance(pruning, CommentedMap) else None
+    if not isinstance(pruning, CommentedMap) or pruner != "adaptive":
+        raise ConfigError(f"{file} prunes by {pruner!r}; the averages are options of `adaptive`, nothing is written")
+    if not isinstance(pruning.get("options"), CommentedMap):
+        pruning["options"] = CommentedMap()
+    options = pruning["options"]
+    for section in (document, pruning, options):
+        section.fa.set_block_style()  # on one line in braces there is no room for comments
+    return options
+
+
+def _comment_after(options: CommentedMap, option: str) -> str:
+    tokens = options.ca.items.get(option)
+    return tokens[2].value if tokens and tokens[2] else ""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from prunetune.configs import EvaluateConfig, to_yaml
 from prunetune.data_recipes import Formatter, Sample, Turn
+from prunetune.data_recipes.images import limited
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import (
     KeptTokens,
@@ -29,7 +30,8 @@ from prunetune.evaluation.records import (
 from prunetune.evaluation.run.shards import Batches, gather, shard, start
 from prunetune.evaluation.tasks import Benchmark, Item, Scored, get_task
 from prunetune.evaluation.tasks.base import Questions, items_hash, task_folder
-from prunetune.models import Arm, read_record
+from prunetune.models import Arm
+from prunetune.models.adapter import tuned_for
 from prunetune.models.ranks import Ranks, join_ranks
 from prunetune.outputs import EVALUATION, OutputFolder
 from prunetune.plugins import plugin_records
@@ -173,7 +175,8 @@ def _run(config: EvaluateConfig, works: list[Work], arm: Arm, done: set[tuple[st
         for work, batch in todo:
             # Images are opened when the first batch needs them: a run that has nothing left to do needs none.
             if work.task.name not in formatters:
-                formatters[work.task.name] = arm.formatter(work.questions.open_images())
+                images = limited(work.questions.open_images(), config.max_pixels)
+                formatters[work.task.name] = arm.formatter(images)
             rows = _answers(arm, formatters[work.task.name], work.task, batch, config.max_new_tokens)
             file.write("".join(row.to_line() for row in rows))
             file.flush()  # killed later, this batch is not made again
@@ -238,10 +241,8 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm) -> Manifest:
             prompt=work.task.prompt,
         )
     # What the projector was trained for, from the adapter's own record: its folder may have been renamed since.
-    tuned_for = None
-    if config.adapter is not None:
-        tuned_for = read_record(config.adapter)["pruning"]
-    projector = ProjectorRecord(adapter=config.adapter, hash=arm.projector_hash, tuned_for=tuned_for)
+    target = None if config.adapter is None else tuned_for(config.adapter)
+    projector = ProjectorRecord(adapter=config.adapter, hash=arm.projector_hash, tuned_for=target)
     return Manifest(
         model=config.model,
         frozen_hash=arm.base.frozen_hash,

@@ -16,6 +16,7 @@ from prunetune.evaluation.metrics.intervals import bootstrap_interval
 from prunetune.evaluation.records import TaskSummary
 from prunetune.names import nearest
 from prunetune.plugins import import_folder, load_installed, named
+from prunetune.reading import one_line, shown
 
 if TYPE_CHECKING:
     from prunetune.data_recipes.images import ImageOpener
@@ -184,8 +185,13 @@ class Benchmark:
                 continue
             except KeyError as error:  # a record of a file that is not what it is called
                 raise TaskError(
-                    f"a record of {self.name}'s files in {data} has no {error}; are they the published ones?"
+                    f"a record of {self.name}'s files in {data} has no {shown(error.args[0])}; are they the published "
+                    "ones?"
                 ) from None
+            except (TypeError, AttributeError, IndexError) as error:  # a list where an object was expected, and so on
+                raise TaskError(
+                    f"a record of {self.name}'s files in {data} is not as published: {one_line(error)}"
+                ) from error
             self._check_ids(items, data)
             return Questions(items, reader, data)
         raise missing or TaskError(f"{self.name} has no reader")

@@ -28,3 +28,17 @@ def _load(context: click.Context, option: click.Parameter, names: tuple[str, ...
 
     if not context.resilient_parsing:
         load_plugins(names)
+
+
+def at_least_one(context: click.Context, option: click.Parameter, value: int) -> int:
+    """Return a number of things; raises BadParameter for none or fewer."""
+    if value < 1:
+        raise click.BadParameter(f"{option.opts[0]} is at least 1, got {value}")
+    return value
+
+
+def share(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    """Return a share in [0, 1], or None if none was given; raises BadParameter for anything else."""
+    if value is not None and not 0 <= value <= 1:
+        raise click.BadParameter(f"{option.opts[0]} is a share in [0, 1], got {value}")
+    return value

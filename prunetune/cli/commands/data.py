@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from prunetune.cli.group import SETTINGS
-from prunetune.cli.options import plugins_option
+from prunetune.cli.options import at_least_one, plugins_option, share
 
 
 @click.group("data", context_settings=SETTINGS)
@@ -42,9 +42,13 @@ def prepare(recipe: str, file: str | None, image_root: str | None) -> None:
 @recipe_options
 @click.option("--model", help="folder or hub id; its tokenizer and template measure lengths")
 @click.option("--template", default="model", help="chat template, as model.template names it")
-@click.option("--max-length", type=int, default=2048, help="longest sequence in tokens")
-@click.option("--max-missing", type=float, help="largest share of unusable images; the recipe's, or 0.01")
-@click.option("--num-proc", type=int, default=1, help="processes that decode images")
+@click.option("--max-length", type=int, callback=at_least_one, default=2048, help="longest sequence in tokens")
+@click.option(
+    "--max-missing", type=float, callback=share, help="largest share of unusable images; the recipe's, or 0.01"
+)
+@click.option("--max-broken", type=float, callback=share, help="largest share of broken records; the recipe's, or 0.01")
+@click.option("--max-pixels", type=int, callback=at_least_one, default=50_000_000, help="largest image that is decoded")
+@click.option("--num-proc", type=int, callback=at_least_one, default=1, help="processes that decode images")
 def check(
     recipe: str,
     file: str | None,
@@ -53,6 +57,8 @@ def check(
     template: str,
     max_length: int,
     max_missing: float | None,
+    max_broken: float | None,
+    max_pixels: int,
     num_proc: int,
 ) -> None:
     """Read a recipe's data once and report what is wrong; exits with 1 if it is beyond the thresholds."""
@@ -61,8 +67,9 @@ def check(
     from prunetune.models.loading import load_processor
 
     processor = load_processor(model) if model else None
-    report = check_data(recipe, file, image_root, processor, template, max_length, num_proc)
+    report = check_data(recipe, file, image_root, processor, template, max_length, num_proc, max_pixels)
     print(report.to_text())
-    failures = report.failures(tolerated(read_recipe(recipe), max_missing))
+    asked = read_recipe(recipe)
+    failures = report.failures(tolerated(asked.max_missing, max_missing), tolerated(asked.max_broken, max_broken))
     print("\n".join(f"FAILED: {failure}" for failure in failures) or "ok")
     sys.exit(1 if failures else 0)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from prunetune.cli.options import DTYPES, overwrite_option, plugins_option
+from prunetune.cli.options import DTYPES, at_least_one, overwrite_option, plugins_option
 from prunetune.outputs import VISUALIZATION, OutputFolder
 from prunetune.screen import libraries_in
 
@@ -17,7 +17,7 @@ from prunetune.screen import libraries_in
 @click.option("--text-tower", help="CLIP checkpoint of the vision tower, for methods that read the question")
 @click.option("--task", default="tiny_world_validation", help="a benchmark whose images are shown")
 @click.option("--data", metavar="DIR", help="folder of the benchmark's published files")
-@click.option("--count", type=int, default=4, help="how many images")
+@click.option("--count", type=int, default=4, callback=at_least_one, help="how many images")
 @click.option("--output", type=Path, default=Path("runs/visualize"), help="folder of the PNG files")
 @overwrite_option
 @plugins_option
