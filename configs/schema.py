@@ -13,9 +13,9 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
-    """Base of all sections: strict keys, nothing converted silently, immutable."""
+    """Base of all sections: strict keys, nothing converted silently, no infinite number, immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -65,7 +65,9 @@ class TrainConfig(Section):
 
     learning_rate: float = Field(2e-5, gt=0, description="peak, after the warm-up")
     epochs: float = Field(1.0, gt=0, description="passes over the data; may be a fraction")
-    max_steps: int = Field(-1, ge=-1, description="stop after this many optimizer steps; -1 is no limit")
+    max_steps: int = Field(
+        -1, ge=-1, description="stop after this many optimizer steps; -1 is no limit, 0 writes the projector as it is"
+    )
     batch_size: int = Field(16, ge=1, description="samples per device and step")
     accumulation: int = Field(1, ge=1, description="steps whose gradients are added up before an update")
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of all steps in which the learning rate rises")
@@ -137,6 +139,12 @@ class RecalibrateConfig(PluggedConfig):
     )
     devices: int | None = Field(
         None, ge=1, description="how many devices `prunetune recalibrate` launches; None is all"
+    )
+    grace: float = Field(
+        120.0,
+        gt=0,
+        description="seconds between SIGTERM, SIGUSR1 or Ctrl-C to `prunetune recalibrate` and the end of ranks that "
+        "have not taken a checkpoint and stopped",
     )
 
 

@@ -20,12 +20,14 @@ from prunetune.data_recipes.chat_templates import MODELS_OWN, template_file, tem
 from prunetune.data_recipes.formatting import Formatter
 from prunetune.data_recipes.images import ImageOpener
 from prunetune.data_recipes.sample import Sample
-from prunetune.models.adapter import load_projector, projector_state
+from prunetune.models.adapter import load_projector, projector_state, read_record
 from prunetune.models.hashes import frozen_files_hash, settings_hash, tensor_hash
 from prunetune.models.loading import checkpoint_folder, load_model
+from prunetune.models.ranks import launched_ranks
 from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.pruning.families import family_of
 from prunetune.pruning.text import instruction_text
+from prunetune.screen import say
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Arm:
             return cls(base, _pruned(base.model, spec, base.processor), spec)
         model = _with_own_projector(base.model)
         load_projector(model, adapter, base.frozen_hash)
+        _say_another_dtype(adapter, base.config.dtype)
         return cls(base, _pruned(model, spec, base.processor), spec, str(adapter))
 
     def with_pruning(self, spec: PruningSpec) -> Arm:
@@ -194,6 +197,13 @@ class Arm:
         for sample, text, number in zip(samples, texts, kept, strict=True):
             answers.append(Answer(sample.id, text.strip(), number))
         return answers
+
+
+def _say_another_dtype(adapter: str | Path, dtype: str) -> None:
+    """Say it once if a projector runs in another dtype than it was trained in; scores shift with it."""
+    trained = read_record(adapter).get("trained_in", dtype)
+    if trained != dtype and launched_ranks().is_zero:
+        say(f"projector {adapter} was trained in {trained} and runs in {dtype} here; set model.dtype to {trained}")
 
 
 def default_device() -> str:

@@ -107,6 +107,8 @@ RECALIBRATION = Kind(
     (
         *_TRACKED,
         "launch.log",
+        "finished.json",
+        "finished.json.partial",
         *(f"adapter/{name}" for name in ADAPTER_FILES),
         *(f"checkpoint-#/{name}" for name in CHECKPOINT_FILES),
     ),

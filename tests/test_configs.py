@@ -10,7 +10,7 @@ from prunetune.configs import ConfigError, EvaluateConfig, RecalibrateConfig, lo
 from prunetune.data_recipes.recipe import read_recipe
 from prunetune.evaluation.tasks import get_task
 from prunetune.pruning import PruningSpec
-from prunetune.train.trainer import deepspeed_config, deepspeed_file
+from prunetune.train.deepspeed_settings import deepspeed_config, deepspeed_file
 
 RECALIBRATE = sorted((ROOT / "configs" / "recalibrate").glob("*.yaml"))
 EVALUATE = sorted((ROOT / "configs" / "evaluate").glob("*.yaml"))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from launches import STEPS, arguments, environment, losses, run
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
@@ -22,9 +24,10 @@ from prunetune.models.adapter import projector_state
 from prunetune.models.hashes import tensor_hash
 from prunetune.scripts.launch import launch_line
 from prunetune.train.callbacks import NumbersCallback, check_finite_weights
-from prunetune.train.recalibrate import start
+from prunetune.train.checkpoints import Found, find_checkpoint, set_aside
+from prunetune.train.recalibrate import start, take_steps
 from prunetune.train.tracking import Tracker, wandb_mode
-from prunetune.train.trainer import last_complete_checkpoint, set_aside, steps_in_total
+from prunetune.train.trainer import steps_in_total
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +113,22 @@ def test_zero3_trains_and_resumes_to_the_same_projector_as_zero2(whole, untraine
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
     before = losses(output)
     (output / f"checkpoint-{STEPS}" / "complete.json").unlink()  # as if killed while this one was being written
+    (output / "finished.json").unlink()
     assert f"resuming from {output / 'checkpoint-3'}" in run(untrained_folder, output, *options)
     assert losses(output) == before
     assert all(torch.equal(tensor, mine[name]) for name, tensor in load_file(adapter).items())
 
 
-def test_resuming_under_other_settings_is_refused(whole, untrained_folder, monkeypatch):
+def test_resuming_under_other_settings_is_refused(whole, untrained_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
     _, file, *overrides = arguments(untrained_folder, whole[0], "--train.learning_rate", "1e-3")
-    with pytest.raises(ConfigError, match="was written with other settings for train"):
+    with pytest.raises(ConfigError, match="a run with other settings for train has finished in"):
         start(load_config(RecalibrateConfig, file, overrides))
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(whole[0], unfinished, ignore=shutil.ignore_patterns("adapter"))
+    with pytest.raises(ConfigError, match="checkpoint-6 was written with other settings for train"):
+        start(load_config(RecalibrateConfig, file, [*overrides, "--output", str(unfinished)]))
 
 
 def test_prunetune_recalibrate_stops_before_launching_on_a_wrong_key(tmp_path):
@@ -143,6 +151,38 @@ def test_a_loss_or_gradient_that_is_no_number_stops(logs):
         callback.on_log(_Arguments(), TrainerState(global_step=7), TrainerControl(), logs=logs)
 
 
+def test_float16_steps_that_deepspeed_skips_are_counted_and_no_error(tmp_path):
+    """DeepSpeed itself is a stub here: it does not train in float16 on a CPU without the instructions for it."""
+    engine = {"skipped": 2}  # of the run before, whose checkpoint this one goes on from
+    tracker = Tracker(TrackingConfig(), tmp_path, {})
+    callback = NumbersCallback(tracker, 8, skips=lambda: engine["skipped"])
+    state, control = TrainerState(global_step=7, max_steps=9), TrainerControl()
+    callback.on_train_begin(_Arguments(), state, control)
+    engine["skipped"] = 3
+    callback.on_log(_Arguments(), state, control, logs={"loss": 1.0, "grad_norm": math.inf})
+    callback.on_log(_Arguments(), state, control, logs={"loss": 1.0, "grad_norm": 2.0})
+    callback.on_train_end(_Arguments(), state, control)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["skipped_steps"], row["grad_norm"]) for row in rows] == [(3, None), (3, 2.0)]
+    with pytest.raises(FloatingPointError, match="the grad_norm became inf"):  # of a step that was not skipped
+        callback.on_log(_Arguments(), state, control, logs={"loss": 1.0, "grad_norm": math.inf})
+    engine["skipped"] = 4
+    with pytest.raises(FloatingPointError, match="the loss became inf"):
+        callback.on_log(_Arguments(), state, control, logs={"loss": math.inf, "grad_norm": math.inf})
+
+
+def test_a_loss_scale_that_can_not_fall_further_is_one_line():
+    class Trainer:
+        args, state = _Arguments(), TrainerState(global_step=7)
+
+        def train(self, resume_from_checkpoint):
+            DynamicLossScaler(init_scale=1, scale_window=1, min_scale=1, delayed_shift=1,
+                              consecutive_hysteresis=False).update_scale(True)  # fmt: skip
+
+    with pytest.raises(FloatingPointError, match="overflow at every loss scale at step 8; the last checkpoint in o"):
+        take_steps(Trainer(), None)
+
+
 def test_weights_that_are_no_numbers_are_not_saved():
     layer = torch.nn.Linear(2, 2)
     check_finite_weights(layer)
@@ -157,7 +197,7 @@ def test_starting_over_sets_the_earlier_run_aside(tmp_path):
     (tmp_path / "log.jsonl").write_text("{}")
     set_aside(tmp_path)
     assert {p.name for p in (tmp_path / "superseded-1").iterdir()} == {"checkpoint-9", "log.jsonl"}
-    assert last_complete_checkpoint(tmp_path, {}) is None
+    assert find_checkpoint(tmp_path, {}) == Found()
 
 
 @pytest.mark.parametrize(("samples", "world", "batch", "accumulation", "epochs", "steps"),

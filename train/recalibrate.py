@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from prunetune.configs import RecalibrateConfig, load_config, to_yaml
+from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_yaml
 from prunetune.data_recipes import RecipeData, load_recipe
 from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
@@ -24,19 +24,35 @@ from prunetune.models.ranks import Ranks, launched_ranks
 from prunetune.outputs import RECALIBRATION, OutputFolder, write_text, writing
 from prunetune.plugins import PluginError, plugin_records
 from prunetune.screen import SCREEN, say
-from prunetune.train.callbacks import CompleteCheckpointCallback, NumbersCallback, check_finite_weights
+from prunetune.train.callbacks import (
+    CompleteCheckpointCallback,
+    NothingToTrain,
+    NumbersCallback,
+    StopCallback,
+    check_finite_weights,
+)
+from prunetune.train.checkpoints import (
+    Found,
+    check_made_with,
+    find_checkpoint,
+    finished_step,
+    mark_finished,
+    rename_damaged,
+    set_aside,
+)
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
+from prunetune.train.launchers import complete_environment
+from prunetune.train.preflight import check_before_launch
 from prunetune.train.record import run_record
 from prunetune.train.rotation import KeepNewestCallback
 from prunetune.train.sampling import train_sampler
+from prunetune.train.stopping import REQUEUE, StopRequest
 from prunetune.train.tracking import Tracker
 from prunetune.train.trainer import (
     RecalibrationTrainer,
     drop_frozen_from_state_dict,
     frozen_tensors_hash,
     gathered_projector,
-    last_complete_checkpoint,
-    set_aside,
     steps_in_total,
     training_arguments,
     use_plain_collectives_on_cpu,
@@ -45,13 +61,23 @@ from prunetune.train.trainer import (
 
 @dataclass(frozen=True)
 class Run:
-    """What a recalibration starts from: the configuration, the data, this rank, and a checkpoint to go on from."""
+    """What a recalibration starts from.
+
+    Attributes:
+        config: the run's.
+        data: what it trains on.
+        ranks: this process among the others.
+        settings: what must not change between a run and its continuation.
+        found: the checkpoint to go on from.
+        finished: the last step of a run that has nothing left to do; None for any other.
+    """
 
     config: RecalibrateConfig
     data: RecipeData
     ranks: Ranks
     settings: dict[str, Any]
-    resume: Path | None
+    found: Found
+    finished: int | None
 
     @property
     def output(self) -> Path:
@@ -61,11 +87,38 @@ class Run:
     @property
     def first_step(self) -> int:
         """The step to go on from."""
-        return int(self.resume.name.split("-")[1]) if self.resume is not None else 0
+        return self.found.mark.step if self.found.mark is not None else 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return steps_in_total(self.config.train, len(self.data), self.ranks.world)
 
 
-def recalibrate(run: Run) -> Path:
+@dataclass(frozen=True)
+class Trained:
+    """How training ended.
+
+    Attributes:
+        step: the last one.
+        stopped: whether a signal ended it; there is a checkpoint of that step.
+        skipped: float16 steps that DeepSpeed left out because their gradients overflowed; None in other dtypes.
+    """
+
+    step: int
+    stopped: bool
+    skipped: int | None
+
+
+def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     """Train the projector on pruned inputs and return the folder of the finished adapter; every rank calls this.
+
+    Args:
+        run: made by :func:`start`.
+        request: whether to stop early; None if nobody may ask.
+
+    Returns:
+        None if it was stopped: the run goes on when it is started again.
 
     Raises:
         ConfigError, PruningError, DataError: for checkpoints or data that can't work.
@@ -73,19 +126,24 @@ def recalibrate(run: Run) -> Path:
         RuntimeError: if a frozen weight changed.
     """
     config = run.config
-    tracker = Tracker(config.tracking, run.output, config.model_dump(), run.first_step) if run.ranks.is_zero else None
     # The model is built before TrainingArguments: an active ZeRO-3 configuration would partition it while loading.
     arm = Arm.load(config.model, config.pruning, device="cpu")
+    made_with = _made_with(arm) if run.ranks.is_zero else {}
+    check_made_with(run.found, made_with)
+    tracker = Tracker(config.tracking, run.output, config.model_dump(), run.first_step) if run.ranks.is_zero else None
     peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
-    step = train(run, arm, peft_model, tracker)
-    save(run, arm, peft_model, tracker, step)
+    trained = train(run, arm, peft_model, tracker, request or StopRequest(), made_with)
+    if not trained.stopped:
+        save(run, arm, peft_model, tracker, trained, made_with)
+    elif run.ranks.is_zero:
+        say(f"stopped by a signal after step {trained.step} of {run.steps}; the same command goes on from there")
     if tracker is not None:
         tracker.close()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    return run.output / "adapter"
+    return None if trained.stopped else run.output / "adapter"
 
 
 def start(config: RecalibrateConfig) -> Run:
@@ -104,53 +162,130 @@ def start(config: RecalibrateConfig) -> Run:
     data = load_recipe(config.data.recipe, **config.data.model_dump(exclude={"recipe"}))
     settings = _settings(config, data, ranks.world)
     output = Path(config.output)
-    resume = None
+    found, finished = Found(), None
     if config.overwrite:
         pass  # rank 0 has deleted the checkpoints, or is about to
     elif config.train.resume == "auto":
-        resume = last_complete_checkpoint(output, settings)
+        finished = finished_step(output, settings)
     elif ranks.is_zero:
         set_aside(output)
-    return Run(config, data, ranks, settings, resume)
+    if config.train.resume == "auto" and finished is None and not config.overwrite:
+        found = find_checkpoint(output, settings)
+    return Run(config, data, ranks, settings, found, finished)
 
 
-def train(run: Run, arm: Arm, peft_model: PeftModel, tracker: Tracker | None) -> int:
-    """Train with the pruner attached, check that nothing frozen changed, and return the last step's number."""
+def train(
+    run: Run,
+    arm: Arm,
+    peft_model: PeftModel,
+    tracker: Tracker | None,
+    request: StopRequest,
+    made_with: dict[str, Any],
+) -> Trained:
+    """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
     if config.gradient_checkpointing:
         _checkpoint_language_model(arm)
-    steps = steps_in_total(config, len(run.data), run.ranks.world)
-    numbers = NumbersCallback(tracker, config.batch_size * config.accumulation * run.ranks.world)
+    half = run.config.model.dtype == "float16"
+    numbers = NumbersCallback(
+        tracker,
+        config.batch_size * config.accumulation * run.ranks.world,
+        skips=(lambda: trainer.skipped_steps) if half else None,
+    )
+    stop = StopCallback(request, run.steps)
     trainer = RecalibrationTrainer(
         arm.formatter(run.data.images, config.max_length),
         run.data,
         train_sampler(run.data, config.sampling, config.batch_size * run.ranks.world, config.seed),
         model=peft_model,
-        args=training_arguments(run.config, run.output, steps),
-        callbacks=[numbers, CompleteCheckpointCallback(run.settings), KeepNewestCallback()],
+        args=training_arguments(run.config, run.output, run.steps),
+        callbacks=[stop, numbers, CompleteCheckpointCallback(run.settings, made_with), KeepNewestCallback()],
     )
     run.ranks.check_same(plugin_records())
+    _check_same_start(run)
     before = frozen_tensors_hash(peft_model)
     drop_frozen_from_state_dict(peft_model)
     with arm.pruned.attach(packed=config.packing):
-        trainer.train(resume_from_checkpoint=str(run.resume) if run.resume else None)
+        take_steps(trainer, run.found.folder)
     if frozen_tensors_hash(peft_model) != before:
         raise RuntimeError("a frozen weight changed during training; the adapter is not written. Please report this")
     lost = trainer.unsupervised_samples()
     if lost and run.ranks.is_zero:
         say(f"{lost} samples lost every answer token to max_length={config.max_length} and added no loss")
-    return trainer.state.global_step
+    if numbers.skipped and run.ranks.is_zero:
+        say(f"{numbers.skipped} steps were skipped: their float16 gradients overflowed, and the loss scale was lowered")
+    return Trained(trainer.state.global_step, stop.stopped, numbers.skipped if half else None)
 
 
-def save(run: Run, arm: Arm, peft_model: PeftModel, tracker: Tracker | None, step: int) -> None:
-    """Write the adapter with its record."""
+def take_steps(trainer: RecalibrationTrainer, resume: Path | None) -> None:
+    """Train, from a checkpoint if there is one.
+
+    Raises:
+        FloatingPointError: also if DeepSpeed's loss scale can't fall further.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    except NothingToTrain:
+        pass
+    except Exception as error:
+        # DeepSpeed has no type for it.
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise FloatingPointError(
+            f"the float16 gradients overflow at every loss scale at step {trainer.state.global_step + 1}; the last "
+            f"checkpoint in {trainer.args.output_dir} is untouched. Use bfloat16 or float32, or lower "
+            "train.learning_rate"
+        ) from error
+
+
+def save(
+    run: Run,
+    arm: Arm,
+    peft_model: PeftModel,
+    tracker: Tracker | None,
+    trained: Trained,
+    made_with: dict[str, Any],
+) -> None:
+    """Write the adapter with its record, and say that the run has finished."""
     check_finite_weights(peft_model)
     tensors = gathered_projector(peft_model)
     if not run.ranks.is_zero:
         return
-    record = run_record(run.config, run.data, arm.base.frozen_hash, tensors, step, tracker)
+    stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    if stored != "float32":
+        say(f"train.deepspeed {run.config.train.deepspeed} keeps no float32 weights: the adapter is stored in {stored}")
+    record = run_record(run.config, run.data, arm.base.frozen_hash, tensors, trained.step, tracker)
+    record |= {"trained_in": run.config.model.dtype, "stored_in": stored}
+    if trained.skipped is not None:
+        record["skipped_steps"] = trained.skipped
     write_adapter(run.output / "adapter", tensors, peft_model, record)
+    mark_finished(run.output, trained.step, run.settings, made_with)
     say(f"recalibrated projector: {run.output / 'adapter'}")
+
+
+def _made_with(arm: Arm) -> dict[str, Any]:
+    """Return what else a run's numbers come from, as checkpoints hold it."""
+    return {
+        "base model": arm.base.frozen_hash,
+        "original projector": arm.projector_hash,
+        "tokenizer, processor or configuration": arm.base.settings_hash,
+        "plug-ins": plugin_records(),
+    }
+
+
+def _check_same_start(run: Run) -> None:
+    """Check that all ranks go on from the same step; then checkpoints that can't be used get another name.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    if run.ranks.world > 1:
+        steps: list[Any] = [None] * run.ranks.world
+        torch.distributed.all_gather_object(steps, run.first_step)
+        if len(set(steps)) > 1:
+            raise ConfigError(f"the ranks see other checkpoints in {run.output}: they would go on from steps {steps}")
+    if run.ranks.is_zero:
+        rename_damaged(run.found)
 
 
 def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[str, Any]:
@@ -192,8 +327,10 @@ def announce(run: Run, report: FrozenReport) -> None:
         lines.insert(3, f"          {len(data.missing)} samples left out, their image is missing: {data.missing[:3]}")
     if data.broken:
         lines.insert(3, f"          {len(data.broken)} records left out, they are no conversation: {data.broken[:3]}")
-    if run.resume is not None:
-        lines.append(f"resuming from {run.resume}")
+    for folder, reason in run.found.damaged.items():
+        lines.append(f"{folder} is skipped and renamed: {reason}")
+    if run.found.folder is not None:
+        lines.append(f"resuming from {run.found.folder}")
     say("\n".join(lines))
 
 
@@ -205,14 +342,24 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--marked", action="store_true")  # `prunetune recalibrate` adds it, see prunetune.screen
     options, overrides = parser.parse_known_args(arguments)
     SCREEN.marked = options.marked
+    complete_environment()
     ranks = launched_ranks()
+    request = StopRequest()
+    request.listen()
     with ExitStack() as stack:
-        _main(options.config, overrides, ranks, stack)
+        adapter = _main(options, overrides, ranks, request, stack)
+    if adapter is None:
+        sys.exit(REQUEUE)
 
 
-def _main(file: str | None, overrides: list[str], ranks: Ranks, stack: ExitStack) -> None:
+def _main(
+    options: argparse.Namespace, overrides: list[str], ranks: Ranks, request: StopRequest, stack: ExitStack
+) -> Path | None:
+    """Return the adapter's folder; None if a signal stopped the run."""
     try:
-        config = load_config(RecalibrateConfig, file, overrides)
+        config = load_config(RecalibrateConfig, options.config, overrides)
+        if not options.marked:
+            check_before_launch(config)
         if ranks.is_zero:
             stack.enter_context(OutputFolder(config.output, RECALIBRATION, config.overwrite, (config.model.path,)))
         run = start(config)
@@ -221,9 +368,13 @@ def _main(file: str | None, overrides: list[str], ranks: Ranks, stack: ExitStack
         if ranks.is_zero or isinstance(error, PluginError):
             _fail(ranks, error)
         sys.exit(1)
+    if run.finished is not None:
+        if ranks.is_zero:
+            say(f"this run has finished: step {run.finished}, adapter {run.output / 'adapter'}; nothing is done")
+        return run.output / "adapter"
     try:
         with writing(run.output):
-            recalibrate(run)
+            return recalibrate(run, request)
     except (PrunetuneError, FloatingPointError) as error:
         _fail(ranks, error)
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prunetune.outputs import CHECKPOINT_FILES, delete
-from prunetune.train.callbacks import COMPLETE
+from prunetune.train.checkpoints import COMPLETE
 
 KEPT = 2
 

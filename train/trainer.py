@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,19 +10,18 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from prunetune.configs import ConfigError, RecalibrateConfig, TrainConfig
+from prunetune.configs import RecalibrateConfig, TrainConfig
 from prunetune.data_recipes import Formatter, RecipeData, Sample
 from prunetune.data_recipes.formatting import IGNORE_INDEX
 from prunetune.models.hashes import tensor_hash
-from prunetune.train.callbacks import COMPLETE
+from prunetune.train.deepspeed_settings import deepspeed_config
 from prunetune.train.sampling import GroupedSampler
-
-DEEPSPEED_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
 
 
 class SampleDataset(Dataset):
@@ -73,6 +71,12 @@ class RecalibrationTrainer(Trainer):
         loss = outputs.loss if bool(supervised.any()) else outputs.logits.sum() * 0
         return (loss, outputs) if return_outputs else loss
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that DeepSpeed took no update in because the gradients overflowed, earlier runs' included."""
+        engine: Any = self.deepspeed
+        return int(engine.skipped_steps)
+
     def unsupervised_samples(self) -> int:
         """Return of how many samples truncation left no answer token, over all ranks; all ranks call this."""
         total = torch.tensor([self.unsupervised], device=self.args.device)
@@ -113,42 +117,6 @@ def training_arguments(config: RecalibrateConfig, output: Path, total_steps: int
     )
 
 
-def deepspeed_file(name: str) -> Path:
-    """Return the DeepSpeed JSON of a shipped name or of a path.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    for path in (DEEPSPEED_FOLDER / f"{name}.json", Path(name)):
-        if path.is_file():
-            return path
-    raise ConfigError(f"train.deepspeed: {name!r} is neither zero2, zero3 nor the path of a DeepSpeed JSON")
-
-
-def deepspeed_config(name: str) -> dict[str, Any]:
-    """Return the settings of a shipped name or of a path, with linear layers computed as everywhere else.
-
-    Under ZeRO-3 DeepSpeed replaces ``F.linear`` in the whole process by one that saves memory and rounds twice. In
-    bfloat16 the features then differ from evaluation's, and a pruner keeps other tokens (VisPruner on every image).
-
-    Raises:
-        ConfigError: if there is no such file, it is no JSON object, or it asks for those linear layers.
-    """
-    path = deepspeed_file(name)
-    try:
-        settings = json.loads(path.read_text())
-        zero = settings.setdefault("zero_optimization", {})
-        wanted = zero.setdefault("memory_efficient_linear", False)
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"train.deepspeed: {path} is no DeepSpeed JSON: {error}") from None
-    if wanted:
-        raise ConfigError(
-            f"train.deepspeed: {path} sets zero_optimization.memory_efficient_linear, which rounds features twice, so "
-            "that training would keep other visual tokens than evaluation; set it to false or leave it out"
-        )
-    return settings
-
-
 def use_plain_collectives_on_cpu() -> None:
     """Keep DeepSpeed from compiling its shared-memory reduction on a CPU: gloo is enough, and needs no compiler."""
     if not torch.cuda.is_available():
@@ -157,7 +125,7 @@ def use_plain_collectives_on_cpu() -> None:
 
 def steps_in_total(train: TrainConfig, samples: int, world_size: int) -> int:
     """Return the number of optimizer steps of the whole run."""
-    if train.max_steps > 0:
+    if train.max_steps >= 0:
         return train.max_steps
     # Nothing is left out of an epoch, so each of these is rounded up.
     per_rank = math.ceil(samples / world_size)
@@ -166,53 +134,38 @@ def steps_in_total(train: TrainConfig, samples: int, world_size: int) -> int:
     return max(1, math.ceil(train.epochs * steps_per_epoch))
 
 
-def last_complete_checkpoint(output: Path, settings: dict[str, Any]) -> Path | None:
-    """Return the newest checkpoint that every rank finished, or None.
+def gathered_projector(peft_model: PeftModel) -> dict[str, Tensor]:
+    """Return the trained tensors by their name in the unwrapped model, on every rank, also under ZeRO-3.
+
+    They are DeepSpeed's float32 weights, of which a half-precision model runs with a rounded copy: most of a small
+    step is less than half the distance between two bfloat16 numbers. Where DeepSpeed keeps none, they are the model's.
 
     Raises:
-        ConfigError: if it was written under other settings, naming them.
+        RuntimeError: if the rounded ones are not what the model ran with.
     """
-    # By number: of names checkpoint-900 would be newer than checkpoint-1000.
-    by_step = {}
-    for mark in output.glob(f"checkpoint-*/{COMPLETE}"):
-        step = int(mark.parent.name.split("-")[1])
-        by_step[step] = mark
-    if not by_step:
-        return None
-    mark = by_step[max(by_step)]
-    written = json.loads(mark.read_text())["settings"]
-    changed = [key for key in settings if written.get(key) != settings[key]]
-    if changed:
-        raise ConfigError(
-            f"{mark.parent} was written with other settings for {', '.join(changed)}; use another "
-            "output folder, or set train.resume to never to start over"
-        )
-    return mark.parent
-
-
-def set_aside(output: Path) -> None:
-    """Move what an earlier run left in ``output`` below ``output/superseded-N``; nothing is deleted."""
-    old: list[Path] = []
-    for name in ("checkpoint-*", "log.jsonl", "wandb_id.txt", "adapter"):
-        old += output.glob(name)
-    if not old:
-        return
-    number = len(list(output.glob("superseded-*"))) + 1
-    folder = output / f"superseded-{number}"
-    folder.mkdir()
-    for path in old:
-        path.rename(folder / path.name)
-
-
-def gathered_projector(peft_model: PeftModel) -> dict[str, Tensor]:
-    """Return the trained tensors by their name in the unwrapped model, on every rank, also under ZeRO-3."""
     trained = {}
     for name, parameter in peft_model.get_base_model().named_parameters():
         if parameter.requires_grad:
             trained[name.replace(".modules_to_save.default", "")] = parameter
     with _whole(list(trained.values())):
-        # Cloned: under ZeRO-3 the whole ones are freed when the context closes.
-        return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
+        # Cloned: under ZeRO-3 the whole ones are gone when the context closes.
+        ran_with = {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
+    tensors = {}
+    for name, parameter in trained.items():
+        tensors[name] = _in_float32(name, parameter, ran_with[name])
+    return tensors
+
+
+def _in_float32(name: str, parameter: torch.nn.Parameter, ran_with: Tensor) -> Tensor:
+    if ran_with.dtype == torch.float32:
+        return ran_with
+    master = safe_get_full_fp32_param(parameter)  # all ranks call this: each holds a piece
+    if master is None:
+        return ran_with
+    master = master.detach().cpu().clone()
+    if not torch.equal(master.to(ran_with.dtype), ran_with):
+        raise RuntimeError(f"{name}: DeepSpeed's float32 weights are not those the model ran with. Please report this")
+    return master
 
 
 def frozen_tensors_hash(peft_model: PeftModel) -> str:

@@ -1,0 +1,85 @@
+"""A model without its weights: everything that its configuration decides can be checked in a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from prunetune.assets import shipped
+from prunetune.configs import ModelConfig
+from prunetune.data_recipes.chat_templates import MODELS_OWN, check_marks, template_file, template_text
+from prunetune.models.loading import CheckpointError, checkpoint_folder, load_processor
+from prunetune.pruning import PrunedModel, PruningSpec
+from prunetune.pruning.budget import resolve_budget
+
+
+def check_model(config: ModelConfig, spec: PruningSpec) -> PreTrainedModel:
+    """Check all that can be checked before the weights are read, and return the model on the meta device.
+
+    A hub id is downloaded here if it is not cached.
+
+    Raises:
+        CheckpointError: for a folder, file, processor or attention kernel that is missing or broken.
+        DataError: for a chat template that is missing or marks no answers.
+        PruningError: for a family that is not known, or that does not offer what the pruner reads.
+    """
+    if config.template != MODELS_OWN:
+        template_file(config.template)
+    folder = checkpoint_folder(config.path, config.revision)
+    _check_weight_files(folder)
+    try:
+        stock = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(stock, attn_implementation=config.attention)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{config.path!r} can't be loaded as it is configured: {reason}") from error
+    processor = load_processor(config.path, config.revision)
+    check_marks(template_text(processor, config.template))
+    if spec.text_tower is not None:
+        spec = spec.model_copy(update={"text_tower": shipped(spec.text_tower)})
+    _check_budget(PrunedModel(model, spec, processor.tokenizer))
+    return model
+
+
+def _check_budget(pruned: PrunedModel) -> None:
+    """Check the budget where every image has as many visual tokens: then the shape of one encoded image says it.
+
+    Raises:
+        PruningError: for a budget that none of them has.
+    """
+    with torch.device("meta"):
+        blank = pruned.family.blank(pruned.model)
+    if set(blank) != {"pixel_values"} or pruned.spec.small_images == "keep_all":
+        return  # of several sizes; the ranks name the image that is too small
+    try:
+        vision = pruned.family.encode(pruned.model, blank, "image", frozenset())
+    except (NotImplementedError, RuntimeError):
+        return  # a family from outside may look into tensors, which have no values here
+    for tokens in vision.groups:
+        resolve_budget(pruned.spec.keep, tokens.features.shape[1])
+
+
+def _check_weight_files(folder: Path) -> None:
+    """Read the headers of all weight files: one that was cut off, or is missing, is noticed without reading weights."""
+    files = {path.name for path in folder.glob("*.safetensors")}
+    index = folder / "model.safetensors.index.json"
+    try:
+        expected = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else files
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index} is no index of weight files; fetch the checkpoint again") from None
+    if not files or expected - files:
+        missing = sorted(expected - files) or ["its .safetensors weights"]
+        raise CheckpointError(
+            f"{folder} lacks {missing[0]}; fetch the checkpoint again, or convert it with save_pretrained first"
+        )
+    for name in sorted(files):
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / name} can't be read: {error}; fetch the checkpoint again") from error
