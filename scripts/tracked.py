@@ -11,6 +11,7 @@ from prunetune.configs import EvaluateConfig, TrackingConfig
 from prunetune.evaluation.metrics.averages import average
 from prunetune.evaluation.records import read_results
 from prunetune.evaluation.report.compare import Row, compare
+from prunetune.evaluation.report.comparison import write_comparison
 from prunetune.evaluation.report.plot import plot_rows
 from prunetune.evaluation.report.quoted import Quoted
 from prunetune.evaluation.report.table import to_csv, to_markdown
@@ -56,6 +57,7 @@ def tracked_compare(
     output.mkdir(parents=True, exist_ok=True)
     (output / "table.md").write_text(to_markdown(rows, quoted))
     (output / "table.csv").write_text(to_csv(rows, quoted))
+    write_comparison(output, runs, hard_for)
     plot_rows(rows, output / "plot.png")
     if tracking.wandb != "off":
         tracker = Tracker(tracking, output, {"runs": [str(run) for run in runs]})

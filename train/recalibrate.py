@@ -144,7 +144,7 @@ def save(run: Run, arm: Arm, peft_model: PeftModel, tracker: Tracker | None, ste
     tensors = gathered_projector(peft_model)
     if not run.ranks.is_zero:
         return
-    record = run_record(run.config, run.data, arm.base.frozen_hash, tensors, step, tracker)
+    record = run_record(run.config, run.data, arm, tensors, step, tracker)
     write_adapter(run.output / "adapter", tensors, peft_model, record)
     say(f"recalibrated projector: {run.output / 'adapter'}")
 

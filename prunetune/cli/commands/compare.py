@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from prunetune.cli.options import plugins_option
+
 
 @click.command("compare")
 @click.argument("runs", nargs=-1, required=True, type=Path)
@@ -13,6 +15,7 @@ import click
 )
 @click.option("--difficulty-filter", type=Path, metavar="RUN", help="only what this downsample arm gets wrong")
 @click.option("--quoted", type=Path, metavar="FILE", help="YAML list of rows from papers, shown and marked as quoted")
+@plugins_option
 def command(
     runs: tuple[Path, ...], output: Path, wandb: str, difficulty_filter: Path | None, quoted: Path | None
 ) -> None:
