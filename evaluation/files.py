@@ -40,7 +40,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     # A download that was cut short is no JSON; one that was an archive is no text either.
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TaskError(f"{path} is not valid JSON: {error}") from None
 
 
@@ -50,14 +50,23 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         TaskError: naming the line that is no JSON object.
     """
+    number = 0
     with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
+        lines = iter(stream)
+        while True:
+            try:
+                line = next(lines, None)
+            except UnicodeDecodeError as error:  # it is decoded in blocks: somewhere behind this line
+                raise TaskError(f"{path} is not UTF-8 text after line {number}: {error}") from None
+            if line is None:
+                return
+            number += 1
             if not line.strip():
                 continue
             # VQAv2's test-dev has 107,394 lines: without its number nobody finds the one that is wrong.
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise TaskError(f"{path}, line {number} is not valid JSON: {error}") from None
             # A file of bare numbers or lists is valid JSON all the same.
             if not isinstance(record, dict):

@@ -279,6 +279,8 @@ def read_results(folder: str | Path) -> list[Result]:
     """Return an arm's rows; raises TaskError naming a line that is no row."""
     # Every row is checked, which takes 3 microseconds: an edited file must not end as a number in somebody's table.
     path = Path(folder) / RESULTS
+    if not path.is_file():
+        raise TaskError(f"{path} is missing; evaluate the arm again into another folder")
     rows = []
     for line, record in read_lines(path):
         rows.append(result_of(record, f"{path}, line {line}"))

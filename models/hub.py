@@ -146,6 +146,12 @@ def _check_export(record: dict[str, Any], folder: Path, arm: Arm) -> None:
                 f"export {folder} was changed after it was written: its {what} are {short(own)}, its record says "
                 f"{short(written.get(name))}; export it again"
             )
+    expected = record.get("text_tower_hash")
+    if expected != arm.text_tower_hash:
+        raise CheckpointError(
+            f"export {folder} was recalibrated with another text tower: {short(expected)}, {arm.spec.text_tower!r} is "
+            f"{short(arm.text_tower_hash)}; give its own as text_tower=..."
+        )
     check_finite(projector_state(arm.model), f"export {folder}")
 
 

@@ -18,6 +18,13 @@ RECORD = "prunetune.json"
 FORMAT = 2
 """Of new records. Format 1 had no seal, and did not name the projector that training started from."""
 _READ = (1, 2)
+# What is read of a record: a file of format 1 has no seal, and may hold anything.
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("pruning", "model", "data", "train", "export", "prunetune", "versions"), dict),
+    **dict.fromkeys(("plugins", "projectors"), list),
+    **dict.fromkeys(("base_model", "base_revision", "frozen_hash", "original_projector_hash", "settings_hash"), str),
+    **dict.fromkeys(("text_tower_hash", "projector_hash", "license"), str),
+}
 ENTRY = "prunetune"
 """Of an export's config.json."""
 WARNING = (
@@ -50,7 +57,7 @@ def parsed_record(folder: str | Path) -> dict[str, Any]:
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} is broken: {error}; take the folder as it was written") from None
     if not isinstance(record, dict):
         raise CheckpointError(f"{path} is no record: it holds {type(record).__name__}, expected an object")
@@ -59,6 +66,14 @@ def parsed_record(folder: str | Path) -> dict[str, Any]:
             f"{path} has format {record.get('format')!r}, this version reads {' and '.join(map(str, _READ))}; "
             "recalibrate again, or use the version that wrote it"
         )
+    for name, kind in _KINDS.items():
+        if record.get(name) is not None and not isinstance(record[name], kind):
+            raise CheckpointError(
+                f"{path} is broken: {name} is {type(record[name]).__name__}, expected {kind.__name__}; take the folder "
+                "as it was written"
+            )
+    if not all(isinstance(plugin, dict) and "name" in plugin for plugin in record.get("plugins") or []):
+        raise CheckpointError(f"{path} is broken: a plug-in has no name; take the folder as it was written")
     return record
 
 

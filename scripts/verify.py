@@ -99,6 +99,9 @@ def _check(link: str, find: Callable[[], str]) -> Check:
         return Check(link, None, str(reason))
     except (PrunetuneError, OSError) as error:
         return Check(link, False, str(error))
+    # What was edited may hold anything; a record or a manifest whose seal holds is as it was written.
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        return Check(link, False, f"it can't be read: {type(error).__name__} {error}")
 
 
 # ---- adapters and exports --------------------------------------------------------------------------------------
@@ -239,21 +242,25 @@ def _code(code: dict[str, Any] | None, plugins: list[dict[str, Any]]) -> list[Ch
     own = code_record()
     if code is None:
         checks = [Check("prunetune", None, "not recorded: an earlier version wrote it")]
-    elif code["sha256"] == own["sha256"]:
-        checks = [Check("prunetune", True, f"made by the source that is here, {told(code)}")]
     else:
-        checks = [Check("prunetune", None, f"made by {told(code)}; here is {told(own)}")]
+        checks = [_check("prunetune", partial(_source, code, own))]
     load_installed()
     here = {plugin["name"]: plugin for plugin in plugin_records()}
     for plugin in plugins:
-        name = f"plug-in {plugin['name']}"
+        name, source = f"plug-in {plugin['name']}", plugin.get("sha256")
         if plugin["name"] not in here:
             checks.append(Check(name, None, f"not loaded here; load it with --plugins {plugin['name']}"))
-        elif here[plugin["name"]]["sha256"] == plugin["sha256"]:
-            checks.append(Check(name, True, f"the same source, {short(plugin['sha256'])}"))
+        elif here[plugin["name"]]["sha256"] == source:
+            checks.append(Check(name, True, f"the same source, {short(source)}"))
         else:
-            checks.append(Check(name, None, f"made by source {short(plugin['sha256'])}; another one is loaded here"))
+            checks.append(Check(name, None, f"made by source {short(source)}; another one is loaded here"))
     return checks
+
+
+def _source(code: dict[str, Any], own: dict[str, Any]) -> str:
+    if code["sha256"] != own["sha256"]:
+        raise _CantTell(f"made by {told(code)}; here is {told(own)}")
+    return f"made by the source that is here, {told(code)}"
 
 
 # ---- arms and comparisons --------------------------------------------------------------------------------------

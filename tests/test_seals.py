@@ -1,15 +1,21 @@
 """The chain of seals: what was changed between the base and the results is refused by name, and found by verify."""
 
+import base64
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
-from conftest import ROOT, TINY_VLM
+import yaml
+from conftest import ROOT, TINY_VLM, scene_sample
 from safetensors.torch import load_file, save_file
 
 import prunetune
@@ -18,17 +24,20 @@ from prunetune.configs import EvaluateConfig, ModelConfig, RecalibrateConfig, Tr
 from prunetune.data_recipes import load_recipe
 from prunetune.evaluation.records import read_manifest, read_results, results_hash, write_manifest, write_results
 from prunetune.evaluation.report.compare import compare
+from prunetune.evaluation.report.comparison import read_comparison
 from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.evaluation.tasks import TaskError
 from prunetune.models import Arm, CheckpointError, export_merged, read_record, wrap_projector, write_adapter
 from prunetune.models.adapter import projector_state
+from prunetune.models.card import adapter_card
 from prunetune.models.hashes import tensor_hash
 from prunetune.models.record import RECORD, portable, text_of
 from prunetune.models.seal import sealed
 from prunetune.models.stored import base_hashes, not_finite, stored_projector_hash
-from prunetune.pruning import PruningSpec
+from prunetune.pruning import PruningError, PruningSpec
 from prunetune.scripts.tracked import tracked_compare
 from prunetune.scripts.verify import verify
+from prunetune.tiny_world.recipe import SceneImages
 from prunetune.train.record import run_record
 
 EARLIER = ROOT / "tests" / "data" / "arm_format_1"
@@ -419,3 +428,267 @@ def test_verifying_an_arm_or_a_comparison_imports_no_torch(world):
     line = [sys.executable, "-c", code, *map(str, paths)]
     done = subprocess.run(line, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout
+
+
+# ---- what travels: cards, one call to load, the hub ------------------------------------------------------------
+
+
+def header_of(card):
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_the_cards_say_what_the_projector_is_for(world):
+    card, export = (world.adapter / "README.md").read_text(), (world.folder / "export" / "README.md").read_text()
+    header = header_of(card)
+    assert header["library_name"] == "peft" and header["license"] == "apache-2.0"
+    assert {"prunetune", "visual-token-pruning"} <= set(header["tags"]) and "base_model" not in header
+    assert header_of(export)["library_name"] == "transformers"
+    for text in (card, export):
+        assert "worse than the untouched base" in text and "tuned for divprune at 16 visual tokens" in text
+        assert "recipe `tiny_world`, 4 samples" in text and "steps: 7" in text and "prunetune.load(" in text
+    assert "## Measured" not in card and "| divprune + tuned projector | 16 |" in export
+    named = header_of(adapter_card(read_record(world.adapter) | {"base_model": "llava-hf/llava-1.5-7b-hf"}))
+    assert named["base_model"] == "llava-hf/llava-1.5-7b-hf" and named["base_model_relation"] == "adapter"
+    config = json.loads((world.folder / "export" / "config.json").read_text())["prunetune"]
+    assert config["pruning"]["keep"] == 16 and "worse than the untouched base" in config["warning"]
+
+
+def test_the_lines_of_the_card_run_as_they_stand(world, capsys):
+    card = (world.folder / "export" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER_OR_HUB_ID", str(world.folder / "export"))
+    names = {"image": SceneImages().open("scene:1", "1"), "prompt": "USER: <image>\nwhat is shown ? ASSISTANT:"}
+    exec(compile(code, "card", "exec"), names)
+    assert capsys.readouterr().out.startswith("['") and names["arm"].spec.keep == 16
+
+
+def test_export_warns(world, capsys, tmp_path):
+    main(["export", "--model", str(world.base), "--adapter", str(world.adapter), "--output", str(tmp_path / "out")])
+    warned = capsys.readouterr().out.splitlines()[-1]
+    assert warned.startswith("warning: tuned for divprune at 16 visual tokens: without this pruning it answers worse")
+
+
+def test_a_card_is_written_anew_unless_somebody_edited_it(copy, world, tmp_path):
+    table = world.folder / "comparison" / "table.csv"
+    before = (copy.adapter / "README.md").read_text()
+    main(["card", str(copy.adapter), "--rows", str(table)])
+    card = copy.adapter / "README.md"
+    assert "| divprune + tuned projector | 16 |" in card.read_text()
+    main(["card", str(copy.adapter)])
+    assert card.read_text() == before and broken(copy.adapter, base=str(copy.base)) == []
+    other = tmp_path / "other.csv"
+    digits = read_record(copy.adapter)["projector_hash"][:16]
+    other.write_text(table.read_text().replace(digits, "0" * 16))
+    foreign = tmp_path / "foreign.csv"
+    foreign.write_text(table.read_text().replace(read_record(copy.adapter)["frozen_hash"][:16], "0" * 16))
+    (tmp_path / "no.csv").write_text("a,b\n1,2\n")
+    for file, message in (
+        (other, f"has no row of the projector {digits}"),
+        (foreign, "ran on frozen weights 0000"),
+        (tmp_path / "no.csv", "it lacks arm, kept_tokens"),
+        (tmp_path / "missing.csv", "does not exist"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["card", str(copy.adapter), "--rows", str(file)])
+    card.write_text(before.replace("# the_base", "# My model"))
+    with pytest.raises(SystemExit, match="was written or edited by somebody else"):
+        main(["card", str(copy.adapter)])
+    assert "# My model" in card.read_text()
+
+
+def answers(arm):
+    return arm.answer(arm.formatter(SceneImages()), [scene_sample(10_000_001, "where is the circle ?", None)], 6)
+
+
+def test_one_call_loads_the_pruned_tuned_model(world):
+    model = ModelConfig(path=str(world.base), dtype="float32")
+    tuned = Arm.load(model, PruningSpec("divprune", 16), world.adapter, device="cpu")
+    expected = answers(tuned)
+    assert expected[0].kept == 16 and expected != answers(tuned.with_adapter(None))
+    # The base by the configuration of the run beside the adapter, by hand, or within the export.
+    for arm in (
+        prunetune.load(world.adapter, device="cpu"),
+        prunetune.load(world.folder / "run", device="cpu"),
+        prunetune.load(world.adapter, base=world.base, device="cpu"),
+        prunetune.load(world.folder / "export", device="cpu"),
+    ):
+        assert answers(arm) == expected and arm.projector_hash == tuned.projector_hash
+
+
+def test_what_can_not_be_loaded_says_what_to_give(copy, tmp_path):
+    (copy.folder / "run" / "config.yaml").unlink()
+    with pytest.raises(CheckpointError, match="'the_base' is neither .* give its folder or hub id as base="):
+        prunetune.load(copy.adapter, device="cpu")
+    with pytest.raises(CheckpointError, match="is an export, which holds its base; leave base away"):
+        prunetune.load(copy.folder / "export", base=copy.base, device="cpu")
+    with pytest.raises(CheckpointError, match="is neither a folder nor a projector on the hub"):
+        prunetune.load("nobody/nothing", device="cpu")
+    with pytest.raises(CheckpointError, match="prunetune.json is missing"):
+        prunetune.load(copy.base, device="cpu")
+    pruning = read_record(copy.adapter)["pruning"] | {"pruner": "mine"}
+    forge(copy.adapter, pruning=pruning, plugins=[{"name": "my_pruning.norm", "version": "1", "sha256": ""}])
+    with pytest.raises(PruningError, match=r"tuned with the plug-ins my_pruning.norm: load them first"):
+        prunetune.load(copy.adapter, base=copy.base, device="cpu")
+
+
+def cached(cache, repository, folder):
+    """Lay a folder down as huggingface_hub keeps a repository that was downloaded."""
+    home = cache / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, home / "snapshots" / ("0" * 40))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+
+
+def test_hub_ids_are_loaded_from_the_cache_without_a_network(copy, tmp_path):
+    forge(copy.adapter, base_model="me/base")
+    cached(tmp_path / "cache", "me/tuned", copy.adapter)
+    cached(tmp_path / "cache", "me/base", copy.base)
+    code = "import prunetune; arm = prunetune.load('me/tuned', device='cpu'); print(arm.projector_hash, arm.spec.keep)"
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [read_manifest(copy.arm("tuned")).projector.hash, "16"]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload needs; what it was sent is kept."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.server.sent.append((self.path, body, self.headers.get("Authorization")))
+        address = f"http://{self.headers['Host']}/me/tuned"
+        if self.headers.get("Authorization") != "Bearer hf_good":
+            return self.answer(401, {"error": "Invalid username or password."})
+        if self.path.endswith("/preupload/main"):
+            asked = json.loads(body)["files"]
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]
+            return self.answer(200, {"files": files})
+        if "/commit/" in self.path:
+            return self.answer(200, {"commitUrl": f"{address}/commit/1", "commitOid": "1", "url": address})
+        return self.answer(200, {"url": address, "name": "me/tuned", "id": "1"})
+
+    def do_GET(self):
+        self.answer(200, {"id": "me/tuned", "sha": "0" * 40, "siblings": []})
+
+    def answer(self, status, values):
+        content = json.dumps(values).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.sent = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def pushed(hub, folder, arguments, token):
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0",
+                   "HF_TOKEN": token, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*",
+                   "PYTHONPATH": str(ROOT)}  # fmt: skip
+    line = [sys.executable, "-m", "prunetune", *arguments, "--push-to-hub", "me/tuned"]
+    return subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+
+
+def files_of(body):
+    """Return path and content of every file of a commit."""
+    files = {}
+    for line in body.decode().splitlines():
+        operation = json.loads(line)
+        if operation["key"] == "file":
+            files[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
+    return files
+
+
+def test_an_export_is_uploaded_whole(hub, world, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["export", "--model", str(world.base), "--adapter", str(world.adapter), "--output", str(output)]
+    done = pushed(hub, tmp_path, arguments, "hf_good")
+    assert done.returncode == 0, done.stderr
+    assert f"uploaded: http://127.0.0.1:{hub.server_port}/me/tuned" in done.stdout
+    (commit,) = [body for path, body, _ in hub.sent if "/commit/" in path]
+    assert files_of(commit) == {file.name: file.read_bytes() for file in output.iterdir()}
+
+
+def test_a_refused_upload_is_one_line_and_changes_nothing(hub, copy, tmp_path):
+    before = {file.name: file.read_bytes() for file in copy.adapter.iterdir()}
+    done = pushed(hub, tmp_path, ["card", str(copy.adapter)], "hf_bad")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "could not be uploaded to 'me/tuned'" in done.stderr and "set HF_TOKEN" in done.stderr
+    assert {file.name: file.read_bytes() for file in copy.adapter.iterdir()} == before
+
+
+# ---- anything at all -------------------------------------------------------------------------------------------
+
+
+def flipped(data, random):
+    """Return bytes with a few of them changed, cut out or put in."""
+    data = bytearray(data)
+    for _ in range(random.randint(1, 4)):
+        place = random.randrange(len(data))
+        kind = random.random()
+        if kind < 0.6:
+            data[place] = random.randrange(256)
+        elif kind < 0.8:
+            del data[place : place + random.randint(1, 40)]
+        else:
+            data[place:place] = random.choice([b"null", b"[]", b'"', b"{}", b"-1", b"\xff", b"1e999"])
+        data = data or bytearray(b"x")
+    return bytes(data)
+
+
+def test_no_damage_is_a_traceback_and_none_to_weights_or_answers_goes_unseen(copy, world):
+    """Whatever bytes are changed: refused in one line, or, of a record without a seal, something that nothing reads."""
+    random = Random(0)
+    model = Arm.load(ModelConfig(path=str(world.base), dtype="float32"), device="cpu")
+    old = copy.folder / "old"
+    shutil.copytree(copy.adapter, old)
+    record = json.loads((old / RECORD).read_text())
+    (old / RECORD).write_text(json.dumps({k: v for k, v in record.items() if k != "seal"} | {"format": 1}))
+    arm, comparison = copy.arm("tuned"), copy.folder / "comparison"
+    uses = {
+        copy.adapter / RECORD: lambda: model.with_adapter(copy.adapter),
+        copy.adapter / WEIGHTS: lambda: model.with_adapter(copy.adapter),
+        old / RECORD: lambda: model.with_adapter(old),
+        arm / "manifest.json": lambda: compare([copy.arm("free"), arm]),
+        arm / "results.jsonl": lambda: compare([copy.arm("free"), arm]),
+        comparison / "comparison.json": lambda: read_comparison(comparison),
+        comparison / "table.csv": lambda: None,
+    }
+    for file, use in uses.items():
+        whole = file.read_bytes()
+        for _ in range(60):
+            data = flipped(whole, random)
+            if same_content(file, data, whole):
+                continue
+            file.write_bytes(data)
+            checks = verify(file.parent, base=str(world.base))
+            assert "\n" not in " ".join(check.told for check in checks)
+            if file.parent != old:
+                assert any(check.holds is False for check in checks), file
+            try:
+                use()
+                assert file.parent == old or file.name == "table.csv", file
+            except (CheckpointError, TaskError) as error:
+                assert "\n" not in str(error), file
+        file.write_bytes(whole)
+
+
+def same_content(file, data, whole):
+    """Whether a change leaves the JSON values as they are, or the end of a table."""
+    if file.suffix != ".json":
+        return data == whole
+    try:
+        return json.loads(data) == json.loads(whole)
+    except (ValueError, RecursionError):
+        return False

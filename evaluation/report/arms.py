@@ -80,7 +80,7 @@ class EvaluatedArm:
             own["text_tower"] = portable(own["text_tower"])  # as the adapter's record has it
         if target is None or target == own:
             return " + tuned projector"
-        return f" + tuned projector (for {target['pruner']}, {target['keep']})"
+        return f" + tuned projector (for {target.get('pruner')}, {target.get('keep')})"
 
     def average(self) -> Average:
         """Return the mean scores in percent, overall and by source."""
