@@ -19,13 +19,23 @@ COMPARISON = "comparison.json"
 TABLES = ("table.md", "table.csv")
 
 
-def write_comparison(output: Path, runs: Sequence[Path], hard_for: Path | None = None) -> None:
-    """Write which arms the tables in a folder are of, with the hashes of all."""
-    arms = [_arm(output, run) for run in runs]
+def write_comparison(
+    output: Path, runs: Sequence[Path], hard_for: Path | None = None, final: Path | None = None
+) -> None:
+    """Write which arms the tables in a folder are of, with the hashes of all.
+
+    Args:
+        output: folder that holds the tables.
+        runs: the arms' folders.
+        hard_for: the arm of the difficulty filter.
+        final: where the folder will be moved to, if it is not there yet.
+    """
+    place = final or output
+    arms = [_arm(place, run) for run in runs]
     values = {
         "format": 1,
         "arms": arms,
-        "hard_for": None if hard_for is None else _arm(output, hard_for),
+        "hard_for": None if hard_for is None else _arm(place, hard_for),
         "tables": {name: file_hash(output / name) for name in TABLES},
         "prunetune": code_record(),
     }
