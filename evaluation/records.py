@@ -5,6 +5,7 @@ Both files are read and written here and nowhere else.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,15 +16,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, m
 from prunetune.configs import ModelConfig
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import read_json, read_lines
+from prunetune.models.seal import SEAL, sealed, why_unsealed
 from prunetune.outputs import write_text
 from prunetune.pruning.spec import PruningSpec
 from prunetune.reading import shown
 
 RESULTS = "results.jsonl"
 MANIFEST = "manifest.json"
-FORMAT: Literal[1] = 1
+FORMAT: Literal[2] = 2
 """Of the two files: raise it when a reader of today would misread what is written."""
-_OUTCOME = ("metrics", "kept_tokens", "items_per_second")
+UNSEALED: Literal[1] = 1
+"""The format of versions before the seals: read, and compared with arms of its own format alone."""
+_OUTCOME = ("metrics", "kept_tokens", "items_per_second", "results_hash")
+_SEALED = ("original_projector_hash", "projectors", "text_tower_hash", "prunetune", "results_hash")
 
 
 class _Record(BaseModel):
@@ -123,12 +128,14 @@ class ProjectorRecord(_Record):
         adapter: folder of the recalibration; None is the base's own.
         hash: SHA-256 of its tensors as they were loaded.
         tuned_for: the pruning that it was recalibrated for.
+        stored_hash: SHA-256 of the recalibration's tensors as the adapter's file holds them.
     """
 
     adapter: str | None
     hash: str
     # No PruningSpec: it is the adapter's word, which an earlier version with other options may have written.
     tuned_for: dict[str, Any] | None
+    stored_hash: str | None = None
 
 
 # More than a mean: methods that decide by the image how many to keep differ between images as much as between budgets.
@@ -148,6 +155,15 @@ class PluginRecord(_Record):
     sha256: str
 
 
+class CodeRecord(_Record):
+    """Which prunetune ran: its version, a SHA-256 of its source and, for people, the commit of a checkout."""
+
+    version: str
+    sha256: str
+    commit: str | None
+    dirty: bool | None
+
+
 class Manifest(_Record):
     """Everything that decides an arm's numbers and, once it is complete, what came out.
 
@@ -156,40 +172,50 @@ class Manifest(_Record):
         complete: whether every item was answered; the last three fields are there from then on.
         model: which model, and how it was loaded.
         frozen_hash: SHA-256 of the stored weights without the projector.
+        original_projector_hash: SHA-256 of the projector that the base's files hold, whichever the arm ran with.
+        projectors: the modules that the projector is made of.
         settings_hash: SHA-256 of configuration, processor, tokenizer and template files.
         template_hash: SHA-256 of the chat template that prompts were made with.
         projector: which projector.
         pruning: pruner and budget.
+        text_tower_hash: SHA-256 of the text tower that the pruner reads; None if it reads none.
         tasks: which questions, by benchmark.
         batch_size: items per step, which moves scores in half precision.
         max_new_tokens: longest answer.
         image_processor: class of the image processor, since fast and slow ones differ in their last bits.
         device: name of the GPU, or the CPU's architecture.
         versions: of the libraries that compute.
+        prunetune: which version of this package ran.
         plugins: what was loaded from outside this package.
         metrics: what was reached, by benchmark.
         kept_tokens: visual tokens that reached the LLM.
         items_per_second: of the last run; None if it had nothing left to do.
+        results_hash: SHA-256 of results.jsonl.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[1, 2] = FORMAT
     complete: bool = False
     model: ModelConfig
     frozen_hash: str
+    original_projector_hash: str | None = None
+    projectors: list[str] | None = None
     settings_hash: str
     template_hash: str
     projector: ProjectorRecord
     pruning: PruningSpec
+    text_tower_hash: str | None = None
     tasks: dict[str, TaskRecord]
     batch_size: int
     max_new_tokens: int
     image_processor: str
     device: str
     versions: dict[str, str]
+    prunetune: CodeRecord | None = None
     plugins: list[PluginRecord] = []
     metrics: dict[str, TaskSummary] | None = None
     kept_tokens: KeptTokens | None = None
     items_per_second: float | None = None
+    results_hash: str | None = None
 
     # Tables and plots read both without asking; a hand that set "complete" is noticed here and not there.
     @model_validator(mode="after")
@@ -198,8 +224,24 @@ class Manifest(_Record):
             raise ValueError("it says complete, and has no metrics or no kept_tokens")
         return self
 
+    @model_validator(mode="after")
+    def _has_its_links(self) -> Manifest:
+        if self.format == UNSEALED:
+            return self
+        needed = ["original_projector_hash", "projectors", "prunetune"]
+        if self.complete:
+            needed.append("results_hash")
+        lacking = [name for name in needed if getattr(self, name) is None]
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(lacking)}, which format {FORMAT} has")
+        return self
+
     def finished(
-        self, metrics: dict[str, TaskSummary], kept_tokens: KeptTokens, items_per_second: float | None
+        self,
+        metrics: dict[str, TaskSummary],
+        kept_tokens: KeptTokens,
+        items_per_second: float | None,
+        results_hash: str | None = None,
     ) -> Manifest:
         """Return the manifest of the complete arm."""
         return self.model_copy(
@@ -208,13 +250,18 @@ class Manifest(_Record):
                 "metrics": metrics,
                 "kept_tokens": kept_tokens,
                 "items_per_second": items_per_second,
+                "results_hash": results_hash,
             }
         )
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the numbers as JSON values: the fields that are there before the first answer."""
         # Not the outcome: an arm that is gone on with has none yet.
-        return self.model_dump(exclude={"complete", *_OUTCOME})
+        values = self.model_dump(exclude={"complete", *_OUTCOME})
+        if self.prunetune is not None:
+            # The source's hash says what ran; a commit of the documentation changes nothing.
+            values["prunetune"] = {"version": self.prunetune.version, "sha256": self.prunetune.sha256}
+        return values
 
     def to_json(self) -> dict[str, Any]:
         """Return the file's content."""
@@ -222,13 +269,21 @@ class Manifest(_Record):
         left_out = set() if self.complete else set(_OUTCOME)
         if not self.plugins:  # as of an arm of a version that knew none
             left_out.add("plugins")
-        return self.model_dump(exclude=left_out)
+        values = self.model_dump(exclude=left_out)
+        if self.format != UNSEALED:
+            return sealed(values)
+        for name in _SEALED:  # as the earlier version wrote it, to the byte
+            values.pop(name, None)
+        del values["projector"]["stored_hash"]
+        return values
 
 
 def read_results(folder: str | Path) -> list[Result]:
     """Return an arm's rows; raises TaskError naming a line that is no row."""
     # Every row is checked, which takes 3 microseconds: an edited file must not end as a number in somebody's table.
     path = Path(folder) / RESULTS
+    if not path.is_file():
+        raise TaskError(f"{path} is missing; evaluate the arm again into another folder")
     rows = []
     for line, record in read_lines(path):
         rows.append(result_of(record, f"{path}, line {line}"))
@@ -268,12 +323,22 @@ def read_begun(folder: str | Path) -> Manifest:
     if not isinstance(values, dict):
         raise TaskError(f"{path} is no manifest: it holds {type(values).__name__}, not an object")
     # Before anything else is looked at: of another format every other complaint would be beside the point.
-    if values.get("format") != FORMAT:
+    if values.get("format") not in (UNSEALED, FORMAT):
         raise TaskError(
-            f"{path} has format {values.get('format')!r}, this version reads {FORMAT}; evaluate the arm again into "
-            "another folder, or read it with the version that wrote it"
+            f"{path} has format {values.get('format')!r}, this version reads {UNSEALED} and {FORMAT}; evaluate the arm "
+            "again into another folder, or read it with the version that wrote it"
         )
+    if values["format"] == FORMAT:
+        wrong = why_unsealed(values)
+        if wrong is not None:
+            raise TaskError(f"{path} can't be trusted: {wrong}; evaluate the arm again into another folder")
+        del values[SEAL]
     return _validated(Manifest, values, str(path))
+
+
+def results_hash(folder: str | Path) -> str:
+    """Return the SHA-256 of an arm's results.jsonl."""
+    return hashlib.sha256((Path(folder) / RESULTS).read_bytes()).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -14,12 +14,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from prunetune.models.loading import CheckpointError
+from prunetune.models.card import CARD, adapter_card, export_card
+from prunetune.models.errors import CheckpointError
+from prunetune.models.hashes import tensor_hash
+from prunetune.models.record import (
+    ENTRY,
+    FORMAT,
+    RECORD,
+    check_base,
+    check_projector,
+    config_entry,
+    exported_record,
+    text_of,
+)
+from prunetune.models.record import read_record as read_record
+from prunetune.models.stored import BaseHashes, base_hashes
 from prunetune.outputs import ADAPTER_FILES, EXPORT, OutputFolder, replaced_folder
 from prunetune.pruning.families import family_of
-from prunetune.reading import one_line, read_json, shown
+from prunetune.reading import one_line
 
-RECORD = "prunetune.json"
 _ADAPTER = "adapter_model.safetensors"
 _READ = {"base_model": str, "frozen_hash": str, "pruning": dict}
 """What of a record is read again, and its type there."""
@@ -51,27 +64,24 @@ def wrap_projector(model: nn.Module, modules: list[str] | None = None) -> PeftMo
     return get_peft_model(model, config)
 
 
-def load_projector(model: nn.Module, adapter: str | Path, files_hash: str | None = None) -> None:
-    """Copy an adapter's projector into ``model``; names, shapes and the base are checked first.
+def load_projector(model: nn.Module, adapter: str | Path, base: BaseHashes | None = None) -> None:
+    """Copy an adapter's projector into ``model``; its record, its tensors and the base are checked first.
 
     The tensors are those that ``PeftModel.from_pretrained`` loads; copying them leaves the model's code unwrapped.
 
     Args:
         model: the base.
         adapter: folder written by a recalibration.
-        files_hash: the base's :func:`~prunetune.models.hashes.frozen_files_hash`; None leaves the base unchecked.
+        base: what the base's files hold; None leaves the base unchecked.
 
     Raises:
-        CheckpointError: if files are missing or broken, tensors don't match, or ``files_hash`` differs from the record.
+        CheckpointError: if files are missing or broken, tensors don't match or are not finite, the record was edited,
+            or one of the hashes differs: of the tensors, of the base, of the projector that training started from.
     """
     folder = Path(adapter)
     record = read_record(folder)
-    if files_hash is not None and record.get("frozen_hash") != files_hash:
-        raise CheckpointError(
-            f"projector {folder} was recalibrated for another base: it expects "
-            f"{record.get('base_model')!r} with frozen weights {record.get('frozen_hash', '')[:12]}, "
-            f"this model's are {files_hash[:12]}; load it with its own base"
-        )
+    if base is not None:
+        check_base(record, folder, base)
     try:
         saved = load_file(folder / _ADAPTER)
     # safetensors raises an error of its own Rust side besides OSError.
@@ -89,10 +99,25 @@ def load_projector(model: nn.Module, adapter: str | Path, files_hash: str | None
                 f"projector {folder}: {name} has shape {tuple(tensor.shape)}, the model expects "
                 f"{tuple(own[name].shape)}; it belongs to a model of another size"
             )
+    # As they are in the file: what they become in the model's dtype is another hash, for the manifests of arms.
+    check_projector(record, folder, tensor_hash(loaded))
+    cast = {name: tensor.to(own[name].dtype) for name, tensor in loaded.items()}
+    check_finite(cast, f"projector {folder}")
     # Only now, when everything fits: a projector copied by half would be nobody's.
     with torch.no_grad():
-        for name, tensor in loaded.items():
+        for name, tensor in cast.items():
             own[name].copy_(tensor)
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Check that no value is NaN or infinite; raises CheckpointError naming the first tensor that holds one."""
+    for name, tensor in tensors.items():
+        # Also values that a float16 model can't hold: they are finite in the file and infinite in the model.
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{what}: {name} holds NaN or infinity as {str(tensor.dtype).removeprefix('torch.')}; recalibrate "
+                "again with a lower train.learning_rate, or load it in another dtype"
+            )
 
 
 def projector_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
@@ -121,57 +146,63 @@ def write_adapter(
     named = {}
     for name, tensor in tensors.items():
         named[f"base_model.model.{name}"] = tensor.detach().cpu().contiguous()
+    # Of what is written, whatever the run held in memory: load_projector compares it with the file.
+    record = {**record, "format": FORMAT, "projector_hash": tensor_hash(tensors)}
     with replaced_folder(folder, ADAPTER_FILES, sign=RECORD) as partial:
         save_file(named, partial / _ADAPTER, metadata={"format": "pt"})
         # Stored in inference mode, as PEFT's own save does; the running model goes on training.
         config = peft_model.peft_config["default"]
         config.inference_mode, training = True, config.inference_mode
+        # PEFT has the folder that the weights were read from, which is one of this machine.
+        config.base_model_name_or_path, base = record.get("base_model"), config.base_model_name_or_path
         config.save_pretrained(str(partial))
-        config.inference_mode = training
-        (partial / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n")
+        config.inference_mode, config.base_model_name_or_path = training, base
+        (partial / RECORD).write_text(text_of(record))
+        (partial / CARD).write_text(adapter_card(record))
 
 
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """Return an adapter's ``prunetune.json``.
-
-    Raises:
-        CheckpointError: if the folder is no recalibrated projector, or its record is broken.
-    """
-    path = Path(folder) / RECORD
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} is no recalibrated projector: {RECORD} is missing; give the `adapter` folder of "
-            "a recalibration's output"
-        )
-    record = read_json(path, CheckpointError)
-    if not isinstance(record, dict):
-        raise CheckpointError(f"{path} is broken: expected an object, got {type(record).__name__}")
-    for name, kind in _READ.items():
-        if name in record and not isinstance(record[name], kind):
-            raise CheckpointError(f"{path} is broken: {name} is {shown(record[name])}, expected {kind.__name__}")
-    return record
-
-
-def tuned_for(folder: str | Path) -> dict[str, Any]:
-    """Return the pruning that an adapter was recalibrated for; raises CheckpointError if its record does not say."""
-    record = read_record(folder)
-    if "pruning" not in record:
-        raise CheckpointError(f"{Path(folder) / RECORD} is broken: it does not say for which pruning it was made")
-    return record["pruning"]
-
-
-def export_merged(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, overwrite: bool = False) -> None:
+def export_merged(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    folder: Path,
+    record: Mapping[str, Any] | None = None,
+    rows: str | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write the model with its current projector as a full stock checkpoint; LLaVA's own file lies beside it.
 
+    Args:
+        model: in the dtype that is written.
+        processor: the model's.
+        folder: destination.
+        record: of the adapter that the projector is from; it is carried, with a model card and an entry in config.json.
+        rows: measured rows of a comparison in Markdown, for the card.
+        overwrite: whether a folder that holds other files may be used.
+
     Raises:
+        CheckpointError: if the projector holds NaN or infinity; nothing is written then.
         OutputError: if the folder holds something else than an export, or can't be written.
     """
+    check_finite(projector_state(model), "the projector")
     with OutputFolder(folder, EXPORT, overwrite) as output, output.staged(whole=True) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         projector = _llava_projector(projector_state(model))
         if projector is not None:
             torch.save(projector, partial / "mm_projector.bin")
+        if record is not None:
+            _say_what_it_is(partial, record, family_of(model).projectors, rows)
+
+
+def _say_what_it_is(folder: Path, record: Mapping[str, Any], projectors: tuple[str, ...], rows: str | None) -> None:
+    """Write an export's record, its card, and the entry in its configuration."""
+    carried = exported_record(record, base_hashes(folder, projectors))
+    (folder / RECORD).write_text(text_of(carried))
+    (folder / CARD).write_text(export_card(carried, rows))
+    # Into the file and not into the model's configuration: the model belongs to an arm that goes on.
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, ENTRY: config_entry(carried)}, indent=2) + "\n", encoding="utf-8")
 
 
 def _llava_projector(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

@@ -20,10 +20,14 @@ from prunetune.data_recipes.chat_templates import MODELS_OWN, template_file, tem
 from prunetune.data_recipes.formatting import Formatter
 from prunetune.data_recipes.images import ImageOpener
 from prunetune.data_recipes.sample import Sample
-from prunetune.models.adapter import load_projector, projector_state, read_record
-from prunetune.models.hashes import frozen_files_hash, settings_hash, tensor_hash
+from prunetune.models.adapter import load_projector, projector_state
+from prunetune.models.errors import CheckpointError
+from prunetune.models.hashes import tensor_hash, text_tower_hash
 from prunetune.models.loading import checkpoint_folder, load_model
 from prunetune.models.ranks import launched_ranks
+from prunetune.models.record import is_export, read_record
+from prunetune.models.seal import short
+from prunetune.models.stored import BaseHashes, base_hashes, settings_hash
 from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.pruning.families import family_of
 from prunetune.pruning.text import instruction_text
@@ -57,9 +61,23 @@ class Base:
         self.model.to(device)  # type: ignore[arg-type] # a string is as good as a device
 
     @cached_property
+    def hashes(self) -> BaseHashes:
+        """Of the stored weights: the frozen part, and the projector that the files hold."""
+        return base_hashes(self.folder, family_of(self.model).projectors)
+
+    @property
     def frozen_hash(self) -> str:
         """SHA-256 of all stored weights but the projector's, as records and manifests hold it."""
-        return frozen_files_hash(self.folder, family_of(self.model).projectors)
+        return self.hashes.frozen_hash
+
+    @property
+    def exported(self) -> dict[str, Any] | None:
+        """The record, where the checkpoint is an export of a tuned projector and no untouched base.
+
+        Raises:
+            CheckpointError: if it says that it is one, and its record is missing or was edited.
+        """
+        return read_record(self.folder) if is_export(self.folder) else None
 
     @cached_property
     def settings_hash(self) -> str:
@@ -117,13 +135,28 @@ class Arm:
         if adapter is None:
             return cls(base, _pruned(base.model, spec, base.processor), spec)
         model = _with_own_projector(base.model)
-        load_projector(model, adapter, base.frozen_hash)
+        load_projector(model, adapter, base.hashes)
         _say_another_dtype(adapter, base.config.dtype)
-        return cls(base, _pruned(model, spec, base.processor), spec, str(adapter))
+        arm = cls(base, _pruned(model, spec, base.processor), spec, str(adapter))
+        arm._check_text_tower()
+        return arm
 
     def with_pruning(self, spec: PruningSpec) -> Arm:
         """Return an arm of the same weights with another pruner or budget."""
-        return replace(self, spec=spec, pruned=_pruned(self.model, spec, self.processor))
+        arm = replace(self, spec=spec, pruned=_pruned(self.model, spec, self.processor))
+        arm._check_text_tower()
+        return arm
+
+    def _check_text_tower(self) -> None:
+        """Check that the text tower is the one that the adapter was recalibrated with, where both read one."""
+        if self.adapter is None:
+            return
+        expected = read_record(self.adapter).get("text_tower_hash")
+        if expected is not None and self.text_tower_hash not in (None, expected):
+            raise CheckpointError(
+                f"projector {self.adapter} was recalibrated with another text tower: {short(expected)}, "
+                f"{self.spec.text_tower!r} is {short(self.text_tower_hash)}; set pruning.text_tower to its own"
+            )
 
     def with_adapter(self, adapter: str | Path | None) -> Arm:
         """Return an arm with the projector of an adapter, or with the base's own; every other weight is shared.
@@ -152,6 +185,11 @@ class Arm:
     def projector_hash(self) -> str:
         """SHA-256 of the projector's tensors as they are loaded."""
         return tensor_hash(projector_state(self.model))
+
+    @cached_property
+    def text_tower_hash(self) -> str | None:
+        """SHA-256 of the text tower that the pruner reads and of its tokenizer; None if it reads none."""
+        return text_tower_hash(self.pruned.text) if self.pruned.reads_text_tower else None
 
     @property
     def template(self) -> str:

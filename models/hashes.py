@@ -1,18 +1,21 @@
-"""Hashes of weights and of the files that decide how a checkpoint behaves."""
+"""Hashes of tensors in memory; those of files are in :mod:`prunetune.models.stored`, and take no torch."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoConfig
 
-from prunetune.models.loading import CheckpointError
-from prunetune.reading import one_line
+from prunetune.models.stored import frozen_files_hash as frozen_files_hash
+from prunetune.models.stored import settings_hash as settings_hash
+from prunetune.pruning.text import TextReader
 
 
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -29,45 +32,30 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def frozen_files_hash(folder: Path, projectors: tuple[str, ...]) -> str:
-    """Return a SHA-256 of all stored weights but the projector's: the same for every dtype they are loaded in.
+def text_tower_hash(reader: TextReader) -> str:
+    """Return a SHA-256 of what a pruner reads of its text tower: weights, configuration and tokenizer.
 
-    It says which base a projector belongs to: records and manifests hold it as ``frozen_hash``. That training changed
-    no frozen weight is another hash, :func:`prunetune.train.trainer.frozen_tensors_hash`, of tensors in memory in the
-    run's dtype; it is compared within a run and never stored.
+    Of the weights as they are loaded, in float32: a hub id may hold pickles alone, and the file is not what is read.
+    """
+    clip: Any = reader.clip
+    text = clip.config.text_config.to_dict()
+    # Where it was read from and by whom decides nothing.
+    for name in ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
+        text.pop(name, None)
+    tokenizer: Any = reader.tower_tokenizer
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
+    for name in ("truncation", "padding"):  # left there by whoever called it last
+        vocabulary.pop(name, None)
+    digest = hashlib.sha256(tensor_hash(clip.state_dict()).encode())
+    digest.update(json.dumps([text, vocabulary], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def stored_text_tower_hash(tower: str, base: str | Path) -> str:
+    """Return the hash of a text tower that is not loaded yet, for a base in a folder.
 
     Raises:
-        CheckpointError: if the folder has no safetensors.
+        PruningError: if it can't be loaded, or belongs to a vision tower of another width.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"{folder} holds no .safetensors weights; convert the checkpoint with save_pretrained first"
-        )
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            _add_frozen(digest, file, projectors)
-        except (SafetensorError, OSError) as error:  # also a file that the model itself does not use
-            raise CheckpointError(f"{file} can't be read: {one_line(error)}; fetch it again or remove it") from error
-    return digest.hexdigest()
-
-
-def _add_frozen(digest: Any, file: Path, projectors: tuple[str, ...]) -> None:
-    with safe_open(file, framework="pt") as weights:
-        for name in sorted(weights.keys()):
-            # Inside the name and not at its start: releases of transformers prefix stored names differently.
-            if not any(f"{projector}." in name for projector in projectors):
-                digest.update(tensor_hash({name: weights.get_tensor(name)}).encode())
-
-
-def settings_hash(folder: Path) -> str:
-    """Return a SHA-256 of a checkpoint's configuration, processor, tokenizer and template files."""
-    digest = hashlib.sha256()
-    files = [*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.model")]
-    for file in sorted(files):
-        if file.name.endswith(".index.json"):  # which weights are in which file decides nothing
-            continue
-        digest.update(file.name.encode())
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+    model: Any = SimpleNamespace(config=AutoConfig.from_pretrained(base))  # of the base its widths are enough
+    return text_tower_hash(TextReader(model, None, tower))

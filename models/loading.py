@@ -9,16 +9,12 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from prunetune.assets import shipped
-from prunetune.pruning.errors import PruningError
+from prunetune.models.errors import CheckpointError as CheckpointError
 from prunetune.pruning.quiet import no_progress_bar
 from prunetune.reading import one_line
 
-# A hub repository may hold the weights a second time, as pickles; those are left there.
-_CARRIED = "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"
-
-
-class CheckpointError(PruningError):
-    """A checkpoint that is missing, broken or made for something else."""
+# A hub repository may hold the weights a second time, as pickles; those are left there. Its card says the licence.
+CARRIED = "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"
 
 
 def checkpoint_folder(path: str, revision: str | None = None) -> Path:
@@ -31,7 +27,7 @@ def checkpoint_folder(path: str, revision: str | None = None) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(_CARRIED)))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(CARRIED)))
     # Anything from a wrong id to a broken cache or network; the user's way out is the same.
     except Exception as error:
         raise CheckpointError(

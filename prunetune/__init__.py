@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prunetune.configs import RecalibrateConfig as RecalibrateConfig
     from prunetune.configs import load_config as load_config
     from prunetune.models import Arm as Arm
+    from prunetune.models import load as load
     from prunetune.pruning import PrunedModel as PrunedModel
     from prunetune.pruning import PruningError as PruningError
     from prunetune.pruning import PruningSpec as PruningSpec
@@ -49,6 +50,7 @@ _HOMES = {
     "Vision": "prunetune.pruning",
     "VisualTokens": "prunetune.pruning",
     "build_pruner": "prunetune.pruning",
+    "load": "prunetune.models",
     "load_config": "prunetune.configs",
     "register_pruner": "prunetune.pruning",
     "register_signal": "prunetune.pruning",

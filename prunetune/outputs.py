@@ -82,7 +82,7 @@ _TRACKED = (
     "wandb/debug*.log",
     "wandb/*run-#_#-*/**",
 )
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "prunetune.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "prunetune.json", "README.md")
 CHECKPOINT_FILES = (
     "adapter_*",
     "complete.json",
@@ -116,7 +116,7 @@ RECALIBRATION = Kind(
 )
 COMPARISON = Kind(
     "comparison",
-    (*_TRACKED, "table.md", "table.csv", "plot.png"),
+    (*_TRACKED, "table.md", "table.csv", "comparison.json", "plot.png"),
     (("table.csv", "tuned_minus_training_free"), ("table.md", "| arm |")),
 )
 VISUALIZATION = Kind("visualization", ("libraries.log",), (("kept_00.png", "PNG"),))

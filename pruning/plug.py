@@ -72,7 +72,8 @@ class PrunedModel:
         check_signals(self.pruner, self.family.signals(model), self.text.signals(), tower)
         texts = [signal_of(need) for need in of_source(self.pruner.needs, "text")]
         self.reads_text = bool(texts)
-        if any(signal.space == "clip" for signal in texts):
+        self.reads_text_tower = any(signal.space == "clip" for signal in texts)
+        if self.reads_text_tower:
             _ = self.text.clip  # loaded now: later an active ZeRO-3 configuration would partition it
 
     def _position_policy(self) -> str:

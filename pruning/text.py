@@ -183,6 +183,11 @@ class TextReader:
             pieces.append([tokenizer.bos_token_id, *ids[start : start + room], tokenizer.eos_token_id])
         return pieces
 
+    @property
+    def tower_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The text tower's own tokenizer; raises PruningError if it has none."""
+        return self._clip_tokenizer
+
     @cached_property
     def _clip_tokenizer(self) -> PreTrainedTokenizerBase:
         try:

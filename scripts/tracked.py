@@ -11,6 +11,7 @@ from prunetune.configs import EvaluateConfig, TrackingConfig
 from prunetune.evaluation.metrics.averages import average
 from prunetune.evaluation.records import read_results
 from prunetune.evaluation.report.compare import Row, compare
+from prunetune.evaluation.report.comparison import write_comparison
 from prunetune.evaluation.report.plot import plot_rows
 from prunetune.evaluation.report.quoted import Quoted
 from prunetune.evaluation.report.table import to_csv, to_markdown
@@ -68,6 +69,7 @@ def tracked_compare(
         with folder.staged() as new:
             (new / "table.md").write_text(to_markdown(rows, quoted), encoding="utf-8")
             (new / "table.csv").write_text(to_csv(rows, quoted), encoding="utf-8")
+            write_comparison(new, runs, hard_for, final=output)
             plot_rows(rows, new / "plot.png")
         _send(rows, runs, output, tracking)
     return rows

@@ -13,7 +13,8 @@ from prunetune.data_recipes import Sample, Turn
 from prunetune.models import Arm, CheckpointError, loading, wrap_projector, write_adapter
 from prunetune.models import arm as arm_module
 from prunetune.models.adapter import projector_state
-from prunetune.models.hashes import frozen_files_hash
+from prunetune.models.record import text_of
+from prunetune.models.stored import base_hashes
 from prunetune.pruning import PruningSpec
 from prunetune.tiny_world.recipe import SceneImages
 
@@ -34,7 +35,7 @@ def arm(config):
 def adapter(arm, untrained_folder, tmp_path):
     peft_model = wrap_projector(copy.deepcopy(arm.model))
     tensors = {name: tensor + 0.3 for name, tensor in projector_state(arm.model).items()}
-    record = {"frozen_hash": frozen_files_hash(untrained_folder, ("multi_modal_projector",))}
+    record = base_hashes(untrained_folder, ("multi_modal_projector",)).record()
     write_adapter(tmp_path / "adapter", tensors, peft_model, record)
     return tmp_path / "adapter"
 
@@ -76,8 +77,8 @@ def test_a_tuned_arm_answers_as_one_that_is_loaded_for_itself(arm, adapter, conf
 
 def test_many_arms_hash_the_base_once(config, adapter, monkeypatch):
     calls = []
-    real = arm_module.frozen_files_hash
-    monkeypatch.setattr(arm_module, "frozen_files_hash", lambda *a: (calls.append(a), real(*a))[1])
+    real = arm_module.base_hashes
+    monkeypatch.setattr(arm_module, "base_hashes", lambda *a: (calls.append(a), real(*a))[1])
     arm = Arm.load(config, SPEC, device="cpu")
     for keep in (4, 8, 16):
         tuned = arm.with_pruning(PruningSpec("fastervlm", keep)).with_adapter(adapter)
@@ -95,7 +96,7 @@ def test_the_formatter_adds_instructions_only_where_they_are_read(arm, questions
 def test_a_foreign_adapter_is_refused_and_leaves_the_arm_alone(arm, adapter):
     before = arm.projector_hash
     record = json.loads((adapter / "prunetune.json").read_text())
-    (adapter / "prunetune.json").write_text(json.dumps(record | {"frozen_hash": "0" * 64}))
+    (adapter / "prunetune.json").write_text(text_of(record | {"frozen_hash": "0" * 64}))
     with pytest.raises(CheckpointError, match="recalibrated for another base"):
         arm.with_adapter(adapter)
     assert Arm.load(arm.base.config, SPEC, device="cpu").projector_hash == before

@@ -21,6 +21,7 @@ from prunetune.models import (
 )
 from prunetune.models.adapter import projector_state
 from prunetune.models.hashes import frozen_files_hash, tensor_hash
+from prunetune.models.stored import base_hashes
 from prunetune.outputs import OutputError
 from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.train.freeze import freeze_all_but_projector
@@ -39,7 +40,7 @@ def adapter(untrained_folder, tmp_path):
         tensors = gathered_projector(peft_model)
         if change is not None:
             tensors = {key: change(value) for key, value in tensors.items()}
-        record = {"base_model": str(untrained_folder), "frozen_hash": frozen_files_hash(untrained_folder, PROJECTORS)}
+        record = {"base_model": "untrained", **base_hashes(untrained_folder, PROJECTORS).record()}
         write_adapter(tmp_path / name, tensors, peft_model, record)
         return tmp_path / name
 
@@ -105,7 +106,8 @@ def test_merged_export_is_a_stock_checkpoint(untrained_folder, adapter, formatte
 
 def test_an_adapter_holds_the_projector_alone(adapter):
     folder = adapter()
-    assert {p.name for p in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "prunetune.json"}
+    written = {"adapter_model.safetensors", "adapter_config.json", "prunetune.json", "README.md"}
+    assert {p.name for p in folder.iterdir()} == written
     names = set(load_file(folder / "adapter_model.safetensors"))
     assert all(name.startswith("base_model.model.model.multi_modal_projector.") for name in names)
 

@@ -20,12 +20,12 @@ def test_the_base_is_loaded_and_hashed_once(tmp_path, monkeypatch, capsys):
 
         return call
 
-    for name in ("load_model", "frozen_files_hash"):
+    for name in ("load_model", "base_hashes"):
         monkeypatch.setattr(arm, name, counting(name))
 
     def recalibrated(output, samples):
         base = demo.Arm.load(demo.load_config(demo.RecalibrateConfig, demo.RECIPE).model, device="cpu")
-        record = {"frozen_hash": base.base.frozen_hash, "pruning": demo.PruningSpec("divprune", 16).model_dump()}
+        record = {**base.base.hashes.record(), "pruning": demo.PruningSpec("divprune", 16).model_dump()}
         tensors = {name: tensor.clone() for name, tensor in adapter.projector_state(base.model).items()}
         adapter.write_adapter(output / "adapter", tensors, adapter.wrap_projector(base.model), record)
         events.append("recalibrated")
@@ -33,8 +33,8 @@ def test_the_base_is_loaded_and_hashed_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "_recalibrate", recalibrated)
     monkeypatch.setattr(demo, "QUICK", demo.Size(scenes=1, samples=8))
     demo.run_demo(tmp_path / "demo", quick=True)
-    by_the_stub = ["load_model", "frozen_files_hash", "recalibrated"]
-    assert events == ["load_model", "frozen_files_hash", *by_the_stub]
+    by_the_stub = ["load_model", "base_hashes", "recalibrated"]
+    assert events == ["load_model", "base_hashes", *by_the_stub]
     assert "gains +0.0" in capsys.readouterr().out
 
 

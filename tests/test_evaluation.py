@@ -11,7 +11,7 @@ from PIL import Image
 
 from prunetune.configs import EvaluateConfig, load_config
 from prunetune.evaluation.metrics.intervals import bootstrap_interval
-from prunetune.evaluation.records import read_results, write_results
+from prunetune.evaluation.records import read_manifest, read_results, results_hash, write_manifest, write_results
 from prunetune.evaluation.report.compare import compare
 from prunetune.evaluation.report.plot import kept_overlay, plot_rows
 from prunetune.evaluation.report.table import to_csv, to_markdown
@@ -20,7 +20,8 @@ from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.evaluation.run.visualize import visualize
 from prunetune.evaluation.tasks import TaskError, get_task
 from prunetune.models import load_model, wrap_projector, write_adapter
-from prunetune.models.hashes import frozen_files_hash
+from prunetune.models.seal import sealed
+from prunetune.models.stored import base_hashes
 from prunetune.pruning import PruningSpec
 from prunetune.train.trainer import gathered_projector
 
@@ -45,7 +46,7 @@ def adapter(untrained_folder, tmp_path):
     peft_model = wrap_projector(model)
     tensors = {name: tensor * -1 for name, tensor in gathered_projector(peft_model).items()}
     pruning = PruningSpec(pruner="divprune", keep=16).model_dump()
-    record = {"frozen_hash": frozen_files_hash(untrained_folder, ("multi_modal_projector",)), "pruning": pruning}
+    record = {**base_hashes(untrained_folder, ("multi_modal_projector",)).record(), "pruning": pruning}
     write_adapter(tmp_path / "adapter", tensors, peft_model, record)
     return str(tmp_path / "adapter")
 
@@ -58,6 +59,7 @@ def test_rows_carry_what_a_reader_needs(settings):
     assert all(row.score == float(row.prediction.split() == row.answer.split()) for row in rows)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["complete"] and manifest["kept_tokens"] == {"mean": 16.0, "min": 16, "max": 16}
+    assert {"original_projector_hash", "prunetune", "results_hash", "seal"} <= manifest.keys()
     assert {"frozen_hash", "projector", "pruning", "tasks", "batch_size", "model", "versions"} <= manifest.keys()
 
 
@@ -108,9 +110,22 @@ def arms(settings, adapter):
 
 
 def rescore(folder, scores):
-    rows = read_results(folder)
-    pairs = zip(rows, scores, strict=True)
-    write_results(folder, [row.model_copy(update={"score": float(score)}) for row, score in pairs])
+    """Have the arm say what scores so."""
+    rows = []
+    for row, score in zip(read_results(folder), scores, strict=True):
+        said = {"prediction": row.answer if score else "nothing", "score": float(score)}
+        rows.append(row.model_copy(update=said))
+    write_results(folder, rows)
+    write_manifest(folder, read_manifest(folder).model_copy(update={"results_hash": results_hash(folder)}))
+
+
+def changed(folder, **fields):
+    """Change a manifest's fields, dictionaries by their keys, and seal it anew: as if another arm had been run."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for key, value in fields.items():
+        manifest[key] = {**manifest[key], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(sealed(manifest)))
 
 
 def test_compare_computes_what_its_columns_say(arms):
@@ -186,11 +201,7 @@ def test_the_difficulty_filter_compares_what_downsampling_gets_wrong(arms, setti
     ({"versions": {"torch": "1"}}, "differ in versions.torch"),
 ])  # fmt: skip
 def test_compare_refuses_arms_that_differ_and_names_the_field(arms, change, message):
-    path = arms["tuned"] / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for key, value in change.items():
-        manifest[key] = {**manifest[key], **value} if isinstance(value, dict) else value
-    path.write_text(json.dumps(manifest))
+    changed(arms["tuned"], **change)
     with pytest.raises(TaskError, match=message):
         compare([arms["dense"], arms["free"], arms["tuned"]])
 
@@ -219,10 +230,8 @@ def test_an_edited_template_or_processor_is_a_difference(arms, settings, untrain
     shutil.copytree(untrained_folder, edited)
     template = edited / "chat_template.jinja"
     template.write_text(template.read_text().replace("USER", "USER USER"))
-    arm = evaluate(settings("arm", "--model.path", str(edited)))
-    manifest = json.loads((arm / "manifest.json").read_text())
-    manifest["model"]["path"] = str(untrained_folder)
-    (arm / "manifest.json").write_text(json.dumps(manifest))
+    arm = evaluate(settings("edited", "--model.path", str(edited)))
+    changed(arm, model={"path": str(untrained_folder)})
     with pytest.raises(TaskError, match="differ in settings_hash"):
         compare([arms["free"], arm])
 

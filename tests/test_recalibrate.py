@@ -23,6 +23,7 @@ from prunetune.models import Arm
 from prunetune.models.adapter import projector_state
 from prunetune.models.hashes import tensor_hash
 from prunetune.scripts.launch import launch_line
+from prunetune.scripts.verify import verify
 from prunetune.train.callbacks import NumbersCallback, check_finite_weights
 from prunetune.train.checkpoints import Found, find_checkpoint, set_aside
 from prunetune.train.recalibrate import start, take_steps
@@ -70,6 +71,8 @@ def test_the_adapter_changes_the_projector_and_records_the_run(whole, untrained_
     assert record["data"]["samples"] == 96 and len(record["data"]["hash"]) == 64 and record["train"]["seed"] == 42
     assert {"torch", "transformers", "peft", "deepspeed"} <= record["versions"].keys() and record["wandb_run"]
     assert record["projector_hash"] == tensor_hash(projector_state(tuned))
+    checks = {check.link: check.holds for check in verify(output, base=str(untrained_folder))}
+    assert all(checks[link] for link in ("seal", "projector_hash", "frozen_hash", "original_projector_hash"))
 
 
 def test_checkpoints_hold_nothing_frozen(whole):

@@ -53,9 +53,10 @@ def changed(arm, **fields):
     ("fields", "message"),
     [
         (
-            {"format": 2},
-            r"manifest.json has format 2, this version reads 1; evaluate the arm again into",
+            {"format": 3},
+            r"manifest.json has format 3, this version reads 1 and 2; evaluate the arm again into",
         ),
+        ({"format": 2}, r"manifest.json can't be trusted: its seal is missing; evaluate the arm again"),
         ({"format": "left out"}, "has format None, this version reads 1"),
         ({"frozen_hash": "left out"}, "manifest.json: the field frozen_hash is missing; another version wrote it"),
         ({"seed": 3}, "manifest.json: the field seed is unknown; another version wrote it, evaluate the arm again"),
@@ -76,8 +77,8 @@ def test_an_arm_is_not_gone_on_with_in_a_folder_of_another_format(arm):
     manifest = read_manifest(arm)
     start(arm, manifest)  # the same arm: its rows are still there
     assert len(read_results(arm)) == 8
-    changed(arm, format=2)
-    with pytest.raises(TaskError, match="has format 2, this version reads 1"):
+    changed(arm, format=3)
+    with pytest.raises(TaskError, match="has format 3, this version reads 1 and 2"):
         start(arm, manifest)
 
 

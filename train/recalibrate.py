@@ -254,7 +254,7 @@ def save(
     stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     if stored != "float32":
         say(f"train.deepspeed {run.config.train.deepspeed} keeps no float32 weights: the adapter is stored in {stored}")
-    record = run_record(run.config, run.data, arm.base.frozen_hash, tensors, trained.step, tracker)
+    record = run_record(run.config, run.data, arm, tensors, trained.step, tracker)
     record |= {"trained_in": run.config.model.dtype, "stored_in": stored}
     if trained.skipped is not None:
         record["skipped_steps"] = trained.skipped
@@ -266,8 +266,8 @@ def save(
 def _made_with(arm: Arm) -> dict[str, Any]:
     """Return what else a run's numbers come from, as checkpoints hold it."""
     return {
-        "base model": arm.base.frozen_hash,
-        "original projector": arm.projector_hash,
+        "base model": arm.base.hashes.frozen_hash,
+        "original projector": arm.base.hashes.original_projector_hash,
         "tokenizer, processor or configuration": arm.base.settings_hash,
         "plug-ins": plugin_records(),
     }

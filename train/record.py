@@ -10,7 +10,11 @@ from torch import Tensor
 
 from prunetune.configs import RecalibrateConfig
 from prunetune.data_recipes import RecipeData
+from prunetune.models import Arm
+from prunetune.models.card import license_of
+from prunetune.models.code import code_record
 from prunetune.models.hashes import tensor_hash
+from prunetune.models.record import FORMAT, portable
 from prunetune.plugins import plugin_records
 from prunetune.train.tracking import Tracker
 
@@ -23,28 +27,37 @@ def library_versions() -> dict[str, str]:
 def run_record(
     config: RecalibrateConfig,
     data: RecipeData,
-    files_hash: str,
+    arm: Arm,
     tensors: Mapping[str, Tensor],
     step: int,
     tracker: Tracker | None,
 ) -> dict[str, Any]:
     """Return the record: the base, the pruner, the data, the seed and how far training went.
 
+    Paths stand in it as they were given, but absolute ones by their last part: the record travels with the adapter, and
+    the run's config.yaml, which stays where it is, has them whole.
+
     Args:
         config: the run's.
         data: what it trained on.
-        files_hash: the base's :func:`~prunetune.models.hashes.frozen_files_hash`.
+        arm: what was trained; of it the base's hashes and the text tower's.
         tensors: the trained projector.
         step: the last step's number.
         tracker: the run's, on rank 0.
     """
+    model, pruning, train = config.model.model_dump(), config.pruning.model_dump(), config.train.model_dump()
+    for section, name in ((model, "path"), (model, "template"), (pruning, "text_tower"), (train, "deepspeed")):
+        section[name] = portable(section[name])
     return {
-        "format": 1,
-        "base_model": config.model.path,
+        "format": FORMAT,
+        "base_model": model["path"],
         "base_revision": config.model.revision,
-        "frozen_hash": files_hash,  # of the base's files, see frozen_files_hash
+        "license": license_of(arm.base.folder),
+        **arm.base.hashes.record(),
+        "settings_hash": arm.base.settings_hash,
+        "text_tower_hash": arm.text_tower_hash,
         "projector_hash": tensor_hash(tensors),
-        "pruning": config.pruning.model_dump(),
+        "pruning": pruning,
         "data": {
             "recipe": data.name,
             "hash": data.content_hash,
@@ -54,9 +67,10 @@ def run_record(
             "broken": len(data.broken),
             "first_broken": list(data.broken[:3]),
         },
-        "train": config.train.model_dump(),
-        "model": config.model.model_dump(),
+        "train": train,
+        "model": model,
         "step": step,
+        "prunetune": code_record(),
         "plugins": plugin_records(),
         "versions": library_versions(),
         "wandb_run": tracker.run_id if tracker is not None else None,

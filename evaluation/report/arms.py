@@ -12,6 +12,8 @@ import numpy as np
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.metrics.averages import Average, average
 from prunetune.evaluation.records import Manifest, read_manifest, read_results
+from prunetune.evaluation.report.rows import check_results_hash, check_rows, check_scores
+from prunetune.models.record import portable
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class EvaluatedArm:
 
     @property
     def tuned(self) -> bool:
-        """Whether the projector comes from a recalibration."""
-        return self.manifest.projector.adapter is not None
+        """Whether the projector comes from a recalibration, as an adapter or merged into an export."""
+        return self.manifest.projector.adapter is not None or self.manifest.projector.tuned_for is not None
 
     @property
     def dense(self) -> bool:
@@ -73,7 +75,10 @@ class EvaluatedArm:
         target = self.manifest.projector.tuned_for
         if not self.tuned:
             return ""
-        if target is None or target == self.manifest.pruning.model_dump():
+        own = self.manifest.pruning.model_dump()
+        if target is not None and target.get("text_tower") is not None:
+            own["text_tower"] = portable(own["text_tower"])  # as the adapter's record has it
+        if target is None or target == own:
             return " + tuned projector"
         # The adapter's own word, which another version may have written.
         return f" + tuned projector (for {target.get('pruner')}, {target.get('keep')})"
@@ -95,7 +100,7 @@ class EvaluatedArm:
 
 
 def read_arm(folder: str | Path) -> EvaluatedArm:
-    """Read a finished arm; raises TaskError if it is missing, unfinished or short of rows."""
+    """Read a finished arm; raises TaskError if it is missing, unfinished, short of rows, or was edited."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     rows = read_results(folder)
@@ -105,12 +110,15 @@ def read_arm(folder: str | Path) -> EvaluatedArm:
         raise TaskError(f"{folder} has {len(rows)} results, its manifest says {expected}; evaluate it again")
     if not rows:
         raise TaskError(f"{folder} holds no result; evaluate it with at least one item")
+    check_rows(folder, manifest, rows)
     hidden = sorted({row.task for row in rows if row.score is None})
     if hidden:
         raise TaskError(
             f"{folder}: {', '.join(hidden)} has no score per item (hidden answers, or a score of the whole set); "
             "see its upload file or the metrics in manifest.json"
         )
+    check_scores(folder, manifest, rows)
+    check_results_hash(folder, manifest)
     values: dict[str, list[Any]] = {"ids": [], "sources": [], "images": [], "scores": []}
     for row in rows:
         values["ids"].append(f"{row.task}/{row.id}")

@@ -12,11 +12,13 @@ from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.metrics.averages import average
 from prunetune.evaluation.metrics.intervals import bootstrap_interval
 from prunetune.evaluation.report.arms import EvaluatedArm, read_arm
+from prunetune.models.code import told
+from prunetune.models.seal import short
 
 # What may differ between arms of one table. Within a tuned arm and its training-free twin only the projector may.
 # Everything else that is in a manifest moves numbers: the batch size and the image processor in their last bits, which
 # decide between two tokens of half precision, and with them between two answers.
-_ARM = {"projector", "pruning", "plugins"}
+_ARM = {"projector", "pruning", "plugins", "text_tower_hash"}
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,9 @@ def _facts(arm: EvaluatedArm) -> dict[str, Any]:
         "frozen_hash": manifest.frozen_hash[:16],
         "projector_hash": manifest.projector.hash[:16],
         "pruning": json.dumps(manifest.pruning.model_dump(), sort_keys=True),
+        "original_projector_hash": (manifest.original_projector_hash or "")[:16],
+        "adapter_hash": (manifest.projector.stored_hash or "")[:16],
+        "prunetune": told(None if manifest.prunetune is None else manifest.prunetune.model_dump()),
     }
 
 
@@ -128,9 +133,10 @@ def check_comparable(arms: list[EvaluatedArm]) -> None:
     """
     # Against the first is enough: arms that equal it in a field equal one another.
     first = arms[0]
-    own = first.manifest.settings()
+    own = _shared(first)
     for arm in arms[1:]:
-        other = arm.manifest.settings()
+        _check_formats(first, arm)
+        other = _shared(arm)
         for key in sorted({*own, *other} - _ARM):
             if own.get(key) != other.get(key):
                 raise TaskError(
@@ -143,6 +149,26 @@ def check_comparable(arms: list[EvaluatedArm]) -> None:
     for arm in arms:
         if arm.tuned:
             _check_twin(arm, arms)
+
+
+def _shared(arm: EvaluatedArm) -> dict[str, Any]:
+    """Return what all arms of a table must agree in."""
+    values = arm.manifest.settings()
+    if values.get("prunetune") is not None:
+        # The source may differ between arms of one version; a tuned arm and its twin must agree in it, see below.
+        values["prunetune"] = {"version": values["prunetune"]["version"]}
+    return values
+
+
+def _check_formats(first: EvaluatedArm, arm: EvaluatedArm) -> None:
+    """Check that both arms are sealed, or neither: of one that is not, nobody knows which projector it ran with."""
+    if first.manifest.format == arm.manifest.format:
+        return
+    older = min(first, arm, key=lambda one: one.manifest.format)
+    raise TaskError(
+        f"{older.folder} was evaluated by a version that did not record the base's projector (format "
+        f"{older.manifest.format}), and can't be compared with arms that do; evaluate it again into another folder"
+    )
 
 
 def _check_twin(arm: EvaluatedArm, arms: list[EvaluatedArm]) -> None:
@@ -160,6 +186,19 @@ def _check_twin(arm: EvaluatedArm, arms: list[EvaluatedArm]) -> None:
         raise TaskError(
             f"{twin.folder} and {arm.folder} ran with different plug-ins ({', '.join(sorted(different))}); evaluate "
             "both with the same"
+        )
+    towers = [one.manifest.text_tower_hash for one in (twin, arm)]
+    if towers[0] != towers[1]:
+        raise TaskError(
+            f"{twin.folder} and {arm.folder} ran with different text towers ({short(towers[0])} and "
+            f"{short(towers[1])}); evaluate both with the same"
+        )
+    codes = [one.manifest.prunetune for one in (twin, arm)]
+    if len({code.sha256 for code in codes if code is not None}) > 1:
+        versions = " and ".join(told(code.model_dump()) for code in codes if code is not None)
+        raise TaskError(
+            f"{twin.folder} and {arm.folder} ran with different sources of prunetune: {versions}; evaluate both with "
+            "the same"
         )
 
 

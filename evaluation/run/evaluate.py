@@ -17,6 +17,7 @@ from prunetune.data_recipes import Formatter, Sample, Turn
 from prunetune.data_recipes.images import limited
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import (
+    CodeRecord,
     KeptTokens,
     Manifest,
     PluginRecord,
@@ -25,14 +26,16 @@ from prunetune.evaluation.records import (
     TaskRecord,
     TaskSummary,
     read_results,
+    results_hash,
     write_manifest,
 )
 from prunetune.evaluation.run.shards import Batches, gather, shard, start
 from prunetune.evaluation.tasks import Benchmark, Item, Scored, get_task
 from prunetune.evaluation.tasks.base import Questions, items_hash, task_folder
-from prunetune.models import Arm
-from prunetune.models.adapter import tuned_for
+from prunetune.models import Arm, read_record
+from prunetune.models.code import code_record
 from prunetune.models.ranks import Ranks, join_ranks
+from prunetune.models.record import required
 from prunetune.outputs import EVALUATION, OutputFolder
 from prunetune.plugins import plugin_records
 
@@ -119,7 +122,7 @@ def _fill(folder: OutputFolder, config: EvaluateConfig, arm: Arm | None, device:
         for work in works:
             summaries[work.task.name] = _summary(work, rows, folder)
         # Last of all: killed before this line, the arm is still unfinished, and compare says so.
-        write_manifest(output, manifest.finished(summaries, _kept(rows), rate))
+        write_manifest(output, manifest.finished(summaries, _kept(rows), rate, results_hash(output)))
 
 
 def _work(name: str, config: EvaluateConfig) -> Work:
@@ -241,15 +244,26 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm) -> Manifest:
             prompt=work.task.prompt,
         )
     # What the projector was trained for, from the adapter's own record: its folder may have been renamed since.
-    target = None if config.adapter is None else tuned_for(config.adapter)
-    projector = ProjectorRecord(adapter=config.adapter, hash=arm.projector_hash, tuned_for=target)
+    tuned_for = stored_hash = None
+    # An export has no adapter, and is tuned all the same: nothing may take it for training-free.
+    tuned = arm.base.exported if config.adapter is None else read_record(config.adapter)
+    if tuned is not None:
+        source = config.adapter or config.model.path
+        tuned_for = required(tuned, "pruning", source)
+        stored_hash = required(tuned, "projector_hash", source)
+    projector = ProjectorRecord(
+        adapter=config.adapter, hash=arm.projector_hash, tuned_for=tuned_for, stored_hash=stored_hash
+    )
     return Manifest(
         model=config.model,
-        frozen_hash=arm.base.frozen_hash,
+        frozen_hash=arm.base.hashes.frozen_hash,
+        original_projector_hash=arm.base.hashes.original_projector_hash,
+        projectors=list(arm.base.hashes.projectors),
         settings_hash=arm.base.settings_hash,
         template_hash=hashlib.sha256(arm.template.encode()).hexdigest(),
         projector=projector,
         pruning=config.pruning,
+        text_tower_hash=arm.text_tower_hash,
         tasks=tasks,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
@@ -257,5 +271,6 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm) -> Manifest:
         image_processor=type(arm.processor.image_processor).__name__,
         device=torch.cuda.get_device_name() if arm.device.type == "cuda" else platform.machine(),
         versions={name: version(name) for name in ("torch", "transformers")},
+        prunetune=CodeRecord(**code_record()),
         plugins=[PluginRecord(**plugin) for plugin in plugin_records()],
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from prunetune.cli.options import overwrite_option
+from prunetune.cli.options import overwrite_option, plugins_option
 
 
 @click.command("compare")
@@ -16,6 +16,7 @@ from prunetune.cli.options import overwrite_option
 @click.option("--difficulty-filter", type=Path, metavar="RUN", help="only what this downsample arm gets wrong")
 @click.option("--quoted", type=Path, metavar="FILE", help="YAML list of rows from papers, shown and marked as quoted")
 @overwrite_option
+@plugins_option
 def command(
     runs: tuple[Path, ...],
     output: Path,

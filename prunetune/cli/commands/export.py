@@ -14,14 +14,35 @@ from prunetune.cli.options import DTYPES, overwrite_option
 @click.option("--dtype", type=DTYPES, default="float32", help="dtype of the written weights")
 @click.option("--output", type=Path, required=True, help="folder that is written")
 @overwrite_option
-def command(model: str, revision: str | None, adapter: str, dtype: str, output: Path, overwrite: bool) -> None:
+@click.option("--rows", type=Path, metavar="FILE", help="table.csv of a comparison with this adapter, for the card")
+@click.option("--push-to-hub", metavar="REPO", help="upload the folder to this repository of the Hugging Face hub")
+@click.option("--private", is_flag=True, help="make the repository private, if it is new")
+def command(
+    model: str,
+    revision: str | None,
+    adapter: str,
+    dtype: str,
+    output: Path,
+    overwrite: bool,
+    rows: Path | None,
+    push_to_hub: str | None,
+    private: bool,
+) -> None:
     """Merge a recalibrated projector into a full stock checkpoint."""
     from prunetune.configs import ModelConfig
-    from prunetune.models import Arm, export_merged
+    from prunetune.models import Arm, export_merged, read_record
+    from prunetune.models.card import measured_rows
+    from prunetune.models.hub import push
+    from prunetune.models.record import warning
     from prunetune.outputs import EXPORT, OutputFolder
 
     config = ModelConfig.model_validate({"path": model, "revision": revision, "dtype": dtype})
+    record = read_record(adapter)
+    measured = measured_rows(rows, record) if rows is not None else None
     with OutputFolder(output, EXPORT, overwrite, reads=(model, adapter)):  # before minutes of loading
         arm = Arm.load(config, adapter=adapter, device="cpu")
-        export_merged(arm.model, arm.processor, output)
+        export_merged(arm.model, arm.processor, output, record, measured)
     print(f"stock checkpoint and mm_projector.bin: {output}")
+    print(f"warning: {warning(record)}")
+    if push_to_hub is not None:
+        print(f"uploaded: {push(output, push_to_hub, private)}")

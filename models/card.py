@@ -1,0 +1,228 @@
+"""Model cards of adapters and exports: what they were tuned for, and how they are loaded so that they work."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunetune.models.errors import CheckpointError
+from prunetune.models.record import read_record
+from prunetune.models.seal import short
+
+CARD = "README.md"
+_MARK = "<!-- written by prunetune, sha256 {} -->\n"
+_MARKED = re.compile(r"<!-- written by prunetune, sha256 ([0-9a-f]{64}) -->\n\Z")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TAGS = ("prunetune", "visual-token-pruning")
+
+
+def adapter_card(record: Mapping[str, Any], rows: str | None = None) -> str:
+    """Return the README.md of an adapter.
+
+    Args:
+        record: its ``prunetune.json``.
+        rows: measured rows of a comparison, as a Markdown table.
+    """
+    header = {"library_name": "peft", "base_model_relation": "adapter"}
+    what = "A recalibrated projector, as a PEFT adapter of"
+    unpruned = "Stock PEFT loads this folder as well, and then nothing prunes: use that for inspection only."
+    return _card(record, header, what, unpruned, rows)
+
+
+def export_card(record: Mapping[str, Any], rows: str | None = None) -> str:
+    """Return the README.md of a merged export; its record and rows as those of an adapter."""
+    header = {"library_name": "transformers", "base_model_relation": "finetune"}
+    what = "A full checkpoint with a recalibrated projector, made of"
+    unpruned = (
+        "Stock transformers loads this folder as well, and then nothing prunes: use that for inspection, or with a "
+        "program that prunes in the same way."
+    )
+    return _card(record, header, what, unpruned, rows)
+
+
+def _card(record: Mapping[str, Any], header: dict[str, str], what: str, unpruned: str, rows: str | None) -> str:
+    pruning = record.get("pruning") or {}
+    pruner, keep = pruning.get("pruner", "?"), pruning.get("keep", "?")
+    base = record.get("base_model") or "?"
+    parts = [
+        _header(record, header),
+        f"# {base} tuned for {pruner} at {keep} visual tokens\n",
+        f"{what} `{base}`: only the projector differs, recalibrated with prunetune "
+        f"for the visual-token pruner `{pruner}`.\n",
+        f"> **Without that pruning it answers worse than the untouched base.** {unpruned}\n",
+        "## How to load it, pruned\n",
+        _loading(record),
+        "## What it was tuned for\n",
+        _facts(record, pruning),
+    ]
+    if rows:
+        parts += ["## Measured\n", rows.rstrip() + "\n"]
+    parts += ["## Seals\n", _seals(record)]
+    text = "\n".join(parts) + "\n"
+    return text + _MARK.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def _header(record: Mapping[str, Any], fields: dict[str, str]) -> str:
+    values: dict[str, Any] = {}
+    base = str(record.get("base_model") or "")
+    # The hub refuses a card whose base is no id of its own; the text names any other.
+    if _HUB_ID.fullmatch(base):
+        values["base_model"] = base
+    else:
+        fields = {name: value for name, value in fields.items() if name != "base_model_relation"}
+    if record.get("license"):
+        values["license"] = record["license"]
+    values |= fields
+    values |= {"pipeline_tag": "image-text-to-text", "tags": list(TAGS)}
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
+
+
+def _loading(record: Mapping[str, Any]) -> str:
+    told = ""
+    names = [plugin["name"] for plugin in record.get("plugins") or []]
+    if names:
+        told = f"It needs the plug-ins {', '.join(names)}; load them first with `prunetune.plugins.load_plugins`.\n"
+    return (
+        "```python\nimport prunetune\n\n"
+        'arm = prunetune.load("FOLDER_OR_HUB_ID")  # of this card; checks every hash\n'
+        'inputs = arm.place(arm.processor(images=image, text=prompt, return_tensors="pt"))\n'
+        "print(arm.processor.batch_decode(arm.pruned.generate(**inputs, max_new_tokens=32).tokens))\n```\n" + told
+    )
+
+
+def _facts(record: Mapping[str, Any], pruning: Mapping[str, Any]) -> str:
+    """Return a list of what the record says of pruner, data and training; what it does not say is left out."""
+    lines = [
+        f"- pruner: `{pruning.get('pruner', '?')}`, keep {pruning.get('keep', '?')} per {pruning.get('scope', '?')}"
+    ]
+    if pruning.get("options"):
+        lines.append(f"- options: `{json.dumps(pruning['options'])}`")
+    if pruning.get("text_tower"):
+        lines.append(f"- text tower: `{pruning['text_tower']}`")
+    data = record.get("data") or {}
+    if data:
+        counts = ", ".join(f"{name} {count:,}" for name, count in (data.get("counts") or {}).items())
+        lines.append(f"- data: recipe `{data.get('recipe')}`, {data.get('samples', 0):,} samples ({counts})")
+    if record.get("step") is not None:
+        lines.append(f"- steps: {record['step']:,}")
+    model = record.get("model") or {}
+    if model.get("dtype"):
+        lines.append(f"- dtype of the run: {model['dtype']}")
+    return "\n".join(lines) + "\n"
+
+
+def _seals(record: Mapping[str, Any]) -> str:
+    lines = []
+    for name in ("frozen_hash", "original_projector_hash", "text_tower_hash", "projector_hash"):
+        if record.get(name):
+            lines.append(f"- `{name}` {short(record[name])}")
+    lines.append("\nThe whole hashes are in `prunetune.json`; `prunetune verify FOLDER` checks them.\n")
+    return "\n".join(lines)
+
+
+def license_of(folder: Path) -> str | None:
+    """Return the licence that a checkpoint's own card names; None if it has no card, or the card names none."""
+    path = folder / CARD
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else None
+    except (IndexError, UnicodeDecodeError, yaml.YAMLError):
+        return None  # somebody else's card, which decides nothing here
+    found = values.get("license") if isinstance(values, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def check_untouched(folder: Path) -> None:
+    """Check that a folder's card may be written: there is none, or it is as prunetune wrote it.
+
+    Raises:
+        CheckpointError: if somebody else wrote or edited it.
+    """
+    path = folder / CARD
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    marked = _MARKED.search(text)
+    if marked is None or hashlib.sha256(text[: marked.start()].encode()).hexdigest() != marked[1]:
+        raise CheckpointError(f"{path} was written or edited by somebody else; move it away to have a new one written")
+
+
+def measured_rows(table: Path, record: Mapping[str, Any]) -> str:
+    """Return the rows of a comparison as Markdown for a card.
+
+    Args:
+        table: a comparison's table.csv, or its folder.
+        record: of the adapter that the card is of.
+
+    Raises:
+        CheckpointError: if the file is no such table, is of another base, or has no row of this projector.
+    """
+    path = table / "table.csv" if table.is_dir() else table
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; give the table.csv of prunetune compare")
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CheckpointError(f"{path} is no table of prunetune compare: {error}") from None
+    needed = ("arm", "kept_tokens", "overall", "relative_to_dense", "tuned_minus_training_free", "frozen_hash")
+    lacking = [name for name in (*needed, "adapter_hash") if not rows or name not in rows[0]]
+    if lacking:
+        raise CheckpointError(f"{path} is no table of this version's prunetune compare: it lacks {', '.join(lacking)}")
+    own = False
+    lines = [
+        "| arm | visual tokens | overall | of dense | tuned - training-free |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        if not row["quoted"] and row["frozen_hash"] != str(record.get("frozen_hash"))[:16]:
+            raise CheckpointError(
+                f"{path}: {row['arm']} ran on frozen weights {row['frozen_hash']}, the projector is for "
+                f"{str(record.get('frozen_hash'))[:16]}; give a comparison of the same base"
+            )
+        own = own or row["adapter_hash"] == str(record.get("projector_hash"))[:16]
+        lines.append(_row(row))
+    if not own:
+        raise CheckpointError(
+            f"{path} has no row of the projector {str(record.get('projector_hash'))[:16]}; compare an arm with this "
+            "adapter"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _row(row: Mapping[str, str]) -> str:
+    name = f"{row['arm']} (quoted: {row['quoted']})" if row["quoted"] else row["arm"]
+    numbers = [f"{float(row[key]):g}" if row[key] else "" for key in ("kept_tokens",)]
+    for key in ("overall", "relative_to_dense", "tuned_minus_training_free"):
+        numbers.append(f"{float(row[key]):.1f}" if row[key] else "")
+    return f"| {' | '.join([name, *numbers])} |"
+
+
+def write_card(folder: Path, table: Path | None = None) -> Path:
+    """Write the card of an adapter or an export anew.
+
+    Args:
+        folder: the artefact's.
+        table: a comparison's table.csv, whose rows are shown; None shows none.
+
+    Raises:
+        CheckpointError: if the folder holds no artefact, its card was edited, or the table is of another projector.
+    """
+    record = read_record(folder)
+    check_untouched(folder)
+    rows = None if table is None else measured_rows(table, record)
+    make = export_card if "export" in record else adapter_card
+    path = folder / CARD
+    partial = path.with_name(CARD + ".partial")
+    partial.write_text(make(record, rows), encoding="utf-8")
+    partial.replace(path)
+    return path
