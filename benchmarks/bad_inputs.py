@@ -167,7 +167,7 @@ class World:
         for name, parameter in peft_model.named_parameters():
             parameter.requires_grad_("modules_to_save" in name)
         tensors = gathered_projector(peft_model)
-        record = run_record(config, data, arm.base.frozen_hash, tensors, 1, None)
+        record = run_record(config, data, arm, tensors, 1, None)
         write_adapter(self.folder / "adapter", tensors, peft_model, record)
 
 
