@@ -255,18 +255,29 @@ KINDS = [
     ),
 ]
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+
+def _cut(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) * 3 // 5])
+
+
+def _into_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "is empty": lambda file: file.write_bytes(b""),
-    "is cut short": lambda file: file.write_bytes(file.read_bytes()[: len(file.read_bytes()) * 3 // 5]),
+    "is cut short": _cut,
     "is no text": lambda file: file.write_bytes(b"\xff\xfe\x00\x93" * 20),
     "holds a list": lambda file: file.write_text("[1, 2]"),
     "holds a number": lambda file: file.write_text("7"),
-    "is a folder": lambda file: (file.unlink(), file.mkdir())[0],
-    "is missing": lambda file: file.unlink(),
+    "is a folder": _into_folder,
+    "is missing": Path.unlink,
 }
 
 
-def _damaged(world: World, kind: Kind, damage: Callable[[Path], None]) -> Make:
+def _damaged(world: World, kind: Kind, damage: Callable[[Path], object]) -> Make:
     def make(folder: Path) -> list[str]:
         file, line = kind.copied(world, folder)
         damage(file)
@@ -477,7 +488,7 @@ def option_cases(world: World) -> Iterator[Case]:
 def model_cases(world: World) -> Iterator[Case]:
     """Yield model folders with a file that is missing, cut short or of another kind."""
 
-    def make(name: str, change: Callable[[Path], None]) -> Make:
+    def make(name: str, change: Callable[[Path], object]) -> Make:
         def write(folder: Path) -> list[str]:
             shutil.copytree(TINY_VLM, folder / "model")
             change(folder / "model" / name)
@@ -539,7 +550,7 @@ def deepspeed_cases(world: World) -> Iterator[Case]:
     line = ["train", "--config", world.file("recalibrate.yaml"), "--data.max_samples", "8", "--train.deepspeed"]
     for name, damage in DAMAGES.items():
 
-        def write(folder: Path, damage: Callable[[Path], None] = damage) -> list[str]:
+        def write(folder: Path, damage: Callable[[Path], object] = damage) -> list[str]:
             shutil.copy(world.file("zero.json"), folder / "zero.json")
             damage(folder / "zero.json")
             return [*line, str(folder / "zero.json"), "--output", str(folder / "out")]

@@ -79,7 +79,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _written(node: yaml.Node) -> str:
-    return shown(node.value) if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
+    return shown(node.value) if isinstance(node, yaml.ScalarNode) else "a list or a section"
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -53,7 +54,7 @@ def load_model(
     folder = checkpoint_folder(path, revision)
     try:
         with no_progress_bar():
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 folder, dtype=getattr(torch, dtype), attn_implementation=attention, output_loading_info=True
             )
     except torch.OutOfMemoryError:  # nothing is wrong with the checkpoint
@@ -65,6 +66,7 @@ def load_model(
         raise CheckpointError(
             f"{path!r} is no vision-language checkpoint that transformers can load: {_line(error)}"
         ) from error
+    model, info = loaded
     # transformers fills what is missing with random numbers, and says so in a log alone.
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
