@@ -19,6 +19,7 @@ from prunetune.data_recipes import DataError, chat_templates, formats
 from prunetune.data_recipes.chat_templates import register_template, template_file
 from prunetune.evaluation.tasks import TaskError, base, get_task
 from prunetune.models.ranks import Ranks
+from prunetune.models.seal import sealed
 from prunetune.plugins import PluginError, load_plugins, plugin_records
 from prunetune.pruning import PruningError, build_pruner, registered_methods, registry
 from prunetune.scripts.launch import launch_line
@@ -219,7 +220,17 @@ def test_the_examples_pruner_is_recalibrated_on_two_ranks_and_evaluated(examples
     main(["compare", "free", "again", "--output", "table"])
     assert "norm (power=1.0) + tuned projector" in capsys.readouterr().out
 
+    # In a process that has not loaded the benchmark, whose scores are checked.
+    line = [sys.executable, "-m", "prunetune", "compare", "free", "again", "--output", "table"]
+    paths = {**environment(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, cwd=examples, env=paths, capture_output=True, text=True)
+    assert done.returncode == 1 and "'colours' is not loaded here" in done.stderr
+    assert "--plugins colours.py --plugins norm.py" in done.stderr and "Traceback" not in done.stderr
+    line += ["--plugins", "my_pruning/colours.py"]
+    done = subprocess.run(line, cwd=examples, env=paths, capture_output=True, text=True)
+    assert done.returncode == 0 and "+ tuned projector" in done.stdout, done.stderr
+
     manifest["plugins"][1]["sha256"] = "another"
-    (examples / "again" / "manifest.json").write_text(json.dumps(manifest))
+    (examples / "again" / "manifest.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(SystemExit, match=r"free and again ran with different plug-ins \(norm.py\)"):
         main(["compare", "free", "again", "--output", "table"])
