@@ -13,6 +13,7 @@ from prunetune.assets import shipped
 from prunetune.models.errors import CheckpointError
 from prunetune.models.seal import sealed, short, why_unsealed
 from prunetune.models.stored import BaseHashes
+from prunetune.reading import read_json
 
 RECORD = "prunetune.json"
 FORMAT = 2
@@ -55,10 +56,7 @@ def parsed_record(folder: str | Path) -> dict[str, Any]:
             f"{folder} is no recalibrated projector: {RECORD} is missing; give the `adapter` folder of "
             "a recalibration's output"
         )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path} is broken: {error}; take the folder as it was written") from None
+    record = read_json(path, CheckpointError)
     if not isinstance(record, dict):
         raise CheckpointError(f"{path} is no record: it holds {type(record).__name__}, expected an object")
     if record.get("format") not in _READ:

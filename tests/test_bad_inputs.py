@@ -20,7 +20,7 @@ from prunetune.data_recipes import DataError, Turn, load_recipe
 from prunetune.data_recipes.images import FolderImages, TooLarge, limited
 from prunetune.data_recipes.parquet import ParquetImages
 from prunetune.models import CheckpointError, load_model, read_record
-from prunetune.models.adapter import tuned_for
+from prunetune.models.record import required
 from prunetune.pruning import PruningError, build_pruner
 from prunetune.reading import parse_json, parse_yaml, shown
 
@@ -238,15 +238,18 @@ def test_a_record_that_is_a_list_or_lacks_a_key_is_named(world, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "prunetune.json").write_text("[1]")
-    with pytest.raises(CheckpointError, match="expected an object, got list"):
+    with pytest.raises(CheckpointError, match="it holds list, expected an object"):
         read_record(folder)
-    (folder / "prunetune.json").write_text('{"frozen_hash": null}')
-    with pytest.raises(CheckpointError, match="frozen_hash is None, expected str"):
+    (folder / "prunetune.json").write_text('{"format": 1, "frozen_hash": 7}')
+    with pytest.raises(CheckpointError, match="frozen_hash is int, expected str"):
         read_record(folder)
     (folder / "prunetune.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="does not say for which pruning"):
-        tuned_for(folder)
-    assert tuned_for(world.folder / "adapter")["pruner"] == "divprune"
+    with pytest.raises(CheckpointError, match="has format None, this version reads"):
+        read_record(folder)
+    (folder / "prunetune.json").write_text('{"format": 1}')
+    with pytest.raises(CheckpointError, match="lacks 'pruning'"):
+        required(read_record(folder), "pruning", folder)
+    assert read_record(world.folder / "adapter")["pruning"]["pruner"] == "divprune"
 
 
 def test_a_model_that_lacks_weights_is_not_filled_with_random_ones(tmp_path):

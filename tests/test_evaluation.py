@@ -230,7 +230,7 @@ def test_an_edited_template_or_processor_is_a_difference(arms, settings, untrain
     shutil.copytree(untrained_folder, edited)
     template = edited / "chat_template.jinja"
     template.write_text(template.read_text().replace("USER", "USER USER"))
-    arm = evaluate(settings("edited", "--model.path", str(edited)))
+    arm = evaluate(settings("of_edited", "--model.path", str(edited)))
     changed(arm, model={"path": str(untrained_folder)})
     with pytest.raises(TaskError, match="differ in settings_hash"):
         compare([arms["free"], arm])
