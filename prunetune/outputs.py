@@ -95,7 +95,7 @@ CHECKPOINT_FILES = (
     "scheduler.pt",
     "trainer_state.json",
     "training_args.bin",
-    "zero_to_fp32.py",
+    "zero_to_*.py",
 )
 EVALUATION = Kind(
     "evaluation",
@@ -424,7 +424,7 @@ def delete(folder: Path, files: Collection[str], first: str = "") -> None:
 def replaced_folder(folder: Path, ours: Collection[str], sign: str) -> Iterator[Path]:
     """Yield an empty folder that takes the place of ``folder`` when the block ends, and not if it fails.
 
-    Files of others in the older folder are carried over.
+    Files of others in the older folder are carried over, and none of them is replaced.
 
     Args:
         folder: destination.
@@ -432,19 +432,20 @@ def replaced_folder(folder: Path, ours: Collection[str], sign: str) -> Iterator[
         sign: the one of them by which the older folder is known to be ours.
 
     Raises:
-        OutputError: if there is a folder without it, or the disk is full.
+        OutputError: if a file of others has a name of ours, or the disk is full.
     """
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _recover(folder.parent, folder.name)
-        if folder.exists() and not (folder / sign).is_file() and os.listdir(folder):
-            raise OutputError(f"{folder} has no {sign}, so prunetune did not write it; choose another folder")
+        if not (folder / sign).is_file():
+            _refuse_names(folder, ours, f"and there is no {sign} that would say it is ours")
         new = folder.parent / f"{_STAGED}{secrets.token_hex(8)}"
         new.mkdir()
         try:
             yield new
+            _refuse_names(folder, [file for file in _files(new) if file not in ours], "and prunetune did not write it")
             for file in _files(folder):
-                if file not in ours and not (new / file).exists():
+                if file not in ours:
                     (new / file).parent.mkdir(parents=True, exist_ok=True)
                     _copy(folder / file, new / file)
             for file in _files(new):
@@ -610,6 +611,13 @@ def _recover(folder: Path, name: str | None = None) -> None:
                 staged.unlink(missing_ok=True)
 
 
+def _refuse_names(folder: Path, names: Collection[str], why: str) -> None:
+    """Raise OutputError if one of some names is there."""
+    for name in names:
+        if (folder / name).exists():
+            raise OutputError(f"{folder / name} is in the way, {why}; move it, or choose another folder")
+
+
 def _copy(source: Path, target: Path) -> None:
     """Give a file a second name, or copy it where that can't be had."""
     try:
@@ -685,8 +693,13 @@ def _lock(folder: Path) -> tuple[int, bool, str]:
                 break
         os.close(number)
     token = secrets.token_hex(8)
-    os.ftruncate(number, 0)
-    os.pwrite(number, json.dumps(_myself(token)).encode() + b"\n", 0)
+    try:
+        os.ftruncate(number, 0)
+        os.pwrite(number, json.dumps(_myself(token)).encode() + b"\n", 0)
+    except OSError:  # a full disk
+        path.unlink(missing_ok=True)
+        os.close(number)
+        raise
     return _kept(number, taken), True, token
 
 

@@ -191,10 +191,17 @@ def test_a_replaced_folder_keeps_the_files_of_others(tmp_path):
                                "adapter.partial/mine.txt"}  # fmt: skip
     assert (target / "weights").read_text() == "two"
     with (
-        pytest.raises(OutputError, match="has no record, so prunetune did not write it"),
-        outputs.replaced_folder(tmp_path / "adapter.old", ("record",), sign="record"),
+        pytest.raises(OutputError, match=r"mine.txt is in the way, and prunetune did not write it"),
+        outputs.replaced_folder(tmp_path / "adapter.old", ("record",), sign="record") as new,
+    ):
+        (new / "mine.txt").write_text("ours")
+    (target / "record").unlink()
+    with (
+        pytest.raises(OutputError, match=r"weights is in the way, and there is no record that would say it is ours"),
+        outputs.replaced_folder(target, ("record", "weights"), sign="record"),
     ):
         pass
+    assert (tmp_path / "adapter.old" / "mine.txt").read_text() == "mine" and (target / "weights").read_text() == "two"
 
 
 @pytest.mark.parametrize("at", [1, 2])

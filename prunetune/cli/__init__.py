@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from typing import Any
 
 import click
 
@@ -27,6 +30,7 @@ def commands(context: click.Context) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run a subcommand; errors of the user's making end with their message alone."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.unraisablehook = _interrupt_again
     try:
         commands.main(arguments, prog_name="prunetune", standalone_mode=False)
     except PrunetuneError as error:  # anything else is a bug and shows where it is
@@ -43,3 +47,15 @@ def _interrupted(arguments: list[str]) -> str:
     if arguments and arguments[0] in GO_ON:
         return f"{INTERRUPTED}: it goes on where this one stopped"
     return f"{INTERRUPTED}: it starts over, and what was complete before is untouched"
+
+
+def _interrupt_again(lost: Any) -> None:
+    """Interrupt once more where Python has no choice but to drop a Ctrl-C: in a finalizer, of a weak reference say."""
+    if lost.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(lost)
+    elif not sys.is_finalizing():
+        # A moment later and from elsewhere: raised in here, it would be dropped as well.
+        main_thread = threading.main_thread().ident
+        again = threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT))
+        again.daemon = True
+        again.start()
