@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +44,11 @@ def _table(path: Path) -> Dataset:
     from datasets import load_dataset, load_from_disk
 
     try:
-        if path.is_dir():
-            rows = load_from_disk(str(path))
-        else:
-            rows = load_dataset("parquet", data_files=str(path), split="train")
+        with _without_its_errors():
+            if path.is_dir():
+                rows = load_from_disk(str(path))
+            else:
+                rows = load_dataset("parquet", data_files=str(path), split="train")
     # Arrow, the Parquet reader and `datasets` have no error in common for a file that is broken or empty.
     except Exception as error:
         cause = error.__cause__ or error
@@ -54,6 +57,18 @@ def _table(path: Path) -> Dataset:
     if isinstance(rows.features.get("image"), ImageColumn):
         rows = rows.cast_column("image", ImageColumn(decode=False))
     return rows
+
+
+@contextmanager
+def _without_its_errors() -> Iterator[None]:
+    """While open, `datasets` logs nothing: what it raises is said in our own line, and need not stand above it."""
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class ParquetImages(StoredImages):
