@@ -47,7 +47,7 @@ TINY = ["recalibrate", "--config", "recalibrate/tiny_divprune_16", "--model.path
     (["--train.epochs", ".inf"], "train.epochs: input should be a finite number, got inf"),
     (["--train.epochs", ".nan"], "train.epochs: input should be"),
     (["--tracking.wandb", "online"], "no W&B key"),
-    (["--output", "{tmp}/broken.json"], "broken.json can't be written"),
+    (["--output", "{tmp}/broken.json"], "broken.json is a file, and a folder is needed"),
 ])  # fmt: skip
 def test_nothing_is_started_for_what_can_not_work(options, message, tmp_path, monkeypatch):
     def started(*_, **__):

@@ -12,7 +12,7 @@ from benchmark_files import FILES, S
 from conftest import ROOT
 
 from prunetune.configs import EvaluateConfig, load_config, to_yaml
-from prunetune.evaluation.records import read_results
+from prunetune.evaluation.records import read_manifest, read_results, write_manifest
 from prunetune.evaluation.report.compare import compare
 from prunetune.evaluation.report.score import score_file
 from prunetune.evaluation.run.evaluate import evaluate
@@ -70,12 +70,15 @@ def test_files_to_score_and_a_second_run_resumes(name, settings, tmp_path):
     lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
     part = settings(name, "part")
     Path(part.output).mkdir()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for key in ("metrics", "kept_tokens", "items_per_second"):
-        del manifest[key]
-    (Path(part.output) / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    write_manifest(Path(part.output), unfinished(folder))
     (Path(part.output) / "results.jsonl").write_text("".join(lines[:7]))
     assert (evaluate(part) / "results.jsonl").read_text() == "".join(lines)
+
+
+def unfinished(folder):
+    """The manifest of an arm as it was before its last item was answered."""
+    outcome = ("metrics", "kept_tokens", "items_per_second", "results_hash")
+    return read_manifest(folder).model_copy(update={"complete": False, **dict.fromkeys(outcome)})
 
 
 def test_prompts_are_the_published_ones(tmp_path):
@@ -135,9 +138,7 @@ def test_two_ranks_write_what_one_process_writes(settings, tmp_path):
     (two / "results.jsonl").write_text("".join(lines[:2]))
     (two / "results.rank0.jsonl").write_text("".join(lines[6:8]))
     (two / "results.rank2.jsonl").write_text("".join(lines[8:11]) + lines[11][:20])
-    for key in ("metrics", "kept_tokens", "items_per_second"):
-        del ours[key]
-    (two / "manifest.json").write_text(json.dumps({**ours, "complete": False}))
+    write_manifest(two, unfinished(two))
     assert (evaluate(config) / "results.jsonl").read_text() == "".join(lines)
 
 

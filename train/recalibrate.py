@@ -348,6 +348,7 @@ def main(arguments: list[str]) -> None:
     request.listen()
     with ExitStack() as stack:
         adapter = _main(options, overrides, ranks, request, stack)
+    request.finish()
     if adapter is None:
         sys.exit(REQUEUE)
 
