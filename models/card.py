@@ -16,6 +16,7 @@ import yaml
 from prunetune.models.errors import CheckpointError
 from prunetune.models.record import read_record
 from prunetune.models.seal import short
+from prunetune.outputs import write_text
 
 CARD = "README.md"
 _MARK = "<!-- written by prunetune, sha256 {} -->\n"
@@ -222,7 +223,5 @@ def write_card(folder: Path, table: Path | None = None) -> Path:
     rows = None if table is None else measured_rows(table, record)
     make = export_card if "export" in record else adapter_card
     path = folder / CARD
-    partial = path.with_name(CARD + ".partial")
-    partial.write_text(make(record, rows), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, make(record, rows))
     return path

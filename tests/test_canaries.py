@@ -63,9 +63,10 @@ CANARIES = (
     "recalibrate/mine.txt",
     ".hidden/config.yaml",
 )
-SILENT = {"completion", "configs list", "configs show", "data check", "data prepare", "env", "list", "score"}
+SILENT = {"completion", "configs list", "configs show", "data check", "data prepare", "env", "list", "score", "verify"}
 WITH_A_FOLDER = ("evaluate", "compare", "visualize", "export", "demo")
 ELSEWHERE = {
+    "card": "writes README.md anew, never over an edited one, below",
     "calibrate": "edits one file, below",
     "configs copy": "writes one new file: test_cli.py",
     "recalibrate": "one launch, below",
@@ -117,7 +118,7 @@ def world(untrained_folder, tmp_path_factory):
     peft_model = adapter_module.wrap_projector(model)
     tensors = {name: -tensor for name, tensor in adapter_module.projector_state(base.model).items()}
     pruning = demo.PruningSpec("divprune", 16).model_dump()
-    record = {"frozen_hash": base.base.frozen_hash, "pruning": pruning}
+    record = {**base.base.hashes.record(), "pruning": pruning}
     adapter_module.write_adapter(folder / "adapter", tensors, peft_model, record)
     for name, more in (("dense", ()), ("pruned", ("--pruning.pruner", "divprune", "--pruning.keep", "16"))):
         main(["evaluate", *_evaluate(folder), "--output", str(folder / name), *more])
@@ -139,7 +140,7 @@ def call(world, monkeypatch):
         folder = output / "adapter"
         folder.mkdir(parents=True)
         base = arm_module.Arm.load(demo.load_config(demo.RecalibrateConfig, demo.RECIPE).model, device="cpu")
-        record = {"frozen_hash": base.base.frozen_hash, "pruning": demo.PruningSpec("divprune", 16).model_dump()}
+        record = {**base.base.hashes.record(), "pruning": demo.PruningSpec("divprune", 16).model_dump()}
         tensors = {name: tensor.clone() for name, tensor in adapter_module.projector_state(base.model).items()}
         adapter_module.write_adapter(folder, tensors, adapter_module.wrap_projector(base.model), record)
 
@@ -366,6 +367,20 @@ def test_a_ctrl_c_that_python_drops_comes_again():
     line = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(line, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert done.returncode == 130 and "went on" not in done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_card_is_written_in_an_adapter_and_nothing_else_changes(world, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(world / "adapter", folder)
+    put_canaries(folder)
+    before = hashes(folder)
+    main(["card", str(folder)])
+    after = hashes(folder)
+    assert {name for name in after if after[name] != before.get(name)} <= {"README.md"}
+    (folder / "README.md").write_text("edited by somebody")
+    with pytest.raises(SystemExit, match="README.md"):
+        main(["card", str(folder)])
+    assert (folder / "README.md").read_text() == "edited by somebody"
 
 
 def test_calibrate_edits_its_file_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
