@@ -133,3 +133,13 @@ def test_a_broken_checkpoint_is_told_in_one_line(tmp_path, untrained_folder, bro
     with pytest.raises(CheckpointError, match=message) as error:
         Arm.load(ModelConfig(path=str(folder), dtype="float32"), device="cpu")
     assert "\n" not in str(error.value)
+
+
+def test_a_projector_that_was_trained_in_another_dtype_says_so_once(arm, adapter, capsys):
+    arm.with_adapter(adapter)
+    assert capsys.readouterr().out == ""
+    record = json.loads((adapter / "prunetune.json").read_text())
+    for dtype, lines in (("float32", 0), ("bfloat16", 1)):
+        (adapter / "prunetune.json").write_text(json.dumps({**record, "trained_in": dtype}))
+        arm.with_adapter(adapter)
+        assert capsys.readouterr().out.count("was trained in bfloat16 and runs in float32 here") == lines

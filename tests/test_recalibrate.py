@@ -152,7 +152,7 @@ def test_a_loss_or_gradient_that_is_no_number_stops(logs):
 
 
 def test_float16_steps_that_deepspeed_skips_are_counted_and_no_error(tmp_path):
-    """DeepSpeed itself is a stub here: it does not train in float16 on a CPU without the instructions for it."""
+    """The numbers alone; DeepSpeed itself skips steps in tests/test_recalibrate_cluster.py."""
     engine = {"skipped": 2}  # of the run before, whose checkpoint this one goes on from
     tracker = Tracker(TrackingConfig(), tmp_path, {})
     callback = NumbersCallback(tracker, 8, skips=lambda: engine["skipped"])

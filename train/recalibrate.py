@@ -357,6 +357,7 @@ def main(arguments: list[str]) -> None:
         adapter = recalibrate(run, request)
     except (PrunetuneError, FloatingPointError) as error:
         _fail(ranks, error)
+    request.finish()
     if adapter is None:
         sys.exit(REQUEUE)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import threading
@@ -39,6 +41,12 @@ class StopRequest:
             signal.signal(number, _do_nothing)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         os.register_at_fork(after_in_child=_outlive_the_signal)
+        atexit.register(_end_children)
+
+    def finish(self) -> None:
+        """Take no more signals: one that comes while Python shuts down would change the exit status."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def hear(self, number: int) -> None:
         """Note a signal; leave at once where waiting is of no use."""
@@ -74,6 +82,13 @@ def a_sibling_has_ended() -> bool:
 
 def _do_nothing(number: int, frame: object) -> None:
     """Stand where the default action would end the process; the thread does what there is to do."""
+
+
+def _end_children() -> None:
+    """End data loading processes that are left at the end; they do not hear the SIGTERM that Python sends them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes their end for a failure
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _outlive_the_signal() -> None:
