@@ -18,6 +18,7 @@ from prunetune.evaluation.report.score import score_file
 from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.evaluation.tasks import TaskError, get_task, tasks
 from prunetune.evaluation.tasks.video import NAMES as VIDEO
+from prunetune.train.launchers import free_port
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_two_ranks_write_what_one_process_writes(settings, tmp_path):
     config = settings("gqa", "two", "--batch_size", "2")
     file = tmp_path / "two.yaml"
     file.write_text(to_yaml(config))
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29577",
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
             "-m", "prunetune", "evaluate", "--config", str(file)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
