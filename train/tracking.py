@@ -95,9 +95,10 @@ class Tracker:
                 f"W&B can't be reached ({error}); this run goes on offline. "
                 f"Send it later with: wandb sync {folder}/wandb/offline-run-*"
             )
-            run = wandb.init(mode="offline", **options)
+            mode = "offline"
+            run = wandb.init(mode=mode, **options)
         write_text(id_file, run.id)
-        if run.url is not None:
+        if mode == "online" and run.url is not None:  # of an offline one W&B prints a complaint
             say(f"W&B: {run.url}")
         return run
 
