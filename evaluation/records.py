@@ -5,7 +5,6 @@ Both files are read and written here and nowhere else.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, m
 
 from prunetune.configs import ModelConfig
 from prunetune.evaluation.errors import TaskError
-from prunetune.evaluation.files import read_json, read_lines
+from prunetune.evaluation.files import file_hash, read_json, read_lines
 from prunetune.models.seal import SEAL, sealed, why_unsealed
 from prunetune.outputs import write_text
 from prunetune.pruning.spec import PruningSpec
@@ -338,7 +337,7 @@ def read_begun(folder: str | Path) -> Manifest:
 
 def results_hash(folder: str | Path) -> str:
     """Return the SHA-256 of an arm's results.jsonl."""
-    return hashlib.sha256((Path(folder) / RESULTS).read_bytes()).hexdigest()
+    return file_hash(Path(folder) / RESULTS)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -34,8 +34,6 @@ from prunetune.pruning.families import family_of
 from prunetune.reading import one_line
 
 _ADAPTER = "adapter_model.safetensors"
-_READ = {"base_model": str, "frozen_hash": str, "pruning": dict}
-"""What of a record is read again, and its type there."""
 
 
 def wrap_projector(model: nn.Module, modules: list[str] | None = None) -> PeftModel:

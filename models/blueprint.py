@@ -15,6 +15,7 @@ from prunetune.data_recipes.chat_templates import MODELS_OWN, check_marks, templ
 from prunetune.models.loading import CheckpointError, checkpoint_folder, load_processor
 from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.pruning.budget import resolve_budget
+from prunetune.reading import one_line
 
 
 def check_model(config: ModelConfig, spec: PruningSpec) -> PreTrainedModel:
@@ -36,8 +37,7 @@ def check_model(config: ModelConfig, spec: PruningSpec) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(stock, attn_implementation=config.attention)
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{config.path!r} can't be loaded as it is configured: {reason}") from error
+        raise CheckpointError(f"{config.path!r} can't be loaded as it is configured: {one_line(error)}") from error
     processor = load_processor(config.path, config.revision)
     check_marks(template_text(processor, config.template))
     if spec.text_tower is not None:

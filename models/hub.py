@@ -17,6 +17,7 @@ from prunetune.models.loading import CARRIED
 from prunetune.models.record import RECORD, base_of, is_export, read_record, required
 from prunetune.models.seal import short
 from prunetune.pruning import PruningError, PruningSpec
+from prunetune.reading import one_line
 
 
 def load(
@@ -55,7 +56,9 @@ def load(
     try:
         config = ModelConfig.model_validate(values)
     except ValidationError as error:
-        raise CheckpointError(f"{folder / RECORD}: its model can't be loaded by this version: {_line(error)}") from None
+        raise CheckpointError(
+            f"{folder / RECORD}: its model can't be loaded by this version: {one_line(error)}"
+        ) from None
     if export:
         arm = Arm.load(config, spec, device=device)
         _check_export(record, folder, arm)
@@ -84,7 +87,7 @@ def artefact_folder(path: str | Path) -> Path:
     # Anything from a wrong id to a broken cache or network; the user's way out is the same.
     except Exception as error:
         raise CheckpointError(
-            f"{str(path)!r} is neither a folder nor a projector on the hub that could be fetched: {_line(error)}"
+            f"{str(path)!r} is neither a folder nor a projector on the hub that could be fetched: {one_line(error)}"
         ) from error
 
 
@@ -106,7 +109,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
     # A wrong name, a missing token, no network, a full quota: huggingface_hub has an error for each.
     except Exception as error:
         raise CheckpointError(
-            f"{folder} could not be uploaded to {repository!r}: {_line(error)}; check the name, and log in with "
+            f"{folder} could not be uploaded to {repository!r}: {one_line(error)}; check the name, and log in with "
             "`hf auth login` or set HF_TOKEN; the folder is as it was"
         ) from error
     return str(address)
@@ -121,7 +124,7 @@ def _spec(record: dict[str, Any], folder: Path, text_tower: str | None) -> Pruni
         spec = PruningSpec.model_validate(values)
         spec.build()
     except ValidationError as error:
-        raise CheckpointError(f"{folder / RECORD}: its pruning is of another version: {_line(error)}") from None
+        raise CheckpointError(f"{folder / RECORD}: its pruning is of another version: {one_line(error)}") from None
     except PruningError as error:
         names = [plugin["name"] for plugin in record.get("plugins") or []]
         if not names:
@@ -153,8 +156,3 @@ def _check_export(record: dict[str, Any], folder: Path, arm: Arm) -> None:
             f"{short(arm.text_tower_hash)}; give its own as text_tower=..."
         )
     check_finite(projector_state(arm.model), f"export {folder}")
-
-
-def _line(error: Exception) -> str:
-    """Return a library's message in one line."""
-    return " ".join(str(error).split())

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import safe_open
 
 from prunetune.models.errors import CheckpointError
+from prunetune.reading import one_line
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of an adapter's tensors."""
@@ -162,7 +163,7 @@ def stored_tensors(file: Path) -> list[Stored]:
             pass
     # safetensors raises an error of its own Rust side besides OSError.
     except Exception as error:
-        told = " ".join(str(error).split())
+        told = one_line(error)
         raise CheckpointError(f"{file} can't be read: {told}; it was cut short or is no safetensors file") from error
     with file.open("rb") as stream:
         # Mapped: a checkpoint need not fit the memory. It is unmapped with the last of its tensors.

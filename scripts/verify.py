@@ -13,9 +13,10 @@ from typing import Any
 
 from prunetune.assets import shipped
 from prunetune.errors import PrunetuneError
+from prunetune.evaluation.files import file_hash
 from prunetune.evaluation.records import MANIFEST, Manifest, Result, read_manifest, read_results
 from prunetune.evaluation.report.compare import compare
-from prunetune.evaluation.report.comparison import COMPARISON, file_hash, read_comparison
+from prunetune.evaluation.report.comparison import COMPARISON, read_comparison
 from prunetune.evaluation.report.rows import check_results_hash, check_rows, check_scores
 from prunetune.evaluation.report.table import to_csv
 from prunetune.models.code import code_record, told

@@ -9,7 +9,6 @@ from torch.utils.data import Sampler
 
 from prunetune.data_recipes import RecipeData
 
-SAMPLINGS = ("shuffled", "length", "modality_length")
 MEGABATCH = 50
 """Batches that are sorted by length together: more make even batches, fewer keep the order random."""
 IMAGE_WORDS = 576

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.evaluation.errors import TaskError
-from prunetune.evaluation.files import read_json
+from prunetune.evaluation.files import file_hash, read_json
 from prunetune.evaluation.records import MANIFEST
 from prunetune.models.code import code_record
 from prunetune.models.seal import sealed, why_unsealed
@@ -55,11 +54,6 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     if wrong is not None:
         raise TaskError(f"{path} can't be trusted: {wrong}; compare the arms again")
     return values
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _arm(output: Path, run: Path) -> dict[str, str]:
