@@ -1,6 +1,6 @@
-"""What happens to prunetune when things go wrong: bad inputs, fuzzed files, killed runs.
+"""What happens to prunetune when things go wrong: bad inputs, fuzzed files, killed runs, full disks.
 
-    python benchmarks/reliability.py --bad-inputs --fuzz 2000 --kills 3 --output reliability.md
+    python benchmarks/reliability.py --bad-inputs --fuzz 2000 --kills 4 --disk /mnt/small --output reliability.md
 
 Writes a Markdown table. Needs no GPU and no network: everything is the bundled tiny VLM.
 """
@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--bad-inputs", action="store_true", help="every bad input")
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="N mutated files")
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="N random SIGKILLs of a small run")
+    parser.add_argument("--disk", type=Path, help="folder on a small disk of its own, which runs fill up")
+    parser.add_argument("--points", type=int, default=10, metavar="N", help="of --disk: N different amounts of room")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", action="store_true", help="print what every bad input is answered")
     parser.add_argument("--output", type=Path, help="Markdown file; None prints alone")
@@ -71,6 +73,10 @@ def main() -> None:
             from kills import kills
 
             lines += kills(folder, options.kills, options.seed)
+        if options.disk is not None:
+            from kills import full_disks
+
+            lines += full_disks(options.disk, options.points)
     lines.append(f"\n{time.monotonic() - began:.0f} s on {os.cpu_count()} CPU cores")
     print("\n".join(lines))
     if options.output is not None:

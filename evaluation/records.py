@@ -128,6 +128,7 @@ class ProjectorRecord(_Record):
         hash: SHA-256 of its tensors as they were loaded.
         tuned_for: the pruning that it was recalibrated for.
         stored_hash: SHA-256 of the recalibration's tensors as the adapter's file holds them.
+        trained_in: the dtype that it was recalibrated in; scores shift where the arm runs in another.
     """
 
     adapter: str | None
@@ -135,6 +136,7 @@ class ProjectorRecord(_Record):
     # No PruningSpec: it is the adapter's word, which an earlier version with other options may have written.
     tuned_for: dict[str, Any] | None
     stored_hash: str | None = None
+    trained_in: str | None = None
 
 
 # More than a mean: methods that decide by the image how many to keep differ between images as much as between budgets.

@@ -72,9 +72,12 @@ def test_a_wheel_holds_prunetune_alone_with_all_its_files(wheel):
 
 def test_every_folder_is_a_package_under_the_root():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    held = {path.parent for folder in FOLDERS for path in (ROOT / folder).rglob("__init__.py")}
-    held_names = {f"prunetune.{'.'.join(path.relative_to(ROOT).parts)}" for path in held}
-    assert set(packages) == {"prunetune", "prunetune.cli", "prunetune.cli.commands", "prunetune.testing", *held_names}
+    held_names = set()
+    for folder in ("prunetune", *FOLDERS):
+        for path in (ROOT / folder).rglob("__init__.py"):
+            parts = path.parent.relative_to(ROOT).parts
+            held_names.add(".".join(parts if folder == "prunetune" else ("prunetune", *parts)))
+    assert set(packages) == held_names
     assert f"FOLDERS := {' '.join(FOLDERS)}\n" in (ROOT / "Makefile").read_text()  # what the types are checked of
 
 

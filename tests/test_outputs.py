@@ -17,6 +17,7 @@ from conftest import ROOT
 from prunetune import outputs
 from prunetune.errors import PrunetuneError
 from prunetune.outputs import EVALUATION, EXPORT, LOCK, MARKER, Kind, OutputError, OutputFolder, write_text
+from prunetune.outputs.lock import lock_folder
 
 NOTES = Kind("notebook", ("notes.txt", "part-#/*.txt"))
 
@@ -218,8 +219,8 @@ def test_a_swap_that_was_killed_is_finished_by_the_next(tmp_path, monkeypatch, a
             raise SystemExit
         real(*args)
 
-    monkeypatch.setattr(outputs.os, "replace", killed)
-    monkeypatch.setattr(outputs.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("prunetune.outputs.files.os.replace", killed)
+    monkeypatch.setattr("prunetune.outputs.files.shutil.rmtree", lambda *_, **__: None)
     with pytest.raises(SystemExit), outputs.replaced_folder(target, ("record",), sign="record") as new:
         (new / "record").write_text("new")
     monkeypatch.undo()
@@ -390,6 +391,6 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys, numb
     with OutputFolder(tmp_path / "run", NOTES, overwrite=True) as folder:
         folder.write_text("notes.txt", "x")
         monkeypatch.setenv(outputs.SHARED, folder.shared()[outputs.SHARED])
-        assert outputs._lock(tmp_path / "run") == (-1, False, folder.shared()[outputs.SHARED])
+        assert lock_folder(tmp_path / "run") == (-1, False, folder.shared()[outputs.SHARED])
     assert "this file system has no locks" in capsys.readouterr().out
     assert names(tmp_path / "run") == {"notes.txt", MARKER}

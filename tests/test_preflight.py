@@ -18,6 +18,7 @@ from prunetune.train.checkpoints import (
     find_checkpoint,
     finished_step,
     mark_finished,
+    other_code,
     read_mark,
 )
 from prunetune.train.launchers import complete_environment, first_host
@@ -176,6 +177,17 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path):
     check_made_with(found, {"base model": "a", "original projector": "b"})
     with pytest.raises(ConfigError, match="checkpoint-3 was made with another original projector than there is now"):
         check_made_with(found, {"base model": "a", "original projector": "c"})
+
+
+def test_a_checkpoint_of_another_version_is_gone_on_with_and_told(tmp_path):
+    now = {"version": "2", "sha256": "b" * 64, "commit": None, "dirty": None}
+    checkpoint(tmp_path, 3, {}, {"prunetune": {**now, "version": "1", "sha256": "a" * 64}})
+    found = find_checkpoint(tmp_path, {})
+    check_made_with(found, {"prunetune": now})
+    assert other_code(found, {"prunetune": now}) == (
+        f"{found.folder} was written by prunetune 1 (source aaaaaaaa) and is gone on with by 2 (source bbbbbbbb)"
+    )
+    assert other_code(found, {"prunetune": {**now, "sha256": "a" * 64}}) is None
 
 
 def test_a_run_has_finished_while_its_adapter_is_as_it_was_written(tmp_path):

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.configs import ConfigError
+from prunetune.models.code import told
+from prunetune.outputs import write_text
 
 COMPLETE = "complete.json"
 FINISHED = "finished.json"
+CODE = "prunetune"
+"""In ``made_with``: which version of this package ran."""
 FORMAT = 2
 """Of both marks; the first had no hashes."""
 
@@ -23,7 +27,7 @@ class Mark:
     Attributes:
         step: the optimizer step they are of.
         settings: the run's, which must not change between a run and its continuation.
-        made_with: hashes of the base, and plug-ins; known once the model is loaded.
+        made_with: hashes of the base and the text tower, plug-ins and this package; known once the model is loaded.
         files: SHA-256 of every file, by its path relative to the mark.
     """
 
@@ -34,9 +38,7 @@ class Mark:
 
     def write(self, path: Path) -> None:
         """Write the mark; it is there as a whole or not at all."""
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps({"format": FORMAT, **vars(self)}, indent=1))
-        partial.rename(path)
+        write_text(path, json.dumps({"format": FORMAT, **vars(self)}, indent=1))
 
     def changed_settings(self, settings: dict[str, Any]) -> list[str]:
         """Return the names of settings that are others now."""
@@ -192,12 +194,26 @@ def check_made_with(found: Found, made_with: dict[str, Any]) -> None:
     """
     if found.mark is None:
         return
-    changed = [name for name in made_with if found.mark.made_with.get(name) != made_with[name]]
+    checked = [name for name in made_with if name != CODE]
+    changed = [name for name in checked if found.mark.made_with.get(name) != made_with[name]]
     if changed:
         raise ConfigError(
             f"{found.folder} was made with another {' and another '.join(changed)} than there is now; put back what it "
             "was made with, use another output folder, or set train.resume to never to start over"
         )
+
+
+def other_code(found: Found, made_with: dict[str, Any]) -> str | None:
+    """Return in words that another version of this package wrote the checkpoint; None if it was this one.
+
+    A newer version may mend what stopped the run, so it may go on; that the two halves differ must not stay unsaid.
+    """
+    if found.mark is None:
+        return None
+    before, now = found.mark.made_with.get(CODE), made_with[CODE]
+    if before is not None and before["sha256"] == now["sha256"]:
+        return None
+    return f"{found.folder} was written by prunetune {told(before)} and is gone on with by {told(now)}"
 
 
 def rename_damaged(found: Found) -> None:
@@ -224,5 +240,4 @@ def set_aside(output: Path) -> None:
 
 
 def _marks(folder: Path) -> set[Path]:
-    names = (COMPLETE, f"{COMPLETE}.partial", FINISHED, f"{FINISHED}.partial")
-    return {folder / name for name in names}
+    return {folder / COMPLETE, folder / FINISHED}

@@ -20,6 +20,7 @@ from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_ya
 from prunetune.data_recipes import RecipeData, load_recipe
 from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
+from prunetune.models.code import code_record
 from prunetune.models.ranks import Ranks, launched_ranks
 from prunetune.outputs import RECALIBRATION, OutputFolder, write_text, writing
 from prunetune.plugins import PluginError, plugin_records
@@ -32,11 +33,13 @@ from prunetune.train.callbacks import (
     check_finite_weights,
 )
 from prunetune.train.checkpoints import (
+    CODE,
     Found,
     check_made_with,
     find_checkpoint,
     finished_step,
     mark_finished,
+    other_code,
     rename_damaged,
     set_aside,
 )
@@ -130,6 +133,8 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     arm = Arm.load(config.model, config.pruning, device="cpu")
     made_with = _made_with(arm) if run.ranks.is_zero else {}
     check_made_with(run.found, made_with)
+    if run.ranks.is_zero and (changed := other_code(run.found, made_with)):
+        say(changed)
     tracker = Tracker(config.tracking, run.output, config.model_dump(), run.first_step) if run.ranks.is_zero else None
     peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
@@ -269,7 +274,9 @@ def _made_with(arm: Arm) -> dict[str, Any]:
         "base model": arm.base.hashes.frozen_hash,
         "original projector": arm.base.hashes.original_projector_hash,
         "tokenizer, processor or configuration": arm.base.settings_hash,
+        "text tower": arm.text_tower_hash,
         "plug-ins": plugin_records(),
+        CODE: code_record(),
     }
 
 

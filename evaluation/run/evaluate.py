@@ -244,15 +244,20 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm) -> Manifest:
             prompt=work.task.prompt,
         )
     # What the projector was trained for, from the adapter's own record: its folder may have been renamed since.
-    tuned_for = stored_hash = None
+    tuned_for = stored_hash = trained_in = None
     # An export has no adapter, and is tuned all the same: nothing may take it for training-free.
     tuned = arm.base.exported if config.adapter is None else read_record(config.adapter)
     if tuned is not None:
         source = config.adapter or config.model.path
         tuned_for = required(tuned, "pruning", source)
         stored_hash = required(tuned, "projector_hash", source)
+        trained_in = tuned.get("trained_in")  # which earlier versions did not write
     projector = ProjectorRecord(
-        adapter=config.adapter, hash=arm.projector_hash, tuned_for=tuned_for, stored_hash=stored_hash
+        adapter=config.adapter,
+        hash=arm.projector_hash,
+        tuned_for=tuned_for,
+        stored_hash=stored_hash,
+        trained_in=trained_in,
     )
     return Manifest(
         model=config.model,

@@ -1,0 +1,43 @@
+"""Where commands write: folders that one process uses at a time, and files that are there whole or not at all.
+
+A folder says in ``.prunetune.json`` what it holds and which of its files are ours. Nothing else in it is ever replaced
+or deleted. While it is used, ``.prunetune.lock`` is locked; the lock goes with the process, however that ends.
+"""
+
+from prunetune.outputs.errors import OutputError, writing
+from prunetune.outputs.files import delete, replaced_folder, write_bytes, write_text
+from prunetune.outputs.folder import MARKER, OutputFolder
+from prunetune.outputs.kinds import (
+    ADAPTER_FILES,
+    CHECKPOINT_FILES,
+    COMPARISON,
+    DEMO,
+    EVALUATION,
+    EXPORT,
+    RECALIBRATION,
+    VISUALIZATION,
+    Kind,
+)
+from prunetune.outputs.lock import LOCK, SHARED
+
+__all__ = [
+    "ADAPTER_FILES",
+    "CHECKPOINT_FILES",
+    "COMPARISON",
+    "DEMO",
+    "EVALUATION",
+    "EXPORT",
+    "LOCK",
+    "MARKER",
+    "RECALIBRATION",
+    "SHARED",
+    "VISUALIZATION",
+    "Kind",
+    "OutputError",
+    "OutputFolder",
+    "delete",
+    "replaced_folder",
+    "write_bytes",
+    "write_text",
+    "writing",
+]
