@@ -16,9 +16,10 @@ from conftest import ROOT
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from launches import STEPS, arguments, environment, losses, run
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from prunetune.configs import ConfigError, ModelConfig, RecalibrateConfig, TrackingConfig, TrainConfig, load_config
+from prunetune.data_recipes import DataError
 from prunetune.models import Arm
 from prunetune.models.adapter import projector_state
 from prunetune.models.hashes import tensor_hash
@@ -28,7 +29,7 @@ from prunetune.train.callbacks import NumbersCallback, check_finite_weights
 from prunetune.train.checkpoints import Found, find_checkpoint, set_aside
 from prunetune.train.recalibrate import start, take_steps
 from prunetune.train.tracking import Tracker, wandb_mode
-from prunetune.train.trainer import steps_in_total
+from prunetune.train.trainer import RecalibrationTrainer, steps_in_total
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,26 @@ def test_a_loss_scale_that_can_not_fall_further_is_one_line():
 
     with pytest.raises(FloatingPointError, match="overflow at every loss scale at step 8; the last checkpoint in o"):
         take_steps(Trainer(), None)
+
+
+class _Stuck:
+    """Data of which nothing is ever read."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        time.sleep(60)
+
+
+def test_data_loading_processes_that_are_stuck_end_the_run_in_one_line(formatter, tmp_path, monkeypatch):
+    monkeypatch.setattr("prunetune.train.trainer.PATIENCE", 1)
+    options = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=1,
+                                dataloader_persistent_workers=True, remove_unused_columns=False)  # fmt: skip
+    trainer = RecalibrationTrainer(formatter, _Stuck(), model=torch.nn.Linear(1, 1), args=options)
+    monkeypatch.setattr(trainer, "train", lambda **_: next(iter(trainer.get_train_dataloader())))
+    with pytest.raises(DataError, match="gave no batch for .* at step 1; the last checkpoint in .* is untouched"):
+        take_steps(trainer, None)
 
 
 def test_weights_that_are_no_numbers_are_not_saved():

@@ -17,7 +17,7 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_yaml
-from prunetune.data_recipes import RecipeData, load_recipe
+from prunetune.data_recipes import DataError, RecipeData, load_recipe
 from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
 from prunetune.models.code import code_record
@@ -52,6 +52,7 @@ from prunetune.train.sampling import train_sampler
 from prunetune.train.stopping import REQUEUE, StopRequest
 from prunetune.train.tracking import Tracker
 from prunetune.train.trainer import (
+    PATIENCE,
     RecalibrationTrainer,
     drop_frozen_from_state_dict,
     frozen_tensors_hash,
@@ -227,19 +228,29 @@ def take_steps(trainer: RecalibrationTrainer, resume: Path | None) -> None:
 
     Raises:
         FloatingPointError: also if DeepSpeed's loss scale can't fall further.
+        DataError: if a data loading process is stuck.
     """
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
     except NothingToTrain:
         pass
     except Exception as error:
-        # DeepSpeed has no type for it.
-        if "loss scale already at minimum" not in str(error):
-            raise
+        _say_why(error, trainer)
+        raise
+
+
+def _say_why(error: Exception, trainer: RecalibrationTrainer) -> None:
+    """Raise an error of ours for those of libraries that have no type and are nobody's mistake in the code."""
+    kept = f"the last checkpoint in {trainer.args.output_dir} is untouched"
+    if "loss scale already at minimum" in str(error):
         raise FloatingPointError(
-            f"the float16 gradients overflow at every loss scale at step {trainer.state.global_step + 1}; the last "
-            f"checkpoint in {trainer.args.output_dir} is untouched. Use bfloat16 or float32, or lower "
-            "train.learning_rate"
+            f"the float16 gradients overflow at every loss scale at step {trainer.state.global_step + 1}; {kept}. "
+            "Use bfloat16 or float32, or lower train.learning_rate"
+        ) from error
+    if "DataLoader timed out" in str(error):
+        raise DataError(
+            f"the data loading processes gave no batch for {PATIENCE} s at step {trainer.state.global_step + 1}; "
+            f"{kept}. See whether the images can be read; the same command goes on, and train.workers 0 loads without processes"
         ) from error
 
 

@@ -23,6 +23,9 @@ from prunetune.models.hashes import tensor_hash
 from prunetune.train.deepspeed_settings import deepspeed_config
 from prunetune.train.sampling import GroupedSampler
 
+PATIENCE = 900
+"""Seconds that a batch may take to be read; a data loading process that says nothing for so long is stuck."""
+
 
 class SampleDataset(Dataset):
     """A recipe's samples as a map-style dataset; images are opened when a batch is built."""
@@ -55,6 +58,14 @@ class RecalibrationTrainer(Trainer):
         super().__init__(data_collator=formatter.training_batch, train_dataset=SampleDataset(data), **kwargs)
         self.remove_callback(PrinterCallback)  # the progress bar and the log say it
         self.model_accepts_loss_kwargs = False  # the stock loss is a mean over the batch's supervised tokens
+
+    def get_train_dataloader(self) -> Any:
+        """Return the stock data loader; one whose processes are stuck ends in an error instead of a wait for ever."""
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_num_workers:
+            # Accelerate wraps the loader, and copies this to the one that goes on within an epoch.
+            getattr(loader, "base_dataloader", loader).timeout = PATIENCE
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the configured order; without one the trainer shuffles."""
@@ -110,6 +121,9 @@ def training_arguments(config: RecalibrateConfig, output: Path, total_steps: int
         save_steps=train.save_steps,
         save_total_limit=None,  # see prunetune.train.rotation
         dataloader_num_workers=train.workers,
+        # Forked once and not in every epoch: a fork beside gloo's threads may leave a process that waits for a lock of
+        # a thread which it does not have (CPython 3.11).
+        dataloader_persistent_workers=train.workers > 0,
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
         report_to=[],
