@@ -250,7 +250,8 @@ def _say_why(error: Exception, trainer: RecalibrationTrainer) -> None:
     if "DataLoader timed out" in str(error):
         raise DataError(
             f"the data loading processes gave no batch for {PATIENCE} s at step {trainer.state.global_step + 1}; "
-            f"{kept}. See whether the images can be read; the same command goes on, and train.workers 0 loads without processes"
+            f"{kept}. See whether the images can be read; the same command goes on, and train.workers 0 loads "
+            "without processes"
         ) from error
 
 
