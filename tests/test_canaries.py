@@ -355,6 +355,7 @@ def test_a_ctrl_c_that_python_drops_comes_again():
         import signal, time, weakref
         import click, prunetune.cli
         class Thing: pass
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
         @prunetune.cli.commands.command("wait")
         def wait():
             thing = Thing()
