@@ -71,7 +71,7 @@ def full_disks(disk: Path, number: int) -> list[str]:
         raise SystemExit(f"{disk} is on a disk of more than 1 GiB; give a small one, which is filled up")
     whole = disk / "whole"
     free = shutil.disk_usage(disk).free
-    _finish(_start(whole, "prunetune", "zero2"))
+    _finish(_start(whole, "prunetune", "zero2", log=disk.parent / f"{disk.name}_whole.log"))
     need = free - shutil.disk_usage(disk).free
     content = _content(whole)
     shutil.rmtree(whole)
@@ -79,7 +79,6 @@ def full_disks(disk: Path, number: int) -> list[str]:
     wrong = []
     for point in range(number):
         output, ballast = disk / f"run_{point}", disk / "ballast"
-        output.mkdir()
         room = need * (2 * point + 1) // (2 * number)
         with ballast.open("wb") as stream:
             os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(disk).free - room)
@@ -91,7 +90,7 @@ def full_disks(disk: Path, number: int) -> list[str]:
         if not in_words:
             wrong.append(f"room for {room:,} bytes: status {status}\n{shown[-2000:]}")
         ballast.unlink()
-        _finish(_start(output, "prunetune", "zero2"))
+        _finish(_start(output, "prunetune", "zero2", log=disk.parent / f"{disk.name}_{point}_again.log"))
         unlike += _content(output) != content
         print(f"full disk {point + 1} of {number}: {told} told in one line, {unlike} differ", flush=True)
         shutil.rmtree(output)
@@ -116,17 +115,18 @@ def _line(launcher: str, arguments: list[str]) -> list[str]:
 def _start(output: Path, launcher: str, stage: str, log: Path | None = None) -> subprocess.Popen[bytes]:
     from prunetune.scripts.launch import launch_environment
 
-    output.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     environment = {**launch_environment(2), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     line = _line(launcher, [*_OPTIONS, "--train.deepspeed", stage, "--output", str(output)])
     # A group of its own, so that the launcher is killed with its ranks.
-    with (log or output / "ranks.log").open("ab") as stream:
+    # Beside the folder, in which there is nothing but the run's own: it would be refused otherwise.
+    with (log or output.with_name(f"{output.name}.log")).open("ab") as stream:
         return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True)
 
 
 def _finish(process: subprocess.Popen[bytes]) -> None:
     if process.wait() != 0:
-        raise RuntimeError(f"a run ended with {process.returncode}, see ranks.log")
+        raise RuntimeError(f"a run ended with {process.returncode}: {' '.join(map(str, process.args))}")
 
 
 def _killed(output: Path, launcher: str, stage: str, generator: random.Random, seconds: float, most: int) -> list[int]:
