@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from prunetune.pruning import PruningError, VisualTokens, build_pruner, register_pruner, registered_methods
+from prunetune.pruning.budget import BudgetRule
 from prunetune.pruning.methods.downsample import pooling
 from prunetune.pruning.ops.precision import exact_float32
 from prunetune.pruning.select import candidates, choose
@@ -393,9 +394,9 @@ def test_mixed_precision_settings_do_not_reach_the_selection():
     tokens = make_tokens(2, 8, 8, channels=64)
     (among,) = candidates(of_equal_images(tokens), "item")
     for name in NAMES:
-        plain = choose(build_pruner(name), among, 16, "stop", {})
+        ((_, plain),) = choose(build_pruner(name), among, BudgetRule(16), {})
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            mixed = choose(build_pruner(name), among, 16, "stop", {})
+            ((_, mixed),) = choose(build_pruner(name), among, BudgetRule(16), {})
         assert torch.equal(plain.indices, mixed.indices), name
 
 
