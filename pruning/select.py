@@ -160,7 +160,7 @@ def check_poolable(pruner: Pruner) -> None:
     Raises:
         PruningError: if it reads something of which every item has its own.
     """
-    read = of_source(pruner.needs, "attention", "reader", "output")
+    read = of_source(pruner.needs, "attention", "reader", "output", "head")
     own = [need for need in read if not signal_of(need).per_token]
     if own:
         raise PruningError(
@@ -306,5 +306,5 @@ def check_signals(pruner: Pruner, vision: frozenset[str], text: frozenset[str], 
 
 def _seen(pruner: Pruner) -> set[str]:
     """Return the signals that a method reads of the vision side."""
-    needs = of_source(pruner.needs, "attention", "reader", "output", "pixels")
+    needs = of_source(pruner.needs, "attention", "reader", "output", "head", "pixels")
     return {signal_of(need).name for need in needs}
