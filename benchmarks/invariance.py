@@ -69,7 +69,7 @@ class Subject:
         self.plugs = {}
         for name, method in registered_methods().items():
             sources = {signal_of(need).source for need in method.needs}
-            if name != "identity" and "text" not in sources:
+            if name != "identity" and "text" not in sources and not method.video:
                 self.plugs[name] = PrunedModel(self.model, PruningSpec(name, KEEP))
         self.needs = frozenset(need for plug in self.plugs.values() for need in plug.pruner.needs)
 

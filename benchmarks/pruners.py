@@ -128,7 +128,9 @@ def check_kernels(device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--methods", nargs="+", default=[n for n in registered_methods() if n != "identity"])
+    parser.add_argument(
+        "--methods", nargs="+", default=[n for n, m in registered_methods().items() if n != "identity" and not m.video]
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="how long each number is measured")
     parser.add_argument("--output", type=Path, help="write the table there too")
     options = parser.parse_args()

@@ -21,7 +21,7 @@ from prunetune.pruning import PruningSpec, registered_methods
 from prunetune.tiny_world import ask, sample_scene, split_seeds
 from prunetune.tiny_world.task import read_items
 
-METHODS = [name for name in registered_methods() if name != "identity"]
+METHODS = [name for name, method in registered_methods().items() if name != "identity" and not method.video]
 OPTIONS = {  # what belongs to this small model: a layer it has, and its own complexity (prunetune calibrate)
     "hiprune": {"object_layer": 2},
     "adaptive": {"erank_avg": 24.132},

@@ -1,10 +1,82 @@
-"""How many visual tokens to keep: a number, a ratio or a percentage."""
+"""How many visual tokens to keep: a number, a ratio or a percentage; and what it counts for in a video."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from prunetune.pruning.errors import PruningError
 
 Budget = int | float | str
+
+
+@dataclass(frozen=True)
+class BudgetRule:
+    """A budget, and how it is read.
+
+    Attributes:
+        keep: the budget itself.
+        small_images: what happens where there are fewer tokens than it asks for: "stop" or "keep_all".
+        unit: what it counts for in a video: each "frame", the "clip", or each "second".
+        seconds: how long each video is, in reading order; empty where that is unknown.
+    """
+
+    keep: Budget
+    small_images: str = "stop"
+    unit: str = "frame"
+    seconds: Sequence[float] = ()
+
+    def of_item(self, count: int) -> int:
+        """Return the budget of an item, image or frame, with ``count`` tokens."""
+        # A share of the tokens always fits; only a number can exceed them.
+        if isinstance(self.keep, int) and self.keep > count and self.small_images == "keep_all":
+            return count
+        return resolve_budget(self.keep, count)
+
+    def of_clip(self, clip: int, frames: int, per_frame: int) -> int:
+        """Return the budget of the whole of video ``clip``, with ``frames`` times ``per_frame`` tokens.
+
+        Of 4 frames with 10 tokens that last 2 seconds, 6 is 24 with "frame", 6 with "clip" and 12 with "second".
+
+        Raises:
+            PruningError: if the budget does not fit, or counts for seconds that are unknown.
+        """
+        if self.unit == "frame":
+            return frames * self.of_item(per_frame)
+        count = frames * per_frame
+        # A share of a second is the same share of the clip.
+        if self.unit == "clip" or not isinstance(self.keep, int):
+            return self.of_item(count)
+        if not self.seconds:
+            raise PruningError(
+                "video_budget: second needs to know how long a video is: pass `video_seconds`, one number per video "
+                "(a Formatter does), or set pruning.video_budget to frame or clip"
+            )
+        wanted = max(1, round(self.keep * self.seconds[clip]))
+        if wanted <= count:
+            return wanted
+        if self.small_images == "keep_all":
+            return count
+        raise PruningError(
+            f"keep={self.keep} a second asks for {wanted} visual tokens in {self.seconds[clip]:g} s, but the video has "
+            f"only {count}; choose less, or set pruning.small_images to keep_all"
+        )
+
+    def of_frames(self, clip: int, frames: int, per_frame: int) -> list[int]:
+        """Return the budget of each frame of video ``clip``; those of the whole video are dealt out evenly over time.
+
+        Of 4 frames with 10 tokens, 6 for the clip is ``[1, 2, 1, 2]``.
+
+        Raises:
+            PruningError: as of :meth:`of_clip`, or if there is less than one token for a frame.
+        """
+        total = self.of_clip(clip, frames, per_frame)
+        if total < frames:
+            raise PruningError(
+                f"keep={self.keep!r} is {total} visual tokens for a video of {frames} frames, and a method that "
+                "chooses in each frame keeps at least one of each; choose more, or set pruning.scope to image"
+            )
+        return [(total * (frame + 1)) // frames - (total * frame) // frames for frame in range(frames)]
 
 
 def check_budget(keep: Budget) -> Budget:

@@ -13,13 +13,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunetune.pruning.budget import Budget, check_budget
+from prunetune.pruning.budget import Budget, BudgetRule, check_budget
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.families.base import PrunedOutput, family_of
 from prunetune.pruning.hooks import frozen_parts_at_rest
-from prunetune.pruning.registry import merges
+from prunetune.pruning.registry import merges, method_of
 from prunetune.pruning.rewrite import Chosen, Pruned, check_inputs, rewrite
-from prunetune.pruning.select import candidates, check_poolable, check_signals, choose
+from prunetune.pruning.select import candidates, check_poolable, check_signals, check_videos, choose, seconds_of
 from prunetune.pruning.sequence import pack, placeholders, shorten
 from prunetune.pruning.signals import of_source, signal_of
 from prunetune.pruning.spec import PruningSpec
@@ -34,10 +34,12 @@ class Generated:
     Attributes:
         tokens: (B, T) new token ids, without the prompt.
         kept: for each modality how many visual tokens of each image reached the LLM, images in reading order.
+        kept_per_frame: for each video how many of each of its frames did.
     """
 
     tokens: Int[Tensor, "B T"]
     kept: Mapping[str, list[int]]
+    kept_per_frame: Sequence[list[int]] = ()
 
 
 class PrunedModel:
@@ -64,6 +66,8 @@ class PrunedModel:
         self.family = family_of(model)
         self.pruner = spec.build()
         self.merges = merges(spec.pruner, self.pruner)
+        self.sees_clips = method_of(spec.pruner).video
+        check_videos(spec.pruner, self.sees_clips, self.family.name, self.family.pixels)
         self.position_policy = self._position_policy()
         self.text = TextReader(model, tokenizer, spec.text_tower)
         config: Any = model.config
@@ -114,8 +118,9 @@ class PrunedModel:
 
         Args:
             inputs: what the processor returned, ``attention_mask`` (B, L) included; for methods that read the
-                instruction also ``instructions``, one text per row without any answer, and for messages
-                ``sample_ids``, one name per row (a ``Formatter`` adds both).
+                instruction also ``instructions``, one text per row without any answer, for budgets per second
+                ``video_seconds``, how long each video is, and for messages ``sample_ids``, one name per row (a
+                ``Formatter`` adds them).
             padding_side: where the shortened rows are padded.
             keep: the budget of this call; None is the specification's.
             vision: the images, if they were encoded before: pixels are not read then, and the projector is applied
@@ -128,6 +133,7 @@ class PrunedModel:
         inputs = {key: value for key, value in inputs.items() if value is not None}
         instructions = inputs.pop("instructions", ())
         sample_ids = inputs.pop("sample_ids", ())
+        seconds = inputs.pop("video_seconds", ())
         keep = self.spec.keep if keep is None else check_budget(keep)
         if inputs.get("attention_mask") is None:
             raise PruningError(
@@ -147,7 +153,8 @@ class PrunedModel:
             names = {}
             if sample_ids:
                 names = {image: f"sample {sample_ids[row]!r}" for image, row in enumerate(rows)}
-            chosen[modality] = self._choose(images, instructions, rows, keep, names)
+            rule = BudgetRule(keep, self.spec.small_images, self._unit(), seconds_of(images, inputs, seconds))
+            chosen[modality] = self._choose(images, instructions, rows, rule, names)
         return rewrite(
             self.model,
             self.family,
@@ -169,18 +176,24 @@ class PrunedModel:
         vision: Vision,
         instructions: Sequence[str],
         rows: list[int],
-        keep: Budget,
+        rule: BudgetRule,
         names: Mapping[int, str],
     ) -> Chosen:
         """Let the pruner choose from every group of images."""
-        if self.spec.scope == "image" and vision.cut_up:
+        clips = self.sees_clips and vision.modality == "video"
+        if self.spec.scope == "image" and vision.cut_up and not clips:
             check_poolable(self.pruner)
         vision = self.text.add(vision, self.pruner, instructions, rows)
-        among = candidates(vision, self.spec.scope)
-        selections = []
-        for group in among:
-            selections.append(choose(self.pruner, group, keep, self.spec.small_images, names))
-        return Chosen(vision, among, selections)
+        found = []
+        for group in candidates(vision, self.spec.scope, self.sees_clips):
+            found += choose(self.pruner, group, rule, names)
+        return Chosen(vision, [among for among, _ in found], [selection for _, selection in found])
+
+    def _unit(self) -> str:
+        """Return what the budget counts for in a video."""
+        if self.spec.video_budget != "auto":
+            return self.spec.video_budget
+        return "clip" if self.spec.scope == "image" else "frame"
 
     def _check_instructions(self, instructions: Sequence[str], rows: int) -> None:
         if self.reads_text and len(instructions) != rows:
@@ -237,7 +250,7 @@ class PrunedModel:
             model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
             output = model.generate(**pruned.inputs)
         prompt_length = pruned.inputs["input_ids"].shape[1]
-        return Generated(output[:, prompt_length:], pruned.kept)
+        return Generated(output[:, prompt_length:], pruned.kept, pruned.kept_per_frame)
 
     @contextmanager
     def attach(self, seen: Callable[[Pruned], None] | None = None, packed: bool = False) -> Iterator[PrunedModel]:

@@ -28,6 +28,7 @@ class Method:
     merges: bool = False
     exact: bool = True
     golden: bool = False
+    video: bool = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -39,7 +40,7 @@ _METHODS: dict[str, Method] = {}
 
 
 def register_pruner(
-    name: str, *, paper: str, merges: bool = False, exact: bool = True, golden: bool = False
+    name: str, *, paper: str, merges: bool = False, exact: bool = True, golden: bool = False, video: bool = False
 ) -> Callable[[Any], Any]:
     """Register a frozen dataclass as the method ``name``.
 
@@ -49,6 +50,7 @@ def register_pruner(
         merges: whether the selection carries merged features.
         exact: False for a reconstruction: no code was published, and the paper leaves steps open.
         golden: whether ``scripts/check_golden.py`` compares it with answers of the published code.
+        video: whether it compares the frames of a video: it is given whole clips, whatever the budget counts for.
 
     Raises:
         PruningError: if the name is taken or not lower-case, the class is no frozen dataclass, or it needs an
@@ -64,7 +66,7 @@ def register_pruner(
                 f"{pruner.__module__}; rename one"
             )
         check_contract(name, pruner)
-        _METHODS[name] = Method(name, paper, pruner, merges, exact, golden)
+        _METHODS[name] = Method(name, paper, pruner, merges, exact, golden, video)
         return pruner
 
     return register
@@ -100,7 +102,8 @@ def _method_of_class(reference: str) -> Method:
         if method.pruner is pruner:
             return method
     check_contract(reference, pruner)
-    return Method(reference, "not registered", pruner, merges=bool(getattr(pruner, "merges", False)))
+    merging, video = bool(getattr(pruner, "merges", False)), bool(getattr(pruner, "video", False))
+    return Method(reference, "not registered", pruner, merges=merging, video=video)
 
 
 def check_contract(name: str, pruner: Any) -> None:

@@ -48,6 +48,21 @@ class Chosen:
                 kept[among.numbers[item, indices]] = True
         return kept
 
+    def kept_per_frame(self) -> list[list[int]]:
+        """Return for each video, or image, how many tokens each of its frames, or crops, keeps.
+
+        One number an item is read back from the device, in one go.
+        """
+        kept = self.kept_tokens()
+        counts = []
+        for numbers in self.vision.numbers():
+            counts.append(kept[numbers].sum(dim=1))
+        found: list[list[int]] = [[] for _ in self.vision.slots]
+        owners = [image for owner in self.vision.owner for image in owner]
+        for image, count in zip(owners, torch.cat(counts).tolist(), strict=True):
+            found[image].append(count)
+        return found
+
     def merged_tokens(self) -> tuple[Int[Tensor, " M"], Float[Tensor, "M C"]]:
         """Return where merged features stand and what they are: (M,) numbers and (M, C) pre-projector features."""
         # Of nothing at first, so that images of which none was merged still have a width to project.
@@ -80,6 +95,11 @@ class Pruned:
     def vision(self) -> dict[str, Vision]:
         """The encoded images, by modality."""
         return {modality: choice.vision for modality, choice in self.chosen.items()}
+
+    @property
+    def kept_per_frame(self) -> list[list[int]]:
+        """For each video how many visual tokens of each of its frames reach the LLM; empty without videos."""
+        return self.chosen["video"].kept_per_frame() if "video" in self.chosen else []
 
     @property
     def selections(self) -> dict[str, list[Selection]]:

@@ -15,7 +15,7 @@ from prunetune.pruning.ops.attention import received_attention
 
 Axes = Literal["B N C", "B N", "B H N", "B C", "B M E", "B"]
 """B items, N tokens, H heads, C channels, M pieces of text of width E."""
-Source = Literal["attention", "reader", "output", "pixels", "text"]
+Source = Literal["attention", "reader", "output", "head", "pixels", "text"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class Signal:
     Attributes:
         name: as it stands in ``needs`` and in ``VisualTokens.signals``.
         axes: its shape; what has no N belongs to an item as a whole.
-        source: "attention" of the feature layer, of the "reader", the feature layer's "output", the "pixels", or the
-            "text" of the instruction.
-        read: makes it of its source: an :class:`Attention`, the layer's output (B, T, C), or pixels; None for text.
+        source: "attention" of the feature layer, of the "reader", the feature layer's "output", the tower's pooling
+            "head", the "pixels", or the "text" of the instruction.
+        read: makes it of its source: an :class:`Attention`, the layer's output (B, T, C), or pixels; None for text, and
+            for the head, whose family hands it over.
         about: what it is, in words.
         cls: whether there must be a [CLS] token, and it must not enter the projector.
         space: for text, the space it lives in: "clip" or "llm".
@@ -260,6 +261,20 @@ for _signal in (
         read=Attention.patch_keys,
         about="key vectors of the reader, heads side by side",
         cls=True,
+    ),
+    Signal(
+        name="head_feature",
+        axes="B C",
+        source="head",
+        read=None,
+        about="output of the tower's attention-pooling head (SigLIP's); no built-in family has one",
+    ),
+    Signal(
+        name="head_attention",
+        axes="B N",
+        source="head",
+        read=None,
+        about="attention of that head's query to the tokens, mean over heads",
     ),
     Signal(
         name="image_key",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from prunetune.pruning.budget import check_budget
 
@@ -21,7 +21,14 @@ class PruningSpec(BaseModel):
     keep: int | float | str = Field("100%", description='budget per item or image, see scope: 64, 0.111 or "11.1%"')
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
     scope: Literal["item", "image"] = Field(
-        "item", description="what the budget counts for where images are cut into crops: each crop, or the whole image"
+        "item",
+        description="what the pruner chooses from, and what the budget counts for: each crop of an image or frame of a "
+        "video, or the whole image or video; methods for videos always choose from the whole video",
+    )
+    video_budget: Literal["auto", "frame", "clip", "second"] = Field(
+        "auto",
+        description="what keep counts for in a video: each frame, the clip, or each second of it; auto is the frame, "
+        "and with scope image the clip",
     )
     small_images: Literal["stop", "keep_all"] = Field(
         "stop", description="images with fewer visual tokens than the budget: stop and name them, or keep all they have"
@@ -45,6 +52,14 @@ class PruningSpec(BaseModel):
         self, /, pruner: str = "identity", keep: int | float | str = "100%", options: Any = None, **fields: Any
     ):
         super().__init__(pruner=pruner, keep=keep, options={} if options is None else options, **fields)
+
+    @model_serializer(mode="wrap")
+    def _without_unset_video_budget(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Records of arms on images stay, to the byte, what they were before videos had budgets.
+        written = write(self)
+        if written.get("video_budget") == "auto":
+            del written["video_budget"]
+        return written
 
     def build(self) -> Pruner:
         """Return the pruner; raises PruningError for an unknown name, option or budget."""

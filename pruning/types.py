@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -16,17 +16,21 @@ from prunetune.pruning.errors import PruningError
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """B items (images, crops or pooled crops) with N visual tokens each, on one device: one vector per LLM token.
+    """B items (images, crops, frames or clips) with N visual tokens each, on one device: one vector per LLM token.
 
-    ``features`` and ``projected`` are always there; of the signals only those that the method asks for.
+    ``features`` and ``projected`` are always there; of the signals only those that the method asks for. A clip of F
+    frames with L tokens each has N = F * L, frame by frame: token i of frame t is t * L + i. Of a clip, a signal that
+    belongs to a frame as a whole has one more axis, (B, F, ...); the instruction's belong to the clip.
 
     Attributes:
         features: (B, N, C) vision hidden states that enter the projector.
         projected: (B, N, D) the same tokens after the projector, in LLM embedding space.
         signals: what else was asked for, by name; :mod:`prunetune.pruning.signals` says what each is.
         image: (B,) int64, the image that each item belongs to, numbered from 0; None where every item is an image.
-        grid: rows and columns with ``rows * columns == N``, or None where tokens form no grid.
+        grid: rows and columns of an image or a frame, ``frames * rows * columns == N``, or None where tokens form no
+            grid.
         layers: the module that each signal was read from, for error messages.
+        frames: F, the frames of each clip; 1 for images.
     """
 
     features: Float[Tensor, "B N C"]
@@ -35,6 +39,12 @@ class VisualTokens:
     image: Int[Tensor, " B"] | None = None
     grid: tuple[int, int] | None = None
     layers: Mapping[str, str] = field(default_factory=dict)
+    frames: int = 1
+
+    @property
+    def per_frame(self) -> int:
+        """L, the number of visual tokens per frame."""
+        return self.count // self.frames
 
     @property
     def count(self) -> int:
@@ -122,13 +132,26 @@ class Selection:
         """Return how many tokens each item keeps."""
         return [len(row) for row in self.indices]
 
+    def rows(self, rows: Sequence[int]) -> Selection:
+        """Return what is kept of some of the items, in the order of ``rows``."""
+        if list(rows) == list(range(len(self.indices))):
+            return self
+        if isinstance(self.indices, Tensor):
+            indices: Tensor | list[Tensor] = torch.stack([self.indices[row] for row in rows])
+        else:
+            indices = [self.indices[row] for row in rows]
+        merged = None if self.merged is None else [self.merged[row] for row in rows]
+        origin = None if self.origin is None else [self.origin[row] for row in rows]
+        return Selection(indices, merged, origin)
+
 
 @runtime_checkable
 class Pruner(Protocol):
     """A pruning method with its hyperparameters: a frozen dataclass whose fields are the method's options.
 
     ``needs`` names the signals it reads, as a class attribute or, where options decide, as a property. A method that
-    needs ``general_embeds`` or ``general_token_embeds`` has a field ``general_prompts``.
+    needs ``general_embeds`` or ``general_token_embeds`` has a field ``general_prompts``. A method registered with
+    ``video=True`` is called with whole clips, and with an image as a clip of one frame.
     """
 
     @property

@@ -21,6 +21,7 @@ from prunetune.pruning import VisualTokens, build_pruner
 from prunetune.pruning.methods.cdpruner import CDPruner
 from prunetune.pruning.methods.tome import merge_step, unmerged
 from prunetune.pruning.ops.attention import cls_attention, received_attention
+from prunetune.scripts import golden_video
 from prunetune.scripts.golden_cases import Case, Differs, agree, agree_per_item, defined_differently, kept
 
 
@@ -222,6 +223,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "trim": check_trim,
     "visionzip": check_visionzip,
     "vispruner": check_vispruner,
+    **golden_video.checks(tensor),
 }
 DEVICE = torch.device("cpu")
 

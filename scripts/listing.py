@@ -30,11 +30,12 @@ def pruner_rows() -> Rows:
     """Return a row per method: paper, signals, whether training goes through, how faithful it is."""
     from prunetune.pruning import registered_methods
 
-    rows = [["name", "paper", "needs", "trainable through", "status", "golden-checked"]]
+    rows = [["name", "for", "paper", "needs", "trainable through", "status", "golden-checked"]]
     for method in registered_methods().values():
         rows.append(
             [
                 method.name,
+                "videos" if method.video else "images",
                 method.paper,
                 ", ".join(sorted(method.needs)) or "-",
                 "yes, merges" if method.merges else "yes",

@@ -72,7 +72,8 @@ QUESTIONS = ["where is the circle ?", "red ring"]
 
 
 GRIDS = ("downsample", "hiprune", "gridprune")  # these need the grid of one crop
-PER_METHOD = [(name, "item") for name in registered_methods() if name != "identity"]
+FOR_IMAGES = [name for name, method in registered_methods().items() if name != "identity" and not method.video]
+PER_METHOD = [(name, "item") for name in FOR_IMAGES]
 PER_METHOD += [(name, "image") for name, _ in PER_METHOD if name not in ("visionzip", *GRIDS)]
 
 

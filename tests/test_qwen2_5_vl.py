@@ -136,7 +136,10 @@ def test_pruned_equals_full_length_run_with_dropped_tokens_masked(model, plug, n
             input_ids=inputs["input_ids"], attention_mask=mask[None, None], position_ids=positions, **kwargs
         )
         torch.testing.assert_close(ours, reference.logits[0, visible], rtol=1e-4, atol=1e-4)
-        assert len(ours) == int(visible.sum()) and (len(ours) < length or not row.visuals)
+        assert len(ours) == int(visible.sum())
+        # Methods that keep the first frame whole keep images whole.
+        whole = hasattr(plug(name).pruner, "least") and all(kind == "image" for kind, *_ in row.visuals)
+        assert len(ours) < length or not row.visuals or whole
 
 
 @torch.no_grad()
@@ -249,6 +252,96 @@ def test_frames_of_a_video_share_a_budget_when_asked(plug):
     inputs = batch([MIXED[1]])
     assert plug("divprune", 4).prepare(inputs).kept["video"] == [8]  # two frames, four tokens each
     assert plug("divprune", 7, scope="image").prepare(inputs).kept["video"] == [7]
+
+
+@torch.no_grad()
+def test_budgets_of_a_video_count_for_frames_clips_or_seconds(plug):
+    """Of each frame of each video the number of kept tokens; the clips have 3 frames of 16 and 2 of 24 tokens."""
+    inputs = batch(MIXED)
+
+    def kept(keep=4, seconds=None, **fields):
+        given = inputs if seconds is None else {**inputs, "video_seconds": seconds}
+        prepared = plug("divprune", keep, **fields).prepare(given)
+        assert prepared.kept["video"] == [sum(frames) for frames in prepared.kept_per_frame]
+        return prepared.kept_per_frame
+
+    assert kept() == kept(video_budget="frame") == [[4, 4, 4], [4, 4]]
+    assert kept(7, video_budget="clip") == [[2, 2, 3], [3, 4]]
+    assert kept(video_budget="second") == [[4, 4, 4], [4, 4]]  # second_per_grid_ts is 1
+    assert kept(video_budget="second", seconds=[2.0, 3.3]) == [[2, 3, 3], [6, 7]]
+    assert kept("25%", video_budget="second") == [[4, 4, 4], [6, 6]]
+    for unit, totals in (("auto", [7, 7]), ("frame", [21, 14]), ("clip", [7, 7]), ("second", [14, 21])):
+        pooled = kept(7, scope="image", video_budget=unit, seconds=[2.0, 3.0])
+        assert [sum(frames) for frames in pooled] == totals, unit
+    assert kept(16, video_budget="second", seconds=[9.0, 1.0], small_images="keep_all") == [[16, 16, 16], [8, 8]]
+    generated = plug("divprune", 7, video_budget="clip").generate(**batch(MIXED, "left", False), max_new_tokens=1)
+    assert (
+        generated.kept_per_frame == [[2, 2, 3], [3, 4]] and plug("divprune").prepare(batch(ROWS)).kept_per_frame == []
+    )
+
+
+def test_budgets_of_videos_that_do_not_fit_are_refused_in_a_line(plug):
+    inputs = {**batch(MIXED), "sample_ids": ["a", "b", "c"]}
+    del inputs["second_per_grid_ts"]
+    with pytest.raises(PruningError, match=r"^sample 'a': video_budget: second needs .* `video_seconds`.*set pruning"):
+        plug("divprune", 7, video_budget="second").prepare(inputs)
+    with pytest.raises(PruningError, match="says how long 1 videos are, and the batch has 2"):
+        plug("divprune", 7, video_budget="second").prepare({**inputs, "video_seconds": [1.0]})
+    with pytest.raises(PruningError, match=r"^sample 'a': keep=7 a second asks for 63 visual tokens in 9 s.*only 48"):
+        plug("divprune", 7, video_budget="second").prepare({**inputs, "video_seconds": [9.0, 1.0]})
+    with pytest.raises(PruningError, match=r"^sample 'a': keep=2 is 2 visual tokens for a video of 3 frames.*scope"):
+        plug("divprune", 2, video_budget="clip").prepare(inputs)
+
+
+@torch.no_grad()
+def test_frames_of_unequal_budgets_keep_what_they_keep_among_equals(model, plug):
+    """Dealt out unevenly: each frame keeps what the method, run on all frames, keeps with that frame's budget."""
+    inputs = {**batch([MIXED[0]]), "instructions": ["q"]}
+    dealt = plug("divprune", 8, video_budget="clip").prepare(inputs)
+    assert dealt.kept_per_frame == [[2, 3, 3]]
+    kept = dealt.chosen["video"].kept_tokens().view(3, 16)
+    for frame, number in enumerate((2, 3, 3)):
+        equal = plug("divprune", number).prepare(inputs).chosen["video"].kept_tokens().view(3, 16)
+        assert torch.equal(kept[frame], equal[frame])
+
+
+def test_a_method_for_videos_is_given_whole_clips(plug):
+    """Frames in order of time, what belongs to frames with an axis of them, the instruction once per clip."""
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from prunetune.pruning import Selection, register_pruner, registry
+
+    seen = []
+
+    @register_pruner("clip_spy", paper="test", video=True)
+    @dataclass(frozen=True)
+    class Spy:
+        needs: ClassVar[frozenset] = frozenset({"image_key", "received_attention", "text_token_embeds"})
+
+        def __call__(self, tokens, keep):
+            seen.append((tokens, keep))
+            return Selection(torch.arange(keep).expand(len(tokens.features), -1))
+
+    try:
+        rows = (*MIXED, Row((("video", (3, 8, 8), 15),), 5, 9))
+        pruned = plug("clip_spy", 4)
+        inputs = with_texts(batch(rows))
+        prepared = pruned.prepare(inputs)
+        assert prepared.kept == {"image": [4, 4], "video": [12, 8, 12]}
+        image, three, two = (tokens for tokens, _ in sorted(seen, key=lambda call: call[0].frames != 1)[1:])
+        assert (image.frames, image.grid) == (1, (4, 4)) and [keep for _, keep in seen] == [4, 4, 12, 8]
+        assert (three.frames, three.per_frame, three.grid, two.frames, two.grid) == (3, 16, (4, 4), 2, (4, 6))
+        assert three.signals["image_key"].shape == (2, 3) and three.signals["received_attention"].shape == (2, 4, 48)
+        assert three.signals["text_token_embeds"].shape[0] == 2
+        plain = pruned.encode(inputs)["video"].groups[0]  # the frames of both clips of 4 x 4, one after the other
+        assert torch.equal(three.features, plain.features.view(2, 48, -1))
+        assert torch.equal(three.signals["image_key"].flatten(), plain.signals["image_key"])
+        # What is kept of a clip among others is what is kept of it alone.
+        alone = pruned.prepare(with_texts(batch([rows[-1]])))
+        assert torch.equal(seen[-1][0].features[0], three.features[1]) and alone.kept["video"] == [12]
+    finally:
+        del registry._METHODS["clip_spy"]
 
 
 def test_small_images_are_named_or_kept_whole(plug):

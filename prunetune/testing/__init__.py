@@ -14,7 +14,7 @@ Subclass one of the classes in a test file of your own; pytest collects its test
 
 from prunetune.testing.benchmarks import BenchmarkContract
 from prunetune.testing.families import FamilyIdentity
-from prunetune.testing.pruners import PrunerContract, PrunerOracle, check_selection
+from prunetune.testing.pruners import PrunerContract, PrunerOracle, check_selection, expected_count
 from prunetune.testing.tokens import make_tokens, only, reading
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "PrunerContract",
     "PrunerOracle",
     "check_selection",
+    "expected_count",
     "make_tokens",
     "only",
     "reading",

@@ -20,6 +20,15 @@ SHAPES = ((1, 1, 1), (2, 3, 4), (3, 6, 5))
 """Items, rows and columns."""
 
 
+def expected_count(pruner: Any, tokens: VisualTokens, keep: int) -> int:
+    """Return how many tokens of each item a pruner has to keep: the budget, or what it keeps at least.
+
+    A method for videos that keeps some frames whole says so in ``least(frames, per_frame)``.
+    """
+    least = getattr(pruner, "least", None)
+    return keep if least is None else max(keep, least(tokens.frames, tokens.per_frame))
+
+
 def check_selection(tokens: VisualTokens, keep: int, selection: Selection) -> None:
     """Check that a selection is K distinct ascending positions of every item, with K finite features where it merges.
 
@@ -45,10 +54,12 @@ class PrunerContract:
     Attributes:
         pruner: the class.
         options: fields that are not at their default.
+        frames: how many frames an item has, for methods for videos.
     """
 
     pruner: ClassVar[Any]
     options: ClassVar[Mapping[str, Any]] = {}
+    frames: ClassVar[int] = 1
 
     def build(self) -> Any:
         """Return the pruner with its options."""
@@ -56,7 +67,12 @@ class PrunerContract:
 
     def tokens(self, items: int, rows: int, columns: int, **fields: Any) -> VisualTokens:
         """Return random tokens with nothing but what the pruner needs."""
-        return reading(make_tokens(items, rows, columns, **fields), self.build().needs)
+        return reading(make_tokens(items, rows, columns, frames=self.frames, **fields), self.build().needs)
+
+    def check(self, tokens: VisualTokens, keep: int) -> None:
+        """Check what is kept, and how much of it."""
+        pruner = self.build()
+        check_selection(tokens, expected_count(pruner, tokens, keep), pruner(tokens, keep))
 
     def test_it_is_a_frozen_dataclass_whose_needs_are_signals(self) -> None:
         check_contract(type(self).pruner.__name__, type(self).pruner)
@@ -66,18 +82,19 @@ class PrunerContract:
     def test_it_keeps_k_distinct_ascending_positions_for_every_k(self, shape: Any, dtype: torch.dtype) -> None:
         tokens = self.tokens(*shape, dtype=dtype)
         for keep in range(1, tokens.count + 1):
-            check_selection(tokens, keep, self.build()(tokens, keep))
+            self.check(tokens, keep)
 
     def test_it_keeps_k_positions_where_nothing_differs(self) -> None:
         """Equal tokens, zero vectors: ties are broken, and nothing is divided by zero."""
         for fill in (1.0, 0.0):
             tokens = self.tokens(2, 4, 5).map(lambda values, fill=fill: torch.full_like(values, fill))  # type: ignore[misc]
-            for keep in (1, 7, 20):
-                check_selection(tokens, keep, self.build()(tokens, keep))
+            for keep in (1, 7, tokens.count):
+                self.check(tokens, keep)
 
     def test_keeping_all_changes_nothing(self) -> None:
-        selection = self.build()(self.tokens(2, 3, 4), 12)
-        assert selection.of(0).tolist() == selection.of(1).tolist() == list(range(12))
+        tokens = self.tokens(2, 3, 4)
+        selection = self.build()(tokens, tokens.count)
+        assert selection.of(0).tolist() == selection.of(1).tolist() == list(range(tokens.count))
         assert selection.merged is None, "with K = N the features have to stay the model's own, so nothing is merged"
 
     def test_items_are_pruned_independently(self) -> None:
@@ -105,7 +122,7 @@ class PrunerContract:
             if value.is_floating_point():
                 value.view(-1)[3] = float("nan")
                 try:
-                    pruner(tokens, 4)
+                    pruner(tokens, tokens.count // 4)
                 except PruningError:
                     refused.append(signal)
             else:  # an integer has no NaN

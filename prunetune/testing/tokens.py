@@ -21,20 +21,23 @@ def make_tokens(
     heads: int = 3,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    frames: int = 1,
 ) -> VisualTokens:
-    """Return ``batch`` items of ``rows * columns`` random tokens with every built-in signal.
+    """Return ``batch`` items of ``frames * rows * columns`` random tokens with every built-in signal.
 
     Args:
         batch: B.
         rows: of the grid.
-        columns: of the grid, so that N is ``rows * columns``.
+        columns: of the grid, so that N is ``frames * rows * columns``.
         channels: C; the projected tokens have four more.
         heads: H, of the attention signals.
         seed: the same seed gives the same tokens.
         dtype: of features and projected tokens; signals are float32, as families hand them over.
+        frames: above 1 the items are clips, and what belongs to a frame as a whole has an axis of frames.
     """
     g = torch.Generator().manual_seed(seed)
-    count = rows * columns
+    count = frames * rows * columns
+    each = (frames,) if frames > 1 else ()
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=g)
@@ -55,7 +58,7 @@ def make_tokens(
             "received_attention": attention(heads),
             "object_attention": attention(heads),
             "keys": normal(count, 7),
-            "cls_feature": normal(channels),
+            "cls_feature": normal(*each, channels),
             "reader_attention": attention(),
             "reader_keys": normal(count, channels),
             "image_embeds": normal(count, 6),
@@ -63,9 +66,12 @@ def make_tokens(
             "general_embeds": normal(3, 6),
             "text_token_embeds": words,
             "general_token_embeds": normal(3, channels + 4),
-            "image_key": torch.randint(0, 2**31 - 1, (batch,), generator=g),
+            "image_key": torch.randint(0, 2**31 - 1, (batch, *each), generator=g),
+            "head_feature": normal(*each, channels),
+            "head_attention": attention(),
         },
         grid=(rows, columns),
+        frames=frames,
     )
 
 

@@ -46,7 +46,7 @@ class Tower:
         return frozenset(name for name, signal in registered_signals().items() if self._offers(signal))
 
     def _offers(self, signal: Signal) -> bool:
-        if signal.source == "text":
+        if signal.source in ("text", "head"):
             return False
         if signal.source == "pixels":
             return True

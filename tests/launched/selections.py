@@ -16,7 +16,7 @@ from prunetune.pruning import PrunedModel, PruningSpec, registered_methods
 from prunetune.train import recalibrate
 
 OPTIONS = {"hiprune": {"object_layer": 2, "alpha": 0.5}, "prumerge": {"neighbours": 8}}
-NAMES = [name for name in registered_methods() if name != "identity"]
+NAMES = [name for name, method in registered_methods().items() if name != "identity" and not method.video]
 
 
 def digest(tensor: torch.Tensor) -> str:

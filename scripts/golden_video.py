@@ -1,0 +1,95 @@
+"""Golden cases of the methods for videos: each reader builds one clip of a stored case and compares our answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunetune.pruning import VisualTokens, build_pruner
+from prunetune.pruning.methods.dycoke import DyCoke
+from prunetune.pruning.methods.fastvid import FastVID
+from prunetune.pruning.methods.vidcom2 import frame_scale, likeness
+from prunetune.scripts.golden_cases import Case, agree, kept
+
+Read = Callable[[Case, str], Tensor]
+
+
+def clip(read: Read, case: Case, **signals: Tensor) -> VisualTokens:
+    """Return the stored video as one clip."""
+    features = read(case, "video_features")  # (F, L, C)
+    frames, rows, columns = np.asarray(case["grid_thw"]).tolist()
+    flat = features.flatten(0, 1)[None]
+    return VisualTokens(flat, flat, signals=signals, grid=(rows, columns), frames=frames)
+
+
+def check_evs(read: Read, case: Case) -> None:
+    """Changes between frames."""
+    pruner = build_pruner("evs", {"prune_rate": float(case["prune_rate"])})
+    agree(case, "kept_indices", kept(pruner(clip(read, case), 1))[0])
+
+
+def check_vidcom2(read: Read, case: Case) -> None:
+    """Likeness, shares of frames, and both counts."""
+    tokens, ratio = clip(read, case), float(case["retention_ratio"])
+    to_video, to_frame = likeness(tokens)
+    agree(case, "similarity", (to_video + to_frame)[0])
+    agree(case, "frame_scale", frame_scale(to_video, ratio)[0])
+    for count, key in (("published", "kept_indices"), ("fixed", "kept_indices_fixed")):
+        pruner = build_pruner("vidcom2", {"retention_ratio": ratio, "count": count})
+        positions = kept(pruner(tokens, 1))[0]
+        agree(case, key, positions)
+        if count == "published":
+            agree(case, "kept_per_frame", torch.bincount(positions // tokens.per_frame, minlength=tokens.frames))
+
+
+def check_dycoke(read: Read, case: Case) -> None:
+    """Similarity to an earlier frame; the published order is by similarity inside a pruned frame."""
+    tokens = clip(read, case)
+    pruner = DyCoke(merge_ratio=float(case["merge_ratio"]), groups="published")
+    positions = kept(pruner(tokens, 1))[0]
+    agree(case, "kept_indices", positions)
+    similarity = pruner.similarity(tokens)[0].flatten()
+    in_order = []
+    for frame in range(tokens.frames):
+        own = positions[positions // tokens.per_frame == frame]
+        in_order.append(own[similarity[own].argsort(stable=True)])
+    agree(case, "selection_order", torch.cat(in_order))
+
+
+def check_fastvid(read: Read, case: Case) -> None:
+    """Segments, anchors, salient tokens and merged features, from the pooling head's signals."""
+    attention = read(case, "frame_attention").flatten()[None]
+    tokens = clip(read, case, head_feature=read(case, "frame_global")[None], head_attention=attention)
+    pruner = FastVID(
+        count="published",
+        frames="pooling_head",
+        retention_ratio=float(case["retention_ratio"]),
+        segments=int(case["dyseg_c"]),
+        threshold=float(case["dyseg_tau"]),
+        context_ratio=float(case["stprune_d"]),
+        anchor_step=int(case["dtm_p"]),
+        own_weight=float(case["dtm_beta"]),
+    )
+    selection = pruner(tokens, 1)
+    agree(case, "kept_indices", kept(selection)[0])
+    assert selection.merged is not None
+    agree(case, "merged_features", selection.merged[0])
+    budget = tokens.frames * int(tokens.per_frame * float(case["retention_ratio"]))
+    plan, salient, _ = pruner.chosen(tokens, budget)
+    agree(case, "segment_sizes", torch.bincount(plan.segment[0]))
+    agree(case, "anchors_per_frame", plan.context[0])
+    agree(case, "salient_indices", salient[0].flatten().nonzero()[:, 0])
+
+
+def checks(read: Read) -> Mapping[str, Callable[[Case], None]]:
+    """Return the check of each method.
+
+    Args:
+        read: returns a stored array on the device that is checked.
+    """
+    found = {"dycoke": check_dycoke, "evs": check_evs, "fastvid": check_fastvid, "vidcom2": check_vidcom2}
+    return {name: partial(check, read) for name, check in found.items()}
