@@ -48,6 +48,8 @@ class Family(ABC):
         item: what an item is, and so what a budget per item counts for: "image", "crop" or "frame".
         position_policies: those that make sense; the first is what ``position_policy: auto`` means.
         counts_rows_and_columns: whether positions have three parts (M-RoPE): time, row and column.
+        tower_features: whether the features are the tower's, which enter the projector; else they have left it.
+        unproven: whether a model is compared with the stock one on the first batch before anything is pruned.
     """
 
     name: ClassVar[str]
@@ -61,6 +63,8 @@ class Family(ABC):
     item: ClassVar[str] = "image"
     position_policies: ClassVar[tuple[str, ...]] = ("compact", "original")
     counts_rows_and_columns: ClassVar[bool] = False
+    tower_features: ClassVar[bool] = True
+    unproven: ClassVar[bool] = False
 
     @abstractmethod
     def signals(self, model: nn.Module) -> frozenset[str]:
@@ -102,6 +106,10 @@ class Family(ABC):
         """Return the features of every image (K, D), and of every level, as the model takes them."""
         return PrunedOutput(pooler_output=features, deepstack_features=levels or None)
 
+    def container(self, modality: str, features: list[Tensor], levels: list[list[Tensor]]) -> PrunedOutput:
+        """Return the same for one modality, where a model takes its images and its videos in different containers."""
+        return self.put_back(features, levels)
+
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -130,20 +138,24 @@ def registered_families() -> dict[str, Family]:
 
 
 def family_of(model: nn.Module) -> Family:
-    """Return the family of a Hugging Face model.
+    """Return the family of a Hugging Face model; where none covers its ``config.model_type``, the generic one.
 
     Raises:
-        PruningError: if no family covers its ``config.model_type``.
+        PruningError: if the generic one does not fit either, with what to do.
     """
+    from prunetune.pruning.families.generic import can_be_generic, generic_family
+
     families = registered_families()
     model_type = model.config.model_type  # type: ignore[union-attr]
     for family in families.values():
         if model_type in family.model_types:
             return family
+    if can_be_generic(model):
+        return generic_family(model)
     covered = ", ".join(t for family in families.values() for t in family.model_types)
     raise PruningError(
-        f"no model family covers model_type {model_type!r}; there are {covered}. "
-        "A new one is one file, in pruning/families/ or a plug-in"
+        f"no model family covers model_type {model_type!r}, and the generic one needs a model with get_image_features "
+        f"whose forward takes mm_encoder_outputs; there are {covered}. A new family is one file: docs/adding.md"
     )
 
 
