@@ -162,7 +162,9 @@ class PrunedModel:
 
     def _projected_now(self, visions: Mapping[str, Vision]) -> dict[str, Vision]:
         """Return stored images as the projector of now sees them: it may have been tuned since, or be in training."""
-        return {name: vision.projected_by(partial(self.family.project, self.model)) for name, vision in visions.items()}
+        project = partial(self.family.project, self.model)
+        project_level = partial(self.family.project_level, self.model)
+        return {name: vision.projected_by(project, project_level) for name, vision in visions.items()}
 
     def _choose(
         self,

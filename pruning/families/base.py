@@ -98,6 +98,10 @@ class Family(ABC):
         base: Any = model.base_model
         return base.get_submodule(self.projectors[0])(features)
 
+    def project_level(self, model: nn.Module, level: int, features: Tensor) -> Tensor:
+        """Return what enters a deepstack level's projector, (K, C), in LLM space (K, D)."""
+        raise NotImplementedError(f"family {self.name!r} has no deepstack levels")
+
     def put_back(self, features: list[Tensor], levels: list[list[Tensor]]) -> PrunedOutput:
         """Return the features of every image (K, D), and of every level, as the model takes them."""
         return PrunedOutput(pooler_output=features, deepstack_features=levels or None)

@@ -47,13 +47,13 @@ class LlavaNextModel(Protocol):
 
 
 class QwenVisual(Protocol):
-    """The vision side of Qwen2.5-VL."""
+    """The vision side of Qwen-VL models: windows are those of Qwen2.5, deepstack mergers those of Qwen3."""
 
     blocks: nn.ModuleList
     merger: nn.Module
+    deepstack_merger_list: nn.ModuleList
     fullatt_block_indexes: Sequence[int]
     spatial_merge_size: int
-    spatial_merge_unit: int
     window_size: int
     patch_size: int
 
