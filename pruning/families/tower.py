@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +78,7 @@ def tower_of(model: nn.Module) -> Tower:
     base: Any = model.base_model
     config: Any = model.config
     kind = config.vision_config.model_type
-    layer = config.vision_feature_layer
+    layer = getattr(config, "vision_feature_layer", -1)  # families that name none take the last
     if not isinstance(layer, int):  # several layers side by side: the last named counts
         layer = layer[-1]
     layers = nn.ModuleList()
@@ -196,3 +196,26 @@ def blank_image(model: nn.Module) -> Float[Tensor, "1 3 H W"]:
     parameter = next(model.parameters())
     size = vision.image_size
     return parameter.new_zeros(1, 3, size, size)
+
+
+def per_llm_token(
+    signals: dict[str, Tensor],
+    merge: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Return signals of patches as signals of the LLM tokens that the model makes of several patches each.
+
+    Args:
+        signals: by name, of P patches per item.
+        merge: from (B, P, C) to (B, N, C), patches put together as the model does.
+    """
+    merged = {}
+    for name, values in signals.items():
+        axes = signal_of(name).axes
+        if axes == "B H N":
+            values = merge(values.transpose(1, 2)).transpose(1, 2)
+        elif axes == "B N":
+            values = merge(values[..., None])[..., 0]
+        elif axes == "B N C":
+            values = merge(values)
+        merged[name] = values
+    return merged
