@@ -257,8 +257,8 @@ class PrunedModel:
         """
         if packed and self.family.aligned:
             raise PruningError(
-                f"samples of family {self.family.name!r} can't be packed: by {', '.join(self.family.aligned)}, which its "
-                "model reads, tokens of one sample would see those of another; leave packing off"
+                f"samples of family {self.family.name!r} can't be packed: by {', '.join(self.family.aligned)} tokens "
+                "would see those of another sample; leave packing off"
             )
         if packed and self.position_policy != "compact" and not self.family.counts_rows_and_columns:
             raise PruningError("packing needs position_policy: compact; gaps between positions would end a sample")

@@ -66,6 +66,19 @@ class QwenAttention(Protocol):
     scaling: float
 
 
+class IdeficsModel(Protocol):
+    """The part of Idefics3 and SmolVLM below the head."""
+
+    vision_model: nn.Module
+    connector: Any  # a module with pixel_shuffle(x, scale_factor) and modality_projection
+
+    def get_image_features(
+        self, *, pixel_values: Tensor, pixel_attention_mask: Tensor = ..., return_dict: bool
+    ) -> EncodedImages:
+        """Encode tiles (samples, tiles, 3, H, W)."""
+        ...
+
+
 class CLIPAttention(Protocol):
     """The attention of one layer of a CLIP or SigLIP tower."""
 
@@ -86,6 +99,11 @@ def llava_model(model: nn.Module) -> LlavaModel:
 def llava_next_model(model: nn.Module) -> LlavaNextModel:
     """Return the part below the head."""
     return cast(LlavaNextModel, model.base_model)
+
+
+def idefics_model(model: nn.Module) -> IdeficsModel:
+    """Return the part below the head."""
+    return cast(IdeficsModel, model.base_model)
 
 
 def qwen_visual(model: nn.Module) -> QwenVisual:
