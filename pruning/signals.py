@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
@@ -68,6 +68,7 @@ class Attention:
         scale: factor of the logits.
         skip: leading positions that are no patches, [CLS] first.
         rotate: turns (B, H, T, d) as the layer turns queries and keys; None where it does not.
+        visible: (B, T), false for padding, which the layer hides from all others; None where there is none.
     """
 
     hidden: Float[Tensor, "B T C"]
@@ -79,6 +80,7 @@ class Attention:
     scale: float
     skip: int
     rotate: Callable[[Tensor], Tensor] | None = None
+    visible: Bool[Tensor, "B T"] | None = None
 
     def query(self) -> Float[Tensor, "B H T d"]:
         """Return all queries, (B, H, T, d) float32."""
@@ -145,7 +147,7 @@ def image_keys(pixels: Shaped[Tensor, "B ..."]) -> Int[Tensor, " B"]:
 
 
 def _received(attention: Attention) -> Float[Tensor, "B H N"]:
-    return received_attention(attention.query(), attention.key(), attention.scale, attention.skip)
+    return received_attention(attention.query(), attention.key(), attention.scale, attention.skip, attention.visible)
 
 
 def _mean_keys(attention: Attention) -> Float[Tensor, "B N d"]:

@@ -59,6 +59,15 @@ class FamilyIdentity:
         """Return one row's inputs with answer tokens behind its ids (1, L), for generation step by step."""
         return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
+    def sees(self, inputs: Batch) -> Tensor:
+        """Return which positions each position of one row sees, (L, L): causal, or with blocks that see both ways."""
+        length = inputs["input_ids"].shape[1]
+        return torch.ones(length, length).tril().bool()
+
+    def as_mask(self, visible: Tensor) -> Any:
+        """Return what the stock model takes as ``attention_mask`` for one row's (1, 1, L, L) boolean mask."""
+        return visible
+
     def forget(self, model: Any) -> None:
         """Clear what the stock model remembers of its last batch."""
         if hasattr(model.base_model, "rope_deltas"):
@@ -143,8 +152,8 @@ class FamilyIdentity:
                 full = self.plug(model, "identity", "100%", position_policy=policy).prepare(inputs).inputs
                 positions = pruned.family.positions(model, inputs)
                 length, visible = inputs["input_ids"].shape[1], prepared.keep[0]
-                hidden = torch.ones(length, length).tril().bool() & visible[None, :] | torch.eye(length).bool()
-                theirs = model(**{**full, "attention_mask": hidden[None, None], "position_ids": positions}).logits
+                mask = self.as_mask((self.sees(inputs) & visible[None, :] | torch.eye(length).bool())[None, None])
+                theirs = model(**{**full, "attention_mask": mask, "position_ids": positions}).logits
                 apart = (ours - theirs[0, visible]).abs().max()
                 assert apart < 1e-4 * (1 + ours.abs().max()), f"{name}, row {number}: logits differ by {apart:g}"
                 self.forget(model)

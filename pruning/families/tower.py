@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.families.stock import clip_attention
-from prunetune.pruning.hooks import LinearCall, record_input, record_linear, record_output
+from prunetune.pruning.hooks import LinearCall, record_input, record_keywords, record_linear, record_output
 from prunetune.pruning.ops.precision import exact_float32
 from prunetune.pruning.signals import Attention, Signal, layer_of, of_source, registered_signals, signal_of
 from prunetune.pruning.types import VisualTokens
 
 TOWERS_WITH_CLS = ("clip_vision_model",)
-TOWERS = (*TOWERS_WITH_CLS, "siglip_vision_model")
+TOWERS = (*TOWERS_WITH_CLS, "siglip_vision_model", "idefics3_vision", "smolvlm_vision")
+
+PATCH_MASK = "patch_attention_mask"
+"""The tower's input (B, rows, columns) that says which patches are no padding, in families that have it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Tower:
         has_cls: whether its sequences begin with [CLS].
         known: whether it is one whose attention can be read, with the feature layer among its layers.
         with_cls_token: whether [CLS] enters the projector.
+        path: of the tower, below the conditional-generation model.
+        projector: path of the projector.
     """
 
     module: nn.Module
@@ -40,6 +45,8 @@ class Tower:
     has_cls: bool
     known: bool
     with_cls_token: bool
+    path: str
+    projector: str
 
     def signals(self) -> frozenset[str]:
         """Return the vision signals this tower offers."""
@@ -78,22 +85,28 @@ def tower_of(model: nn.Module) -> Tower:
     base: Any = model.base_model
     config: Any = model.config
     kind = config.vision_config.model_type
-    layer = config.vision_feature_layer
+    layer = getattr(config, "vision_feature_layer", -1)  # families that name none take the last
     if not isinstance(layer, int):  # several layers side by side: the last named counts
         layer = layer[-1]
+    path, projector = "vision_tower", "multi_modal_projector"
+    if not hasattr(base, path):  # Idefics and its kin
+        path, projector = "vision_model", "connector"
+    module = base.get_submodule(path)
     layers = nn.ModuleList()
     if kind in TOWERS:
-        layers = base.vision_tower.encoder.layers
+        layers = module.encoder.layers
     # hidden_states[0] is the embedding: the output of layers[i] is hidden_states[i + 1]; from the end both count alike.
     feature = len(layers) + layer if layer < 0 else layer - 1
     has_cls = kind in TOWERS_WITH_CLS
     return Tower(
-        module=base.vision_tower,
+        module=module,
         layers=layers,
         feature=feature,
         has_cls=has_cls,
         known=kind in TOWERS and 0 <= feature < len(layers),
         with_cls_token=has_cls and config.vision_feature_select_strategy == "full",
+        path=path,
+        projector=projector,
     )
 
 
@@ -108,6 +121,7 @@ def record_signals(model: nn.Module, needs: frozenset[str]) -> Iterator[dict[str
     signals: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         pixels = hooks.enter_context(record_input(tower.module))
+        keywords = hooks.enter_context(record_keywords(tower.module))
         layers = {need: tower.index_of(need) for need in of_source(needs, "attention", "reader", "output")}
         queries, keys, outputs = {}, {}, {}
         # Several signals of one layer share one recording of it.
@@ -122,7 +136,7 @@ def record_signals(model: nn.Module, needs: frozenset[str]) -> Iterator[dict[str
     # Only now, when the hooks are removed: an error here must not leave the model with them.
     for need in of_source(needs, "attention", "reader"):
         index = layers[need]
-        attention = _attention(tower, index, queries[index][0], keys[index][0])
+        attention = _attention(tower, index, queries[index][0], keys[index][0], keywords[0].get(PATCH_MASK))
         with exact_float32(attention.hidden.device):
             signals[signal_of(need).name] = _read(need, attention)
     for need in of_source(needs, "output"):
@@ -134,7 +148,13 @@ def record_signals(model: nn.Module, needs: frozenset[str]) -> Iterator[dict[str
         signals[signal_of(need).name] = _read(need, pixels[0])
 
 
-def _attention(tower: Tower, index: int, query: LinearCall, key: LinearCall) -> Attention:
+def _attention(
+    tower: Tower,
+    index: int,
+    query: LinearCall,
+    key: LinearCall,
+    patch_mask: Bool[Tensor, "B rows columns"] | None,
+) -> Attention:
     module = clip_attention(tower.layers[index])
     return Attention(
         hidden=key.hidden,
@@ -145,6 +165,7 @@ def _attention(tower: Tower, index: int, query: LinearCall, key: LinearCall) -> 
         heads=module.num_heads,
         scale=module.scale,
         skip=int(tower.has_cls),
+        visible=None if patch_mask is None else patch_mask.flatten(1),
     )
 
 
@@ -157,13 +178,13 @@ def _read(need: str, source: Attention | Tensor) -> Tensor:
 def signal_layers(model: nn.Module, needs: frozenset[str]) -> dict[str, str]:
     """Return the module path that features, projected features and each needed signal are read from."""
     tower = tower_of(model)
-    paths = {"projected": "multi_modal_projector"}
+    paths = {"projected": tower.projector}
     if not tower.known:
         return paths
     indices = {"features": tower.feature}
     for need in of_source(needs, "attention", "reader", "output"):
         indices[signal_of(need).name] = tower.index_of(need)
-    return paths | {name: f"vision_tower.encoder.layers.{index}" for name, index in indices.items()}
+    return paths | {name: f"{tower.path}.encoder.layers.{index}" for name, index in indices.items()}
 
 
 def patch_grid(model: nn.Module, count: int) -> tuple[int, int] | None:
@@ -196,3 +217,26 @@ def blank_image(model: nn.Module) -> Float[Tensor, "1 3 H W"]:
     parameter = next(model.parameters())
     size = vision.image_size
     return parameter.new_zeros(1, 3, size, size)
+
+
+def per_llm_token(
+    signals: dict[str, Tensor],
+    merge: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Return signals of patches as signals of the LLM tokens that the model makes of several patches each.
+
+    Args:
+        signals: by name, of P patches per item.
+        merge: from (B, P, C) to (B, N, C), patches put together as the model does.
+    """
+    merged = {}
+    for name, values in signals.items():
+        axes = signal_of(name).axes
+        if axes == "B H N":
+            values = merge(values.transpose(1, 2)).transpose(1, 2)
+        elif axes == "B N":
+            values = merge(values[..., None])[..., 0]
+        elif axes == "B N C":
+            values = merge(values)
+        merged[name] = values
+    return merged
