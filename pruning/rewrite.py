@@ -213,7 +213,7 @@ def rewrite(
         for level in vision.levels:
             cut = torch.cat(level)[stays]
             levels.append(list(cut.split(counts[modality])))
-        outputs[modality] = family.put_back(list(features.split(counts[modality])), levels)
+        outputs[modality] = family.put_back(list(features.split(counts[modality])), levels, modality)
     positions = family.positions(model, inputs) if position_policy == "original" else None
     result = shorten(inputs, keep, positions, padding_side, family.aligned)
     # With pixels among its inputs the model would encode the images again, unpruned.
