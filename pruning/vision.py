@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
@@ -33,6 +33,7 @@ class Vision:
             family has no row ends.
         levels: for models with deepstack features, per level and image (L, D); they are cut with the slots.
         level_features: what was projected to ``levels``, per level and image (L, C); empty where nothing projects them.
+        sources: for families that pool behind the projector, what they make slots of under another projector.
     """
 
     modality: str
@@ -43,6 +44,7 @@ class Vision:
     row: tuple[Int[Tensor, " _L"], ...] = ()
     levels: tuple[tuple[Float[Tensor, "_L D"], ...], ...] = ()
     level_features: tuple[tuple[Float[Tensor, "_L _C"], ...], ...] = ()
+    sources: Mapping[str, Shaped[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:
@@ -91,6 +93,7 @@ class Vision:
             row=changed(self.row),
             levels=tuple(map(changed, self.levels)),
             level_features=tuple(map(changed, self.level_features)),
+            sources={name: change(tensor) for name, tensor in self.sources.items()},
         )
 
     def projected_by(

@@ -82,7 +82,7 @@ class Gemma3(Family):
         image[:, ::block, ::block] = tokens.unflatten(0, (images, side, side)) * block**2
         return base.multi_modal_projector(image.flatten(1, 2)).flatten(0, 1)[: len(features)]
 
-    def put_back(self, features: list[Tensor], levels: list[list[Tensor]]) -> PrunedOutput:
+    def put_back(self, features: list[Tensor], levels: list[list[Tensor]], modality: str) -> PrunedOutput:
         """Return the features of all images as one tensor."""
         return PrunedOutput(pooler_output=joined(features))
 

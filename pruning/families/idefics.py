@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.families.base import Family
 from prunetune.pruning.families.stock import idefics_model
-from prunetune.pruning.families.tower import blank_image, per_llm_token, record_signals, signal_layers, tower_of
+from prunetune.pruning.families.tower import Tower, blank_image, per_llm_token, record_signals, signal_layers, tower_of
 from prunetune.pruning.hooks import record_input, record_output
 from prunetune.pruning.types import VisualTokens
 from prunetune.pruning.vision import Vision, of_equal_images
@@ -35,7 +35,7 @@ class Idefics(Family):
 
     def signals(self, model: nn.Module) -> frozenset[str]:
         """Return what the tower offers."""
-        return tower_of(model).signals()
+        return _tower(model).signals()
 
     def frozen_parts(self, model: nn.Module) -> tuple[nn.Module, ...]:
         """Return the tower."""
@@ -55,12 +55,12 @@ class Idefics(Family):
                 "pixel_values holds zeros alone, which the model takes for the padding of samples with fewer images; "
                 "leave it out of a batch of text"
             )
-        connector = stock.connector
+        connector, tower = stock.connector, _tower(model)
         # Tiles are read around the connector: what the model returns is cut by samples.
         with (
             record_input(connector) as patches,
             record_output(connector) as projected,
-            record_signals(model, needs) as signals,
+            record_signals(model, needs, tower) as signals,
         ):
             stock.get_image_features(**given, return_dict=True)
 
@@ -74,10 +74,14 @@ class Idefics(Family):
             projected=projected[0],
             signals=per_llm_token(signals, shuffle),
             grid=(side, side),
-            layers=signal_layers(model, needs),
+            layers=signal_layers(model, needs, tower),
         )
         return of_equal_images(tokens)
 
     def blank(self, model: nn.Module) -> dict[str, Tensor]:
         """Return one white tile: the model takes black ones for padding."""
         return {"pixel_values": blank_image(model)[None] + 1}
+
+
+def _tower(model: nn.Module) -> Tower:
+    return tower_of(model, path="vision_model", projector="connector")

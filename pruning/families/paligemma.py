@@ -38,7 +38,7 @@ class PaliGemma(Family):
             output = stock.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
         return of_equal_images(visual_tokens(model, needs, features[0], stacked(output.pooler_output), signals))
 
-    def put_back(self, features: list[Tensor], levels: list[list[Tensor]]) -> PrunedOutput:
+    def put_back(self, features: list[Tensor], levels: list[list[Tensor]], modality: str) -> PrunedOutput:
         """Return the features of all images as one tensor."""
         return PrunedOutput(pooler_output=joined(features))
 
