@@ -71,9 +71,9 @@ def plug(model, name, keep=16, **fields):
 QUESTIONS = ["where is the circle ?", "red ring"]
 
 
-GRIDS = ("downsample", "hiprune", "gridprune")  # these need the grid of one crop
+GRIDS = ("downsample", "hiprune", "gridprune", "vscan")  # these need the grid of one crop
 PER_METHOD = [(name, "item") for name in registered_methods() if name != "identity"]
-PER_METHOD += [(name, "image") for name, _ in PER_METHOD if name not in ("visionzip", *GRIDS)]
+PER_METHOD += [(name, "image") for name, _ in PER_METHOD if name not in ("visionzip", "prunesid", *GRIDS)]
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ class HoloV:
         seats: Int[Tensor, "B R"],
     ) -> Int[Tensor, "B N"]:
         """Return the place of each token in the published order, and N for those that are not kept."""
-        batch, count = attention.shape
+        count = attention.shape[1]
         length = real.sum(dim=-1)
         own = attention[:, members].masked_fill(~real, float("-inf"))  # (B, R, w)
         order = top_k(own, members.shape[1])
@@ -183,7 +183,7 @@ def dealt(
     number: Int[Tensor, " B"],
     most: int,
 ) -> Int[Tensor, "B R"]:
-    """Return how many of ``number`` (B,) each run gets when they are dealt one by one, the heaviest run with room first.
+    """Return how many of ``number`` (B,) each run gets when they are dealt one by one, the heaviest with room first.
 
     Room ``[[3, 1, 0]]``, weights falling and the number ``[3]`` give ``[[2, 1, 0]]``. There is room for all.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.ops.greedy import pick_determinantal
-from prunetune.pruning.ops.indexing import ascending, first_ranked, mask_of_picks, top_k
+from prunetune.pruning.ops.indexing import first_ranked, mask_of_picks, top_k
 from prunetune.pruning.ops.output_order import copies
 from prunetune.pruning.options import check_choice, check_least, check_share
 from prunetune.pruning.registry import register_pruner
@@ -73,7 +73,7 @@ class PromPrune:
         salient = self.salient_count(entropy, keep)  # (B,)
         order = top_k(attention, tokens.count)
         is_salient = first_ranked(order, salient)
-        # All items take K steps, so that no number is read from the device; the picks beyond an item's own do not count.
+        # All items take K steps, so that no number is read from the device; picks beyond an item's own do not count.
         picks = _covering(projected, attention, is_salient, keep)
         left = keep - salient
         notes = {"entropy": entropy, "salient": salient}

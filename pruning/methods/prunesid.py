@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -124,7 +123,8 @@ class PruneSID:
         pairs = max(count * (count - 1) // 2, 1)
         mean = cosine.double().triu(1).sum(dim=(1, 2)) / pairs
         ranked_group = group.gather(1, order)
-        near = (cosine.double() > (mean * keep / 32)[:, None, None]) & (ranked_group[:, :, None] == ranked_group[:, None])
+        same_group = ranked_group[:, :, None] == ranked_group[:, None]
+        near = (cosine.double() > (mean * keep / 32)[:, None, None]) & same_group
         rank = torch.arange(count, device=order.device, dtype=torch.float32)
         last = -(rank + count)
         attended = attention.gather(1, order) > 0  # a token without attention is never taken
