@@ -340,21 +340,36 @@ def erank(x):
     return math.exp(-sum(s * math.log(s) for s in share))
 
 
-def adaptive_threshold(tokens, item, keep, average=94.87, tau_max=0.5):
-    """The walk of section 4.3, step by step."""
+def adaptive_walk(tokens, item, keep, average=94.87, tau_max=0.5, count="rank", refill="attention"):
+    """The walk of section 4.3, step by step: what is kept, and how many of it before the pool ran dry."""
     x, attention = of(tokens, "projected", item), of(tokens, "cls_attention", item).mean(0)
     order = by(attention)
     slope = erank(x) / average * 0.01
-    pool, removed, kept = list(order), [], []
-    while len(kept) < keep and pool:
+    pool, removed, kept, walked = list(order), [], [], 0
+    while len(kept) < keep:
+        if not pool:
+            walked = walked or len(kept)
+            removed.sort(key=order.index)
+            if refill == "again":
+                pool, removed = removed, []
+            elif refill == "farthest":
+                best = max(removed, key=lambda i: min(1 - cosine(x[i], x[j]) for j in kept))
+                kept.append(removed.pop(removed.index(best)))
+                continue
+            else:
+                kept += removed[: keep - len(kept)]
+                break
         token = pool.pop(0)
+        tau = min((len(kept) + 1 if count == "pick" else order.index(token) + 1) * slope, tau_max)
         kept.append(token)
-        tau = min((order.index(token) + 1) * slope, tau_max)
         near = [other for other in pool if 1 - cosine(x[token], x[other]) < tau]
         removed += near
         pool = [other for other in pool if other not in near]
-    removed.sort(key=order.index)
-    return sorted(kept + removed[: keep - len(kept)])
+    return sorted(kept), walked or keep
+
+
+def adaptive_threshold(tokens, item, keep, average=94.87, tau_max=0.5, count="rank", refill="attention"):
+    return adaptive_walk(tokens, item, keep, average, tau_max, count, refill)[0]
 
 
 def random_tokens(tokens, item, keep, seed=0):

@@ -215,6 +215,10 @@ OPTIONS = [
     ("gridprune", {"zones": 3, "alpha": 0.2}, {"zones": 3, "alpha": 0.2}),
     ("adaptive", {"erank_avg": 1.0, "tau_max": 1.0}, {"average": 1.0, "tau_max": 1.0}),
     ("adaptive", {"erank_avg": 2.0, "tau_max": 2.0}, {"average": 2.0, "tau_max": 2.0}),
+    ("adaptive", {"erank_avg": 0.1, "order": "pick"}, {"average": 0.1, "count": "pick"}),
+    ("adaptive", {"erank_avg": 0.1, "refill": "farthest"}, {"average": 0.1, "refill": "farthest"}),
+    ("adaptive", {"erank_avg": 0.1, "tau_max": 0.9, "refill": "again"},
+     {"average": 0.1, "tau_max": 0.9, "refill": "again"}),
     ("random", {"seed": 7}, {"seed": 7}),
     ("tome", {"metric": "features"}, {"metric": "features"}),
     ("bat", {"attentive_ratio": 0.25, "neighbours": 3}, {"ratio": 0.25, "k": 3}),
@@ -297,6 +301,26 @@ def test_adaptive_count_keeps_more_of_complex_images():
     assert selection.counts() == expected and expected[0] == 8 and expected[1] == 10 and expected[2] > 10
     for item, count in enumerate(expected):
         assert selection.of(item).tolist() == oracles.adaptive_threshold(tokens, item, count, average)
+
+
+@pytest.mark.parametrize("refill", ["attention", "farthest", "again"])
+@pytest.mark.parametrize("order", ["rank", "pick"])
+def test_adaptive_notes_how_far_the_walk_went(order, refill):
+    dry = set()
+    for seed in range(4):
+        tokens = make_tokens(3, 5, 6, seed=seed)
+        tokens.projected[0] = tokens.projected[0, :1] + 0.1 * tokens.projected[0]  # alike, so that few are far enough
+        average = oracles.erank(oracles.of(tokens, "projected", 1)) * (0.1 if order == "pick" else 1)
+        options = {"erank_avg": average, "order": order, "refill": refill, "tau_max": 1.2}
+        for keep in (3, 12, 29):
+            selection = build_pruner("adaptive", options)(tokens, keep)
+            for item in range(3):
+                kept, walked = oracles.adaptive_walk(tokens, item, keep, average, 1.2, order, refill)
+                assert selection.of(item).tolist() == kept
+                assert int(selection.notes["walked"][item]) == walked
+                assert bool(selection.notes["ran_dry"][item]) == (walked < keep)
+                dry.add(walked < keep)
+    assert dry == {True, False}
 
 
 @pytest.mark.parametrize("count", ["fixed", "adaptive"])
