@@ -28,6 +28,7 @@ class Method:
     merges: bool = False
     exact: bool = True
     golden: bool = False
+    servable: bool = True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -39,7 +40,13 @@ _METHODS: dict[str, Method] = {}
 
 
 def register_pruner(
-    name: str, *, paper: str, merges: bool = False, exact: bool = True, golden: bool = False
+    name: str,
+    *,
+    paper: str,
+    merges: bool = False,
+    exact: bool = True,
+    golden: bool = False,
+    servable: bool = True,
 ) -> Callable[[Any], Any]:
     """Register a frozen dataclass as the method ``name``.
 
@@ -49,6 +56,9 @@ def register_pruner(
         merges: whether the selection carries merged features.
         exact: False for a reconstruction: no code was published, and the paper leaves steps open.
         golden: whether ``scripts/check_golden.py`` compares it with answers of the published code.
+        servable: whether an engine can serve it with default options: it is known before an image is encoded how many
+            tokens are kept, so that a prompt can be written with as many placeholders, and the LLM is given nothing
+            but their embeddings.
 
     Raises:
         PruningError: if the name is taken or not lower-case, the class is no frozen dataclass, or it needs an
@@ -64,7 +74,7 @@ def register_pruner(
                 f"{pruner.__module__}; rename one"
             )
         check_contract(name, pruner)
-        _METHODS[name] = Method(name, paper, pruner, merges, exact, golden)
+        _METHODS[name] = Method(name, paper, pruner, merges, exact, golden, servable)
         return pruner
 
     return register
@@ -100,7 +110,13 @@ def _method_of_class(reference: str) -> Method:
         if method.pruner is pruner:
             return method
     check_contract(reference, pruner)
-    return Method(reference, "not registered", pruner, merges=bool(getattr(pruner, "merges", False)))
+    return Method(
+        reference,
+        "not registered",
+        pruner,
+        merges=bool(getattr(pruner, "merges", False)),
+        servable=bool(getattr(pruner, "servable", True)),
+    )
 
 
 def check_contract(name: str, pruner: Any) -> None:
@@ -182,3 +198,8 @@ def _type_name(annotation: Any) -> str:
 def merges(name: str, pruner: Pruner) -> bool:
     """Return whether a method may return merged features; where its options decide, its ``merges`` says so."""
     return bool(getattr(pruner, "merges", method_of(name).merges))
+
+
+def servable(name: str, pruner: Pruner) -> bool:
+    """Return whether an engine can serve a method; where its options decide, its ``servable`` says so."""
+    return bool(getattr(pruner, "servable", method_of(name).servable))

@@ -100,6 +100,16 @@ class Pruned:
         return {modality: choice.vision for modality, choice in self.chosen.items()}
 
     @property
+    def notes(self) -> dict[str, Tensor]:
+        """What the method counted on the way, one float32 number per item by name, such as ``ran_dry``."""
+        noted: dict[str, list[Tensor]] = {}
+        for choice in self.chosen.values():
+            for selection in choice.selections:
+                for name, values in selection.notes.items():
+                    noted.setdefault(name, []).append(values.float())
+        return {name: torch.cat(values) for name, values in noted.items()}
+
+    @property
     def selections(self) -> dict[str, list[Selection]]:
         """What the pruner kept, by modality, one selection per group of candidates."""
         return {modality: choice.selections for modality, choice in self.chosen.items()}

@@ -145,7 +145,9 @@ def cdpruner(tokens, item, keep, sign=-1):
     return dpp(of(tokens, "projected", item), quality, keep)
 
 
-def crisprune(tokens, item, keep, alpha=0.5, decay=0.5, tau=0.98, saliency="cls", text="clip", sign=1):
+def crisprune(
+    tokens, item, keep, alpha=0.5, decay=0.5, tau=0.98, saliency="cls", text="clip", sign=1, space="projected"
+):
     a = of(tokens, f"{saliency}_attention", item).mean(0)
     high, low = np.quantile(a, tau), a.min()
     visual = [(min(v, high) - low) / (high - low + 1e-6) for v in a]
@@ -160,13 +162,31 @@ def crisprune(tokens, item, keep, alpha=0.5, decay=0.5, tau=0.98, saliency="cls"
     instruction, general = scaled([sign * r for r in instruction], 1e-6), scaled(general, 1e-6)
     semantic = [max(i, decay * g) for i, g in zip(instruction, general, strict=True)]
     quality = [alpha * s + (1 - alpha) * v for s, v in zip(semantic, visual, strict=True)]
-    return dpp(of(tokens, "projected", item), quality, keep)
+    return dpp(of(tokens, space, item), quality, keep)
+
+
+def digamma(n):
+    return sum(1 / i for i in range(1, n)) - 0.5772156649015329
+
+
+def information(a, b, neighbours=3):
+    """Kraskov's first estimator: pairs of channels are the samples."""
+    a, b = a / a.std(), b / b.std()
+    total = 0.0
+    for i in range(len(a)):
+        others = [j for j in range(len(a)) if j != i]
+        reach = sorted(max(abs(a[i] - a[j]), abs(b[i] - b[j])) for j in others)[neighbours - 1]
+        for values in (a, b):
+            total += digamma(sum(abs(values[i] - values[j]) < reach for j in others) + 1)
+    return max(0.0, digamma(len(a)) + digamma(neighbours) - total / len(a))
 
 
 def align(tokens, item, count, metric="l2"):
     x, text = of(tokens, "projected", item), words(tokens, item)
     if metric == "l2":
         score = [-np.mean([np.linalg.norm(v - w) for w in text]) for v in x]
+    elif metric == "mutual_information":
+        score = [np.mean([information(v, w) for w in text]) for v in x]
     else:
         score = [np.mean([cosine(v, w) for w in text]) for v in x]
     return score, sorted(by(score)[:count])

@@ -205,11 +205,14 @@ OPTIONS = [
     ("crisprune", {"alpha": 1.0, "decay": 0.9}, {"alpha": 1.0, "decay": 0.9}),
     ("crisprune", {"quantile": 1.0}, {"tau": 1.0}),
     ("crisprune", {"relevance_sign": -1}, {"sign": -1}),
+    ("crisprune", {"similarity": "features"}, {"space": "features"}),
+    ("crisprune", {"similarity": "aligned"}, {"space": "image_embeds"}),
     ("crisprune", {"saliency": "received", "text": "llm"}, {"saliency": "received", "text": "llm"}),
     ("trimtokenator", {"stages": "align"}, {"stages": "align"}),
     ("trimtokenator", {"stages": "repmax"}, {"stages": "repmax"}),
     ("trimtokenator", {"stages": "repmax_align"}, {"stages": "repmax_align"}),
     ("trimtokenator", {"alignment_metric": "cosine"}, {"alignment": "cosine"}),
+    ("trimtokenator", {"alignment_metric": "mutual_information"}, {"alignment": "mutual_information"}),
     ("trimtokenator", {"redundancy_metric": "l2", "n1_ratio": 0.5}, {"redundancy": "l2", "ratio": 0.5}),
     ("hiprune", {"alpha": 0.9}, {"alpha": 0.9}),
     ("gridprune", {"zones": 3, "alpha": 0.2}, {"zones": 3, "alpha": 0.2}),
@@ -217,8 +220,11 @@ OPTIONS = [
     ("adaptive", {"erank_avg": 2.0, "tau_max": 2.0}, {"average": 2.0, "tau_max": 2.0}),
     ("adaptive", {"erank_avg": 0.1, "order": "pick"}, {"average": 0.1, "count": "pick"}),
     ("adaptive", {"erank_avg": 0.1, "refill": "farthest"}, {"average": 0.1, "refill": "farthest"}),
-    ("adaptive", {"erank_avg": 0.1, "tau_max": 0.9, "refill": "again"},
-     {"average": 0.1, "tau_max": 0.9, "refill": "again"}),
+    (
+        "adaptive",
+        {"erank_avg": 0.1, "tau_max": 0.9, "refill": "again"},
+        {"average": 0.1, "tau_max": 0.9, "refill": "again"},
+    ),
     ("random", {"seed": 7}, {"seed": 7}),
     ("tome", {"metric": "features"}, {"metric": "features"}),
     ("bat", {"attentive_ratio": 0.25, "neighbours": 3}, {"ratio": 0.25, "k": 3}),
@@ -568,6 +574,21 @@ def test_exact_products_are_restored_when_the_last_thread_leaves():
         torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
+def test_notes_are_collected_over_the_items_of_a_batch():
+    from prunetune.pruning.rewrite import Chosen, Pruned
+
+    selections = []
+    for items in (2, 1):
+        tokens = make_tokens(items, 5, 5)
+        selections.append(build_pruner("adaptive", {"erank_avg": 0.1})(tokens, 9))
+    vision = of_equal_images(tokens)
+    pruned = Pruned({}, torch.ones(1, 1, dtype=torch.bool), {"image": Chosen(vision, [], selections)})
+    assert set(pruned.notes) == {"walked", "ran_dry"}
+    walked = [*selections[0].notes["walked"].tolist(), *selections[1].notes["walked"].tolist()]
+    assert pruned.notes["walked"].tolist() == walked and len(walked) == 3
+    assert pruned.notes["ran_dry"].tolist() == [float(number < 9) for number in walked]
+
+
 # ---- properties ------------------------------------------------------------------------------------------------
 
 
@@ -717,6 +738,26 @@ def test_unknown_names_are_answered_with_the_nearest():
         build_pruner("vispruner", {"important_ratio": 1.5})
     with pytest.raises(PruningError, match=r"relevance_sign is one of 1, -1"):
         build_pruner("cdpruner", {"relevance_sign": 0})
+
+
+def test_a_method_is_servable_where_its_count_is_known_beforehand():
+    from prunetune.pruning.registry import servable
+
+    varying = [
+        ("adaptive", {"count": "adaptive"}),
+        ("prumerge", {"count": "outliers"}),
+        ("prumerge_plus", {"count": "outliers"}),
+        ("prumerge_plus", {"count": "ratio"}),
+        ("trim", {"count": "outliers"}),
+    ]
+    for name, options in varying:
+        assert servable(name, build_pruner(name)) and registered_methods()[name].servable
+        assert not servable(name, build_pruner(name, options))
+    for seed in range(3):  # and what is called servable keeps equally many of any image
+        tokens = make_tokens(3, 6, 6, seed=seed)
+        for name, method in registered_methods().items():
+            if method.servable and name != "identity":
+                assert build_pruner(name)(tokens, 13).counts() == [13] * 3, name
 
 
 def test_registration_is_loud():

@@ -45,9 +45,8 @@ class Adaptive:
     Variant "threshold" (section 4.3, equation 6) walks the tokens by falling [CLS] attention, takes the next one not
     yet removed and removes every remaining token whose cosine distance to it is below ``tau_i = order_i * scale *
     complexity / average``, capped by ``tau_max``, until K are kept. If the pool runs dry, ``refill`` says which of the
-    removed tokens fill the budget. It often does: with the threshold at 0.5 from about the fiftieth rank on, few of 576
-    tokens are that far apart. A selection therefore carries as notes how many tokens the walk itself picked,
-    ``walked``, and whether it ran dry, ``ran_dry``; ``prunetune calibrate`` and evaluations can count them.
+    removed tokens fill the budget. Of an average image the threshold reaches 0.5 at the fiftieth rank, so it may well.
+    A selection notes how many tokens the walk itself picked, ``walked``, and whether it ran dry, ``ran_dry``.
 
     The other variants mix a share of tokens chosen by attention with diverse ones (tables 5 and 6): as VisPruner, as
     BAT, or FasterVLM's with DivPrune's. The share is ``share + slope * (1 - complexity / average)``, within [0, 1].
