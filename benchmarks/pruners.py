@@ -25,7 +25,10 @@ from prunetune.pruning.ops import greedy, greedy_triton
 
 WIDTH, LLM_WIDTH, EMBEDS, HEADS = 1024, 4096, 768, 16
 SIZES = {"N=576 K=64 B=1": (576, 64, 1), "N=576 K=64 B=8": (576, 64, 8), "N=2880 K=160 B=1": (2880, 160, 1)}
-PROJECTED = ("adaptive", "cdpruner", "crisprune", "divprune", "divprune_aligned", "fps", "trimtokenator")
+PROJECTED = (
+    *("adaptive", "cdpruner", "crisprune", "divprune", "divprune_aligned", "fps", "trimtokenator"),
+    *("holov", "promprune", "vscan"),
+)
 ATTENTION_ONLY = ("fastervlm", "hiprune")
 BARS = dict.fromkeys(("divprune", "cdpruner", "crisprune", "trimtokenator", "fps", "prismprune"), 1.5) | {
     "vispruner": 2.0
@@ -67,6 +70,7 @@ def make_tokens(count: int, batch: int, device: str) -> VisualTokens:
             "text_token_embeds": normal(20, LLM_WIDTH),
             "general_token_embeds": normal(3, LLM_WIDTH),
             "image_key": torch.arange(batch, device=device),
+            "shallow_attention": attention(HEADS),
         },
         grid=(24, count // 24),
     )

@@ -29,6 +29,7 @@ class Method:
     exact: bool = True
     golden: bool = False
     video: bool = False
+    servable: bool = True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -40,7 +41,14 @@ _METHODS: dict[str, Method] = {}
 
 
 def register_pruner(
-    name: str, *, paper: str, merges: bool = False, exact: bool = True, golden: bool = False, video: bool = False
+    name: str,
+    *,
+    paper: str,
+    merges: bool = False,
+    exact: bool = True,
+    golden: bool = False,
+    video: bool = False,
+    servable: bool = True,
 ) -> Callable[[Any], Any]:
     """Register a frozen dataclass as the method ``name``.
 
@@ -51,6 +59,9 @@ def register_pruner(
         exact: False for a reconstruction: no code was published, and the paper leaves steps open.
         golden: whether ``scripts/check_golden.py`` compares it with answers of the published code.
         video: whether it compares the frames of a video: it is given whole clips, whatever the budget counts for.
+        servable: whether an engine can serve it with default options: it is known before an image is encoded how many
+            tokens are kept, so that a prompt can be written with as many placeholders, and the LLM is given nothing
+            but their embeddings.
 
     Raises:
         PruningError: if the name is taken or not lower-case, the class is no frozen dataclass, or it needs an
@@ -66,7 +77,7 @@ def register_pruner(
                 f"{pruner.__module__}; rename one"
             )
         check_contract(name, pruner)
-        _METHODS[name] = Method(name, paper, pruner, merges, exact, golden, video)
+        _METHODS[name] = Method(name, paper, pruner, merges, exact, golden, video, servable)
         return pruner
 
     return register
@@ -102,8 +113,14 @@ def _method_of_class(reference: str) -> Method:
         if method.pruner is pruner:
             return method
     check_contract(reference, pruner)
-    merging, video = bool(getattr(pruner, "merges", False)), bool(getattr(pruner, "video", False))
-    return Method(reference, "not registered", pruner, merges=merging, video=video)
+    return Method(
+        reference,
+        "not registered",
+        pruner,
+        merges=bool(getattr(pruner, "merges", False)),
+        video=bool(getattr(pruner, "video", False)),
+        servable=bool(getattr(pruner, "servable", True)),
+    )
 
 
 def check_contract(name: str, pruner: Any) -> None:
@@ -185,3 +202,8 @@ def _type_name(annotation: Any) -> str:
 def merges(name: str, pruner: Pruner) -> bool:
     """Return whether a method may return merged features; where its options decide, its ``merges`` says so."""
     return bool(getattr(pruner, "merges", method_of(name).merges))
+
+
+def servable(name: str, pruner: Pruner) -> bool:
+    """Return whether an engine can serve a method; where its options decide, its ``servable`` says so."""
+    return bool(getattr(pruner, "servable", method_of(name).servable))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.families.base import Family, PrunedOutput
+from prunetune.pruning.ops.precision import exact_float32
 from prunetune.pruning.select import Candidates
 from prunetune.pruning.sequence import shorten
 from prunetune.pruning.types import Selection
@@ -75,6 +76,23 @@ class Chosen:
                 features.append(merged)
         return torch.cat(numbers), torch.cat(features)
 
+    def mixed_tokens(self) -> tuple[Int[Tensor, " M"], Float[Tensor, "M D"]]:
+        """Return where tokens merged after the projector stand and what they are: (M,) numbers and (M, D).
+
+        The projected tokens carry the graph of the projector, and so do their mixtures.
+        """
+        numbers = [self.vision.origin[0][:0]]
+        features = [self.vision.slots[0][:0]]
+        for among, selection in zip(self.candidates, self.selections, strict=True):
+            for item, weights in enumerate(selection.mixing or ()):
+                projected = among.tokens.require("projected")[item]  # (N, D)
+                # Item by item and in float32, so that neither the batch nor autocast decides the last bits.
+                with exact_float32(projected.device):
+                    mixed = weights @ projected.float()  # (K, D)
+                numbers.append(among.numbers[item, selection.slots_of(item)])
+                features.append(mixed.to(projected.dtype))
+        return torch.cat(numbers), torch.cat(features)
+
 
 @dataclass(frozen=True)
 class Pruned:
@@ -101,6 +119,16 @@ class Pruned:
     def kept_per_frame(self) -> list[list[int]]:
         """For each video how many visual tokens of each of its frames reach the LLM; empty without videos."""
         return self.chosen["video"].kept_per_frame() if "video" in self.chosen else []
+
+    @property
+    def notes(self) -> dict[str, Tensor]:
+        """What the method counted on the way, one float32 number per item by name, such as ``ran_dry``."""
+        noted: dict[str, list[Tensor]] = {}
+        for choice in self.chosen.values():
+            for selection in choice.selections:
+                for name, values in selection.notes.items():
+                    noted.setdefault(name, []).append(values.float())
+        return {name: torch.cat(values) for name, values in noted.items()}
 
     @property
     def selections(self) -> dict[str, list[Selection]]:
@@ -162,6 +190,7 @@ def slot_features(
     stays: Bool[Tensor, " S"],
     merged: tuple[Int[Tensor, " M"], Float[Tensor, "M C"]] | None,
     project: Callable[[Tensor], Tensor],
+    mixed: tuple[Int[Tensor, " M2"], Float[Tensor, "M2 D"]] | None = None,
 ) -> Float[Tensor, "K D"]:
     """Return the features (K, D) of all staying slots.
 
@@ -174,12 +203,16 @@ def slot_features(
         stays: (S,) which slots stay.
         merged: numbers (M,) and pre-projector features (M, C) of merged tokens; None for a method that never merges.
         project: from pre-projector features to the LLM's space.
+        mixed: numbers (M2,) and features (M2, D) of tokens that were merged in the LLM's space.
     """
     plain = torch.cat(vision.slots)[stays]  # (K, D)
     if merged is None:
         return plain
     numbers, features = merged
     projected = project(features)  # in one call, also of nothing: under ZeRO-3 all ranks call it equally often
+    if mixed is not None:
+        numbers = torch.cat([numbers, mixed[0]])
+        projected = torch.cat([projected, mixed[1]])
     if not len(numbers):
         return plain
     # Two look-ups instead of a loop: from a slot to its token, and from a token to its merged features, if it has any.
@@ -228,8 +261,10 @@ def rewrite(
         row, column = placeholders_at[modality].unbind(dim=1)  # (S,) each
         keep[row, column] = stays
         counts[modality] = _per_image(stays, vision.lengths)
-        merged = choice.merged_tokens() if merges else None
-        features = slot_features(vision, stays, merged, partial(family.project, model))
+        merged, mixed = None, None
+        if merges:
+            merged, mixed = choice.merged_tokens(), choice.mixed_tokens()
+        features = slot_features(vision, stays, merged, partial(family.project, model), mixed)
         levels = []
         for level in vision.levels:
             cut = torch.cat(level)[stays]

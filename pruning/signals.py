@@ -236,6 +236,14 @@ for _signal in (
         cls=True,
     ),
     Signal(
+        name="shallow_attention",
+        axes="B H N",
+        source="attention",
+        read=Attention.cls_attention,
+        about="the same at the layer that the method names as shallow_attention@LAYER",
+        cls=True,
+    ),
+    Signal(
         name="received_attention",
         axes="B H N",
         source="attention",

@@ -104,11 +104,21 @@ class Selection:
         merged: pre-projector features in output order, one (K_b, C) per item, for methods that merge; else None.
         origin: for methods that merge, the input token that each output token was made around, in output order, one
             (K_b,) per item; -1 where there is none ([CLS], aggregates of what was dropped).
+        mixing: for methods that merge after the projector: how much of every projected token each output takes, one
+            (K_b, N) float32 per item, in output order; else None. Weights and not features, so that gradients reach
+            the projector through them although the choice carries none: the mean of projected tokens is not the
+            projection of their mean.
+        in_order: whether outputs fill the kept slots in output order; else each stands where it was made.
+        notes: what the method counted on the way, a number (B,) per item by name, for statistics: on the device, so
+            that taking them down waits for nothing.
     """
 
     indices: Int[Tensor, "B _K"] | list[Int[Tensor, " _K"]]
     merged: list[Float[Tensor, "_K C"]] | None = None
     origin: list[Int[Tensor, " _K"]] | None = None
+    mixing: list[Float[Tensor, "_K N"]] | None = None
+    in_order: bool = False
+    notes: Mapping[str, Shaped[Tensor, " B"]] = field(default_factory=dict)
 
     def of(self, item: int) -> Int[Tensor, " K"]:
         """Return the kept positions (K,) of one item."""
@@ -117,10 +127,10 @@ class Selection:
     def slots_of(self, item: int) -> Int[Tensor, " K"]:
         """Return the position (K,) of each output token: the one it was made around, else a kept one that is free.
 
-        Indices ``[1, 3, 4]`` with the origins ``[4, 1, -1]`` give ``[4, 1, 3]``.
+        Indices ``[1, 3, 4]`` with the origins ``[4, 1, -1]`` give ``[4, 1, 3]``; ``in_order`` they are ``[1, 3, 4]``.
         """
         indices = self.of(item)
-        if self.origin is None:
+        if self.origin is None or self.in_order:
             return indices
         slots = self.origin[item].clone()
         # Whatever has no origin was given a position of its own, so there are as many free ones as it takes.

@@ -22,12 +22,18 @@ from prunetune.pruning.methods.cdpruner import CDPruner
 from prunetune.pruning.methods.tome import merge_step, unmerged
 from prunetune.pruning.ops.attention import cls_attention, received_attention
 from prunetune.scripts import golden_video
-from prunetune.scripts.golden_cases import Case, Differs, agree, agree_per_item, defined_differently, kept
-
-
-def tensor(case: Case, key: str) -> Tensor:
-    """Return a stored array on the device that is checked."""
-    return torch.from_numpy(np.asarray(case[key])).to(DEVICE)
+from prunetune.scripts.golden_cases import (
+    Case,
+    DefinedDifferently,
+    Device,
+    Differs,
+    agree,
+    agree_per_item,
+    defined_differently,
+    kept,
+    tensor,
+)
+from prunetune.scripts.golden_image import IMAGE_CHECKS
 
 
 def either_way(check: Callable[[Tensor | None], None], count: int) -> None:
@@ -40,7 +46,7 @@ def either_way(check: Callable[[Tensor | None], None], count: int) -> None:
     except Differs:
         if count == 1:
             raise
-        check(torch.zeros(count, dtype=torch.long, device=DEVICE))
+        check(torch.zeros(count, dtype=torch.long, device=Device.current))
 
 
 def check_fastervlm(case: Case) -> None:
@@ -84,7 +90,7 @@ def check_cdpruner(case: Case) -> None:
 
     either_way(lambda image: agree(case, "relevance", pruner.quality(tokens(image))), len(projected))
     either_way(lambda image: agree_per_item(case, "kept_indices", kept(pruner(tokens(image), keep))), len(projected))
-    image = torch.zeros(len(projected), dtype=torch.long, device=DEVICE)
+    image = torch.zeros(len(projected), dtype=torch.long, device=Device.current)
     for name, owner in (("independent", None), ("joint", image)):
         if f"kept_indices_{name}_minmax" in case:
             agree_per_item(case, f"kept_indices_{name}_minmax", kept(pruner(tokens(owner), keep)))
@@ -223,9 +229,10 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "trim": check_trim,
     "visionzip": check_visionzip,
     "vispruner": check_vispruner,
+    **IMAGE_CHECKS,
     **golden_video.checks(tensor),
 }
-DEVICE = torch.device("cpu")
+"""How the cases of each method are read and compared; a method is one function."""
 
 
 def check(folder: Path, method: str | None = None) -> tuple[list[str], int, int]:
@@ -242,6 +249,9 @@ def check(folder: Path, method: str | None = None) -> tuple[list[str], int, int]
             total += 1
             try:
                 CHECKS[name](case)
+            except DefinedDifferently as reason:
+                total -= 1
+                lines.append(f"{name} {file.stem} defined differently: {reason}")
             except Differs as difference:
                 lines.append(f"{name} {file.stem} differs: {difference}")
             except Exception as error:  # one broken case must not hide the others
@@ -262,13 +272,12 @@ def _files(folder: Path, method: str) -> list[Path]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the report and return the exit status."""
-    global DEVICE
     parser = argparse.ArgumentParser("check_golden")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of METHOD/CASE.npz files")
     parser.add_argument("--method", choices=sorted(CHECKS))
     parser.add_argument("--device", default="cpu", help="for example cuda")
     options = parser.parse_args(arguments)
-    DEVICE = torch.device(options.device)
+    Device.current = torch.device(options.device)
     lines, same, total = check(options.folder, options.method)
     print("\n".join([*lines, f"{same} of {total} agree"]))
     if not lines:

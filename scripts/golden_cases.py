@@ -19,6 +19,25 @@ class Differs(Exception):
     """A case whose answer is not ours."""
 
 
+class DefinedDifferently(Exception):
+    """A case whose answer a named option gives, and which our default defines otherwise for the reason given."""
+
+
+class Device:
+    """Where the cases are run.
+
+    Attributes:
+        current: set from the command line.
+    """
+
+    current = torch.device("cpu")
+
+
+def tensor(case: Case, key: str) -> Tensor:
+    """Return a stored array on the device that is checked."""
+    return torch.from_numpy(np.asarray(case[key])).to(Device.current)
+
+
 def agree(case: Case, key: str, ours: Any) -> None:
     """Compare one stored array, exactly if it holds integers.
 

@@ -27,10 +27,10 @@ def listed(what: str) -> str:
 
 
 def pruner_rows() -> Rows:
-    """Return a row per method: paper, signals, whether training goes through, how faithful it is."""
+    """Return a row per method: paper, signals, whether training goes through, how faithful it is, whether it serves."""
     from prunetune.pruning import registered_methods
 
-    rows = [["name", "for", "paper", "needs", "trainable through", "status", "golden-checked"]]
+    rows = [["name", "for", "paper", "needs", "trainable through", "status", "golden-checked", "servable"]]
     for method in registered_methods().values():
         rows.append(
             [
@@ -41,6 +41,7 @@ def pruner_rows() -> Rows:
                 "yes, merges" if method.merges else "yes",
                 "exact" if method.exact else "reconstruction",
                 "yes" if method.golden else "no",
+                "yes" if method.servable else "no",
             ]
         )
     return rows

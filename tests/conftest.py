@@ -29,6 +29,7 @@ hypothesis.settings.load_profile("repeatable")
 ROOT = Path(__file__).resolve().parent.parent
 TINY_VLM = ROOT / "assets" / "tiny_vlm"
 GOLDEN = ROOT.parent / "shared" / "golden"
+GOLDEN_NEWER = ROOT.parent / "shared" / "golden2"
 
 
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
@@ -79,7 +80,12 @@ def reading(processor):
 
 def spec_of(name: str, keep=16, **fields) -> PruningSpec:
     """Every method's specification for the tiny models: their own text tower, and a layer that they have."""
-    options = {"hiprune": {"object_layer": 2, "alpha": 0.5}, "prumerge": {"neighbours": 8}}.get(name, {})
+    special = {
+        "hiprune": {"object_layer": 2, "alpha": 0.5},
+        "prumerge": {"neighbours": 8},
+        "vscan": {"shallow_layer": 2},
+    }
+    options = special.get(name, {})
     return PruningSpec(name, keep, options, text_tower=str(TINY_VLM / "clip"), **fields)
 
 

@@ -1,7 +1,8 @@
 """Slow, obvious versions of every method: NumPy in float64, one item at a time, loops welcome.
 
 Each takes (tokens, item, keep, **options) and returns the kept positions, ascending; those of merging methods return
-(positions that an output is made around, in output order with -1 where there is none; output features).
+(positions that an output is made around, in output order with -1 where there is none; output features), projected ones
+of methods that merge after the projector.
 """
 
 import math
@@ -144,7 +145,9 @@ def cdpruner(tokens, item, keep, sign=-1):
     return dpp(of(tokens, "projected", item), quality, keep)
 
 
-def crisprune(tokens, item, keep, alpha=0.5, decay=0.5, tau=0.98, saliency="cls", text="clip", sign=1):
+def crisprune(
+    tokens, item, keep, alpha=0.5, decay=0.5, tau=0.98, saliency="cls", text="clip", sign=1, space="projected"
+):
     a = of(tokens, f"{saliency}_attention", item).mean(0)
     high, low = np.quantile(a, tau), a.min()
     visual = [(min(v, high) - low) / (high - low + 1e-6) for v in a]
@@ -159,13 +162,31 @@ def crisprune(tokens, item, keep, alpha=0.5, decay=0.5, tau=0.98, saliency="cls"
     instruction, general = scaled([sign * r for r in instruction], 1e-6), scaled(general, 1e-6)
     semantic = [max(i, decay * g) for i, g in zip(instruction, general, strict=True)]
     quality = [alpha * s + (1 - alpha) * v for s, v in zip(semantic, visual, strict=True)]
-    return dpp(of(tokens, "projected", item), quality, keep)
+    return dpp(of(tokens, space, item), quality, keep)
+
+
+def digamma(n):
+    return sum(1 / i for i in range(1, n)) - 0.5772156649015329
+
+
+def information(a, b, neighbours=3):
+    """Kraskov's first estimator: pairs of channels are the samples."""
+    a, b = a / a.std(), b / b.std()
+    total = 0.0
+    for i in range(len(a)):
+        others = [j for j in range(len(a)) if j != i]
+        reach = sorted(max(abs(a[i] - a[j]), abs(b[i] - b[j])) for j in others)[neighbours - 1]
+        for values in (a, b):
+            total += digamma(sum(abs(values[i] - values[j]) < reach for j in others) + 1)
+    return max(0.0, digamma(len(a)) + digamma(neighbours) - total / len(a))
 
 
 def align(tokens, item, count, metric="l2"):
     x, text = of(tokens, "projected", item), words(tokens, item)
     if metric == "l2":
         score = [-np.mean([np.linalg.norm(v - w) for w in text]) for v in x]
+    elif metric == "mutual_information":
+        score = [np.mean([information(v, w) for w in text]) for v in x]
     else:
         score = [np.mean([cosine(v, w) for w in text]) for v in x]
     return score, sorted(by(score)[:count])
@@ -230,27 +251,145 @@ def gridprune(tokens, item, keep, zones=4, alpha=0.5):
     return sorted(kept)
 
 
+def holov_seats(score, sizes, keep, overflow):
+    total = sum(score)
+    weight = [v / (total + 1e-6) if total > 0 else 1 / len(score) for v in score]
+    heaviest = by(weight)
+    seats = [math.floor(w * keep) for w in weight]
+    for i in heaviest if overflow == "published" else heaviest * keep:
+        if sum(seats) < keep:
+            seats[i] += 1
+    lost = sum(max(0, seat - size) for seat, size in zip(seats, sizes, strict=True))
+    seats = [min(seat, size) for seat, size in zip(seats, sizes, strict=True)]
+    while lost and overflow != "published":
+        for i in heaviest:
+            if lost and seats[i] < sizes[i]:
+                seats[i] += 1
+                lost -= 1
+    return seats
+
+
+def holov_order(tokens, item, keep, runs=16, alpha=0.09, overflow="redistribute"):
+    """Kept tokens run by run, the most attended of each first, or in raster order where a run is kept whole."""
+    x, a = of(tokens, "projected", item), of(tokens, "cls_attention", item).mean(0)
+    pieces = [list(piece) for piece in np.array_split(np.arange(len(x)), runs) if len(piece)]
+    score = []
+    for piece in pieces:
+        if len(piece) == 1:
+            score.append(a[piece[0]])
+            continue
+        variance = []
+        for i in piece:
+            row = [0.0 if i == j else cosine(x[i], x[j]) for j in piece]
+            mean = sum(row) / (len(piece) - 1)
+            variance.append(sum((v - mean) ** 2 for v in row) / (len(piece) - 1))
+        b = [1000 * a[i] for i in piece]
+        factor = np.mean(np.abs(b)) / (np.mean(np.abs(variance)) + 1e-6)
+        score.append(np.mean([u + alpha * v * factor for u, v in zip(b, variance, strict=True)]))
+    order = []
+    for piece, seats in zip(pieces, holov_seats(score, [len(p) for p in pieces], keep, overflow), strict=True):
+        ranked = [piece[i] for i in by([a[i] for i in piece])]
+        order += piece if seats == len(piece) else ranked[:seats]
+    return [int(i) for i in order]
+
+
+def holov(tokens, item, keep, **options):
+    return list(range(tokens.count)) if keep == tokens.count else sorted(holov_order(tokens, item, keep, **options))
+
+
+def scope(tokens, item, keep, alpha=1.0, combination="multiply"):
+    x, a = of(tokens, "features", item), of(tokens, "cls_attention", item).sum(0)
+    alike = [[cosine(u, v) for v in x] for u in x]
+    cover, kept = [0.0] * len(x), []
+    while len(kept) < keep:
+        gain = {}
+        for j in range(len(x)):
+            if j not in kept:
+                added = sum(max(0.0, alike[i][j] - cover[i]) for i in range(len(x)))
+                gain[j] = added * a[j] ** alpha if combination == "multiply" else added + a[j] ** alpha
+        best = max(gain, key=lambda j: gain[j])
+        kept.append(best)
+        cover = [max(c, alike[i][best]) for i, c in enumerate(cover)]
+    return sorted(kept)
+
+
+def spectral_entropy(x):
+    unit = np.array([v / max(np.linalg.norm(v), 1e-8) for v in x])
+    values = np.linalg.svd(unit - unit.mean(0), compute_uv=False) ** 2
+    p = np.maximum(values, 1e-12)
+    p = p / p.sum()
+    return float(-(p * np.log(p)).sum() / (math.log(min(x.shape)) + 1e-12))
+
+
+def promprune_parts(tokens, item, keep, mu=0.42, tau=0.02, low=0.0, high=1.0):
+    """Salient tokens by attention, and then those of the process in order of picking."""
+    x, a = of(tokens, "projected", item), of(tokens, "cls_attention", item).mean(0)
+    height = min(max((spectral_entropy(x) - mu) / (tau + 1e-12), -20), 20)
+    share = low + (high - low) * (1 - 1 / (1 + math.exp(-height)))
+    salient = by(a)[: round(share * keep)]
+    rest = [i for i in range(len(x)) if i not in salient]
+    kernel = np.array([[cosine(x[i], x[j]) for j in range(len(x))] for i in range(len(x))])
+    picks, filled, floor = [], [], 0.0
+    while len(salient) + len(picks) < keep:
+        left = [i for i in rest if i not in picks]
+        if not picks:
+            picks.append(min(left, key=lambda i: max((kernel[i, j] for j in salient), default=0.0)))
+            continue
+        basis = [i for i in picks if i not in filled]
+        inner = np.linalg.solve(kernel[np.ix_(basis, basis)], kernel[basis][:, left])
+        gain = dict(zip(left, kernel[left, left] - (kernel[basis][:, left] * inner).sum(0), strict=True))
+        floor = floor or 1e-6 * max(gain.values())
+        best = max(left, key=lambda i: gain[i])
+        if gain[best] <= floor:  # the rank is used up
+            best = max(left, key=lambda i: a[i])
+            filled.append(best)
+        picks.append(best)
+    return salient, picks
+
+
+def promprune(tokens, item, keep, **options):
+    if keep == tokens.count:
+        return list(range(keep))
+    salient, picks = promprune_parts(tokens, item, keep, **options)
+    return sorted(salient + picks)
+
+
 def erank(x):
     values = np.linalg.svd(x, compute_uv=False)
     share = values[values > 1e-12 * values.max()] / values.sum()
     return math.exp(-sum(s * math.log(s) for s in share))
 
 
-def adaptive_threshold(tokens, item, keep, average=94.87, tau_max=0.5):
-    """The walk of section 4.3, step by step."""
+def adaptive_walk(tokens, item, keep, average=94.87, tau_max=0.5, count="rank", refill="attention"):
+    """The walk of section 4.3, step by step: what is kept, and how many of it before the pool ran dry."""
     x, attention = of(tokens, "projected", item), of(tokens, "cls_attention", item).mean(0)
     order = by(attention)
     slope = erank(x) / average * 0.01
-    pool, removed, kept = list(order), [], []
-    while len(kept) < keep and pool:
+    pool, removed, kept, walked = list(order), [], [], 0
+    while len(kept) < keep:
+        if not pool:
+            walked = walked or len(kept)
+            removed.sort(key=order.index)
+            if refill == "again":
+                pool, removed = removed, []
+            elif refill == "farthest":
+                best = max(removed, key=lambda i: min(1 - cosine(x[i], x[j]) for j in kept))
+                kept.append(removed.pop(removed.index(best)))
+                continue
+            else:
+                kept += removed[: keep - len(kept)]
+                break
         token = pool.pop(0)
+        tau = min((len(kept) + 1 if count == "pick" else order.index(token) + 1) * slope, tau_max)
         kept.append(token)
-        tau = min((order.index(token) + 1) * slope, tau_max)
         near = [other for other in pool if 1 - cosine(x[token], x[other]) < tau]
         removed += near
         pool = [other for other in pool if other not in near]
-    removed.sort(key=order.index)
-    return sorted(kept + removed[: keep - len(kept)])
+    return sorted(kept), walked or keep
+
+
+def adaptive_threshold(tokens, item, keep, average=94.87, tau_max=0.5, count="rank", refill="attention"):
+    return adaptive_walk(tokens, item, keep, average, tau_max, count, refill)[0]
 
 
 def random_tokens(tokens, item, keep, seed=0):
@@ -397,6 +536,74 @@ def bat(tokens, item, keep, ratio=0.5, k=5):
     return places, np.array(output)
 
 
+def vscan(tokens, item, keep, ratio=0.5, fill="global"):
+    if keep == tokens.count:
+        return list(range(keep)), of(tokens, "projected", item)
+    rows, columns = tokens.grid
+    shallow, deep = (of(tokens, name, item).mean(0) for name in ("shallow_attention", "cls_attention"))
+    windows = []
+    for i in range(4):
+        for j in range(4):
+            down = range(i * rows // 4, (i + 1) * rows // 4)
+            across = range(j * columns // 4, (j + 1) * columns // 4)
+            windows.append([r * columns + c for r in down for c in across])
+    local = []
+    quota = int(keep * ratio) // sum(bool(window) for window in windows)
+    for window in windows:
+        local += sorted(window, key=lambda i: (-shallow[i], i))[:quota]
+    wanted = keep - (len(local) if fill == "global" else int(keep * ratio))
+    kept = sorted(local + [i for i in by(deep) if i not in local][:wanted])
+    x = of(tokens, "projected", item)
+    groups = {k: [k] for k in kept}
+    for i in range(len(x)):
+        if i not in groups:
+            groups[max(kept, key=lambda k: cosine(x[i], x[k]))].append(i)
+    return kept, np.array([x[groups[k]].mean(0) for k in kept])
+
+
+def prunesid_patches(x, a, keep, wanted):
+    values = 1 / (1 + np.exp(-x))
+    groups = max(1, keep // 4)
+    directions = np.linalg.svd((values - values.mean(1, keepdims=True)).T)[2][:groups]
+    group = [int(np.argmax(np.abs(directions[:, i]))) for i in range(len(x))]
+    alike = [[cosine(u, v) for v in x] for u in x]
+    pairs = [alike[i][j] for i in range(len(x)) for j in range(i + 1, len(x))]
+    limit = sum(pairs) / max(len(pairs), 1) * keep / 32
+    taken, ranked = [], []
+    for g in range(groups):
+        left = [i for i in by(a) if group[i] == g and a[i] > 0]
+        taken.append([])
+        while left:
+            best = left[0]
+            taken[g].append(best)
+            left = [i for i in left[1:] if alike[best][i] <= limit]
+        ranked.append(taken[g] + [i for i in by(a) if group[i] == g and i not in taken[g]])
+    size, number = [len(r) for r in ranked], [len(t) for t in taken]
+    least = [min(1, w) for w in size]
+    most = [min(5 * math.ceil(keep / 64), w, c) for w, c in zip(size, number, strict=True)]
+    while sum(most) < keep:
+        most = [min(u + 1, w) for u, w in zip(most, size, strict=True)]
+    spare = max(0, wanted - sum(least))
+    seats, reached, before = [], 0.0, 0
+    for low, up, c in zip(least, most, number, strict=True):
+        reached += c / max(sum(number), 1)
+        seats.append(min(low + round(reached * spare) - before, up))
+        before = round(reached * spare)
+    for g in by(number):
+        seats[g] += min(most[g] - seats[g], max(spare + sum(least) - sum(seats), 0))
+    return [i for g in range(groups) for i in ranked[g][: seats[g]]][:wanted]
+
+
+def prunesid(tokens, item, keep, count_cls=True):
+    if keep == tokens.count:
+        return everything(tokens, item)
+    x, a = of(tokens, "features", item), of(tokens, "cls_attention", item).sum(0)
+    kept = sorted(prunesid_patches(x, a, keep, keep - count_cls))
+    if not count_cls:
+        return kept
+    return [-1, *kept], np.array([of(tokens, "cls_feature", item), *x[kept]])
+
+
 def downsample(tokens, item, keep):
     """Areas by counting: every patch is cut into fine cells, and each cell belongs to one region."""
     rows, columns = tokens.grid
@@ -429,8 +636,11 @@ KEEPING = {
     "fps": fps,
     "gridprune": gridprune,
     "hiprune": hiprune,
+    "holov": holov,
     "prismprune": prismprune,
+    "promprune": promprune,
     "random": random_tokens,
+    "scope": scope,
     "trimtokenator": trimtokenator,
     "vispruner": vispruner,
 }
@@ -439,7 +649,9 @@ MERGING = {
     "downsample": downsample,
     "prumerge": prumerge,
     "prumerge_plus": prumerge_plus,
+    "prunesid": prunesid,
     "tome": tome,
     "trim": trim,
     "visionzip": visionzip,
+    "vscan": vscan,
 }

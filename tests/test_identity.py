@@ -62,6 +62,8 @@ def test_pruned_equals_full_length_run_with_dropped_tokens_masked(model, reading
         features = encoded.pooler_output[0].clone()
         if chosen.merged is not None:
             features[chosen.slots_of(0)] = model.model.multi_modal_projector(chosen.merged[0])
+        if chosen.mixing is not None:
+            features[chosen.slots_of(0)] = chosen.mixing[0] @ encoded.pooler_output[0]
         embeds = model.get_input_embeddings()(batch["input_ids"])
         embeds[0, run] = features
         length = embeds.shape[1]
@@ -173,6 +175,43 @@ def test_every_method_can_be_trained_through(model, reading, samples, plug, name
         touched = {n.split(".")[1] for n, p in model.named_parameters() if p.grad is not None}
         assert touched == {"multi_modal_projector"}
         assert all(p.grad.abs().sum() > 0 for p in model.model.multi_modal_projector.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vscan", {"shallow_layer": 2}),
+        ("holov", {"order": "published"}),
+        ("holov", {"runs": 2, "overflow": "published", "order": "published"}),
+        ("prunesid", {"order": "published"}),
+    ],
+)
+def test_tokens_merged_after_the_projector_train_it_as_written_out(model, reading, samples, processor, name, options):
+    """The loss and the projector's gradient are those of outputs that are put into the sequence by hand."""
+    model.requires_grad_(False)
+    projector = model.model.multi_modal_projector.requires_grad_(True)
+    pruned = PrunedModel(model, PruningSpec(name, 40, options), processor.tokenizer)
+    batch = reading.training_batch(samples)
+    prepared = pruned.prepare(batch)
+    model(**prepared.inputs).loss.backward()
+    gradient = projector.linear_1.weight.grad.clone()
+    projector.zero_grad()
+
+    chosen, inputs = selection(prepared), prepared.inputs
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    projected = model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True).pooler_output
+    for row, image in enumerate(projected):
+        if chosen.mixing is None:
+            outputs = projector(chosen.merged[row])
+        else:
+            outputs = torch.zeros(40, image.shape[1])
+            for output, token in chosen.mixing[row].nonzero().tolist():
+                outputs[output] = outputs[output] + chosen.mixing[row][output, token] * image[token]
+        order = list(range(40)) if chosen.in_order else chosen.origin[row].argsort()
+        embeds[row, inputs["input_ids"][row] == 4] = outputs[order]
+    kept = ("attention_mask", "position_ids", "labels")
+    model(inputs_embeds=embeds, **{key: inputs[key] for key in kept}).loss.backward()
+    torch.testing.assert_close(gradient, projector.linear_1.weight.grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["divprune", "trim", "trimtokenator", "crisprune"])

@@ -71,10 +71,10 @@ def plug(model, name, keep=16, **fields):
 QUESTIONS = ["where is the circle ?", "red ring"]
 
 
-GRIDS = ("downsample", "hiprune", "gridprune")  # these need the grid of one crop
+GRIDS = ("downsample", "hiprune", "gridprune", "vscan")  # these need the grid of one crop
 FOR_IMAGES = [name for name, method in registered_methods().items() if name != "identity" and not method.video]
 PER_METHOD = [(name, "item") for name in FOR_IMAGES]
-PER_METHOD += [(name, "image") for name, _ in PER_METHOD if name not in ("visionzip", *GRIDS)]
+PER_METHOD += [(name, "image") for name, _ in PER_METHOD if name not in ("visionzip", "prunesid", *GRIDS)]
 
 
 @torch.no_grad()

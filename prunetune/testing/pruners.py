@@ -46,6 +46,12 @@ def check_selection(tokens: VisualTokens, keep: int, selection: Selection) -> No
             assert torch.isfinite(merged).all(), f"item {item}: merged features are not finite"
             assert selection.origin is not None, "merged features come with the tokens they were made around"
             assert len(selection.origin[item]) == keep, f"item {item}: {len(selection.origin[item])} origins"
+        if selection.mixing is not None:
+            mixing = selection.mixing[item]
+            assert mixing.shape == (keep, tokens.count), f"item {item}: mixing {tuple(mixing.shape)}"
+            assert torch.isfinite(mixing).all(), f"item {item}: weights of mixing are not finite"
+            assert selection.merged is None, "tokens are merged before the projector or after it"
+            assert selection.origin is not None, "mixed tokens come with the tokens they were made around"
 
 
 class PrunerContract:
@@ -95,7 +101,8 @@ class PrunerContract:
         tokens = self.tokens(2, 3, 4)
         selection = self.build()(tokens, tokens.count)
         assert selection.of(0).tolist() == selection.of(1).tolist() == list(range(tokens.count))
-        assert selection.merged is None, "with K = N the features have to stay the model's own, so nothing is merged"
+        unmerged = selection.merged is None and selection.mixing is None
+        assert unmerged, "with K = N the features have to stay the model's own, so nothing is merged"
 
     def test_items_are_pruned_independently(self) -> None:
         tokens = self.tokens(3, 5, 5, dtype=torch.bfloat16)

@@ -67,6 +67,7 @@ def make_tokens(
             "text_token_embeds": words,
             "general_token_embeds": normal(3, channels + 4),
             "image_key": torch.randint(0, 2**31 - 1, (batch, *each), generator=g),
+            "shallow_attention": attention(heads),
             "head_feature": normal(*each, channels),
             "head_attention": attention(),
         },

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.methods.adaptive_variants import (
+    ORDERS,
+    REFILLS,
     ItemBudgets,
     Variant,
     mixed_with_bat,
@@ -33,21 +35,24 @@ MERGING = ("bat",)
 COUNTS = ("fixed", "adaptive")
 
 
-@register_pruner("adaptive", paper="An Empirical Study of Attention and Diversity for Adaptive Visual Token Pruning")
+@register_pruner(
+    "adaptive", paper="An Empirical Study of Attention and Diversity for Adaptive Visual Token Pruning", exact=False
+)
 @dataclass(frozen=True)
 class Adaptive:
     """Prune complex images for diversity and simple ones for attention.
 
     Variant "threshold" (section 4.3, equation 6) walks the tokens by falling [CLS] attention, takes the next one not
     yet removed and removes every remaining token whose cosine distance to it is below ``tau_i = order_i * scale *
-    complexity / average``, capped by ``tau_max``, until K are kept. If the pool runs dry, the removed tokens with the
-    highest attention fill the budget.
+    complexity / average``, capped by ``tau_max``, until K are kept. If the pool runs dry, ``refill`` says which of the
+    removed tokens fill the budget. Of an average image the threshold reaches 0.5 at the fiftieth rank, so it may well.
+    A selection notes how many tokens the walk itself picked, ``walked``, and whether it ran dry, ``ran_dry``.
 
     The other variants mix a share of tokens chosen by attention with diverse ones (tables 5 and 6): as VisPruner, as
     BAT, or FasterVLM's with DivPrune's. The share is ``share + slope * (1 - complexity / average)``, within [0, 1].
 
-    No code was published, and the paper states neither tau_max, nor the linear map, nor what order_i counts when tokens
-    are removed: here it is the rank among all tokens by attention.
+    A reconstruction: no code was published, and the paper states neither tau_max, nor the linear map of the mixes, nor
+    what order_i counts when tokens are removed (``order``), nor what happens when the pool runs dry (``refill``).
 
     Attributes:
         variant: "threshold", "vispruner", "bat" or "divprune_fastervlm".
@@ -57,6 +62,10 @@ class Adaptive:
         entropy_avg: the same for the entropy in nats (paper: 4.80 on MME, quoted).
         scale: factor of equation 6 (paper: 0.01).
         tau_max: cap of the threshold; the paper names none, 0.5 is the largest value it tried.
+        order: what order_i counts: "rank" is a token's rank by attention among all, "pick" its number among the kept,
+            with which thresholds stay small and the walk seldom runs dry.
+        refill: when the pool runs dry, of the removed tokens take the most attended ("attention"), the farthest from
+            everything kept ("farthest"), or walk over them as over a new pool, as often as it takes ("again").
         count: "fixed" keeps K; "adaptive" keeps ``K * complexity / average``, at least ``1 - max_fewer`` of K.
         max_fewer: the largest reduction for simple images (paper: 0.2).
         share: share by attention for an image of average complexity.
@@ -69,6 +78,8 @@ class Adaptive:
     entropy_avg: float = 4.80
     scale: float = 0.01
     tau_max: float = 0.5
+    order: str = "rank"
+    refill: str = "attention"
     count: str = "fixed"
     max_fewer: float = 0.2
     share: float = 0.5
@@ -79,6 +90,8 @@ class Adaptive:
         check_choice("variant", self.variant, tuple(VARIANTS))
         check_choice("complexity", self.complexity, MEASURES)
         check_choice("count", self.count, COUNTS)
+        check_choice("order", self.order, ORDERS)
+        check_choice("refill", self.refill, REFILLS)
         for name in ("erank_avg", "entropy_avg"):
             average = getattr(self, name)
             if average <= 0:
@@ -98,6 +111,11 @@ class Adaptive:
         """Whether the variant merges."""
         return self.variant in MERGING
 
+    @property
+    def servable(self) -> bool:
+        """Whether the number of kept tokens is known before the image is encoded."""
+        return self.count == "fixed"
+
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K), or K_b per item with an adaptive count; variant "bat" also merges."""
         return VARIANTS[self.variant](tokens, self._budgets(tokens, keep))
@@ -111,7 +129,7 @@ class Adaptive:
             wanted = (keep * factor).round().long().clamp(1, tokens.count)
         share = (self.share + self.slope * (1 - relative)).clamp(0, 1)
         attended = (wanted * share.double()).long()  # rounded down, as VisPruner's share is
-        return ItemBudgets(wanted, attended, relative, self.scale, self.tau_max)
+        return ItemBudgets(wanted, attended, relative, self.scale, self.tau_max, self.order, self.refill)
 
     def _relative(self, tokens: VisualTokens) -> Float[Tensor, " B"]:
         """Return each item's complexity over the average, (B,)."""

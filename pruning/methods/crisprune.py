@@ -24,17 +24,18 @@ GENERAL_PROMPTS = (
 )
 
 
-@register_pruner("crisprune", paper="CrisPrune, equations 2-8")
+@register_pruner("crisprune", paper="CrisPrune, equations 2-8", exact=False)
 @dataclass(frozen=True)
 class CrisPrune:
     """Greedy MAP of ``diag(q) S diag(q)`` with ``q = alpha s_sem + (1 - alpha) s_vis`` (equations 6-7).
 
     s_vis is the attention, min-max scaled with its 0.98 quantile as upper bound (equation 2). s_sem is the larger of
     the relevance to the instruction and ``decay`` times that to the best general prompt, each min-max scaled per item
-    (equations 3-5, algorithm 1). S is the cosine of projected features.
+    (equations 3-5, algorithm 1). S is the cosine of visual features.
 
-    No code was published. The paper does not say whether CLIP similarities are negated, as in its sibling CDPruner;
-    ``relevance_sign`` takes them as written.
+    A reconstruction: no code was published. Section 3.4 compares projected features h, algorithm 1 the X that it
+    compares with the text, which for paired encoders is CLIP's space: ``similarity`` chooses. Whether CLIP similarities
+    are negated, as in its sibling CDPruner, is not said; ``relevance_sign`` takes them as written.
 
     Attributes:
         alpha: weight of the text; 0 is saliency alone, 1 the paper's TextPrune.
@@ -44,6 +45,8 @@ class CrisPrune:
         saliency: "cls" attention, or "received" for towers without [CLS].
         text: "clip" for paired encoders, "llm" to compare projected tokens with mean LLM token embeddings.
         relevance_sign: 1 as the paper writes it, -1 as CDPruner's code does.
+        similarity: what S compares: "projected" (section 3.4), "aligned", the features that are compared with the text
+            (algorithm 1: in CLIP's space, or projected with ``text: llm``), or "features" before the projector.
         general_prompts: T_gen.
     """
 
@@ -54,6 +57,7 @@ class CrisPrune:
     saliency: str = "cls"
     text: str = "clip"
     relevance_sign: int = 1
+    similarity: str = "projected"
     general_prompts: tuple[str, ...] | list[str] = GENERAL_PROMPTS
 
     def __post_init__(self) -> None:
@@ -64,6 +68,7 @@ class CrisPrune:
         check_choice("relevance_sign", self.relevance_sign, (1, -1))
         check_choice("saliency", self.saliency, ("cls", "received"))
         check_choice("text", self.text, ("clip", "llm"))
+        check_choice("similarity", self.similarity, ("projected", "aligned", "features"))
         if not self.general_prompts:
             raise PruningError("general_prompts is empty; set decay to 0 to leave them out")
 
@@ -73,6 +78,8 @@ class CrisPrune:
         needs: set[str] = set()
         if self.alpha < 1:
             needs.add(f"{self.saliency}_attention")
+        if self._compared == "image_embeds":
+            needs.add("image_embeds")
         # Text is only read where it counts: alpha 0 runs without a text tower.
         if self.alpha > 0 and self.text == "clip":
             needs |= {"image_embeds", "text_embeds"}
@@ -84,6 +91,13 @@ class CrisPrune:
                 needs.add("general_token_embeds")
         return frozenset(needs)
 
+    @property
+    def _compared(self) -> str:
+        """The features or signal whose cosines are S."""
+        if self.similarity != "aligned":
+            return self.similarity
+        return "image_embeds" if self.text == "clip" else "projected"
+
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K): salient or relevant, and diverse."""
         # A side of weight 0 is left out and not multiplied: its signals were not computed.
@@ -92,7 +106,7 @@ class CrisPrune:
             quality = quality + self.alpha * self._semantic(tokens)
         if self.alpha < 1:
             quality = quality + (1 - self.alpha) * self._visual(tokens)
-        similarity = cosine_similarity(tokens.finite("projected"))  # (B, N, N)
+        similarity = cosine_similarity(tokens.finite(self._compared))  # (B, N, N)
         picks = pick_determinantal(similarity, quality, keep)
         return Selection(ascending(picks))
 

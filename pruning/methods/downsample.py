@@ -16,13 +16,15 @@ from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens, keep_all
 
 
-@register_pruner("downsample", paper="the baseline of VTC-Bench, arXiv 2510.07143", merges=True)
+@register_pruner("downsample", paper="the baseline of VTC-Bench, arXiv 2510.07143", merges=True, exact=False)
 @dataclass(frozen=True)
 class Downsample:
     """Pool the patch grid into exactly K regions of nearly equal area and average the features of each.
 
     The grid is cut into about sqrt(K * rows / columns) strips, and the K regions are dealt to the strips as evenly as
     possible; a patch that lies in two regions counts in each by its covered area. With K = N every region is one patch.
+
+    A reconstruction: the benchmark shrinks the image itself; here the tower sees all of it and its features are pooled.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -15,13 +15,13 @@ from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens
 
 
-@register_pruner("fps", paper="FPSPruner, appendix C of the adaptive pruning study")
+@register_pruner("fps", paper="FPSPruner, appendix C of the adaptive pruning study", exact=False)
 @dataclass(frozen=True)
 class FPS:
     """Start from one token and add the one farthest, by L2, from everything picked so far.
 
-    The appendix states neither the starting token nor the feature space. Here the start is the token farthest from the
-    mean token, in LLM space as DivPrune's.
+    A reconstruction: no code was published, and the appendix states neither the starting token nor the feature space.
+    Here the start is the token farthest from the mean token, in LLM space as DivPrune's.
 
     Attributes:
         start: "far" from the mean, "center" nearest to it, or "first" the token of index 0.

@@ -51,6 +51,11 @@ class PruMerge:
         check_choice("count", self.count, self.counts)
         check_least("neighbours", self.neighbours, 1)
 
+    @property
+    def servable(self) -> bool:
+        """Whether the number of kept tokens is known before the image is encoded."""
+        return self.count == "budget"
+
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return merged features (K, C) per item; the rest token sits on the strongest dropped patch."""
         if self.count == "budget" and keep == tokens.count:

@@ -116,6 +116,11 @@ class PruMergePlus(PruMerge):
         super().__post_init__()
         check_share("ratio", self.ratio)
 
+    @property
+    def servable(self) -> bool:
+        """Whether the number of kept tokens is known before the image is encoded."""
+        return self.count == "budget"
+
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return merged features (K, C) per item: outliers by attention, samples in raster order, the rest token."""
         if self.count == "budget" and keep == tokens.count:

@@ -49,6 +49,11 @@ class Trim:
         check_choice("count", self.count, COUNTS)
         check_choice("relevance_sign", self.relevance_sign, (1, -1))
 
+    @property
+    def servable(self) -> bool:
+        """Whether the number of kept tokens is known before the image is encoded."""
+        return self.count == "budget"
+
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return merged features (K, C) per item; the mean token sits on the best dropped patch."""
         if self.count == "budget" and keep == tokens.count:

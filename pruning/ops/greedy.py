@@ -55,6 +55,8 @@ def pick_determinantal(
     similarity: Float[Tensor, "B N N"],
     quality: Float[Tensor, "B N"],
     keep: int,
+    blocked: Bool[Tensor, "B N"] | None = None,
+    rank_by: Float[Tensor, "B N"] | None = None,
 ) -> Int[Tensor, "B K"]:
     """Pick ``keep`` tokens by greedy MAP of a DPP with kernel ``diag(q) S diag(q)``, by incremental Cholesky factors.
 
@@ -63,18 +65,25 @@ def pick_determinantal(
     Args:
         similarity: (B, N, N) float32, cosine.
         quality: (B, N) float32, not negative.
-        keep: how many to pick.
+        keep: how many to pick; an item that runs out of tokens that are not blocked repeats index 0.
+        blocked: (B, N) boolean, tokens that must not be picked.
+        rank_by: (B, N) not negative, by which tokens fill up where the rank is used up; None is the quality.
 
     Returns:
-        (B, keep) positions in order of picking, all distinct; ties go to the lower index.
+        (B, keep) positions in order of picking, distinct while there are any; ties go to the lower index.
     """
     tiny = torch.finfo(torch.float32).tiny
     volume = similarity.diagonal(dim1=1, dim2=2) * quality.square()  # (B, N) what each token would add
+    if blocked is not None:
+        volume = volume.masked_fill(blocked, 0)
     floor = EXHAUSTED * volume.amax(dim=-1, keepdim=True)  # (B, 1)
     # Of tokens that add no volume the best has rank -1, the others follow in [-2, -1): below every volume, above the
     # -inf of what is picked.
-    largest = quality.amax(dim=-1, keepdim=True).clamp(min=tiny)
-    fill = quality / largest - 2  # (B, N)
+    rank_by = quality if rank_by is None else rank_by
+    largest = rank_by.amax(dim=-1, keepdim=True).clamp(min=tiny)
+    fill = rank_by / largest - 2  # (B, N)
+    if blocked is not None:
+        volume = volume.masked_fill(blocked, float("-inf"))
     if greedy_triton.usable(similarity):
         return greedy_triton.pick_determinantal(similarity, quality, volume, fill, floor[:, 0], keep)
     picks = torch.zeros(len(quality), keep, dtype=torch.long, device=quality.device)

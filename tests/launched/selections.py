@@ -15,7 +15,7 @@ import torch
 from prunetune.pruning import PrunedModel, PruningSpec, registered_methods
 from prunetune.train import recalibrate
 
-OPTIONS = {"hiprune": {"object_layer": 2, "alpha": 0.5}, "prumerge": {"neighbours": 8}}
+OPTIONS = {"hiprune": {"object_layer": 2, "alpha": 0.5}, "prumerge": {"neighbours": 8}, "vscan": {"shallow_layer": 2}}
 NAMES = [name for name, method in registered_methods().items() if name != "identity" and not method.video]
 
 
