@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from prunetune.names import nearest
 from prunetune.plugins import import_folder, load_installed, named
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.fitting import Fit, Report, check_fits
 from prunetune.pruning.signals import signal_of
 from prunetune.pruning.types import Pruner
 from prunetune.reading import shown
@@ -28,6 +29,8 @@ class Method:
     merges: bool = False
     exact: bool = True
     golden: bool = False
+    fits: Sequence[Fit] = ()
+    reports: Sequence[Report] = ()
 
     @property
     def needs(self) -> frozenset[str]:
@@ -39,7 +42,14 @@ _METHODS: dict[str, Method] = {}
 
 
 def register_pruner(
-    name: str, *, paper: str, merges: bool = False, exact: bool = True, golden: bool = False
+    name: str,
+    *,
+    paper: str,
+    merges: bool = False,
+    exact: bool = True,
+    golden: bool = False,
+    fits: Sequence[Fit] = (),
+    reports: Sequence[Report] = (),
 ) -> Callable[[Any], Any]:
     """Register a frozen dataclass as the method ``name``.
 
@@ -49,10 +59,12 @@ def register_pruner(
         merges: whether the selection carries merged features.
         exact: False for a reconstruction: no code was published, and the paper leaves steps open.
         golden: whether ``scripts/check_golden.py`` compares it with answers of the published code.
+        fits: the options that belong to the model and not to the method; ``prunetune calibrate`` fits them.
+        reports: what it tells about the method's choices besides.
 
     Raises:
-        PruningError: if the name is taken or not lower-case, the class is no frozen dataclass, or it needs an
-            unknown signal.
+        PruningError: if the name is taken or not lower-case, the class is no frozen dataclass, it needs an unknown
+            signal, or what is to be fitted is none of its options.
     """
 
     def register(pruner: Any) -> Any:
@@ -64,7 +76,8 @@ def register_pruner(
                 f"{pruner.__module__}; rename one"
             )
         check_contract(name, pruner)
-        _METHODS[name] = Method(name, paper, pruner, merges, exact, golden)
+        check_fits(name, pruner, fits)
+        _METHODS[name] = Method(name, paper, pruner, merges, exact, golden, tuple(fits), tuple(reports))
         return pruner
 
     return register

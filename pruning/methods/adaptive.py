@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.fitting import Mean, Report
 from prunetune.pruning.methods.adaptive_variants import (
     ItemBudgets,
     Variant,
     mixed_with_bat,
     mixed_with_divprune,
     mixed_with_vispruner,
+    ran_dry,
     threshold_walk,
 )
 from prunetune.pruning.ops.complexity import MEASURES, attention_entropy, erank
@@ -33,7 +35,27 @@ MERGING = ("bat",)
 COUNTS = ("fixed", "adaptive")
 
 
-@register_pruner("adaptive", paper="An Empirical Study of Attention and Diversity for Adaptive Visual Token Pruning")
+def _erank(tokens: VisualTokens) -> Float[Tensor, " B"]:
+    return erank(tokens.finite("projected"))
+
+
+def _entropy(tokens: VisualTokens) -> Float[Tensor, " B"]:
+    return attention_entropy(tokens.finite("cls_attention"))
+
+
+def _dry(pruner: Adaptive, tokens: VisualTokens, selection: Selection) -> Bool[Tensor, " B"] | None:
+    return pruner.dry(tokens, selection)
+
+
+@register_pruner(
+    "adaptive",
+    paper="An Empirical Study of Attention and Diversity for Adaptive Visual Token Pruning",
+    fits=[
+        Mean("erank_avg", counts=lambda pruner: pruner.complexity == "erank", measure=_erank),
+        Mean("entropy_avg", counts=lambda pruner: pruner.complexity == "attention_entropy", measure=_entropy),
+    ],
+    reports=[Report("walk ran dry", _dry)],
+)
 @dataclass(frozen=True)
 class Adaptive:
     """Prune complex images for diversity and simple ones for attention.
@@ -116,5 +138,14 @@ class Adaptive:
     def _relative(self, tokens: VisualTokens) -> Float[Tensor, " B"]:
         """Return each item's complexity over the average, (B,)."""
         if self.complexity == "erank":
-            return erank(tokens.finite("projected")) / self.erank_avg
-        return attention_entropy(tokens.finite("cls_attention")) / self.entropy_avg
+            return _erank(tokens) / self.erank_avg
+        return _entropy(tokens) / self.entropy_avg
+
+    def dry(self, tokens: VisualTokens, selection: Selection) -> Bool[Tensor, " B"] | None:
+        """Return in which items (B,) the walk ran out of tokens before the budget was met; None without a walk.
+
+        Of a walk that mostly runs dry the threshold is too large, and attention alone decides what fills the budget.
+        """
+        if self.variant != "threshold":
+            return None
+        return ran_dry(tokens, self._budgets(tokens, 1), selection)

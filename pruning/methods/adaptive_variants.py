@@ -52,13 +52,38 @@ def threshold_walk(tokens: VisualTokens, budgets: ItemBudgets) -> Selection:
     order = _by_attention(tokens)
     distance = cosine_distance(rows_of(tokens.finite("projected"), order))  # (B, N, N), by rank
     rank = torch.arange(tokens.count, device=order.device, dtype=torch.float32)
-    threshold = (rank + 1) * budgets.scale * budgets.relative[:, None]  # (B, N)
-    near = distance < threshold.clamp(max=budgets.tau_max)[..., None]
+    near = _removes(distance, rank, budgets)
     removed = torch.where(near, -(rank + tokens.count), 0)
     most = int(budgets.wanted.max())  # items that keep fewer walk on; what they pick then does not count
     picks = pick_spread(removed, -rank.expand_as(order), most, "minimum")
     kept = mask_of_picks(order.gather(1, picks), budgets.wanted, tokens.count)
     return selection_of(kept, budgets.wanted)
+
+
+def _removes(
+    distance: Float[Tensor, "B N N"],
+    rank: Float[Tensor, " N"],
+    budgets: ItemBudgets,
+) -> Bool[Tensor, "B N N"]:
+    """Return whether keeping the token of a row removes that of a column, both by rank."""
+    threshold = (rank + 1) * budgets.scale * budgets.relative[:, None]  # (B, N)
+    return distance < threshold.clamp(max=budgets.tau_max)[..., None]
+
+
+def ran_dry(tokens: VisualTokens, budgets: ItemBudgets, selection: Selection) -> Bool[Tensor, " B"]:
+    """Return for which items (B,) the walk ended before the budget was met, and removed tokens filled it.
+
+    A walk that does not run dry keeps no token that an earlier kept one removes: one such pair says that it did.
+    """
+    order = _by_attention(tokens)
+    distance = cosine_distance(rows_of(tokens.finite("projected"), order))  # (B, N, N), by rank
+    rank = torch.arange(tokens.count, device=order.device, dtype=torch.float32)
+    kept = torch.zeros_like(order, dtype=torch.bool)
+    for item in range(len(kept)):
+        kept[item, selection.of(item)] = True
+    by_rank = kept.gather(1, order)
+    pair = by_rank[:, :, None] & by_rank[:, None, :] & (rank[:, None] < rank[None, :])
+    return (pair & _removes(distance, rank, budgets)).any(dim=2).any(dim=1)
 
 
 def mixed_with_vispruner(tokens: VisualTokens, budgets: ItemBudgets) -> Selection:
