@@ -463,7 +463,16 @@ def option_cases(world: World) -> Iterator[Case]:
         "a task without its data": ["evaluate", "--config", world.file("evaluate.yaml"), "--tasks", "[gqa]"],
         "an adapter that is not there": _exported(world, "no_adapter"),
         "an arm that is not there": ["compare", "no_arm"],
-        "a shipped file for calibrate": ["calibrate", "--config", "recalibrate/tiny_adaptive_16"],
+        "a shipped file for calibrate's profile": [
+            "calibrate", "--config", "recalibrate/tiny_adaptive_16", "--overwrite",
+            "--profile", "configs/recalibrate/tiny_adaptive_16.yaml",
+        ],
+        "a profile that is not there": [
+            "evaluate", "--config", world.file("evaluate.yaml"), "--pruning.profile", "no.json",
+        ],
+        "a profile that is something else": [
+            "evaluate", "--config", world.file("evaluate.yaml"), "--pruning.profile", world.file("evaluate.yaml"),
+        ],
         "an unknown command": ["recalibrat"],
         "no image to draw": ["visualize", "--count", "0"],
         "a grader without an address": [

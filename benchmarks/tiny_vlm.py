@@ -2,7 +2,9 @@
 
     python benchmarks/tiny_vlm.py [--scenes 300] [--methods divprune fps ...]
 
-Prints a Markdown table; the numbers of ``assets/tiny_vlm/README.md`` come from here.
+Methods with options that belong to the model (a sign, a mean, a layer) are fitted first, as ``prunetune calibrate``
+does it, on scenes of the validation range at 16 tokens; each has a row with what was fitted, and rows with what was
+published and with the other sign. Prints a Markdown table; the numbers of ``assets/tiny_vlm/README.md`` come from here.
 """
 
 from __future__ import annotations
@@ -11,22 +13,24 @@ import argparse
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 from prunetune.assets import TINY_VLM
 from prunetune.configs import EvaluateConfig, ModelConfig
 from prunetune.evaluation.metrics.averages import average
 from prunetune.evaluation.records import read_results
+from prunetune.evaluation.run.calibrate import calibrate, fitted_lines
 from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.pruning import PruningSpec, registered_methods
+from prunetune.pruning.fitting import Choice
 from prunetune.tiny_world import ask, sample_scene, split_seeds
 from prunetune.tiny_world.task import read_items
 
 METHODS = [name for name, method in registered_methods().items() if name != "identity" and not method.video]
-OPTIONS = {  # what belongs to this small model: a layer it has, and its own complexity (prunetune calibrate)
-    "hiprune": {"object_layer": 2},
-    "adaptive": {"erank_avg": 24.132},
-}
 BUDGETS = (72, 36, 16, 8)
+FITTED_AT = 16
+FITTED_ON = 512
+"""Items of the validation scenes."""
 
 
 def blind_accuracy(scenes: int, seen: int = 5000) -> float:
@@ -38,6 +42,36 @@ def blind_accuracy(scenes: int, seen: int = 5000) -> float:
     items = read_items("test", scenes)
     right = sum(votes[i.question].most_common(1)[0][0] == i.answer for i in items if votes[i.question])
     return 100 * right / len(items)
+
+
+def rows_of(name: str) -> dict[str, dict[str, Any]]:
+    """Return the options of each row of a method by the row's name: fitted, published, and other values of a sign."""
+    config = EvaluateConfig(
+        model=ModelConfig(path=str(TINY_VLM), dtype="float32"),
+        pruning=PruningSpec(name, FITTED_AT, text_tower=str(TINY_VLM / "clip")),
+        tasks=["tiny_world_validation"],
+        max_new_tokens=6,
+        output="unused",
+    )
+    method = registered_methods()[name]
+    if not method.fits:
+        return {name: {}}
+    profile = calibrate(config, FITTED_ON, batch_size=64).profile
+    assert profile is not None
+    print(f"\n{name}\n" + "\n".join(fitted_lines(profile)), flush=True)
+    rows = {}
+    for option, fitted in profile.options.items():
+        published = getattr(method.pruner(), option)
+        values = {fitted: "fitted"}
+        for fit in method.fits:
+            if fit.option == option and isinstance(fit, Choice):
+                values |= dict.fromkeys(fit.values, "not fitted") | {fitted: "fitted"}
+        # Of a layer that the model has not there is nothing to measure.
+        if isinstance(published, float) or any(row.value == published for row in profile.evidence[option]):
+            values[published] = "published" if published != fitted else "published and fitted"
+        for value, why in values.items():
+            rows[f"{name}, {option} {value} ({why})"] = {option: value}
+    return rows
 
 
 def accuracy(folder: Path, pruning: PruningSpec, scenes: int) -> tuple[float, dict[str, float]]:
@@ -66,17 +100,14 @@ def main() -> None:
     scenes = options.scenes
     with tempfile.TemporaryDirectory() as folder:
         dense, sources = accuracy(Path(folder), PruningSpec(), scenes)
-        table = [[name] for name in options.methods]
-        for row, name in zip(table, options.methods, strict=True):
-            for keep in BUDGETS:
-                pruning = PruningSpec(
-                    pruner=name,
-                    keep=keep,
-                    options=OPTIONS.get(name, {}),
-                    text_tower=str(TINY_VLM / "clip"),
-                )
-                overall, _ = accuracy(Path(folder), pruning, scenes)
-                row.append(f"{overall:.1f}")
+        table = []
+        for name in options.methods:
+            for label, chosen in rows_of(name).items():
+                table.append([label])
+                for keep in BUDGETS:
+                    pruning = PruningSpec(name, keep, chosen, text_tower=str(TINY_VLM / "clip"))
+                    overall, _ = accuracy(Path(folder) / f"row{len(table)}", pruning, scenes)
+                    table[-1].append(f"{overall:.1f}")
     print(
         f"\nblind {blind_accuracy(scenes):.1f}, dense {dense:.1f} "
         f"({', '.join(f'{name} {value:.1f}' for name, value in sources.items())})\n"

@@ -55,6 +55,15 @@ def load_config(schema: type[Config], file: str | Path | None, overrides: list[s
         raise kind(f"{source} has {len(lines)} error{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
 
 
+def sets(file: str | Path, key: str, overrides: list[str] | None = None) -> bool:
+    """Return whether a configuration or an override sets a top-level key, by which its kind is told.
+
+    Raises:
+        ConfigError: if the file or an override can't be read.
+    """
+    return key in _read(config_file(file)) or any(name == key for name, _ in _pairs(overrides or []))
+
+
 def to_yaml(config: BaseModel) -> str:
     """Return the effective configuration, defaults included, as YAML."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)

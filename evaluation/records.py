@@ -27,7 +27,7 @@ FORMAT: Literal[2] = 2
 UNSEALED: Literal[1] = 1
 """The format of versions before the seals: read, and compared with arms of its own format alone."""
 _OUTCOME = ("metrics", "kept_tokens", "items_per_second", "results_hash")
-_SEALED = ("original_projector_hash", "projectors", "text_tower_hash", "prunetune", "results_hash")
+_SEALED = ("profile", "original_projector_hash", "projectors", "text_tower_hash", "prunetune", "results_hash")
 
 
 class _Record(BaseModel):
@@ -178,7 +178,8 @@ class Manifest(_Record):
         settings_hash: SHA-256 of configuration, processor, tokenizer and template files.
         template_hash: SHA-256 of the chat template that prompts were made with.
         projector: which projector.
-        pruning: pruner and budget.
+        pruning: pruner and budget, with the options that ran.
+        profile: seal of the profile that options came from, and what it was fitted on; None if none was named.
         text_tower_hash: SHA-256 of the text tower that the pruner reads; None if it reads none.
         tasks: which questions, by benchmark.
         batch_size: items per step, which moves scores in half precision.
@@ -204,6 +205,7 @@ class Manifest(_Record):
     template_hash: str
     projector: ProjectorRecord
     pruning: PruningSpec
+    profile: dict[str, Any] | None = None
     text_tower_hash: str | None = None
     tasks: dict[str, TaskRecord]
     batch_size: int
@@ -276,6 +278,9 @@ class Manifest(_Record):
         for name in _SEALED:  # as the earlier version wrote it, to the byte
             values.pop(name, None)
         del values["projector"]["stored_hash"]
+        # Of what it had not heard of its file says nothing.
+        values["model"] = self.model.model_dump(exclude_unset=True)
+        values["pruning"] = self.pruning.model_dump(exclude_unset=True)
         return values
 
 

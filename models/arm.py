@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,15 @@ from prunetune.models.adapter import load_projector, projector_state
 from prunetune.models.errors import CheckpointError
 from prunetune.models.hashes import tensor_hash, text_tower_hash
 from prunetune.models.loading import checkpoint_folder, load_model
+from prunetune.models.profile import Profile, check_fitted_to, profile_of
 from prunetune.models.ranks import launched_ranks
 from prunetune.models.record import is_export, read_record
 from prunetune.models.seal import short
 from prunetune.models.stored import BaseHashes, base_hashes, settings_hash
 from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.pruning.families import family_of, name_projector
+from prunetune.pruning.fitting import unfitted
+from prunetune.pruning.registry import method_of
 from prunetune.pruning.text import instruction_text
 from prunetune.screen import say
 
@@ -61,6 +64,7 @@ class Base:
         if config.projector is not None:
             name_projector(self.model, config.projector)
         self.model.to(device)  # type: ignore[arg-type] # a string is as good as a device
+        self.told: set[str] = set()  # methods of which it was said that they are not fitted to this model
 
     @cached_property
     def hashes(self) -> BaseHashes:
@@ -99,12 +103,14 @@ class Arm:
         pruned: the pruner on the model; ``pruned.model`` is the base's, or a copy that differs in its projector.
         spec: the pruning as it was asked for.
         adapter: folder of the recalibrated projector; None is training-free.
+        profile: what ``spec.profile`` holds; None if it names none.
     """
 
     base: Base
     pruned: PrunedModel
     spec: PruningSpec
     adapter: str | None = None
+    profile: Profile | None = None
 
     @classmethod
     def load(
@@ -124,30 +130,57 @@ class Arm:
 
         Raises:
             CheckpointError: if the model can't be loaded, or the adapter belongs to another base or misses tensors.
-            PruningError: if the model does not offer what the pruner reads.
+            PruningError: if the model does not offer what the pruner reads, or the profile is another model's.
         """
         if device is None:
             device = default_device()
         if pruning is None:
             pruning = PruningSpec()
+        profile_of(pruning)  # a wrong one stops here, before gigabytes are read
         return cls._of(Base(model, device), pruning, adapter)
 
     @classmethod
     def _of(cls, base: Base, spec: PruningSpec, adapter: str | Path | None) -> Arm:
         if adapter is None:
-            return cls(base, _pruned(base.model, spec, base.processor), spec)
+            return cls._with(base, base.model, spec, None)
         model = _with_own_projector(base.model)
         load_projector(model, adapter, base.hashes)
         _say_another_dtype(adapter, base.config.dtype)
-        arm = cls(base, _pruned(model, spec, base.processor), spec, str(adapter))
+        return cls._with(base, model, spec, str(adapter))
+
+    @classmethod
+    def _with(cls, base: Base, model: PreTrainedModel, spec: PruningSpec, adapter: str | None) -> Arm:
+        """Return an arm of a loaded model, whose text tower and profile are its own."""
+        profile = profile_of(spec)
+        runs = spec if profile is None else profile.fill(spec)
+        arm = cls(base, _pruned(model, runs, base.processor), spec, adapter, profile)
         arm._check_text_tower()
+        if profile is not None:
+            check_fitted_to(profile, str(spec.profile), base.hashes, base.settings_hash, arm.text_tower_hash)
+        arm._say_unfitted()
         return arm
 
     def with_pruning(self, spec: PruningSpec) -> Arm:
         """Return an arm of the same weights with another pruner or budget."""
-        arm = replace(self, spec=spec, pruned=_pruned(self.model, spec, self.processor))
-        arm._check_text_tower()
-        return arm
+        return self._with(self.base, self.model, spec, self.adapter)
+
+    @property
+    def pruning(self) -> PruningSpec:
+        """The pruning as it runs, and as records hold it: with the options of the profile filled in."""
+        return self.spec if self.profile is None else self.profile.fill(self.spec)
+
+    def _say_unfitted(self) -> None:
+        """Say it once if a method runs with defaults that belong to its paper's model."""
+        name = self.spec.pruner
+        options = unfitted(method_of(name).fits, self.pruned.pruner, self.pruning.options)
+        if not options or name in self.base.told or not launched_ranks().is_zero:
+            return
+        self.base.told.add(name)
+        defaults = ", ".join(f"{option} {getattr(self.pruned.pruner, option)}" for option in options)
+        say(
+            f"{name} runs with its published {defaults}, not fitted to {self.base.config.path}; `prunetune calibrate` "
+            "fits it, pruning.profile names the result"
+        )
 
     def _check_text_tower(self) -> None:
         """Check that the text tower is the one that the adapter was recalibrated with, where both read one."""

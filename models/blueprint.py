@@ -13,6 +13,7 @@ from prunetune.assets import shipped
 from prunetune.configs import ModelConfig
 from prunetune.data_recipes.chat_templates import MODELS_OWN, check_marks, template_file, template_text
 from prunetune.models.loading import CheckpointError, checkpoint_folder, load_processor
+from prunetune.models.profile import resolved
 from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.pruning.budget import resolve_budget
 from prunetune.reading import one_line
@@ -40,6 +41,7 @@ def check_model(config: ModelConfig, spec: PruningSpec) -> PreTrainedModel:
         raise CheckpointError(f"{config.path!r} can't be loaded as it is configured: {one_line(error)}") from error
     processor = load_processor(config.path, config.revision)
     check_marks(template_text(processor, config.template))
+    spec = resolved(spec)  # that a profile is this model's is checked when its weights are read
     if spec.text_tower is not None:
         spec = spec.model_copy(update={"text_tower": shipped(spec.text_tower)})
     _check_budget(PrunedModel(model, spec, processor.tokenizer))

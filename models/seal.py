@@ -19,6 +19,7 @@ CHAIN = {
     "settings_hash": "the base's configuration, processor and tokenizer",
     "text_tower_hash": "the text tower that the pruner reads, if it reads one",
     "projector_hash": "the recalibrated projector, as its file holds it",
+    "profile": "the seal of the profile that fitted the pruner's options, if there is one",
     "prunetune": "this package's version and source",
     "plugins": "what was loaded from outside",
     "results_hash": "the answers and their scores",

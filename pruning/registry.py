@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from prunetune.names import nearest
 from prunetune.plugins import import_folder, load_installed, named
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.fitting import Fit, Report, check_fits
 from prunetune.pruning.signals import signal_of
 from prunetune.pruning.types import Pruner
 from prunetune.reading import shown
@@ -30,6 +31,8 @@ class Method:
     golden: bool = False
     video: bool = False
     servable: bool = True
+    fits: Sequence[Fit] = ()
+    reports: Sequence[Report] = ()
 
     @property
     def needs(self) -> frozenset[str]:
@@ -49,6 +52,8 @@ def register_pruner(
     golden: bool = False,
     video: bool = False,
     servable: bool = True,
+    fits: Sequence[Fit] = (),
+    reports: Sequence[Report] = (),
 ) -> Callable[[Any], Any]:
     """Register a frozen dataclass as the method ``name``.
 
@@ -62,10 +67,12 @@ def register_pruner(
         servable: whether an engine can serve it with default options: it is known before an image is encoded how many
             tokens are kept, so that a prompt can be written with as many placeholders, and the LLM is given nothing
             but their embeddings.
+        fits: the options that belong to the model and not to the method; ``prunetune calibrate`` fits them.
+        reports: what it tells about the method's choices besides.
 
     Raises:
-        PruningError: if the name is taken or not lower-case, the class is no frozen dataclass, or it needs an
-            unknown signal.
+        PruningError: if the name is taken or not lower-case, the class is no frozen dataclass, it needs an unknown
+            signal, or what is to be fitted is none of its options.
     """
 
     def register(pruner: Any) -> Any:
@@ -77,7 +84,10 @@ def register_pruner(
                 f"{pruner.__module__}; rename one"
             )
         check_contract(name, pruner)
-        _METHODS[name] = Method(name, paper, pruner, merges, exact, golden, video, servable)
+        check_fits(name, pruner, fits)
+        _METHODS[name] = Method(
+            name, paper, pruner, merges, exact, golden, video, servable, tuple(fits), tuple(reports)
+        )
         return pruner
 
     return register

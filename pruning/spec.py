@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from prunetune.pruning.budget import check_budget
+from prunetune.pruning.errors import PruningError
 
 if TYPE_CHECKING:
     from prunetune.pruning.types import Pruner
@@ -20,6 +21,11 @@ class PruningSpec(BaseModel):
     pruner: str = Field("identity", description="a name from `prunetune list pruners`")
     keep: int | float | str = Field("100%", description='budget per item or image, see scope: 64, 0.111 or "11.1%"')
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
+    profile: str | None = Field(
+        None,
+        description="file that `prunetune calibrate` wrote for this model and method: what options leaves open is as "
+        "it was fitted",
+    )
     scope: Literal["item", "image"] = Field(
         "item",
         description="what the pruner chooses from, and what the budget counts for: each crop of an image or frame of a "
@@ -62,8 +68,17 @@ class PruningSpec(BaseModel):
         return written
 
     def build(self) -> Pruner:
-        """Return the pruner; raises PruningError for an unknown name, option or budget."""
+        """Return the pruner.
+
+        Raises:
+            PruningError: for an unknown name, option or budget, or a profile: which model it is for only an arm knows.
+        """
         from prunetune.pruning.registry import build_pruner  # methods need torch, options do not
 
         check_budget(self.keep)
+        if self.profile is not None:
+            raise PruningError(
+                f"the profile {self.profile} is read together with its model: load both with prunetune.Arm.load, or "
+                "write its options into pruning.options"
+            )
         return build_pruner(self.pruner, self.options)

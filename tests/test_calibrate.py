@@ -1,5 +1,6 @@
-"""`prunetune calibrate`: the numbers are the definition's, and the file keeps what people wrote."""
+"""`prunetune calibrate`: the numbers are the definition's, profiles are sealed, and nobody else's file is touched."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,14 +10,24 @@ import torch
 from conftest import ROOT, TINY_VLM
 
 from prunetune.cli import main
-from prunetune.configs import ConfigError, RecalibrateConfig, load_config
+from prunetune.configs import EvaluateConfig, ModelConfig, RecalibrateConfig, load_config
 from prunetune.data_recipes import Formatter, load_recipe
-from prunetune.evaluation.run.calibrate import Calibration, Spread, calibrate, write_averages
-from prunetune.models import load_model
-from prunetune.pruning import PrunedModel, PruningSpec
+from prunetune.evaluation.records import read_manifest
+from prunetune.evaluation.run.calibrate import Spread, _layers, calibrate
+from prunetune.evaluation.run.evaluate import evaluate
+from prunetune.models import Arm, load_model
+from prunetune.models.profile import Profile, read_profile, resolved, write_profile
+from prunetune.models.seal import sealed
+from prunetune.outputs import OutputError
+from prunetune.pruning import PrunedModel, PruningError, PruningSpec, registered_methods
+from prunetune.pruning.fitting import Choice, Fit, Mean
+from prunetune.pruning.methods.adaptive import Adaptive
 from prunetune.pruning.ops.complexity import attention_entropy, erank
+from prunetune.pruning.registry import register_pruner
 
 CONFIG = ROOT / "configs" / "recalibrate" / "tiny_adaptive_16.yaml"
+TINY = ModelConfig(path=str(TINY_VLM), dtype="float32")
+CLIP = str(TINY_VLM / "clip")
 
 
 def test_erank_of_known_matrices():
@@ -38,82 +49,252 @@ def test_entropy_of_known_attention():
     assert attention_entropy(one).item() == pytest.approx(0)
 
 
-def test_calibrate_measures_the_configured_sample_and_writes_it(tmp_path, capsys):
-    file = tmp_path / "mine.yaml"
-    shutil.copy(CONFIG, file)
-    before = file.read_text()
-    main(["calibrate", "--config", str(file), "--count", "12", "--batch-size", "5"])
-    assert "12 items of recipe tiny_world, pruner adaptive" in capsys.readouterr().out
-    config = load_config(RecalibrateConfig, file)
-    changed = {line for line in file.read_text().splitlines() if line not in before.splitlines()}
-    assert {line.split(":")[0].strip() for line in changed} == {"erank_avg", "entropy_avg"}  # comments are still there
-    assert all(
-        line.endswith("# measured by prunetune calibrate, 12 items of tiny_world, assets/tiny_vlm") for line in changed
-    )
+def test_spread_of_few_values():
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 2.0)
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 3.0, 4.0)
 
-    data = load_recipe("tiny_world")
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The tiny world with 320 questions: the shipped one takes seconds to draw."""
+    file = tmp_path_factory.mktemp("recipes") / "small.yaml"
+    file.write_text("name: small\nformat: shapes_world\nsplit: recalibration\nscenes: 40\n")
+    return str(file)
+
+
+# ---- what is fitted -----------------------------------------------------------------------------------------------
+
+
+def test_means_are_those_of_the_configured_sample(tmp_path, capsys, recipe):
+    """The shipped file stays as it is; the profile holds the mean of what the pruner chooses from."""
+    before, file = CONFIG.read_bytes(), tmp_path / "new" / "adaptive.json"
+    main(["calibrate", "--config", "recalibrate/tiny_adaptive_16", "--count", "12", "--batch-size", "5", "--profile",
+          str(file), "--data.recipe", recipe])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert f"12 items of recipe {recipe}, pruner adaptive" in printed and "walk ran dry:" in printed
+    assert CONFIG.read_bytes() == before and [path.name for path in file.parent.iterdir()] == ["adaptive.json"]
+    config, profile = load_config(RecalibrateConfig, CONFIG, ["--data.recipe", recipe]), read_profile(file)
+    data = load_recipe(recipe)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.data.seed or 0))[:12].tolist()
     model, processor = load_model(str(TINY_VLM))
     batch = Formatter(processor, data.images).prompt_batch([data[index] for index in order])
     with torch.no_grad():
         (tokens,) = PrunedModel(model, PruningSpec("fastervlm", 16)).prepare(batch).vision["image"].groups
     ranks = [oracles.erank(oracles.of(tokens, "projected", item)) for item in range(12)]
-    assert config.pruning.options["erank_avg"] == pytest.approx(np.mean(ranks), abs=2e-3)
+    assert profile.options == {"erank_avg": pytest.approx(np.mean(ranks), abs=2e-3)}
+    entropy = config.model_copy(
+        update={"pruning": config.pruning.model_copy(update={"options": {"complexity": "attention_entropy"}})}
+    )
     p = tokens.signals["cls_attention"].double().mean(1)
     p = p / p.sum(1, keepdim=True)
-    assert config.pruning.options["entropy_avg"] == pytest.approx(float(-(p * p.log()).sum(1).mean()), abs=2e-3)
+    fitted = calibrate(entropy, 12, 5).profile
+    assert fitted.options == {"entropy_avg": pytest.approx(float(-(p * p.log()).sum(1).mean()), abs=2e-3)}
 
 
-def test_other_pruners_are_measured_and_nothing_is_written(tmp_path, capsys):
-    file = tmp_path / "divprune.yaml"
-    shutil.copy(ROOT / "configs" / "recalibrate" / "tiny_divprune_16.yaml", file)
-    before = file.read_text()
-    main(["calibrate", "--config", str(file), "--count", "6"])
-    printed = capsys.readouterr().out
-    assert "nothing written" in printed and "erank, kept tokens" in printed and file.read_text() == before
-    config = load_config(RecalibrateConfig, file)
-    result = calibrate(config, 6)
-    assert result.after["erank"].mean < result.before["erank"].mean and result.before.keys() == {"erank"}
-    with pytest.raises(ConfigError, match="prunes by 'divprune'"):
-        write_averages(file, result, "6 items")
-
-
-def test_spread_of_few_values():
-    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 2.0)
-    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 3.0, 4.0)
-
-
-def test_the_comment_beside_a_number_says_where_it_comes_from(tmp_path):
-    """What was quoted is measured now; comments of other keys and lines stay."""
-    file = tmp_path / "mine.yaml"
-    quoted = (ROOT / "configs" / "recalibrate" / "llava15_7b_adaptive_64.yaml").read_text()
-    file.write_text(quoted)
-    spread = Spread.of([7.25])
-    write_averages(file, Calibration(3, {"erank": spread}, {}), "3 items of vg, model m")
-    before, after = quoted.splitlines(), file.read_text().splitlines()
-    changed = [line for line in after if line not in before]
-    assert changed == ["    erank_avg: 7.25  # measured by prunetune calibrate, 3 items of vg, model m"]
-    assert len(after) == len(before) and "quoted: the paper's mean" not in file.read_text()
-    file.write_text(
-        "pruning:\n  pruner: adaptive\n  options:\n    erank_avg: 1 # old\n    # below\n    scale: 1 # mine\n"
+def on_validation(pruner, keep=8, **options):
+    return EvaluateConfig(
+        model=TINY,
+        pruning=PruningSpec(pruner, keep, options, text_tower=CLIP),
+        tasks=["tiny_world_validation"],
+        max_new_tokens=6,
+        output="unused",
     )
-    write_averages(file, Calibration(3, {"erank": spread, "attention_entropy": spread}, {}), "x")
-    text = file.read_text()
-    assert "    # below\n    scale: 1 # mine\n" in text and "# old" not in text
-    assert "entropy_avg: 7.25 # measured by prunetune calibrate, x" in text
 
 
-@pytest.mark.parametrize("asked", ["recalibrate/tiny_adaptive_16", "configs/recalibrate/tiny_adaptive_16.yaml", "link"])
-def test_a_shipped_file_is_never_edited(asked, tmp_path, monkeypatch):
-    """By name, by path and behind a link; said before minutes of measuring."""
-    monkeypatch.chdir(ROOT)
-    if asked == "link":
-        (tmp_path / "link.yaml").symlink_to(CONFIG)
-        asked = str(tmp_path / "link.yaml")
+@pytest.fixture(scope="module")
+def fitted_sign(tmp_path_factory):
+    """CDPruner's sign, fitted on a benchmark: in this world the published one is the wrong one."""
+    profile = calibrate(on_validation("cdpruner"), 160, 80).profile
+    file = tmp_path_factory.mktemp("profiles") / "cdpruner.json"
+    write_profile(file, profile)
+    return file
+
+
+def test_the_better_sign_is_taken_and_what_was_measured_is_kept(fitted_sign):
+    profile = read_profile(fitted_sign)
+    assert profile.options == {"relevance_sign": 1} and profile.measure == "score by tiny_world_validation"
+    published, other = profile.evidence["relevance_sign"]
+    assert (published.value, published.gain, other.value) == (-1, None, 1)
+    assert other.gain == pytest.approx(other.score - published.score, abs=2e-4)
+    assert other.gain_interval[0] > 0 and profile.data.samples == 160
+    arm = Arm.load(TINY, on_validation("cdpruner").pruning, device="cpu")
+    assert profile.model.text_tower_hash == arm.text_tower_hash
+    assert profile.model.frozen_hash == arm.base.hashes.frozen_hash
+
+
+def test_on_a_recipe_the_likelihood_of_the_answers_decides(recipe):
+    """The same sign by another measure; one sample's likelihood is the stock loss of that sample alone."""
+    values = {"model": {"path": str(TINY_VLM), "dtype": "float32"}, "data": {"recipe": recipe}, "output": "o",
+              "pruning": {"pruner": "cdpruner", "keep": 8, "text_tower": CLIP}}  # fmt: skip
+    config = RecalibrateConfig.model_validate(values)
+    result = calibrate(config, 96, 32)
+    assert result.profile.options == {"relevance_sign": 1}
+    one = calibrate(config, 1).profile.evidence["relevance_sign"][0]
+    arm = Arm.load(config.model, config.pruning, device="cpu")
+    data = load_recipe(recipe)
+    first = int(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[0])
+    with torch.no_grad():
+        loss = arm.pruned.forward(**arm.formatter(data.images).training_batch([data[first]])).loss
+    assert one.score == pytest.approx(-float(loss), abs=1e-3)
+
+
+def test_a_published_value_is_left_only_for_one_that_is_better_beyond_chance():
+    """With all tokens kept both signs answer alike: the published one stays."""
+    fitted = calibrate(on_validation("cdpruner", "100%"), 16, 16).profile
+    assert fitted.options == {"relevance_sign": -1}
+    assert fitted.evidence["relevance_sign"][1].gain == 0
+
+
+def test_a_layer_is_one_that_the_model_has():
+    fitted = calibrate(on_validation("hiprune", alpha=0.5), 80, 80).profile
+    assert [row.value for row in fitted.evidence["object_layer"]] == [1, 2, 3, 4]  # of 5; the published 9 is not there
+    assert fitted.options["object_layer"] in (1, 2, 3, 4) and fitted.pruning["options"] == {"alpha": 0.5}
+    assert _layers(23, 9) == [1, 4, 7, 9, 10, 14, 17, 20, 23] and _layers(3, 9) == [1, 2, 3]
+
+
+def test_options_without_weight_are_not_fitted(tmp_path, capsys, recipe):
+    assert calibrate(on_validation("crisprune", alpha=0.0), 8).profile is None
+    file = tmp_path / "divprune.json"
+    line = ["calibrate", "--config", "recalibrate/tiny_divprune_16", "--count", "6", "--data.recipe", recipe]
+    main([*line, "--profile", str(file)])
+    printed = capsys.readouterr().out
+    assert "nothing written: divprune has nothing to fit" in printed and "erank, kept tokens" in printed
+    assert not file.exists()
+
+
+def test_held_out_samples_are_taken_where_a_recipe_holds_out(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: r\nformat: shapes_world\nsplit: recalibration\nscenes: 20\nheld_out: 16\n")
+    values = {"model": {"path": str(TINY_VLM), "dtype": "float32"}, "data": {"recipe": str(recipe)}, "output": "o",
+              "pruning": {"pruner": "adaptive", "keep": 8}}  # fmt: skip
+    profile = calibrate(RecalibrateConfig.model_validate(values), 100).profile
+    assert (profile.data.part, profile.data.samples) == ("held out", 16)
+
+
+# ---- declarations -------------------------------------------------------------------------------------------------
+
+
+def test_methods_declare_what_is_fitted():
+    declared = {name: [fit.option for fit in method.fits] for name, method in registered_methods().items()}
+    assert declared["adaptive"] == ["erank_avg", "entropy_avg"] and declared["hiprune"] == ["object_layer"]
+    assert all(declared[name] == ["relevance_sign"] for name in ("cdpruner", "crisprune", "gridprune", "trim"))
+    for method in registered_methods().values():  # whoever has such an option says so
+        options = set(vars(method.pruner())) & {"relevance_sign", "erank_avg", "entropy_avg", "object_layer"}
+        assert options == {fit.option for fit in method.fits}, method.name
+
+
+@pytest.mark.parametrize(
+    ("fit", "message"),
+    [
+        (Fit("sign"), "'sign', which is no field of Adaptive"),
+        (Mean("scale"), "a mean of nothing"),
+        (Choice("scale", values=(1,)), "a choice of 1 values"),
+    ],
+)
+def test_a_declaration_that_can_not_be_fitted_is_refused(fit, message):
+    with pytest.raises(PruningError, match=message):
+        register_pruner("declared", paper="none", fits=[fit])(Adaptive)
+
+
+# ---- profiles in use ----------------------------------------------------------------------------------------------
+
+
+def test_a_profile_fills_in_what_options_leave_open(fitted_sign, tmp_path, capsys):
+    """Arms, manifests and records hold the options that ran, not the file that they came from."""
+    spec = PruningSpec("cdpruner", 8, text_tower=CLIP, profile=str(fitted_sign))
+    arm = Arm.load(TINY, spec, device="cpu")
+    assert arm.pruned.pruner.relevance_sign == 1 and arm.spec.profile == str(fitted_sign)
+    assert arm.pruning.options == {"relevance_sign": 1} and arm.pruning.profile is None
+    assert arm.with_pruning(PruningSpec("cdpruner", 8, text_tower=CLIP)).pruned.pruner.relevance_sign == -1
+    own = arm.with_pruning(spec.model_copy(update={"options": {"relevance_sign": -1}}))
+    assert own.pruned.pruner.relevance_sign == -1 and resolved(own.spec).options == {"relevance_sign": -1}
+    config = EvaluateConfig(model=TINY, pruning=spec, tasks=["tiny_world"], limit=8, batch_size=8, max_new_tokens=6,
+                            output=str(tmp_path / "arm"))  # fmt: skip
+    manifest = read_manifest(evaluate(config, arm))
+    assert manifest.pruning == arm.pruning
+    assert manifest.profile["seal"] == json.loads(fitted_sign.read_text())["seal"]
+    assert manifest.profile["options"] == {"relevance_sign": 1}
+    capsys.readouterr()
+    same = config.model_copy(update={"tasks": ["tiny_world_validation"], "output": str(tmp_path / "same")})
+    evaluate(same, arm)
+    assert "was fitted on 160 items of tiny_world_validation, which is evaluated here" in capsys.readouterr().out
+
+
+def test_a_profile_of_something_else_is_refused_with_what_differs(fitted_sign, untrained_folder, tmp_path):
+    with pytest.raises(PruningError, match="fitted for the pruner 'cdpruner', this one is 'trim'"):
+        Arm.load(TINY, PruningSpec("trim", 8, text_tower=CLIP, profile=str(fitted_sign)), device="cpu")
+    spec = PruningSpec("cdpruner", 8, text_tower=CLIP, profile=str(fitted_sign))
+    other = ModelConfig(path=str(untrained_folder), dtype="float32")
+    with pytest.raises(PruningError, match="fitted to another model.*frozen weights [0-9a-f]{12}, here [0-9a-f]{12}"):
+        Arm.load(other, spec, device="cpu")
+    changed = tmp_path / "changed"
+    shutil.copytree(TINY_VLM, changed)
+    tokenizer = changed / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    with pytest.raises(PruningError, match="configuration, processor, tokenizer or template"):
+        Arm.load(ModelConfig(path=str(changed), dtype="float32"), spec, device="cpu")
+    with pytest.raises(PruningError, match="read together with its model"):
+        PrunedModel(load_model(str(TINY_VLM))[0], spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values["options"].update(relevance_sign=-1), "can't be trusted: it was changed"),
+        (lambda values: values.update(sealed({**values, "format": 9})), "format 9, this version reads 1"),
+        (lambda values: values.pop("kind"), "is no profile"),
+        (lambda values: values.update(sealed({**values, "pruner": 3})), r"of another version \(pruner\)"),
+    ],
+)
+def test_profiles_that_can_not_be_used_are_one_line(fitted_sign, tmp_path, change, message):
+    values = json.loads(fitted_sign.read_text())
+    change(values)
+    (tmp_path / "p.json").write_text(json.dumps(values))
+    with pytest.raises(PruningError, match=message) as error:
+        read_profile(tmp_path / "p.json")
+    assert "\n" not in str(error.value)
+    with pytest.raises(PruningError, match="does not exist; `prunetune calibrate --profile"):
+        read_profile(tmp_path / "none.json")
+
+
+def test_files_of_others_and_shipped_ones_are_never_replaced(fitted_sign, tmp_path, monkeypatch):
+    """Said before minutes of measuring."""
     monkeypatch.setattr("prunetune.evaluation.run.calibrate.calibrate", lambda *_: pytest.fail("it measured"))
-    before = CONFIG.read_bytes()
-    with pytest.raises(SystemExit, match="is shipped.*`prunetune configs copy recalibrate/tiny_adaptive_16`"):
-        main(["calibrate", "--config", asked])
-    assert CONFIG.read_bytes() == before
-    with pytest.raises(ConfigError, match="is shipped"):
-        write_averages(CONFIG, Calibration(1, {}, {}), "x")
+    line = ["calibrate", "--config", "recalibrate/tiny_adaptive_16", "--overwrite", "--profile"]
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("pruning: {pruner: adaptive}  # quoted: mine\n")
+    with pytest.raises(SystemExit, match=r"mine.yaml is in the way: it is no profile"):
+        main([*line, str(mine)])
+    assert mine.read_text() == "pruning: {pruner: adaptive}  # quoted: mine\n"
+    for shipped in (CONFIG, ROOT / "configs" / "new.json"):
+        with pytest.raises(SystemExit, match="lies among the shipped configurations"):
+            main([*line, str(shipped)])
+    profile = read_profile(fitted_sign)
+    with pytest.raises(OutputError, match="holds a profile; choose another file, or give --overwrite"):
+        write_profile(fitted_sign, profile)
+    copy = tmp_path / "copy.json"
+    shutil.copy(fitted_sign, copy)
+    write_profile(copy, profile, overwrite=True)
+    assert read_profile(copy) == profile and isinstance(profile, Profile)
+
+
+def test_an_unfitted_method_says_so_once(fitted_sign, capsys):
+    spec = PruningSpec("cdpruner", 8, text_tower=CLIP)
+    arm = Arm.load(TINY, spec, device="cpu")
+    arm.with_pruning(spec.model_copy(update={"keep": 16}))
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "cdpruner runs with its published relevance_sign -1, not fitted to" in said
+    arm.with_pruning(PruningSpec("cdpruner", 8, {"relevance_sign": -1}, text_tower=CLIP))
+    arm.with_pruning(PruningSpec("crisprune", 8, {"alpha": 0.0}, text_tower=CLIP))
+    arm.with_pruning(PruningSpec("divprune", 8))
+    Arm.load(TINY, spec.model_copy(update={"profile": str(fitted_sign)}), device="cpu")
+    assert capsys.readouterr().out == ""
+    arm.with_pruning(PruningSpec("adaptive", 8))
+    assert "adaptive runs with its published erank_avg 94.87," in capsys.readouterr().out
+
+
+def test_a_configuration_that_sets_a_fitted_option_is_told(recipe, capsys):
+    main(["calibrate", "--config", str(CONFIG), "--count", "3", "--data.recipe", recipe])
+    printed = capsys.readouterr().out
+    assert "sets erank_avg itself, which wins over a profile" in printed
+    assert "nothing written: name a file with --profile" in printed

@@ -67,7 +67,7 @@ SILENT = {"completion", "configs list", "configs show", "data check", "data prep
 WITH_A_FOLDER = ("evaluate", "compare", "visualize", "export", "demo")
 ELSEWHERE = {
     "card": "writes README.md anew, never over an edited one, below",
-    "calibrate": "edits one file, below",
+    "calibrate": "writes one file, below",
     "configs copy": "writes one new file: test_cli.py",
     "recalibrate": "one launch, below",
 }
@@ -384,17 +384,20 @@ def test_a_card_is_written_in_an_adapter_and_nothing_else_changes(world, tmp_pat
     assert (folder / "README.md").read_text() == "edited by somebody"
 
 
-def test_calibrate_edits_its_file_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "mine.yaml"
-    shutil.copy(ROOT / "configs" / "recalibrate" / "tiny_adaptive_16.yaml", file)
+def test_calibrate_writes_its_profile_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "mine.json"
+    config = tmp_path / "mine.yaml"
+    shutil.copy(ROOT / "configs" / "recalibrate" / "tiny_adaptive_16.yaml", config)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: few\nformat: shapes_world\nsplit: recalibration\nscenes: 4\n")
     put_canaries(tmp_path)
-    for name in (".mine.yaml.swp", "mine.yaml.partial", "mine.yaml.old"):
+    for name in (".mine.json.swp", "mine.json.partial", "mine.json.old"):
         (tmp_path / name).write_text("mine")
     before = hashes(tmp_path)
     failing = Failing(monkeypatch, full)
     failing.arm(1)
-    line = ["calibrate", "--config", str(file), "--count", "3"]
-    with pytest.raises(SystemExit, match=r"mine.yaml can't be written: No space left .*needed"):
+    line = ["calibrate", "--config", str(config), "--count", "3", "--data.recipe", str(recipe), "--profile", str(file)]
+    with pytest.raises(SystemExit, match=r"mine.json can't be written: No space left .*needed"):
         main(line)
     assert hashes(tmp_path) == before
     Failing(monkeypatch, KeyboardInterrupt).arm(1)
@@ -404,7 +407,10 @@ def test_calibrate_edits_its_file_whole_or_not_at_all(tmp_path, monkeypatch, cap
     monkeypatch.undo()
     main(line)
     after = hashes(tmp_path)
-    assert after.keys() == before.keys() and {name for name in after if after[name] != before[name]} == {"mine.yaml"}
+    assert after.pop("mine.json") and after == before
+    main([*line, "--overwrite"])
+    after = hashes(tmp_path)
+    assert after.pop("mine.json") and after == before
 
 
 # ---- recalibration ----------------------------------------------------------------------------------------------

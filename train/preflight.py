@@ -14,6 +14,7 @@ from prunetune.data_recipes.recipe import read_recipe
 from prunetune.data_recipes.sample import DataError
 from prunetune.models import wrap_projector
 from prunetune.models.blueprint import check_model
+from prunetune.models.profile import resolved
 from prunetune.train.deepspeed_settings import deepspeed_config
 from prunetune.train.freeze import freeze_all_but_projector
 from prunetune.train.tracking import wandb_mode
@@ -25,7 +26,7 @@ def check_before_launch(config: RecalibrateConfig) -> None:
     Raises:
         ConfigError, DataError, PruningError: for the first thing that can't work.
     """
-    config.pruning.build()
+    resolved(config.pruning).build()
     deepspeed_config(config.train.deepspeed)
     _check_device(config)
     _check_tracking(config.tracking)

@@ -21,6 +21,7 @@ from prunetune.data_recipes import DataError, RecipeData, load_recipe
 from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
 from prunetune.models.code import code_record
+from prunetune.models.profile import resolved
 from prunetune.models.ranks import Ranks, launched_ranks
 from prunetune.outputs import RECALIBRATION, OutputFolder, write_text, writing
 from prunetune.plugins import PluginError, plugin_records
@@ -164,7 +165,7 @@ def start(config: RecalibrateConfig) -> Run:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' about one another
     if not ranks.is_zero:
         transformers_logging.set_verbosity_error()
-    config.pruning.build()  # a wrong name or option stops here, before anything is loaded
+    resolved(config.pruning).build()  # a wrong name or option stops here, before anything is loaded
     data = load_recipe(config.data.recipe, **config.data.model_dump(exclude={"recipe"}))
     settings = _settings(config, data, ranks.world)
     output = Path(config.output)
@@ -312,7 +313,7 @@ def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[s
     train = config.train.model_dump(exclude={"save_steps", "log_steps", "workers", "resume"})
     return {
         "model": config.model.model_dump(),
-        "pruning": config.pruning.model_dump(),
+        "pruning": resolved(config.pruning).model_dump(),  # a profile that was written anew is another pruning
         "data": data.content_hash,
         "train": train,
         "ranks": world,
@@ -336,7 +337,7 @@ def announce(run: Run, report: FrozenReport) -> None:
     sources = ", ".join(f"{name} {count:,}" for name, count in data.counts.items())
     lines = [
         f"model     {config.model.path} ({config.model.dtype})",
-        f"pruning   {config.pruning.pruner}, keep {config.pruning.keep} {config.pruning.options or ''}",
+        f"pruning   {config.pruning.pruner}, keep {config.pruning.keep} {resolved(config.pruning).options or ''}",
         f"data      {data.name}: {len(data):,} samples ({sources})",
         f"ranks     {run.ranks.world}, {config.train.batch_size} samples each, "
         f"DeepSpeed {deepspeed.__version__} {config.train.deepspeed}",

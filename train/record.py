@@ -40,12 +40,13 @@ def run_record(
     Args:
         config: the run's.
         data: what it trained on.
-        arm: what was trained; of it the base's hashes and the text tower's.
+        arm: what was trained; of it the pruning as it ran, the base's hashes and the text tower's.
         tensors: the trained projector.
         step: the last step's number.
         tracker: the run's, on rank 0.
     """
-    model, pruning, train = config.model.model_dump(), config.pruning.model_dump(), config.train.model_dump()
+    ran = config.pruning if arm.profile is None else arm.profile.fill(config.pruning)
+    model, pruning, train = config.model.model_dump(), ran.model_dump(), config.train.model_dump()
     for section, name in ((model, "path"), (model, "template"), (pruning, "text_tower"), (train, "deepspeed")):
         section[name] = portable(section[name])
     return {
@@ -58,6 +59,7 @@ def run_record(
         "text_tower_hash": arm.text_tower_hash,
         "projector_hash": tensor_hash(tensors),
         "pruning": pruning,
+        "profile": None if arm.profile is None else arm.profile.link(),
         "data": {
             "recipe": data.name,
             "hash": data.content_hash,

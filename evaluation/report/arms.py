@@ -14,6 +14,7 @@ from prunetune.evaluation.metrics.averages import Average, average
 from prunetune.evaluation.records import Manifest, read_manifest, read_results
 from prunetune.evaluation.report.rows import check_results_hash, check_rows, check_scores
 from prunetune.models.record import portable
+from prunetune.pruning.spec import PruningSpec
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class EvaluatedArm:
         if not self.tuned:
             return ""
         own = self.manifest.pruning.model_dump()
+        if target is not None:  # an earlier version knew fewer fields, and ran as their defaults say
+            target = {**PruningSpec().model_dump(), **target}
         if target is not None and target.get("text_tower") is not None:
             own["text_tower"] = portable(own["text_tower"])  # as the adapter's record has it
         if target is None or target == own:

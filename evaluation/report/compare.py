@@ -18,7 +18,7 @@ from prunetune.models.seal import short
 # What may differ between arms of one table. Within a tuned arm and its training-free twin only the projector may.
 # Everything else that is in a manifest moves numbers: the batch size and the image processor in their last bits, which
 # decide between two tokens of half precision, and with them between two answers.
-_ARM = {"projector", "pruning", "plugins", "text_tower_hash"}
+_ARM = {"projector", "pruning", "profile", "plugins", "text_tower_hash"}
 
 
 @dataclass(frozen=True)

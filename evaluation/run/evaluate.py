@@ -38,6 +38,7 @@ from prunetune.models.ranks import Ranks, join_ranks
 from prunetune.models.record import required
 from prunetune.outputs import EVALUATION, OutputFolder
 from prunetune.plugins import plugin_records
+from prunetune.screen import say
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def _fill(folder: OutputFolder, config: EvaluateConfig, arm: Arm | None, device:
     if arm is None:
         arm = Arm.load(config.model, config.pruning, config.adapter, device)
     _check_is_configured(arm, config)
+    if ranks.is_zero:
+        _say_seen(arm, config)
     manifest = _manifest(config, works, arm)
     batches = _batches(works)
     # One rank writes what there is one of; the others wait below until it is there.
@@ -152,6 +155,15 @@ def _check_is_configured(arm: Arm, config: EvaluateConfig) -> None:
     asked = (config.model, config.pruning, config.adapter)
     if (arm.base.config, arm.spec, arm.adapter) != asked:
         raise TaskError(f"the arm that was loaded for {config.output} is not the one its configuration names")
+
+
+def _say_seen(arm: Arm, config: EvaluateConfig) -> None:
+    """Say it if the pruner's options were fitted on items of a benchmark that is evaluated: its score is flattered."""
+    if arm.profile is not None and arm.profile.data.source == "task" and arm.profile.data.name in config.tasks:
+        say(
+            f"{config.pruning.profile} was fitted on {arm.profile.data.samples} items of {arm.profile.data.name}, "
+            "which is evaluated here: this score is not held out; fit on a recipe or another benchmark"
+        )
 
 
 def _run(config: EvaluateConfig, works: list[Work], arm: Arm, done: set[tuple[str, str]], ranks: Ranks) -> None:
@@ -267,7 +279,8 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm) -> Manifest:
         settings_hash=arm.base.settings_hash,
         template_hash=hashlib.sha256(arm.template.encode()).hexdigest(),
         projector=projector,
-        pruning=config.pruning,
+        pruning=arm.pruning,
+        profile=None if arm.profile is None else arm.profile.link(),
         text_tower_hash=arm.text_tower_hash,
         tasks=tasks,
         batch_size=config.batch_size,

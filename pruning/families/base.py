@@ -88,6 +88,15 @@ class Family(ABC):
         base: Any = model.base_model
         return (base.vision_tower,)
 
+    def vision_layers(self, model: nn.Module) -> int:
+        """Return how many vision layers there are up to the one whose output enters the projector."""
+        vision: Any = model.config.vision_config  # type: ignore[union-attr]
+        count: int = vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
+        layer = getattr(model.config, "vision_feature_layer", -1)
+        if not isinstance(layer, int):  # several layers side by side: the last named counts
+            layer = layer[-1]
+        return count + 1 + layer if layer < 0 else layer
+
     def left_out(self) -> list[str]:
         """Return the inputs that the model does not read; what is cut with the sequence it does read."""
         return [name for name in self.unread if name not in self.aligned]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.fitting import Mean, Report
 from prunetune.pruning.methods.adaptive_variants import (
     ORDERS,
     REFILLS,
@@ -35,8 +36,28 @@ MERGING = ("bat",)
 COUNTS = ("fixed", "adaptive")
 
 
+def _erank(tokens: VisualTokens) -> Float[Tensor, " B"]:
+    return erank(tokens.finite("projected"))
+
+
+def _entropy(tokens: VisualTokens) -> Float[Tensor, " B"]:
+    return attention_entropy(tokens.finite("cls_attention"))
+
+
+def _dry(pruner: Adaptive, tokens: VisualTokens, selection: Selection) -> Shaped[Tensor, " B"] | None:
+    # Of a walk that mostly runs dry the threshold is too large, and attention alone decides what fills the budget.
+    return selection.notes.get("ran_dry")
+
+
 @register_pruner(
-    "adaptive", paper="An Empirical Study of Attention and Diversity for Adaptive Visual Token Pruning", exact=False
+    "adaptive",
+    paper="An Empirical Study of Attention and Diversity for Adaptive Visual Token Pruning",
+    exact=False,
+    fits=[
+        Mean("erank_avg", counts=lambda pruner: pruner.complexity == "erank", measure=_erank),
+        Mean("entropy_avg", counts=lambda pruner: pruner.complexity == "attention_entropy", measure=_entropy),
+    ],
+    reports=[Report("walk ran dry", _dry)],
 )
 @dataclass(frozen=True)
 class Adaptive:
@@ -134,5 +155,5 @@ class Adaptive:
     def _relative(self, tokens: VisualTokens) -> Float[Tensor, " B"]:
         """Return each item's complexity over the average, (B,)."""
         if self.complexity == "erank":
-            return erank(tokens.finite("projected")) / self.erank_avg
-        return attention_entropy(tokens.finite("cls_attention")) / self.entropy_avg
+            return _erank(tokens) / self.erank_avg
+        return _entropy(tokens) / self.entropy_avg

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prunetune.pruning.fitting import Choice
 from prunetune.pruning.ops.greedy import pick_determinantal
 from prunetune.pruning.ops.indexing import ascending
 from prunetune.pruning.ops.relevance import instruction_relevance
@@ -19,7 +20,12 @@ from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens
 
 
-@register_pruner("cdpruner", paper="CDPruner, arXiv 2506.10967", golden=True)
+@register_pruner(
+    "cdpruner",
+    paper="CDPruner, arXiv 2506.10967",
+    golden=True,
+    fits=[Choice("relevance_sign", values=(-1, 1))],
+)
 @dataclass(frozen=True)
 class CDPruner:
     """Greedy MAP of the kernel ``diag(r) S diag(r)``: S the cosine of projected features, r the relevance.

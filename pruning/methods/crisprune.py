@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.fitting import Choice
 from prunetune.pruning.ops.greedy import pick_determinantal
 from prunetune.pruning.ops.indexing import ascending
 from prunetune.pruning.ops.relevance import instruction_relevance
@@ -24,7 +25,12 @@ GENERAL_PROMPTS = (
 )
 
 
-@register_pruner("crisprune", paper="CrisPrune, equations 2-8", exact=False)
+@register_pruner(
+    "crisprune",
+    paper="CrisPrune, equations 2-8",
+    exact=False,
+    fits=[Choice("relevance_sign", counts=lambda pruner: pruner.alpha > 0, values=(-1, 1))],
+)
 @dataclass(frozen=True)
 class CrisPrune:
     """Greedy MAP of ``diag(q) S diag(q)`` with ``q = alpha s_sem + (1 - alpha) s_vis`` (equations 6-7).

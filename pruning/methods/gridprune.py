@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.fitting import Choice
 from prunetune.pruning.ops.indexing import ascending, top_k
 from prunetune.pruning.ops.relevance import instruction_relevance
 from prunetune.pruning.options import check_choice, check_least, check_share
@@ -16,7 +17,12 @@ from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens
 
 
-@register_pruner("gridprune", paper="GridPrune, arXiv 2511.10081", exact=False)
+@register_pruner(
+    "gridprune",
+    paper="GridPrune, arXiv 2511.10081",
+    exact=False,
+    fits=[Choice("relevance_sign", counts=lambda pruner: pruner.alpha > 0, values=(-1, 1))],
+)
 @dataclass(frozen=True)
 class GridPrune:
     """Share the budget among the zones of a regular grid by their relevance and saliency; keep the best of each.

@@ -9,13 +9,19 @@ from jaxtyping import Int
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.fitting import Layer
 from prunetune.pruning.ops.indexing import ascending, mask_of, top_k
 from prunetune.pruning.options import check_least, check_share
 from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens
 
 
-@register_pruner("hiprune", paper="HiPrune, arXiv 2508.00553", golden=True)
+@register_pruner(
+    "hiprune",
+    paper="HiPrune, arXiv 2508.00553",
+    golden=True,
+    fits=[Layer("object_layer", counts=lambda pruner: pruner.alpha > 0)],
+)
 @dataclass(frozen=True)
 class HiPrune:
     """Keep anchors with their grid neighbours, and the tokens that receive most attention in the feature layer.

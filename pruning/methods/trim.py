@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from prunetune.pruning.fitting import Choice
 from prunetune.pruning.ops.indexing import rows_of, top_k
 from prunetune.pruning.ops.rest_token import (
     COUNTS,
@@ -22,7 +23,13 @@ from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens, keep_all
 
 
-@register_pruner("trim", paper="TRIM, arXiv 2409.10994", merges=True, golden=True)
+@register_pruner(
+    "trim",
+    paper="TRIM, arXiv 2409.10994",
+    merges=True,
+    golden=True,
+    fits=[Choice("relevance_sign", values=(-1, 1))],
+)
 @dataclass(frozen=True)
 class Trim:
     """Keep the tokens with the highest softmax of *minus* the CLIP dot product with the text; average the others.
