@@ -85,7 +85,8 @@ def full_disks(disk: Path, number: int) -> list[str]:
         process = _start(output, "prunetune", "zero2", log=disk.parent / f"{disk.name}_{point}.log")
         status = process.wait()
         shown = (disk.parent / f"{disk.name}_{point}.log").read_text(errors="replace")
-        in_words = status not in (0, 75) and "disk is full" in shown and "Traceback" not in shown
+        lines = [line for line in shown.splitlines() if "error: " in line]
+        in_words = status == 1 and len(lines) == 1 and "can't be written" in lines[0] and "Traceback" not in shown
         told += in_words
         if not in_words:
             wrong.append(f"room for {room:,} bytes: status {status}\n{shown[-2000:]}")

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -61,7 +62,28 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def show_and_log(pipe: IO[bytes], log: IO[bytes]) -> str:
+@dataclass
+class LossyLog:
+    """A log that a full disk makes incomplete, and does not stop: what runs meets the same disk, and says so itself.
+
+    Attributes:
+        stream: unbuffered, or what could not be written would be tried again as it is closed.
+        lost: bytes that could not be written.
+    """
+
+    stream: IO[bytes]
+    lost: int = 0
+
+    def write(self, data: bytes) -> None:
+        """Write what fits."""
+        try:
+            written = self.stream.write(data) or 0
+        except OSError:
+            written = 0
+        self.lost += len(data) - written
+
+
+def show_and_log(pipe: IO[bytes], log: LossyLog) -> str:
     """Show what is marked and write the rest to a log, until the pipe ends; return what was shown."""
     shown: list[str] = []
     held = b""
@@ -72,13 +94,12 @@ def show_and_log(pipe: IO[bytes], log: IO[bytes]) -> str:
     return "".join(shown)
 
 
-def _sort(data: bytes, shown: list[str], log: IO[bytes]) -> bytes:
+def _sort(data: bytes, shown: list[str], log: LossyLog) -> bytes:
     """Show and log what is complete, and return the rest: a marked piece whose end has not come yet."""
     while True:
         plain, begin, rest = data.partition(BEGIN)
         log.write(plain)
         if not begin:
-            log.flush()
             return b""
         ours, end, data = rest.partition(END)
         if not end:

@@ -17,7 +17,7 @@ import torch
 import prunetune
 from prunetune.configs import RecalibrateConfig, load_config
 from prunetune.outputs import RECALIBRATION, OutputFolder
-from prunetune.screen import say, show_and_log
+from prunetune.screen import LossyLog, say, show_and_log
 from prunetune.train.launchers import free_port
 from prunetune.train.preflight import check_before_launch
 from prunetune.train.stopping import INTERRUPTED, REQUEUE, STOP_SIGNALS
@@ -64,17 +64,20 @@ def launch(devices: int, arguments: list[str], folder: OutputFolder, grace: floa
     log = folder.path / LOG
     line = launch_line(devices, [*arguments, "--marked"])
     environment = {**launch_environment(devices), **folder.shared()}
-    with log.open("ab") as stream:
-        stream.write(f"{' '.join(line)}\n".encode())
-        stream.flush()
+    with log.open("ab", buffering=0) as stream:
+        libraries = LossyLog(stream)
+        libraries.write(f"{' '.join(line)}\n".encode())
         with _told_to_stop(grace) as told:
             process = told.start(line, environment)
             assert process.stdout is not None  # it is the pipe
-            shown = show_and_log(process.stdout, stream)
+            shown = show_and_log(process.stdout, libraries)
             status = told.status(process.wait(), "error" in shown)
     if status not in (0, REQUEUE, INTERRUPTED) and "error" not in shown:
         say("\n".join(["the last lines of the ranks:", *_last_lines(log)]))
-    say(f"the libraries' messages: {log}")
+    say(
+        f"the libraries' messages: {log}"
+        + (f" ({libraries.lost:,} bytes could not be written)" if libraries.lost else "")
+    )
     return status
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY_VLM
 
 from prunetune.cli import main
-from prunetune.screen import BEGIN, END, SCREEN, libraries_in, say, show_and_log
+from prunetune.screen import BEGIN, END, SCREEN, LossyLog, libraries_in, say, show_and_log
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 4096])
@@ -23,9 +23,19 @@ def test_marked_pieces_are_shown_and_the_rest_is_logged(size, capsys):
     os.write(write, BEGIN + b"cut off by a kill")
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
-        shown = show_and_log(pipe, log)
+        shown = show_and_log(pipe, LossyLog(log))
     assert shown == capsys.readouterr().out == "loss 0.5 …\n\rbar 1/2"
     assert log.getvalue() == b"setuptools\nhalf a line\n" + BEGIN + b"cut off by a kill"
+
+
+def test_a_full_disk_shortens_the_log_and_stops_nothing(capsys):
+    reading, writing = os.pipe()
+    os.write(writing, b"noise" + BEGIN + b"step 1\n" + END + b"more noise")
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe, open("/dev/full", "ab", buffering=0) as full:
+        log = LossyLog(full)
+        assert show_and_log(pipe, log) == "step 1\n"
+    assert log.lost == len(b"noise" + b"more noise") and capsys.readouterr().out == "step 1\n"
 
 
 def test_what_is_said_is_marked_for_a_launcher_alone(capfd, monkeypatch):
