@@ -37,7 +37,7 @@ def check_reads_no_tower(pruner: Pruner, name: str, merges: bool, family: str) -
         return
     works = []
     for method in registered_methods().values():
-        if not method.merges and not _reads_tower(method.pruner()):
+        if not method.merges and not method.video and not _reads_tower(method.pruner()):
             works.append(method.name)
     what = "merges tokens before the projector" if merges else f"reads {', '.join(sorted(_reads_tower(pruner)))}"
     raise PruningError(

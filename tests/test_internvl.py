@@ -108,6 +108,27 @@ def test_scores_are_the_eager_attention_of_the_four_patches_of_a_token(vision):
             assert torch.equal(tokens.features[:, token].sort().values, block.sort().values)
 
 
+@torch.no_grad()
+def test_the_reader_is_the_layer_after_the_features():
+    """Its keys are normed over all heads; as one head, [CLS] is compared with them at that head's scale."""
+    model = tiny("eager")
+    model.config.vision_feature_layer = -2
+    pixels = batch(ROWS)["pixel_values"]
+    out = model.model.vision_tower(pixel_values=pixels, output_hidden_states=True)
+    layer = model.model.vision_tower.encoder.layer[-1]
+    before = layer.layernorm_before(out.hidden_states[-2])
+    keys = layer.attention.k_norm(layer.attention.k_proj(before))
+    query = layer.attention.q_norm(layer.attention.q_proj(before[:, :1]))
+    scores = (query @ keys.transpose(1, 2) * 32**-0.5).softmax(-1)[:, 0, 1:]
+    (tokens,) = plug(model, "prumerge").encode(batch(ROWS))["image"].groups
+    for token in range(COUNT):
+        row, column = 2 * (token // 3), 2 * (token % 3)
+        own = [(row + r) * 6 + column + c for r in (0, 1) for c in (0, 1)]
+        close = {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(tokens.signals["reader_attention"][:, token], scores[:, own].mean(-1), **close)
+        torch.testing.assert_close(tokens.signals["reader_keys"][:, token], keys[:, 1:][:, own].mean(1), **close)
+
+
 def test_what_puts_cls_among_the_tokens_is_refused(model):
     """The projector takes four patches side by side, and [CLS] is one."""
     with pytest.raises(PruningError, match="VisionZip reads cls_feature, which the vision tower 'internvl_vision'"):

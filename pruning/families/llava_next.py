@@ -45,7 +45,8 @@ class LlavaNext(Family):
         count = projected.shape[1]
 
         def pack(images: Sequence[Tensor], newline: Tensor) -> list[Tensor]:
-            strategy = model.config.vision_feature_select_strategy  # type: ignore[union-attr]
+            config: Any = model.config
+            strategy = config.vision_feature_select_strategy
             return stock.pack_image_features(
                 images, sizes, vision_feature_select_strategy=strategy, image_newline=newline
             )[0]

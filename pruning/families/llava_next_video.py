@@ -38,12 +38,13 @@ class LlavaNextVideo(LlavaNext):
         with record_input(base.multi_modal_projector) as features, record_signals(model, needs) as signals:
             output = base.get_video_features(pixel_values_videos=pixels, return_dict=True)
         slots = output.pooler_output  # (videos, F * N, D)
-        rows, columns = self._sides(model)
-        stride = model.config.spatial_pool_stride  # type: ignore[union-attr]
+        config: Any = model.config
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        stride: int = config.spatial_pool_stride
 
         def pooled(patches: Tensor) -> Tensor:
-            """Return (B, P, C) as (B, N, C)."""
-            image = patches.transpose(1, 2).unflatten(2, (rows, columns))
+            """Return (B, P, C) as (B, N, C); whatever the pooling mode is, a score is the mean."""
+            image = patches.transpose(1, 2).unflatten(2, (side, side))
             return avg_pool2d(image, stride, stride).flatten(2).transpose(1, 2)
 
         tokens = visual_tokens(
@@ -52,15 +53,9 @@ class LlavaNextVideo(LlavaNext):
             features[0],
             slots.unflatten(1, (pixels.shape[1], -1)).flatten(0, 1),
             per_llm_token(signals, pooled),
-            grid=(rows // stride, columns // stride),
+            grid=(side // stride, side // stride),
         )
         return of_clips(tokens, slots, numbers_of(tokens, len(slots)).flatten(1))
-
-    def _sides(self, model: nn.Module) -> tuple[int, int]:
-        """Return the patch rows and columns of a frame."""
-        vision: Any = model.config.vision_config  # type: ignore[union-attr]
-        side = vision.image_size // vision.patch_size
-        return side, side
 
 
 register_family(LlavaNextVideo())
