@@ -212,7 +212,7 @@ class PrunedModel:
             nothing = vision.groups[0].features[0, :0]
             features = torch.cat([features, self.family.project(self.model, nothing)])
         levels = [[level[0][:0]] for level in vision.levels]
-        encoded = {"image": self.family.container("image", [features], levels)}
+        encoded = {"image": self.family.put_back([features], levels, "image")}
         return Pruned({**inputs, "mm_encoder_outputs": encoded}, keep)
 
     def forward(self, *, keep: Budget | None = None, vision: Mapping[str, Vision] | None = None, **inputs: Any) -> Any:

@@ -214,7 +214,7 @@ def rewrite(
         for level in vision.levels:
             cut = torch.cat(level)[stays]
             levels.append(list(cut.split(counts[modality])))
-        output = family.container(modality, list(features.split(counts[modality])), levels)
+        output = family.put_back(list(features.split(counts[modality])), levels, modality)
         if isinstance(output.pooler_output, Tensor):
             output.pooler_output = in_blocks(output.pooler_output, counts[modality])
         outputs[modality] = output

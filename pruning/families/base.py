@@ -102,13 +102,9 @@ class Family(ABC):
         base: Any = model.base_model
         return base.get_submodule(self.projectors[0])(features)
 
-    def put_back(self, features: list[Tensor], levels: list[list[Tensor]]) -> PrunedOutput:
-        """Return the features of every image (K, D), and of every level, as the model takes them."""
+    def put_back(self, features: list[Tensor], levels: list[list[Tensor]], modality: str) -> PrunedOutput:
+        """Return the features of every image or video (K, D), and of every level, as the model takes them."""
         return PrunedOutput(pooler_output=features, deepstack_features=levels or None)
-
-    def container(self, modality: str, features: list[Tensor], levels: list[list[Tensor]]) -> PrunedOutput:
-        """Return the same for one modality, where a model takes its images and its videos in different containers."""
-        return self.put_back(features, levels)
 
 
 _FAMILIES: dict[str, Family] = {}

@@ -144,11 +144,11 @@ class Generic(Family):
             "images can't be projected anew; write a family for it: docs/adding.md"
         )
 
-    def container(self, modality: str, features: list[Tensor], levels: list[list[Tensor]]) -> PrunedOutput:
+    def put_back(self, features: list[Tensor], levels: list[list[Tensor]], modality: str) -> PrunedOutput:
         """Return the features as the model's own encoder returned them: in a list, or as one tensor."""
         if self.as_tensor[modality]:
             return PrunedOutput(pooler_output=torch.cat(features), deepstack_features=levels or None)
-        return self.put_back(features, levels)
+        return super().put_back(features, levels, modality)
 
     def blank(self, model: nn.Module) -> dict[str, Tensor]:
         """Return one black image of the size that the configuration names, if the model takes such.

@@ -33,7 +33,7 @@ class VipLlava(Family):
         side = math.isqrt(output.pooler_output.shape[1])
         return of_equal_images(VisualTokens(features[0], output.pooler_output, grid=(side, side)))
 
-    def put_back(self, features: list[Tensor], levels: list[list[Tensor]]) -> PrunedOutput:
+    def put_back(self, features: list[Tensor], levels: list[list[Tensor]], modality: str) -> PrunedOutput:
         """Return the features of all images as one tensor (K, D), which is what this model scatters."""
         return PrunedOutput(pooler_output=torch.cat(features))
 
