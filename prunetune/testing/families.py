@@ -77,6 +77,8 @@ class FamilyIdentity:
         can_be_stored: whether encoded images can be stored, and be projected again when they are read.
     """
 
+    in_report: ClassVar[bool] = True  # read by prunetune.testing.report, which imports no class
+
     keep: ClassVar[int] = 4
     options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     suppressed: ClassVar[Sequence[int]] = ()
@@ -129,9 +131,10 @@ class FamilyIdentity:
         model.eval().requires_grad_(True)
         model.zero_grad()
 
-    @pytest.fixture
-    def methods(self, model: Any) -> list[str]:
+    @pytest.fixture(scope="class")
+    def methods(self, models: dict[torch.dtype, Any]) -> list[str]:
         """The methods that the model offers the signals for."""
+        model = models[torch.float32]
         found = []
         for name in registered_methods():
             try:
@@ -157,13 +160,14 @@ class FamilyIdentity:
         return sorted(set(found.values()))
 
     @pytest.fixture(autouse=True)
-    def _for_the_report(self, model: Any, record_property: Any) -> None:
+    def _for_the_report(self, model: Any, methods: list[str], record_property: Any) -> None:
         """Say of which family and of what inputs a test is, where a report is written."""
         pruned = self.plug(model, "identity", "100%")
         inputs = self.batch(self.rows(), "right", False)
         there = [modality for modality, name in pruned.family.pixels.items() if inputs.get(name) is not None]
         record_property("family", pruned.family.name)
         record_property("modality", " and ".join(there))
+        record_property("methods", len(methods))
 
     def plug(self, model: Any, name: str, keep: Any = None, **fields: Any) -> PrunedModel:
         """Return the model under a method."""
