@@ -145,9 +145,9 @@ class PrunedModel:
         check_inputs(inputs, self.family)
         if self.family.unproven and vision is None:
             admit(self.model, self.family, inputs)
-        visions = self.encode(inputs) if vision is None else self._projected_now(vision)
+        visions, blanks = self._encode_with_blanks(inputs, vision)
         if not visions:
-            return self._without_images(inputs)
+            return self._without_images(inputs, blanks)
         check_aligned(inputs, self.family)
         ids = inputs["input_ids"]
         self._check_instructions(instructions, len(ids))
@@ -160,7 +160,7 @@ class PrunedModel:
                 names = {image: f"sample {sample_ids[row]!r}" for image, row in enumerate(rows)}
             rule = BudgetRule(keep, self.spec.small_images, self._unit(), seconds_of(images, inputs, seconds))
             chosen[modality] = self._choose(images, instructions, rows, rule, names)
-        return rewrite(
+        pruned = rewrite(
             self.model,
             self.family,
             inputs,
@@ -171,6 +171,9 @@ class PrunedModel:
             padding_side=padding_side,
             merges=self.merges,
         )
+        for modality, blank in blanks.items():
+            pruned.inputs["mm_encoder_outputs"][modality] = self._nothing_of(modality, blank)
+        return pruned
 
     def _projected_now(self, visions: Mapping[str, Vision]) -> dict[str, Vision]:
         """Return stored images as the projector of now sees them: it may have been tuned since, or be in training."""
@@ -208,25 +211,52 @@ class PrunedModel:
                 "Formatter(..., instructions=instruction_text)"
             )
 
-    def _without_images(self, inputs: dict[str, Any]) -> Pruned:
-        """Pass text through; in training, send zero tokens of a blank image along so that gradients and ranks agree."""
+    def _encode_with_blanks(
+        self, inputs: Mapping[str, Any], stored: Mapping[str, Vision] | None
+    ) -> tuple[dict[str, Vision], dict[str, Vision]]:
+        """Return the images of a batch, and a dummy of each modality that the ranks agree by and this batch has not.
+
+        In training a batch of text alone has a gradient of the projector, if of zero. Under ZeRO-3 ranks gather weights
+        in step, so each calls every module as often as the others, whichever of images and videos it has.
+        """
+        if stored is None:
+            there = {modality for modality, name in self.family.pixels.items() if inputs.get(name) is not None}
+        else:
+            there = set(stored)
+        missing: list[str] = []
+        if self.model.training and torch.is_grad_enabled():
+            wanted = list(self.family.pixels) if _is_partitioned(self.model) else ["image"] * (not there)
+            missing = [modality for modality in wanted if modality not in there]
+        blanks: dict[str, Any] = {}
+        for modality in missing:
+            blanks |= self.family.blank_of(self.model, modality)
+        if stored is None:
+            visions = self.encode({**inputs, **blanks})  # in one go: modalities come in the same order on every rank
+        else:
+            visions = self._projected_now(stored) | self.encode(blanks)
+        return visions, {modality: visions.pop(modality) for modality in missing}
+
+    def _without_images(self, inputs: dict[str, Any], blanks: Mapping[str, Vision]) -> Pruned:
+        """Pass text through; in training it reaches the projector all the same."""
         keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
         for name in self.family.left_out():
             inputs.pop(name, None)
         if self.family.counts_rows_and_columns:  # given to the model, since packing tells samples apart by them
             inputs = shorten(inputs, keep, self.family.positions(self.model, inputs), "right")
-        if not (self.model.training and torch.is_grad_enabled()):
+        if not blanks:
             return Pruned(inputs, keep)  # in inference there is no gradient to agree on
-        # Every module that the ranks with images call is called here, too: ZeRO-3 gathers weights in step.
-        blank = self.encode(self.family.blank(self.model))["image"]
+        encoded = {modality: self._nothing_of(modality, blank) for modality, blank in blanks.items()}
+        return Pruned({**inputs, "mm_encoder_outputs": encoded}, keep)
+
+    def _nothing_of(self, modality: str, blank: Vision) -> PrunedOutput:
+        """Return zero tokens of a dummy, after all that is done with the tokens of an image."""
         vision = self.text.add(blank, self.pruner, [""], [0])
         features = vision.slots[0][:0]
         if self.merges:
             nothing = vision.groups[0].features[0, :0]
             features = torch.cat([features, self.family.project(self.model, nothing)])
         levels = [[level[0][:0]] for level in vision.levels]
-        encoded = {"image": self.family.put_back([features], levels, "image")}
-        return Pruned({**inputs, "mm_encoder_outputs": encoded}, keep)
+        return self.family.put_back([features], levels, modality)
 
     def forward(self, *, keep: Budget | None = None, vision: Mapping[str, Vision] | None = None, **inputs: Any) -> Any:
         """Run the stock model on pruned inputs and return its output; ``labels`` are shortened with the rest.
@@ -324,3 +354,8 @@ def _shifted(inputs: Mapping[str, Any], by: int) -> dict[str, Any]:
     """Return inputs with positions, where there are any, counted from another number."""
     positions = inputs.get("position_ids")
     return dict(inputs) if positions is None or not by else {**inputs, "position_ids": positions + by}
+
+
+def _is_partitioned(model: nn.Module) -> bool:
+    """Return whether DeepSpeed's ZeRO-3 holds the weights in pieces."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

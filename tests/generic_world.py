@@ -97,7 +97,7 @@ def tiny(name):
     return model
 
 
-ROWS = (((1,), 6), ((2, 3), 4), ((), 9), ((4,), 3))
+ROWS = (((1,), 6), ((2, 3, 5), 4), ((), 9), ((4,), 3))
 """Each sample's images by their seeds, and its words."""
 
 

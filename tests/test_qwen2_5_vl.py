@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qwen_world import IMAGE, MIXED, ROWS, TEXTS, VIDEO, Row, batch, tiny_qwen
+from qwen_world import IMAGE, MANY, MIXED, ROWS, TEXTS, VIDEO, Row, batch, tiny_qwen
 
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec, registered_methods
 from prunetune.pruning.families import family_of
@@ -74,7 +74,7 @@ class TestImages(FamilyIdentity):
     keep = KEEP
     options = OPTIONS
     suppressed = (2, IMAGE, VIDEO)
-    visuals = ROWS
+    visuals = MANY
 
     def make_model(self):
         return tiny_qwen()
@@ -93,7 +93,11 @@ class TestImages(FamilyIdentity):
 class TestVideos(TestImages):
     """The same with videos, in one sequence with images and alone."""
 
-    visuals = (*MIXED, ROWS[1])
+    visuals = (
+        *MIXED,
+        ROWS[1],
+        Row((("video", (2, 8, 8), 8), ("image", (1, 8, 8), 9), ("video", (1, 8, 12), 10)), 6, 7),
+    )
 
 
 def test_methods_that_need_no_cls_are_served():
@@ -421,3 +425,35 @@ def test_deepstack_levels_are_cut_with_the_slots(model, plug):
     for level, own in zip((1.0, 2.0), output.deepstack_features, strict=True):
         for features, cut in zip(output.pooler_output, own, strict=True):
             assert len(cut) == KEEP and torch.equal(cut, features + level)
+
+
+@pytest.mark.parametrize("name", ["divprune", "tome", "trimtokenator"])
+def test_ranks_call_every_module_equally_often_when_weights_are_gathered_in_step(model, plug, name):
+    """Under ZeRO-3 a rank with images alone calls what a rank with images and videos does; loss and gradient stay."""
+    model.requires_grad_(False)
+    model.model.visual.merger.requires_grad_(True)
+    model.train()
+    found, calls = {}, {}
+    parameter = next(model.parameters())
+    for partitioned in (False, True):
+        if partitioned:
+            parameter.ds_id = 0
+        for kind, row in (("both", MIXED[0]), ("video", MIXED[1]), ("image", MIXED[2]), ("text", ROWS[1])):
+            model.zero_grad()
+            order = []
+            hooks = [module.register_forward_hook(lambda *_, path=path, order=order: order.append(path))
+                     for path, module in model.named_modules()]  # fmt: skip
+            with plug(name).attach():
+                loss = model(**with_texts(batch([row]))).loss
+            loss.backward()
+            for hook in hooks:
+                hook.remove()
+            gradients = [p.grad.clone() for p in model.model.visual.merger.parameters()]
+            if partitioned:
+                calls[kind] = order
+                for one, other in zip([loss, *gradients], found[kind], strict=True):
+                    assert torch.equal(one, other), kind
+            found[kind] = [loss, *gradients]
+    del parameter.ds_id
+    assert calls["both"] == calls["video"] == calls["image"] == calls["text"]
+    assert calls["both"].count("model.visual.merger") >= 2

@@ -83,6 +83,17 @@ class Family(ABC):
     def blank(self, model: nn.Module) -> dict[str, Tensor]:
         """Return inputs of one dummy image, so that a batch of text alone still reaches the projector in training."""
 
+    def blank_of(self, model: nn.Module, modality: str) -> dict[str, Tensor]:
+        """Return inputs of one dummy image or clip; override it where clips take other pixels than images."""
+        if modality == "image":
+            return self.blank(model)
+        renamed = {}
+        for name, value in self.blank(model).items():
+            other = self.pixels[modality] if name == self.pixels["image"] else name.replace("image", modality)
+            if other in {self.pixels[modality], *self.replaced}:
+                renamed[other] = value
+        return renamed
+
     def frozen_parts(self, model: nn.Module) -> tuple[nn.Module, ...]:
         """Return the modules of the vision side that must behave in training as they do in inference."""
         base: Any = model.base_model
