@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from prunetune.pruning.ops import duplicates
 from prunetune.pruning.ops.duplicates import without_duplicates, without_duplicates_each
 from prunetune.pruning.ops.greedy import pick_determinantal, pick_spread
-from prunetune.pruning.ops.similarity import cosine_similarity
+from prunetune.pruning.ops.similarity import cosine_similarity, gram
 
 
 def features(seed, batch, count, channels):
@@ -73,6 +73,59 @@ def test_all_ways_to_remove_duplicates_agree(seed, count, per_round, data):
         assert each[item].nonzero()[:, 0].tolist() == sorted(own[0].tolist())
 
 
+@pytest.mark.parametrize("short", [duplicates.SHORT, 0], ids=["rows", "neighbours"])
+@pytest.mark.parametrize("kind", ["random", "duplicates", "nearly equal"])
+def test_rounds_on_rounded_numbers_are_those_of_float64(kind, short, monkeypatch):
+    """Where float32 can't tell two tokens apart, the rounds look at float64."""
+    monkeypatch.setattr(duplicates, "SHORT", short)
+    for seed in range(8):
+        count = 11 + 9 * seed
+        x = features(seed, 2, count, 8).double()
+        if kind == "duplicates":
+            x = x[:, torch.arange(count) % (count // 2)]
+        similarity = cosine_similarity(x, dtype=torch.float64)
+        similarity = (similarity + similarity.transpose(1, 2)) / 2
+        if kind == "nearly equal":
+            similarity = 0.5 + 1e-7 * similarity
+        rest = torch.stack([torch.randperm(count, generator=torch.Generator().manual_seed(b)) for b in range(2)])
+        wanted = 3 + 5 * seed
+        ours = without_duplicates(similarity, rest, wanted, 4)
+        for item in range(2):
+            left = rest[item].tolist()
+            while len(left) > wanted:
+                even, odd = left[0::2], left[1::2]
+                alike = {a: max(float(similarity[item, a, b]) for b in odd) for a in even}
+                drop = min(4, len(left) - wanted, len(even))
+                left = sorted(even, key=lambda a: -alike[a])[drop:] + odd
+            assert ours[item].tolist() == left
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [5, 192, 200, 331])
+def test_a_product_with_itself_is_symmetric_and_the_same_in_any_batch(count, dtype):
+    x = features(0, 3, count, 40).to(dtype)
+    product = gram(x)
+    torch.testing.assert_close(product, x @ x.transpose(1, 2))
+    for item in range(3):
+        assert torch.equal(gram(x[item : item + 1])[0], product[item])
+    if count >= 192:
+        blocks = (product - product.transpose(1, 2)).abs()
+        assert blocks[:, : count // 7, count // 2 :].max() == 0  # what lies in two strips was mirrored
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(2, 20), data=st.data())
+def test_blocked_tokens_are_not_picked_and_the_others_as_if_they_were_all(seed, count, data):
+    similarity = cosine_similarity(features(seed, 2, count, 6))
+    quality = torch.rand(2, count, generator=torch.Generator().manual_seed(seed))
+    free = data.draw(st.lists(st.integers(0, count - 1), min_size=1, unique=True).map(sorted))
+    blocked = torch.ones(2, count, dtype=torch.bool)
+    blocked[:, free] = False
+    picks = pick_determinantal(similarity, quality, len(free), blocked)
+    alone = pick_determinantal(similarity[:, free][:, :, free], quality[:, free], len(free))
+    assert torch.equal(picks, torch.tensor(free)[alone])
+
+
 KERNELS = """
 import torch
 from prunetune.pruning.ops import greedy, greedy_triton
@@ -96,6 +149,14 @@ for seed in range(12):
     plain = greedy.pick_determinantal(similarity, quality, keep)
     greedy_triton.usable = lambda matrix: True
     assert torch.equal(plain, greedy.pick_determinantal(similarity, quality, keep)), seed
+    greedy_triton.usable = lambda matrix: False
+    blocked = torch.rand(2, count, generator=g) < 0.4
+    blocked[:, 0] = False
+    free = int((~blocked).sum(1).min())
+    rank_by = torch.rand(2, count, generator=g)
+    plain = greedy.pick_determinantal(similarity, quality, free, blocked, rank_by)
+    greedy_triton.usable = lambda matrix: True
+    assert torch.equal(plain, greedy.pick_determinantal(similarity, quality, free, blocked, rank_by)), seed
     greedy_triton.usable = lambda matrix: False
 print("kernels agree")
 """

@@ -108,14 +108,13 @@ def merge_step(state: Merged, remove: int, class_token: bool = False) -> Merged:
     if class_token:
         stay = ascending(stay)
     into = target.gather(1, source)  # (B, r), index among the odd
-    # As a product and not by atomic additions, whose order on a GPU would change the last bits from run to run.
-    member = F.one_hot(into, count // 2).transpose(1, 2).to(state.features)  # (B, odd, r)
 
     def merge(values: Tensor, weight: Tensor) -> Tensor:
-        weighted = values * weight
-        even, odd = weighted[:, 0::2], weighted[:, 1::2]
-        joined = odd + member @ rows_of(even, source)
-        return torch.cat([rows_of(even, stay), joined], dim=1)
+        # Rows are picked before they are weighted: no copy of all tokens is made.
+        moved = rows_of(values, 2 * source) * rows_of(weight, 2 * source)
+        unmoved = rows_of(values, 2 * stay) * rows_of(weight, 2 * stay)
+        joined = _added(values[:, 1::2] * weight[:, 1::2], into, moved)
+        return torch.cat([unmoved, joined], dim=1)
 
     size = merge(state.size, torch.ones_like(state.size))  # (B, t', 1)
     first_even = state.first[:, 0::2].gather(1, stay)
@@ -128,6 +127,24 @@ def merge_step(state: Merged, remove: int, class_token: bool = False) -> Merged:
         first=torch.cat([first_even, first_odd], dim=1),
         assignment=new_rows.gather(1, state.assignment),
     )
+
+
+def _added(
+    rows: Float[Tensor, "B odd C"],
+    into: Int[Tensor, "B r"],
+    more: Float[Tensor, "B r C"],
+) -> Float[Tensor, "B odd C"]:
+    """Return ``rows`` (B, odd, C), which may be overwritten, with every row of ``more`` (B, r, C) added to its own."""
+    batch, count, width = rows.shape
+    if rows.is_cuda:
+        # As a product and not by atomic additions, whose order would change the last bits from run to run.
+        member = F.one_hot(into, count).transpose(1, 2).to(rows)  # (B, odd, r)
+        return rows + member @ more
+    # One after another, in the order of the sources: 0.07 ms instead of 3.1 for 288 of 288 rows of 1024.
+    first = torch.arange(batch, device=rows.device)[:, None] * count
+    flat = rows.reshape(batch * count, width)
+    flat.index_add_(0, (into + first).flatten(), more.flatten(0, 1))
+    return flat.view(batch, count, width)
 
 
 def _new_rows(

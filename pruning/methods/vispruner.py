@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from prunetune.pruning.ops.duplicates import without_duplicates
-from prunetune.pruning.ops.indexing import ascending, top_k
+from prunetune.pruning.ops.indexing import ascending, rows_of, top_k
 from prunetune.pruning.ops.similarity import cosine_similarity
 from prunetune.pruning.options import check_choice, check_least, check_share
 from prunetune.pruning.registry import register_pruner
@@ -56,6 +56,9 @@ class VisPruner:
             return Selection(ascending(important))
         # The order of what stays decides every later round. With float32 cosines 3 of 24 random fields of 576 tokens
         # kept the tokens of exact arithmetic, and another batch size could keep others.
-        similarity = cosine_similarity(tokens.finite("features"), dtype=torch.float64)  # (B, N, N)
-        rest = without_duplicates(similarity, order[:, number:], keep - number, self.removed_per_round)
-        return Selection(ascending(torch.cat([important, rest], dim=1)))
+        rest = order[:, number:]  # (B, R)
+        features = rows_of(tokens.finite("features"), rest)
+        similarity = cosine_similarity(features, dtype=torch.float64)  # (B, R, R), in the order of the list
+        in_order = torch.arange(rest.shape[1], device=rest.device).expand_as(rest)
+        left = without_duplicates(similarity, in_order, keep - number, self.removed_per_round)
+        return Selection(ascending(torch.cat([important, rest.gather(1, left)], dim=1)))

@@ -84,7 +84,7 @@ def pick_determinantal(
     fill = rank_by / largest - 2  # (B, N)
     if blocked is not None:
         volume = volume.masked_fill(blocked, float("-inf"))
-    if greedy_triton.usable(similarity):
+    if greedy_triton.usable(similarity) and keep * similarity.shape[1] <= greedy_triton.LARGEST_FACTOR:
         return greedy_triton.pick_determinantal(similarity, quality, volume, fill, floor[:, 0], keep)
     picks = torch.zeros(len(quality), keep, dtype=torch.long, device=quality.device)
     items = torch.arange(len(quality), device=quality.device)
