@@ -480,6 +480,7 @@ def _profile(
             path=str(portable(config.model.path)),
             revision=config.model.revision,
             dtype=config.model.dtype,
+            quantization=config.model.quantization,
             frozen_hash=base.hashes.frozen_hash,
             original_projector_hash=base.hashes.original_projector_hash,
             settings_hash=base.settings_hash,
