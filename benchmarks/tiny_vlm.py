@@ -10,6 +10,7 @@ published and with the other sign. Prints a Markdown table; the numbers of ``ass
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from prunetune.evaluation.metrics.averages import average
 from prunetune.evaluation.records import read_results
 from prunetune.evaluation.run.calibrate import calibrate, fitted_lines
 from prunetune.evaluation.run.evaluate import evaluate
+from prunetune.models import Arm
 from prunetune.pruning import PruningSpec, registered_methods
 from prunetune.pruning.fitting import Choice
 from prunetune.tiny_world import ask, sample_scene, split_seeds
@@ -74,18 +76,25 @@ def rows_of(name: str) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def accuracy(folder: Path, pruning: PruningSpec, scenes: int) -> tuple[float, dict[str, float]]:
+def named_row(text: str) -> tuple[str, str, dict[str, Any]]:
+    """Return label, method and options of ``cdpruner:relevance_sign=1``."""
+    name, _, option = text.partition(":")
+    key, _, value = option.partition("=")
+    return f"{name}, {key} {value}", name, {key: json.loads(value)}
+
+
+def accuracy(folder: Path, arm: Arm, scenes: int) -> tuple[float, dict[str, float]]:
     """Return overall accuracy and accuracy per source, in percent."""
     config = EvaluateConfig(
-        model=ModelConfig(path=str(TINY_VLM), dtype="float32"),
-        pruning=pruning,
+        model=arm.base.config,
+        pruning=arm.spec,
         tasks=["tiny_world"],
         limit=8 * scenes,
         batch_size=80,
         max_new_tokens=6,
-        output=str(folder / f"{pruning.pruner}_{pruning.keep}"),
+        output=str(folder / f"{arm.spec.pruner}_{arm.spec.keep}"),
     )
-    rows = read_results(evaluate(config))
+    rows = read_results(evaluate(config, arm))
     mean = average([row.score for row in rows], [row.source for row in rows])
     assert mean.overall is not None  # the tiny world hides no answers
     return mean.overall, mean.by_source
@@ -93,29 +102,31 @@ def accuracy(folder: Path, pruning: PruningSpec, scenes: int) -> tuple[float, di
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--rows", nargs="+", help="these rows alone and nothing fitted: cdpruner:relevance_sign=1")
     options = parser.parse_args()
-    scenes = options.scenes
-    with tempfile.TemporaryDirectory() as folder:
-        dense, sources = accuracy(Path(folder), PruningSpec(), scenes)
-        table = []
+    stock = Arm.load(ModelConfig(path=str(TINY_VLM), dtype="float32"), device="cpu")
+    rows: list[tuple[str, str, dict[str, Any]]] = []
+    if options.rows:
+        rows = [named_row(row) for row in options.rows]
+    else:
         for name in options.methods:
-            for label, chosen in rows_of(name).items():
-                table.append([label])
-                for keep in BUDGETS:
-                    pruning = PruningSpec(name, keep, chosen, text_tower=str(TINY_VLM / "clip"))
-                    overall, _ = accuracy(Path(folder) / f"row{len(table)}", pruning, scenes)
-                    table[-1].append(f"{overall:.1f}")
-    print(
-        f"\nblind {blind_accuracy(scenes):.1f}, dense {dense:.1f} "
-        f"({', '.join(f'{name} {value:.1f}' for name, value in sources.items())})\n"
-    )
-    print("| training-free | " + " | ".join(f"{k} tokens ({100 * k / 144:.1f} %)" for k in BUDGETS) + " |")
-    print("|---|" + "---:|" * len(BUDGETS))
-    for row in table:
-        print("| " + " | ".join(row) + " |")
+            rows += [(label, name, chosen) for label, chosen in rows_of(name).items()]
+    with tempfile.TemporaryDirectory() as folder:
+        dense, sources = accuracy(Path(folder), stock, options.scenes)
+        told = ", ".join(f"{name} {value:.1f}" for name, value in sources.items())
+        print(f"\nblind {blind_accuracy(options.scenes):.1f}, dense {dense:.1f} ({told})\n")
+        print("| training-free | " + " | ".join(f"{k} tokens ({100 * k / 144:.1f} %)" for k in BUDGETS) + " |")
+        print("|---|" + "---:|" * len(BUDGETS), flush=True)
+        for number, (label, name, chosen) in enumerate(rows):
+            reached = []
+            for keep in BUDGETS:
+                arm = stock.with_pruning(PruningSpec(name, keep, chosen, text_tower=str(TINY_VLM / "clip")))
+                overall, _ = accuracy(Path(folder) / f"row{number}", arm, options.scenes)
+                reached.append(f"{overall:.1f}")
+            print(f"| {label} | " + " | ".join(reached) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,12 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="hub revision; None is the default branch")
     dtype: DType = Field("bfloat16", description="dtype of all weights while running")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel of the LLM")
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        None,
+        description="weights of the LLM in 4 (NF4) or 8 bits (LLM.int8), on a GPU with bitsandbytes; projector and "
+        "vision tower stay in dtype",
+        exclude_if=lambda quantization: quantization is None,  # records of unquantised models stay, to the byte
+    )
     template: str = Field(
         "model",
         description="chat template: the model's own, vicuna_v1 as LLaVA-1.5's, one that a plug-in registers, or a "

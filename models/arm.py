@@ -60,10 +60,14 @@ class Base:
             template_file(config.template)  # a wrong name stops here, before gigabytes are read
         self.config = config
         self.folder = checkpoint_folder(config.path, config.revision)
-        self.model, self.processor = load_model(config.path, config.revision, config.dtype, config.attention)
+        quantization = config.quantization
+        self.model, self.processor = load_model(
+            config.path, config.revision, config.dtype, config.attention, quantization, device
+        )
         if config.projector is not None:
             name_projector(self.model, config.projector)
-        self.model.to(device)  # type: ignore[arg-type] # a string is as good as a device
+        if quantization is None:  # quantised weights stay where they were loaded
+            self.model.to(device)  # type: ignore[arg-type] # a string is as good as a device
         self.told: set[str] = set()  # methods of which it was said that they are not fitted to this model
 
     @cached_property
@@ -146,6 +150,7 @@ class Arm:
         model = _with_own_projector(base.model)
         load_projector(model, adapter, base.hashes)
         _say_another_dtype(adapter, base.config.dtype)
+        _say_another_quantization(adapter, base.config.quantization)
         return cls._with(base, model, spec, str(adapter))
 
     @classmethod
@@ -277,6 +282,16 @@ def _say_another_dtype(adapter: str | Path, dtype: str) -> None:
     trained = read_record(adapter).get("trained_in", dtype)
     if trained != dtype and launched_ranks().is_zero:
         say(f"projector {adapter} was trained in {trained} and runs in {dtype} here; set model.dtype to {trained}")
+
+
+def _say_another_quantization(adapter: str | Path, quantization: str | None) -> None:
+    """Say it once if a projector runs on a base of other bits than it was trained on: its inputs' use differs."""
+    trained = (read_record(adapter).get("model") or {}).get("quantization")
+    if trained != quantization and launched_ranks().is_zero:
+        say(
+            f"projector {adapter} was trained on a base with quantization {trained}, and runs on one with "
+            f"{quantization} here; set model.quantization to {trained or 'null'}"
+        )
 
 
 def default_device() -> str:

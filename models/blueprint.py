@@ -14,6 +14,7 @@ from prunetune.configs import ModelConfig
 from prunetune.data_recipes.chat_templates import MODELS_OWN, check_marks, template_file, template_text
 from prunetune.models.loading import CheckpointError, checkpoint_folder, load_processor
 from prunetune.models.profile import resolved
+from prunetune.models.quantization import check_quantization
 from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.pruning.budget import resolve_budget
 from prunetune.reading import one_line
@@ -31,6 +32,7 @@ def check_model(config: ModelConfig, spec: PruningSpec) -> PreTrainedModel:
     """
     if config.template != MODELS_OWN:
         template_file(config.template)
+    check_quantization(config.quantization)
     folder = checkpoint_folder(config.path, config.revision)
     _check_weight_files(folder)
     try:

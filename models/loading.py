@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from prunetune.assets import shipped
 from prunetune.models.errors import CheckpointError as CheckpointError
+from prunetune.models.quantization import check_quantization, quantization_config
 from prunetune.pruning.quiet import no_progress_bar
 from prunetune.reading import one_line
 
@@ -37,7 +38,12 @@ def checkpoint_folder(path: str, revision: str | None = None) -> Path:
 
 
 def load_model(
-    path: str, revision: str | None = None, dtype: str = "float32", attention: str = "sdpa"
+    path: str,
+    revision: str | None = None,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    quantization: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Return a stock model in eval mode and its processor.
 
@@ -46,21 +52,33 @@ def load_model(
         revision: hub revision.
         dtype: name of a torch dtype.
         attention: attention implementation of the LLM.
+        quantization: "4bit" or "8bit" for the LLM's weights; None loads them in ``dtype``.
+        device: where quantised weights are put, since they can't be moved there later; others are on the CPU.
 
     Raises:
-        CheckpointError: if the model can't be loaded.
+        CheckpointError: if the model can't be loaded, or not quantised here.
     """
     _check_attention(attention, dtype)
+    check_quantization(quantization)
     folder = checkpoint_folder(path, revision)
+    quantised: dict[str, Any] = {}
     try:
+        if quantization is not None:
+            config = quantization_config(folder, quantization, dtype)
+            quantised = {"quantization_config": config, "device_map": {"": torch.device(device)}}
         with no_progress_bar():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=getattr(torch, dtype), attn_implementation=attention, output_loading_info=True
+                folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                output_loading_info=True,
+                **quantised,
             )
     except torch.OutOfMemoryError:  # nothing is wrong with the checkpoint
         raise
     except ImportError as error:
-        raise CheckpointError(f"{path!r} can't be loaded with model.attention {attention}: {_line(error)}") from error
+        asked = f"model.attention {attention}" if quantization is None else f"model.quantization {quantization}"
+        raise CheckpointError(f"{path!r} can't be loaded with {asked}: {_line(error)}") from error
     # Anything: transformers passes on what its parts say of broken files, KeyError and RuntimeError among it.
     except Exception as error:
         raise CheckpointError(

@@ -28,7 +28,8 @@ CHAIN = {
 """Every link, from the base to the results, under its name in records and manifests.
 
 Checked when an adapter is loaded (``load_projector``), a run or an arm is gone on with, a projector is exported, arms
-are compared (``evaluation.report``), and by ``prunetune verify``.
+are compared (``evaluation.report``), and by ``prunetune verify``. Of a profile nothing is read again: what it filled in
+stands under ``pruning``.
 """
 
 

@@ -21,11 +21,6 @@ class PruningSpec(BaseModel):
     pruner: str = Field("identity", description="a name from `prunetune list pruners`")
     keep: int | float | str = Field("100%", description='budget per item or image, see scope: 64, 0.111 or "11.1%"')
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
-    profile: str | None = Field(
-        None,
-        description="file that `prunetune calibrate` wrote for this model and method: what options leaves open is as "
-        "it was fitted",
-    )
     scope: Literal["item", "image"] = Field(
         "item",
         description="what the pruner chooses from, and what the budget counts for: each crop of an image or frame of a "
@@ -43,6 +38,12 @@ class PruningSpec(BaseModel):
         None,
         description="folder or hub id of the CLIP checkpoint that the vision tower comes from, for methods that "
         "compare visual tokens with text in CLIP's space",
+    )
+    profile: str | None = Field(
+        None,
+        description="file that `prunetune calibrate` wrote for this model and method: what options leaves open is as "
+        "it was fitted",
+        exclude_if=lambda profile: profile is None,  # records of those who name none stay, to the byte
     )
     position_policy: Literal["auto", "compact", "original"] = Field(
         "auto",

@@ -12,10 +12,12 @@ from conftest import ROOT, TINY_VLM
 from prunetune.cli import main
 from prunetune.configs import EvaluateConfig, ModelConfig, RecalibrateConfig, load_config
 from prunetune.data_recipes import Formatter, load_recipe
+from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import read_manifest
 from prunetune.evaluation.run.calibrate import Spread, _layers, calibrate
 from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.models import Arm, load_model
+from prunetune.models.adapter import projector_state
 from prunetune.models.profile import Profile, read_profile, resolved, write_profile
 from prunetune.models.seal import sealed
 from prunetune.outputs import OutputError
@@ -24,6 +26,7 @@ from prunetune.pruning.fitting import Choice, Fit, Mean
 from prunetune.pruning.methods.adaptive import Adaptive
 from prunetune.pruning.ops.complexity import attention_entropy, erank
 from prunetune.pruning.registry import register_pruner
+from prunetune.train.record import run_record
 
 CONFIG = ROOT / "configs" / "recalibrate" / "tiny_adaptive_16.yaml"
 TINY = ModelConfig(path=str(TINY_VLM), dtype="float32")
@@ -218,6 +221,30 @@ def test_a_profile_fills_in_what_options_leave_open(fitted_sign, tmp_path, capsy
     same = config.model_copy(update={"tasks": ["tiny_world_validation"], "output": str(tmp_path / "same")})
     evaluate(same, arm)
     assert "was fitted on 160 items of tiny_world_validation, which is evaluated here" in capsys.readouterr().out
+
+
+def test_a_recalibration_records_the_options_that_ran(fitted_sign, recipe, tmp_path):
+    """And goes on only with the same ones: a profile that was written anew is another pruning."""
+    from prunetune.train.recalibrate import _settings
+
+    copy = tmp_path / "profile.json"
+    shutil.copy(fitted_sign, copy)
+    spec = PruningSpec("cdpruner", 8, text_tower=CLIP, profile=str(copy))
+    config = RecalibrateConfig(model=TINY, pruning=spec, data={"recipe": recipe}, output="o")
+    arm, data = Arm.load(TINY, spec, device="cpu"), load_recipe(recipe)
+    record = run_record(config, data, arm, projector_state(arm.model), 1, None)
+    assert record["pruning"]["options"] == {"relevance_sign": 1} and "profile" not in record["pruning"]
+    assert record["profile"] == read_profile(copy).link()
+    before = _settings(config, data, 1)
+    write_profile(copy, read_profile(copy).model_copy(update={"options": {"relevance_sign": -1}}), overwrite=True)
+    assert before["pruning"]["options"] == {"relevance_sign": 1} and before != _settings(config, data, 1)
+
+
+def test_benchmarks_that_options_can_not_be_chosen_by_are_refused():
+    config = on_validation("cdpruner")
+    for tasks, message in ((["tiny_world", "gqa"], "measures on one benchmark"), (["vizwiz_test"], "are hidden")):
+        with pytest.raises(TaskError, match=message):
+            calibrate(config.model_copy(update={"tasks": tasks}), 8)
 
 
 def test_a_profile_of_something_else_is_refused_with_what_differs(fitted_sign, untrained_folder, tmp_path):

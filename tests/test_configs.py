@@ -7,6 +7,7 @@ import yaml
 from conftest import ROOT
 
 from prunetune.configs import ConfigError, EvaluateConfig, RecalibrateConfig, load_config, to_yaml
+from prunetune.data_recipes.chat_templates import registered_templates
 from prunetune.data_recipes.recipe import read_recipe
 from prunetune.evaluation.tasks import get_task
 from prunetune.pruning import PruningSpec
@@ -44,6 +45,34 @@ def test_every_published_budget_is_there():
     wanted = {f"llava15_{size}_prismprune_{keep}" for size in ("7b", "13b") for keep in (128, 64, 32)}
     wanted |= {f"llava16_{size}_prismprune_{keep}" for size in ("7b", "13b") for keep in (640, 320, 160)}
     assert wanted <= names
+
+
+OTHERS = {
+    "qwen25_vl_7b": "crisprune",
+    "qwen3_vl_8b": "divprune",
+    "internvl3_8b": "divprune",
+    "llava_onevision_7b": "divprune",
+    "llava_next_video_7b": "prismprune",
+}
+
+
+@pytest.mark.parametrize(("model", "pruner"), OTHERS.items())
+def test_other_models_have_a_pair_of_files_with_their_budgets_as_overrides(model, pruner):
+    """Both arms of a comparison agree in everything that decides numbers, at every budget of the header."""
+    stem = f"{model}_{pruner}"
+    recalibrate, evaluate = ROOT / "configs/recalibrate" / f"{stem}.yaml", ROOT / "configs/evaluate" / f"{stem}.yaml"
+    tuned, free = load_config(RecalibrateConfig, recalibrate), load_config(EvaluateConfig, evaluate)
+    assert tuned.model == free.model and tuned.pruning == free.pruning and tuned.pruning.keep == "33.3%"
+    assert tuned.pruning.pruner == pruner and tuned.model.template in registered_templates()
+    assert 8 * tuned.train.batch_size * tuned.train.accumulation == 128 and tuned.train.learning_rate == 2e-5
+    for file, kind in ((recalibrate, RecalibrateConfig), (evaluate, EvaluateConfig)):
+        header = file.read_text().split("model:")[0]
+        for keep in ("22.2%", "11.1%"):
+            override = f'--pruning.keep "{keep}" --output runs/{file.parent.name}/{stem}_{keep[:2]}'
+            assert override in header
+            config = load_config(kind, file, override.replace('"', "").split())
+            assert config.pruning.keep == keep and config.pruning.build()
+    assert f"--adapter {tuned.output}/adapter" in evaluate.read_text()
 
 
 @pytest.mark.parametrize("path", EVALUATE, ids=lambda p: p.stem)

@@ -27,7 +27,12 @@ def check_before_launch(config: RecalibrateConfig) -> None:
         ConfigError, DataError, PruningError: for the first thing that can't work.
     """
     resolved(config.pruning).build()
-    deepspeed_config(config.train.deepspeed)
+    stage = deepspeed_config(config.train.deepspeed).get("zero_optimization", {}).get("stage", 0)
+    if stage == 3 and config.model.quantization is not None:
+        raise ConfigError(
+            f"model.quantization {config.model.quantization} can't be partitioned by ZeRO-3; set train.deepspeed to "
+            "zero2, or leave the quantization out"
+        )
     _check_device(config)
     _check_tracking(config.tracking)
     _check_data(config.data.recipe, config.data.file, config.data.image_root)

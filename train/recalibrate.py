@@ -132,7 +132,8 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     """
     config = run.config
     # The model is built before TrainingArguments: an active ZeRO-3 configuration would partition it while loading.
-    arm = Arm.load(config.model, config.pruning, device="cpu")
+    # DeepSpeed takes plain weights to the GPU; quantised ones are made there.
+    arm = Arm.load(config.model, config.pruning, device="cpu" if config.model.quantization is None else None)
     made_with = _made_with(arm) if run.ranks.is_zero else {}
     check_made_with(run.found, made_with)
     if run.ranks.is_zero and (changed := other_code(run.found, made_with)):

@@ -174,7 +174,7 @@ class Slice:
     def _task_scores(self, arm: Arm, formatter: Formatter, indices: Sequence[int]) -> list[float | None]:
         assert self.task is not None
         answers = arm.answer(formatter, [self.samples[index] for index in indices], self.max_new_tokens)
-        scores = []
+        scores: list[float | None] = []
         for index, answer in zip(indices, answers, strict=True):
             score = self.task.score(answer.text, self.items[index]).score
             if score is None:
@@ -216,8 +216,8 @@ def calibrate(
     means = [fit for fit in fits if isinstance(fit, Mean)]
     if means:
         fitted |= _means(arm, data, means, batch_size)
-        for fit in means:
-            evidence[fit.option] = [Measured(value=published[fit.option]), Measured(value=fitted[fit.option])]
+        for mean in means:
+            evidence[mean.option] = [Measured(value=published[mean.option]), Measured(value=fitted[mean.option])]
     for fit in fits:
         values = _candidates(fit, arm, published[fit.option])
         if values:
@@ -480,6 +480,7 @@ def _profile(
             path=str(portable(config.model.path)),
             revision=config.model.revision,
             dtype=config.model.dtype,
+            quantization=config.model.quantization,
             frozen_hash=base.hashes.frozen_hash,
             original_projector_hash=base.hashes.original_projector_hash,
             settings_hash=base.settings_hash,
