@@ -15,6 +15,7 @@ from tqdm import tqdm
 from prunetune.configs import EvaluateConfig, to_yaml
 from prunetune.data_recipes import Formatter, Sample, Turn
 from prunetune.data_recipes.images import limited
+from prunetune.data_recipes.videos import sampled
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import (
     CodeRecord,
@@ -95,6 +96,7 @@ def _fill(folder: OutputFolder, config: EvaluateConfig, arm: Arm | None, device:
     if arm is None:
         arm = Arm.load(config.model, config.pruning, config.adapter, device)
     _check_is_configured(arm, config)
+    _check_takes_videos(arm, works)
     manifest = _manifest(config, works, arm)
     batches = _batches(works)
     # One rank writes what there is one of; the others wait below until it is there.
@@ -154,6 +156,19 @@ def _check_is_configured(arm: Arm, config: EvaluateConfig) -> None:
         raise TaskError(f"the arm that was loaded for {config.output} is not the one its configuration names")
 
 
+def _check_takes_videos(arm: Arm, works: list[Work]) -> None:
+    """Check that a model which takes no videos is not asked about any."""
+    asking = [work.task.name for work in works if work.task.video]
+    if not asking:
+        return
+    family = arm.pruned.family
+    if "video" not in family.pixels:
+        raise TaskError(
+            f"{', '.join(asking)} ask about videos, and model family {family.name!r} takes none; choose a model that "
+            "does, or score predictions made elsewhere: `prunetune score TASK --predictions FILE --data DIR`"
+        )
+
+
 def _run(config: EvaluateConfig, works: list[Work], arm: Arm, done: set[tuple[str, str]], ranks: Ranks) -> None:
     """Answer this rank's batches that are not done yet."""
     todo = []
@@ -178,7 +193,7 @@ def _run(config: EvaluateConfig, works: list[Work], arm: Arm, done: set[tuple[st
         for work, batch in todo:
             # Images are opened when the first batch needs them: a run that has nothing left to do needs none.
             if work.task.name not in formatters:
-                images = limited(work.questions.open_images(), config.max_pixels)
+                images = sampled(limited(work.questions.open_images(), config.max_pixels), config.video)
                 formatters[work.task.name] = arm.formatter(images)
             rows = _answers(arm, formatters[work.task.name], work.task, batch, config.max_new_tokens)
             file.write("".join(row.to_line() for row in rows))
@@ -204,6 +219,7 @@ def _answers(arm: Arm, formatter: Formatter, task: Benchmark, batch: list[Item],
             prediction=answer.text,
             score=task.score(answer.text, item).score,
             kept=answer.kept,
+            kept_per_frame=None if answer.kept_per_frame is None else list(answer.kept_per_frame),
         )
         rows.append(row)
     return rows
@@ -269,6 +285,7 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm) -> Manifest:
         max_new_tokens=config.max_new_tokens,
         # transformers has a slow and a fast one for many models, and takes one by what else is installed.
         image_processor=type(arm.processor.image_processor).__name__,
+        video=config.video if any(work.task.video for work in works) else None,
         device=torch.cuda.get_device_name() if arm.device.type == "cuda" else platform.machine(),
         versions={name: version(name) for name in ("torch", "transformers")},
         prunetune=CodeRecord(**code_record()),
