@@ -11,15 +11,17 @@ from datasets import Dataset
 from video_world import build_processor, mvbench_row, videomme_row, write_gif, write_model, write_videos
 
 from prunetune.cli import main
-from prunetune.configs import EvaluateConfig, load_config
+from prunetune.configs import EvaluateConfig, ModelConfig, load_config
 from prunetune.evaluation.metrics.choices import chosen_letter, first_letter
 from prunetune.evaluation.records import read_manifest, read_results
 from prunetune.evaluation.report.grader import Grader, read_grade
 from prunetune.evaluation.report.score import score_file
 from prunetune.evaluation.run.evaluate import evaluate
+from prunetune.evaluation.run.visualize import visualize
 from prunetune.evaluation.tasks import TaskError, get_task
 from prunetune.evaluation.tasks.video import NAMES, write_predictions
 from prunetune.models import loading
+from prunetune.pruning import PruningSpec
 
 
 @pytest.fixture
@@ -128,6 +130,11 @@ def test_tasks_run_on_a_model_for_videos(settings, tmp_path, name):
     assert again["accuracy"] == manifest.metrics[name].metrics["accuracy"]
     with pytest.raises(TaskError, match="differs in video"):
         evaluate(settings(name, "arm", "--video.frames", "6"))
+
+
+def test_kept_tokens_are_drawn_over_images_alone(folder, tmp_path):
+    with pytest.raises(TaskError, match="^msvd is about videos, and kept tokens are drawn over images"):
+        visualize(ModelConfig(path=str(folder)), [PruningSpec("evs", 8)], "msvd", 1, str(tmp_path / "out"))
 
 
 def test_a_model_for_images_is_not_asked(untrained_folder, tmp_path):

@@ -123,11 +123,13 @@ def _measure(arm: Arm, formatter: Formatter, samples: list[Sample], before: Valu
     """Measure one batch: what the pruner is given, and what it keeps."""
     prepared = arm.pruned.prepare(arm.place(formatter.prompt_batch(samples)))
     # After: the features as they reach the LLM, merged tokens included.
-    for features in prepared.inputs["mm_encoder_outputs"]["image"].pooler_output:
-        after["erank"] += erank(features[None]).tolist()
-    chosen = prepared.chosen["image"]
-    # Before: what the pruner chose from, one group for each size of image.
-    for among, selection in zip(chosen.candidates, chosen.selections, strict=True):
+    pairs = []
+    for modality, chosen in prepared.chosen.items():
+        for features in prepared.inputs["mm_encoder_outputs"][modality].pooler_output:
+            after["erank"] += erank(features[None]).tolist()
+        pairs += list(zip(chosen.candidates, chosen.selections, strict=True))
+    # Before: what the pruner chose from, one group for each size of image or frame.
+    for among, selection in pairs:
         before["erank"] += erank(among.tokens.finite("projected")).tolist()
         if "cls_attention" not in among.tokens.signals:
             continue
