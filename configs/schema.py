@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from prunetune.data_recipes.sampling import VideoSampling
 from prunetune.plugins import load_plugins
 from prunetune.pruning.spec import PruningSpec
 
@@ -174,6 +175,7 @@ class EvaluateConfig(PluggedConfig):
     max_pixels: int = Field(
         50_000_000, ge=1, description="images with more pixels are refused before they are decoded, 3 bytes each"
     )
+    video: VideoSampling = VideoSampling()
     tracking: TrackingConfig = TrackingConfig()
     output: str = Field(description="folder for results.jsonl, manifest.json and the effective config")
     overwrite: bool = Field(

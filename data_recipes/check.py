@@ -13,7 +13,7 @@ from tqdm import tqdm
 from prunetune.data_recipes.chat_templates import template_text
 from prunetune.data_recipes.formats import LlavaJsonRecipe
 from prunetune.data_recipes.formatting import readable_template
-from prunetune.data_recipes.images import MAX_PIXELS, FolderImages, ImageOpener, TooLarge, limited
+from prunetune.data_recipes.images import MAX_PIXELS, ImageOpener, TooLarge, limited
 from prunetune.data_recipes.llava_json import (
     BrokenRecord,
     OutsidePath,
@@ -25,6 +25,8 @@ from prunetune.data_recipes.llava_json import (
 from prunetune.data_recipes.parquet import ROW, ParquetImages, parquet_rows
 from prunetune.data_recipes.recipe import read_recipe
 from prunetune.data_recipes.sample import DataError, Sample
+from prunetune.data_recipes.sampling import VideoSampling
+from prunetune.data_recipes.videos import VIDEO, FolderVisuals
 
 PERCENTILES = (50, 90, 95, 99, 100)
 SHOWN = 5
@@ -148,7 +150,8 @@ def check_data(
     report = Report(recipe.name)
     samples = _samples(recipe, file, report)
     if any(sample.image is not None for sample in samples):
-        _check_images(samples, limited(_opener(samples, file, image_root), max_pixels), report, num_proc)
+        images = _opener(samples, file, image_root, recipe.video)
+        _check_images(samples, limited(images, max_pixels), report, num_proc)
     if tokens_per_image is not None and samples:
         _measure(samples, processor, template, max_length, tokens_per_image, report)
     return report
@@ -183,11 +186,11 @@ def _kind(error: DataError) -> str:
     return "outside path" if isinstance(error, OutsidePath) else "unknown source"
 
 
-def _opener(samples: list[Sample], file: str, image_root: str | None) -> ImageOpener:
+def _opener(samples: list[Sample], file: str, image_root: str | None, video: VideoSampling) -> ImageOpener:
     for sample in samples:
         if sample.image is not None and sample.image.startswith(ROW):
             return ParquetImages(parquet_rows(Path(file)))
-    return FolderImages(image_root)
+    return FolderVisuals(image_root, video)
 
 
 def _check_images(samples: list[Sample], images: ImageOpener, report: Report, num_proc: int) -> None:
@@ -234,6 +237,8 @@ def _measure(
     samples: list[Sample], processor: Any, template: str, max_length: int, tokens_per_image: int, report: Report
 ) -> None:
     source = template_text(processor, template)
+    if any((sample.image or "").startswith(VIDEO) for sample in samples):
+        raise DataError("how many tokens a video has depends on its size and length; leave --model out")
     lengths = []
     for sample in tqdm(samples, desc="lengths", unit="sample", dynamic_ncols=True):
         with readable_template():
@@ -257,7 +262,7 @@ def _messages(sample: Sample) -> list[dict[str, Any]]:
     for number, turn in enumerate(sample.turns):
         content = [{"type": "text", "text": turn.question}]
         if number == 0 and sample.image is not None:
-            content.insert(0, {"type": "image"})
+            content.insert(0, {"type": "video" if sample.image.startswith(VIDEO) else "image"})
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer or ""}]})
     return messages

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prunetune.data_recipes.images import FolderImages, ImageOpener
+from prunetune.data_recipes.images import ImageOpener
 from prunetune.data_recipes.llava_json import BrokenRecord, check_sources, read_llava
 from prunetune.data_recipes.parquet import ROW, ParquetImages, parquet_rows
 from prunetune.data_recipes.sample import DataError
+from prunetune.data_recipes.sampling import VideoSampling
+from prunetune.data_recipes.videos import FolderVisuals
 from prunetune.names import nearest
 from prunetune.plugins import load_installed, named
 from prunetune.reading import shown
@@ -69,7 +71,10 @@ class LlavaJsonRecipe(Recipe):
     """Conversations in LLaVA's format, filtered by source."""
 
     file: str | None = Field(None, description="data file, relative to the recipe's own folder")
-    sources: list[str] | None = Field(None, description="by image prefix, and text; None is everything in the file")
+    sources: list[str] | None = Field(
+        None, description="by image prefix, text, and video; None is everything in the file"
+    )
+    video: VideoSampling = Field(default_factory=VideoSampling, description="which frames of videos are looked at")
 
     def data_file(self, file: str | None, image_root: str | None) -> Path:
         """Return the data file: the one given, the recipe's own, or LLaVA's mix lying in the folder of the images.
@@ -94,7 +99,7 @@ class LlavaJsonRecipe(Recipe):
         check_sources(self.sources or ())
         rows = _cached_rows(path, self.sources)
         embedded = any(image is not None and image.startswith(ROW) for image in rows["image"])
-        return rows, ParquetImages(parquet_rows(path)) if embedded else FolderImages(image_root)
+        return rows, ParquetImages(parquet_rows(path)) if embedded else FolderVisuals(image_root, self.video)
 
 
 def _cached_rows(path: Path, sources: list[str] | None) -> Dataset:

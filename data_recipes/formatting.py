@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from jinja2 import TemplateError, TemplateSyntaxError
 from PIL import Image
@@ -15,6 +17,7 @@ from torch import Tensor
 from prunetune.data_recipes.chat_templates import check_marks, template_text
 from prunetune.data_recipes.images import ImageOpener, pad_to_square
 from prunetune.data_recipes.sample import DataError, Sample
+from prunetune.data_recipes.videos import Clip
 from prunetune.reading import one_line
 
 IGNORE_INDEX = -100
@@ -25,7 +28,7 @@ class Formatter:
 
     Args:
         processor: the model's Hugging Face processor.
-        images: opens the samples' pictures.
+        images: opens the samples' pictures and videos.
         template: the chat template, see :mod:`prunetune.data_recipes.chat_templates`.
         square: "pad" pads pictures to squares of the processor's mean colour first, "processor" leaves them.
         max_length: longest sequence in tokens, None for no limit.
@@ -57,8 +60,12 @@ class Formatter:
         """Return right-padded ``input_ids``, ``attention_mask``, ``labels`` (B, L) and the picture inputs.
 
         What else the processor returns for every token, such as ``token_type_ids``, stays, and ``sample_ids`` name the
+<<<<<<< HEAD
         rows; ``PrunedModel.prepare`` takes both. Of a processor that takes a suffix (PaliGemma's) the answer is the
         suffix, and the template writes the prompt alone.
+=======
+        rows; ``PrunedModel.prepare`` takes both. With videos, ``video_seconds`` says how long each is, if known.
+>>>>>>> vid
 
         Only the assistant's answers and end tokens are supervised; every other label is -100. A sample cut so short
         that nothing supervised is left keeps its place with -100 everywhere.
@@ -82,6 +89,7 @@ class Formatter:
         return self._batch(samples, "left", add_generation_prompt=True)
 
     def _batch(self, samples: Sequence[Sample], padding_side: str, **options: Any) -> dict[str, Tensor]:
+<<<<<<< HEAD
         conversations = [self._messages(sample) for sample in samples]
         if self.takes_suffix:
             answered = bool(options.pop("return_assistant_tokens_mask", False))
@@ -98,11 +106,38 @@ class Formatter:
                     **options,
                 )
             batch = dict(encoded)
+=======
+        conversations, clips = [], []
+        for sample in samples:
+            opened = None if sample.image is None else self._open(sample)
+            conversations.append(_messages(sample, opened))
+            if isinstance(opened, Clip):
+                clips.append(opened)
+        settings: dict[str, Any] = {"padding": True, "padding_side": padding_side}
+        if clips:
+            # The frames are chosen here, for all models alike; the processor is told which they are.
+            settings |= {"do_sample_frames": False, "video_metadata": [_metadata(clip) for clip in clips]}
+        with readable_template():
+            encoded = self.processor.apply_chat_template(
+                conversations,
+                chat_template=self.template,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs=settings,
+                **options,
+            )
+        batch = dict(encoded)
+>>>>>>> vid
         batch["sample_ids"] = [sample.id for sample in samples]  # for messages; the plug takes them out
+        seconds = [clip.seconds for clip in clips if clip.seconds is not None]
+        if clips and len(seconds) == len(clips):
+            batch["video_seconds"] = seconds  # for budgets; a list, which no dtype rounds
         if self.instructions is not None:
             batch["instructions"] = [self.instructions([turn.question for turn in s.turns]) for s in samples]
         return batch
 
+<<<<<<< HEAD
     def _prefixes_and_suffixes(
         self,
         samples: Sequence[Sample],
@@ -157,18 +192,33 @@ class Formatter:
 
     def _open(self, sample: Sample) -> Image.Image:
         picture = self.images.open(str(sample.image), sample.id)
+=======
+    def _open(self, sample: Sample) -> Image.Image | Clip:
+        opened = self.images.open(str(sample.image), sample.id)
+        if isinstance(opened, Clip) and getattr(self.processor, "video_processor", None) is None:
+            raise DataError(
+                f"sample {sample.id!r} is about a video, and {type(self.processor).__name__} takes no videos; choose a "
+                "model that does, or leave such samples out"
+            )
+>>>>>>> vid
         if self.square == "pad":
             mean = self.processor.image_processor.image_mean
-            picture = pad_to_square(picture, tuple(int(255 * part) for part in mean))  # type: ignore[arg-type]
-        return picture
+            color = tuple(int(255 * part) for part in mean)
+            if isinstance(opened, Clip):
+                frames = tuple(pad_to_square(frame, color) for frame in opened.frames)  # type: ignore[arg-type]
+                return replace(opened, frames=frames)
+            opened = pad_to_square(opened, color)  # type: ignore[arg-type]
+        return opened
 
     def _truncate(self, batch: dict[str, Tensor], samples: Sequence[Sample]) -> None:
         limit = self.max_length
         assert limit is not None
-        image_token = getattr(self.processor, "image_token_id", None)
+        tokens = []
+        for name in ("image_token_id", "video_token_id"):
+            tokens.append(getattr(self.processor, name, None))
         for row, sample in enumerate(samples):
             beyond = batch["input_ids"][row, limit:]
-            if image_token is not None and bool((beyond == image_token).any()):
+            if any(token is not None and bool((beyond == token).any()) for token in tokens):
                 raise DataError(
                     f"sample {sample.id!r}: max_length={limit} would cut its picture apart; raise train.max_length"
                 )
@@ -176,6 +226,32 @@ class Formatter:
         for name, values in batch.items():
             if isinstance(values, Tensor) and values.shape == shape:
                 batch[name] = values[:, :limit]
+
+
+def _messages(sample: Sample, opened: Image.Image | Clip | None) -> list[dict[str, Any]]:
+    """Return a sample's conversation as chat templates read it."""
+    messages: list[dict[str, Any]] = []
+    for number, turn in enumerate(sample.turns):
+        content: list[dict[str, Any]] = [{"type": "text", "text": turn.question}]
+        if number == 0 and isinstance(opened, Clip):
+            frames = np.stack([np.asarray(frame) for frame in opened.frames])  # (F, height, width, 3)
+            content.insert(0, {"type": "video", "video": frames})
+        elif number == 0 and opened is not None:
+            content.insert(0, {"type": "image", "image": opened})
+        messages.append({"role": "user", "content": content})
+        if turn.answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+    return messages
+
+
+def _metadata(clip: Clip) -> dict[str, Any]:
+    """Return which frames these are as video processors read it: some write times into the text or the positions."""
+    return {
+        "total_num_frames": clip.total,
+        "fps": clip.rate,
+        "duration": clip.seconds,
+        "frames_indices": list(clip.indices),
+    }
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path, PurePath
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from PIL import Image
 
@@ -22,8 +22,8 @@ class ImageOpener(Protocol):
         """Return whether the image is there, without decoding it."""
         ...
 
-    def open(self, reference: str, sample_id: str) -> Image.Image:
-        """Return the RGB image; raises DataError naming the sample if it can't."""
+    def open(self, reference: str, sample_id: str) -> Any:
+        """Return the RGB image, or the ``Clip`` of a video; raises DataError naming the sample if it can't."""
         ...
 
 
@@ -50,7 +50,7 @@ class StoredImages:
         """
         try:
             with Image.open(source) as image:
-                self._check_size(image, what)
+                self.check_size(image, what)
                 return image.convert("RGB")  # decodes: open() alone reads the head
         except (TooLarge, FileNotFoundError):
             raise
@@ -58,7 +58,8 @@ class StoredImages:
         except Exception as error:
             raise DataError(f"{what} can't be decoded ({one_line(error)}); replace the file") from error
 
-    def _check_size(self, image: Image.Image, what: str) -> None:
+    def check_size(self, image: Image.Image, what: str) -> None:
+        """Raise TooLarge for an image with more than ``max_pixels``."""
         pixels = image.width * image.height
         if pixels > self.max_pixels:
             raise TooLarge(

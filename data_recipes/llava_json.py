@@ -12,6 +12,7 @@ import ijson
 from prunetune.data_recipes.images import check_inside
 from prunetune.data_recipes.parquet import ROW, parquet_rows
 from prunetune.data_recipes.sample import DataError, Sample, Turn
+from prunetune.data_recipes.videos import VIDEO
 from prunetune.reading import read_json_lines, shown
 
 PREFIXES = {
@@ -24,6 +25,7 @@ PREFIXES = {
 """Image path prefixes of LLaVA-1.5's mix, by source; ``text`` stands for samples without an image."""
 
 _IMAGE = "<image>"
+_VIDEO = "<video>"
 
 
 class BrokenRecord(DataError):
@@ -101,9 +103,9 @@ def parse_record(record: Any, where: str, sources: Sequence[str] | None) -> Samp
     A first message that is not the human's is dropped, as LLaVA's own preprocessing does.
 
     Args:
-        record: ``{"id", "image"?, "conversations": [{"from", "value"}, ...]}``.
+        record: ``{"id", "image"? or "video"?, "conversations": [{"from", "value"}, ...]}``.
         where: file and position, for messages.
-        sources: keys of ``PREFIXES`` or "text"; None takes everything, whatever its prefix.
+        sources: keys of ``PREFIXES``, "text" or "video"; None takes everything, whatever its prefix.
 
     Raises:
         BrokenRecord: for a record that is no conversation.
@@ -112,19 +114,27 @@ def parse_record(record: Any, where: str, sources: Sequence[str] | None) -> Samp
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise BrokenRecord(f"{where}: expected an object with a list `conversations`")
     image = record.get("image")
-    if image is not None and not isinstance(image, str):
-        raise BrokenRecord(f"{where}: `image` is a path, got {type(image).__name__}")
+    video = record.get("video")
+    for key, value in (("image", image), ("video", video)):
+        if value is not None and not isinstance(value, str):
+            raise BrokenRecord(f"{where}: `{key}` is a path, got {type(value).__name__}")
+    if image is not None and video is not None:
+        raise BrokenRecord(f"{where}: a conversation is about an image or a video, and this one has both")
     name = record.get("id")
     if name is None or name == "":  # 0 is a name
         name = where
-    if image is not None:
-        _check_path(image, f"{where}: sample {shown(name)}")
-    source = _source(image, where, strict=sources is not None)
+    for path in (image, video):
+        if path is not None:
+            _check_path(path, f"{where}: sample {shown(name)}")
+    source = "video"
+    if video is None:
+        source = _source(image, where, strict=sources is not None)
     if sources is not None and source not in sources:
         return None
-    sample = Sample(
-        str(name), source, image, tuple(_turns(record["conversations"], where, has_image=image is not None))
-    )
+    reference = image if video is None else f"{VIDEO}{video}"
+    messages = record["conversations"] if video is None else _with_one_placeholder(record["conversations"])
+    turns = tuple(_turns(messages, where, has_image=reference is not None))
+    sample = Sample(str(name), source, reference, turns)
     _check_text(sample, where)
     return sample
 
@@ -149,9 +159,9 @@ def _check_text(sample: Sample, where: str) -> None:
 
 def check_sources(sources: Sequence[str]) -> None:
     """Raise DataError for a source that is none of the mix's."""
-    unknown = set(sources) - {*PREFIXES, "text"}
+    unknown = set(sources) - {*PREFIXES, "text", "video"}
     if unknown:
-        known = ", ".join([*PREFIXES, "text"])
+        known = ", ".join([*PREFIXES, "text", "video"])
         raise DataError(f"unknown sources {sorted(unknown)}; there are {known}")
 
 
@@ -178,6 +188,16 @@ def read_llava(path: str | Path, sources: Sequence[str] | None) -> Iterator[Samp
         if seen[key] > 1:  # names tell samples apart in messages and results
             sample = replace(sample, id=f"{sample.id}#{seen[key]}")
         yield sample
+
+
+def _with_one_placeholder(messages: list[Any]) -> list[Any]:
+    """Return a conversation about a video with ``<image>`` for ``<video>``: data sets write the one or the other."""
+    written = []
+    for message in messages:
+        if isinstance(message, dict) and isinstance(message.get("value"), str):
+            message = {**message, "value": message["value"].replace(_VIDEO, _IMAGE)}
+        written.append(message)
+    return written
 
 
 def _source(image: str | None, where: str, strict: bool) -> str:

@@ -22,7 +22,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation about at most one image; ``image`` is a reference that the recipe's opener understands."""
+    """A conversation about at most one image or video; ``image`` is a reference that the recipe's opener knows."""
 
     id: str
     source: str

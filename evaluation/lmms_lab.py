@@ -15,6 +15,7 @@ from prunetune.evaluation.errors import MissingFile, TaskError
 from prunetune.evaluation.readers import number_repeats
 
 if TYPE_CHECKING:
+    from prunetune.data_recipes.videos import NamedVideos
     from prunetune.evaluation.tasks.base import Item
 
 Row = dict[str, Any]
@@ -83,6 +84,31 @@ class ParquetRows:
         if "image" in questions.column_names or images is None:
             return ParquetImages(questions)
         return ParquetImages(images)
+
+
+@dataclass(frozen=True)
+class VideoRows:
+    """Reads a benchmark about videos from the Parquet files of lmms-lab; the videos lie beside them, unpacked.
+
+    Attributes:
+        rows: reads the items, whose images are names of videos.
+        videos: opens the videos in a folder.
+    """
+
+    rows: ParquetRows
+    videos: Callable[[Path], NamedVideos]
+
+    def read(self, data: Path) -> list[Item]:
+        """Return the items in the order of the files."""
+        return self.rows.read(data)
+
+    def read_answers(self, data: Path) -> list[Item]:
+        """Return the items: the answers are in the same rows."""
+        return self.rows.read(data)
+
+    def open_images(self, data: Path) -> NamedVideos:
+        """Return the videos."""
+        return self.videos(data)
 
 
 def _numbered(items: list[Item]) -> list[Item]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from prunetune.data_recipes.images import FolderImages
+from prunetune.data_recipes.videos import NamedVideos
 
 if TYPE_CHECKING:
     from prunetune.data_recipes.images import ImageOpener
@@ -79,6 +80,15 @@ def images_below(name: str) -> Callable[[Path], FolderImages]:
         return FolderImages(data)
 
     return open_images
+
+
+def videos_below(*names: str) -> Callable[[Path], NamedVideos]:
+    """Return an opener of videos that lie in a folder called one of ``names`` below the data, or anywhere below it."""
+
+    def open_videos(data: Path) -> NamedVideos:
+        return NamedVideos(data, names)
+
+    return open_videos
 
 
 def number_repeats(names: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
 
 from prunetune.configs import ModelConfig
+from prunetune.data_recipes.sampling import VideoSampling
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import file_hash, read_json, read_lines
 from prunetune.models.seal import SEAL, sealed, why_unsealed
@@ -50,6 +51,7 @@ class Result(_Record):
         prediction: what the arm said.
         score: from 0 to 1; None where the answer is hidden or only a whole set has a score.
         kept: how many visual tokens reached the LLM.
+        kept_per_frame: of a video, how many of each frame did; not in the file otherwise.
     """
 
     task: str
@@ -61,6 +63,7 @@ class Result(_Record):
     prediction: str
     score: float | None
     kept: int
+    kept_per_frame: list[int] | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -71,7 +74,8 @@ class Result(_Record):
         """Return the row as a line of JSON."""
         # Not pydantic's own JSON, which puts no space after a comma: a folder that an earlier version began would then
         # hold two kinds of lines, and equal arms would no longer be equal files.
-        return json.dumps(self.model_dump()) + "\n"
+        left_out = {"kept_per_frame"} if self.kept_per_frame is None else set()
+        return json.dumps(self.model_dump(exclude=left_out)) + "\n"
 
 
 class TaskRecord(_Record):
@@ -185,6 +189,7 @@ class Manifest(_Record):
         batch_size: items per step, which moves scores in half precision.
         max_new_tokens: longest answer.
         image_processor: class of the image processor, since fast and slow ones differ in their last bits.
+        video: which frames of videos were looked at; None, and not in the file, where no task has videos.
         device: name of the GPU, or the CPU's architecture.
         versions: of the libraries that compute.
         prunetune: which version of this package ran.
@@ -211,6 +216,7 @@ class Manifest(_Record):
     batch_size: int
     max_new_tokens: int
     image_processor: str
+    video: VideoSampling | None = None
     device: str
     versions: dict[str, str]
     prunetune: CodeRecord | None = None
@@ -272,6 +278,8 @@ class Manifest(_Record):
         left_out = set() if self.complete else set(_OUTCOME)
         if not self.plugins:  # as of an arm of a version that knew none
             left_out.add("plugins")
+        if self.video is None:
+            left_out.add("video")
         values = self.model_dump(exclude=left_out)
         if self.format != UNSEALED:
             return sealed(values)

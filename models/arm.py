@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+<<<<<<< HEAD
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+=======
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+>>>>>>> vid
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,11 +50,13 @@ class Answer:
         id: the sample's.
         text: the new text, stripped.
         kept: how many visual tokens of the sample reached the LLM.
+        kept_per_frame: of a video, how many of each frame did; None of an image, or of text alone.
     """
 
     id: str
     text: str
     kept: int
+    kept_per_frame: tuple[int, ...] | None = None
 
 
 class Base:
@@ -270,11 +277,24 @@ class Arm:
             inputs = self.place(formatter.prompt_batch(samples))
             generated = self.pruned.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         texts = self.processor.batch_decode(generated.tokens, skip_special_tokens=True)
-        kept = _per_sample(samples, generated.kept.get("image", ()))
+        is_video = self._videos(inputs["input_ids"])
+        images, videos = iter(generated.kept.get("image", ())), iter(generated.kept.get("video", ()))
+        frames = iter(generated.kept_per_frame)
         answers = []
-        for sample, text, number in zip(samples, texts, kept, strict=True):
-            answers.append(Answer(sample.id, text.strip(), number))
+        for sample, text, about_video in zip(samples, texts, is_video, strict=True):
+            # Images and videos come in the order of their samples.
+            if about_video:
+                answers.append(Answer(sample.id, text.strip(), next(videos), tuple(next(frames))))
+            else:
+                answers.append(Answer(sample.id, text.strip(), 0 if sample.image is None else next(images)))
         return answers
+
+    def _videos(self, ids: Tensor) -> list[bool]:
+        """Return which rows of a batch (B, L) are about a video."""
+        family = self.pruned.family
+        if "video" not in family.pixels:
+            return [False] * len(ids)
+        return (ids == family.token_id(self.model, "video")).any(dim=1).tolist()
 
 
 def _say_another_dtype(adapter: str | Path, dtype: str) -> None:
@@ -318,9 +338,3 @@ def _with_own_projector(model: PreTrainedModel) -> PreTrainedModel:
         if id(tensor) not in own:
             shared[id(tensor)] = tensor
     return copy.deepcopy(model, shared)
-
-
-def _per_sample(samples: Sequence[Sample], kept: Iterable[int]) -> list[int]:
-    """Return how many visual tokens each sample kept; images come in the order of their samples."""
-    counts = iter(kept)
-    return [next(counts) if sample.image is not None else 0 for sample in samples]

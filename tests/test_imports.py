@@ -12,7 +12,7 @@ OURS = ("assets", "configs", "data_recipes", "evaluation", "models", "pruning", 
 # folder -> the folders of ours that it may import
 ALLOWED = {
     "assets": {"assets"},
-    "configs": {"configs", "pruning"},  # of pruning the specification alone, see below
+    "configs": {"configs", "pruning", "data_recipes"},  # of these the specifications alone, see below
     "pruning": {"pruning"},
     "data_recipes": {"data_recipes"},
     "models": {"models", "assets", "pruning", "data_recipes", "configs"},
@@ -60,6 +60,8 @@ def test_imports_follow_the_table(path):
     if place.startswith("configs/"):
         ours = {n for n in names if n.startswith("prunetune.pruning")}
         assert ours <= {"prunetune.pruning.spec", "prunetune.pruning.spec.PruningSpec"}, place
+        ours = {n for n in names if n.startswith("prunetune.data_recipes")}
+        assert all(n.startswith("prunetune.data_recipes.sampling") for n in ours), place
     if place.startswith(("pruning/methods/", "pruning/ops/")):
         assert not any(
             n.startswith(("transformers", "prunetune.pruning.families", "prunetune.pruning.plug")) for n in names

@@ -13,12 +13,12 @@ from prunetune.train.sampling import GroupedSampler
 def test_every_sample_comes_once_and_whole_batches_are_of_one_kind(count, group, seed, mixed):
     chance = random.Random(seed)
     lengths = [chance.randint(1, 500) for _ in range(count)]
-    pictures = [chance.random() < 0.7 for _ in range(count)]
+    pictures = [chance.choice((2, 2, 1, 0)) for _ in range(count)]  # images, videos, text
     sampler = GroupedSampler(lengths, group, seed, pictures if mixed else None)
     order = list(sampler)
     assert sorted(order) == list(range(count)) and len(sampler) == count
     if mixed:
-        whole = sum(sum(kind) // group for kind in (pictures, [not p for p in pictures]))
+        whole = sum(pictures.count(kind) // group for kind in range(3))
         for batch in range(whole):
             assert len({pictures[n] for n in order[batch * group : (batch + 1) * group]}) == 1
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from benchmark_files import FILES
+from video_world import write_videos
 
 from prunetune.configs import EvaluateConfig, ModelConfig
 from prunetune.evaluation.records import read_results
@@ -44,6 +45,7 @@ def stub(config):
         device=torch.device("cpu"),
         formatter=lambda images: None,
         answer=answer,
+        pruned=SimpleNamespace(family=SimpleNamespace(name="stub", pixels=("image", "video"))),
     )
 
 
@@ -74,19 +76,21 @@ def config(name, folder):
     return EvaluateConfig(model=model, tasks=[name], limit=12, batch_size=4, data=data, output=output)
 
 
-@pytest.mark.parametrize("name", [name for name in tasks() if name not in VIDEO])
+@pytest.mark.parametrize("name", list(tasks()))
 def test_an_answer_is_scored_when_it_is_made_and_never_again(name, calls, tmp_path):
     if name in ("coco_caption", "nocaps") and shutil.which("java") is None:
         pytest.skip("the caption tokenizer needs Java")
     (tmp_path / "data").mkdir()
     if name in FILES:
         FILES[name](tmp_path / "data")
+    elif get_task(name).video:
+        write_videos(tmp_path / "data", name)
     counted = calls(name)
     arm = config(name, tmp_path)
     folder = evaluate(arm, stub(arm))
     rows = read_results(folder)
     once = {} if get_task(name).hidden else {row.id: 1 for row in rows}
-    assert len(rows) == 12 and counted == once
+    assert len(rows) == (4 if get_task(name).video else 12) and counted == once
     evaluate(arm, stub(arm))  # a finished arm: its metrics are written again, its answers are not scored again
     assert counted == once
     if rows[0].score is not None:
@@ -105,7 +109,11 @@ def test_a_saved_prediction_is_scored_when_it_is_read_and_never_again(name, call
         (data / "test_a.json").write_text('[{"question_id": "q", "answer": "dog"}]')
         items = get_task(name).read_answers(data)
     else:
-        FILES[name](data)
+        if get_task(name).video:
+            data.mkdir()
+            write_videos(data, name)
+        else:
+            FILES[name](data)
         items = get_task(name).read(data)
     write_predictions([("yes", item) for item in items], tmp_path / "said.jsonl")
     if get_task(name).hidden:

@@ -33,7 +33,7 @@ def settings(untrained_folder, tmp_path):
 
 
 def test_every_benchmark_is_proved_end_to_end():
-    elsewhere = set(VIDEO)  # tests/test_video.py
+    elsewhere = {*VIDEO, "mvbench", "videomme"}  # tests/test_video.py
     assert set(FILES) | elsewhere == {name for name in tasks() if not name.startswith("tiny_world")}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch.utils.data import Sampler
 
 from prunetune.data_recipes import RecipeData
+from prunetune.data_recipes.videos import VIDEO
 
 MEGABATCH = 50
 """Batches that are sorted by length together: more make even batches, fewer keep the order random."""
@@ -29,20 +30,20 @@ def approximate_lengths(data: RecipeData) -> list[int]:
 class GroupedSampler(Sampler[int]):
     """Every sample once per epoch, batches of similar length next to each other, batches in random order.
 
-    With ``modality`` a batch over all ranks holds images only or text only, but for the last of each; so no rank
+    With ``modality`` a batch over all ranks holds images, videos or text only, but for the last of each; so no rank
     waits for another's images. The order depends on seed and epoch alone, which is what resuming needs.
 
     Args:
         lengths: of every sample.
         group: samples per step over all ranks.
         seed: of the order.
-        modality: whether a sample has an image; None mixes both.
+        modality: what each sample is about, any number per kind; None mixes all.
 
     Attributes:
         epoch: says which epoch begins. It is asked and not told, because data loaders count from 0 after resuming.
     """
 
-    def __init__(self, lengths: Sequence[int], group: int, seed: int, modality: Sequence[bool] | None = None) -> None:
+    def __init__(self, lengths: Sequence[int], group: int, seed: int, modality: Sequence[int] | None = None) -> None:
         self.lengths, self.group, self.seed, self.modality = lengths, group, seed, modality
         self.epoch: Callable[[], int] = lambda: 0
 
@@ -66,13 +67,13 @@ class GroupedSampler(Sampler[int]):
         yield from rest  # at the end, so that it shifts no other batch
 
     def _kinds(self) -> list[list[int]]:
-        """Return the samples with images and those of text alone, or all of them as one kind."""
-        everything = list(range(len(self.lengths)))
+        """Return the samples of each kind, or all of them as one kind."""
         if self.modality is None:
-            return [everything]
-        with_image = [index for index in everything if self.modality[index]]
-        text_only = [index for index in everything if not self.modality[index]]
-        return [with_image, text_only]
+            return [list(range(len(self.lengths)))]
+        kinds: dict[int, list[int]] = {kind: [] for kind in sorted(set(self.modality), reverse=True)}
+        for index, kind in enumerate(self.modality):
+            kinds[kind].append(index)
+        return list(kinds.values())
 
     def _batches(self, indices: list[int], chance: random.Random) -> Iterator[list[int]]:
         chance.shuffle(indices)
@@ -84,11 +85,18 @@ class GroupedSampler(Sampler[int]):
                 yield ordered[first : first + self.group]
 
 
+def _kind(image: str | None) -> int:
+    """Return 2 for a sample with an image, 1 with a video, and 0 for text alone."""
+    if image is None:
+        return 0
+    return 1 if image.startswith(VIDEO) else 2
+
+
 def train_sampler(data: RecipeData, sampling: str, group: int, seed: int) -> GroupedSampler | None:
     """Return the sampler of a configuration; None leaves shuffling to the trainer."""
     if sampling == "shuffled":
         return None
     modality = None
     if sampling == "modality_length":
-        modality = [image is not None for image in data.rows["image"]]
+        modality = [_kind(image) for image in data.rows["image"]]
     return GroupedSampler(approximate_lengths(data), group, seed, modality)

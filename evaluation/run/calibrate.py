@@ -385,7 +385,30 @@ def _spreads(values: Values) -> dict[str, Spread]:
     return spreads
 
 
+<<<<<<< HEAD
 # ---- data -------------------------------------------------------------------------------------------------------
+=======
+def _measure(arm: Arm, formatter: Formatter, samples: list[Sample], before: Values, after: Values) -> None:
+    """Measure one batch: what the pruner is given, and what it keeps."""
+    prepared = arm.pruned.prepare(arm.place(formatter.prompt_batch(samples)))
+    # After: the features as they reach the LLM, merged tokens included.
+    pairs = []
+    for modality, chosen in prepared.chosen.items():
+        for features in prepared.inputs["mm_encoder_outputs"][modality].pooler_output:
+            after["erank"] += erank(features[None]).tolist()
+        pairs += list(zip(chosen.candidates, chosen.selections, strict=True))
+    # Before: what the pruner chose from, one group for each size of image or frame.
+    for among, selection in pairs:
+        before["erank"] += erank(among.tokens.finite("projected")).tolist()
+        if "cls_attention" not in among.tokens.signals:
+            continue
+        attention = among.tokens.finite("cls_attention")
+        before["attention_entropy"] += attention_entropy(attention).tolist()
+        # One item at a time: each keeps other positions, and some methods another number of them.
+        for item in range(len(attention)):
+            kept = attention[item : item + 1, :, selection.of(item)]
+            after["attention_entropy"] += attention_entropy(kept).tolist()
+>>>>>>> vid
 
 
 def _recipe_slice(config: RecalibrateConfig, count: int) -> Slice:

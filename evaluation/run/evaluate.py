@@ -15,6 +15,7 @@ from tqdm import tqdm
 from prunetune.configs import EvaluateConfig, to_yaml
 from prunetune.data_recipes import Formatter, Sample, Turn
 from prunetune.data_recipes.images import limited
+from prunetune.data_recipes.videos import sampled
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import (
     CodeRecord,
@@ -96,8 +97,12 @@ def _fill(folder: OutputFolder, config: EvaluateConfig, arm: Arm | None, device:
     if arm is None:
         arm = Arm.load(config.model, config.pruning, config.adapter, device)
     _check_is_configured(arm, config)
+<<<<<<< HEAD
     if ranks.is_zero:
         _say_seen(arm, config)
+=======
+    _check_takes_videos(arm, works)
+>>>>>>> vid
     manifest = _manifest(config, works, arm)
     batches = _batches(works)
     # One rank writes what there is one of; the others wait below until it is there.
@@ -157,12 +162,25 @@ def _check_is_configured(arm: Arm, config: EvaluateConfig) -> None:
         raise TaskError(f"the arm that was loaded for {config.output} is not the one its configuration names")
 
 
+<<<<<<< HEAD
 def _say_seen(arm: Arm, config: EvaluateConfig) -> None:
     """Say it if the pruner's options were fitted on items of a benchmark that is evaluated: its score is flattered."""
     if arm.profile is not None and arm.profile.data.source == "task" and arm.profile.data.name in config.tasks:
         say(
             f"{config.pruning.profile} was fitted on {arm.profile.data.samples} items of {arm.profile.data.name}, "
             "which is evaluated here: this score is not held out; fit on a recipe or another benchmark"
+=======
+def _check_takes_videos(arm: Arm, works: list[Work]) -> None:
+    """Check that a model which takes no videos is not asked about any."""
+    asking = [work.task.name for work in works if work.task.video]
+    if not asking:
+        return
+    family = arm.pruned.family
+    if "video" not in family.pixels:
+        raise TaskError(
+            f"{', '.join(asking)} ask about videos, and model family {family.name!r} takes none; choose a model that "
+            "does, or score predictions made elsewhere: `prunetune score TASK --predictions FILE --data DIR`"
+>>>>>>> vid
         )
 
 
@@ -190,7 +208,7 @@ def _run(config: EvaluateConfig, works: list[Work], arm: Arm, done: set[tuple[st
         for work, batch in todo:
             # Images are opened when the first batch needs them: a run that has nothing left to do needs none.
             if work.task.name not in formatters:
-                images = limited(work.questions.open_images(), config.max_pixels)
+                images = sampled(limited(work.questions.open_images(), config.max_pixels), config.video)
                 formatters[work.task.name] = arm.formatter(images)
             rows = _answers(arm, formatters[work.task.name], work.task, batch, config.max_new_tokens)
             file.write("".join(row.to_line() for row in rows))
@@ -216,6 +234,7 @@ def _answers(arm: Arm, formatter: Formatter, task: Benchmark, batch: list[Item],
             prediction=answer.text,
             score=task.score(answer.text, item).score,
             kept=answer.kept,
+            kept_per_frame=None if answer.kept_per_frame is None else list(answer.kept_per_frame),
         )
         rows.append(row)
     return rows
@@ -287,6 +306,7 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm) -> Manifest:
         max_new_tokens=config.max_new_tokens,
         # transformers has a slow and a fast one for many models, and takes one by what else is installed.
         image_processor=type(arm.processor.image_processor).__name__,
+        video=config.video if any(work.task.video for work in works) else None,
         device=torch.cuda.get_device_name() if arm.device.type == "cuda" else platform.machine(),
         versions={name: version(name) for name in ("torch", "transformers")},
         prunetune=CodeRecord(**code_record()),

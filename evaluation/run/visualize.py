@@ -46,8 +46,10 @@ def visualize(
 
     Raises:
         OutputError: if the folder holds something else, or can't be written.
-        TaskError: if the visual tokens of this model form no grid.
+        TaskError: if the visual tokens of this model form no grid, or the task is about videos.
     """
+    if get_task(task).video:
+        raise TaskError(f"{task} is about videos, and kept tokens are drawn over images; choose a task about images")
     names = []
     # All or none: beside those of an earlier call, half of the images would pass for a whole set.
     folder = OutputFolder(output, VISUALIZATION, overwrite, reads=(config.path, data))

@@ -147,6 +147,7 @@ class Benchmark:
         upload: writes the file that the server takes into a folder, and returns its path.
         pairing: how saved predictions find their items.
         notes: where numbers are defined otherwise than by the published scorer, on purpose.
+        video: whether it asks about videos: an item's ``image`` is a video's reference then.
     """
 
     name: str
@@ -158,6 +159,7 @@ class Benchmark:
     upload: Callable[[Sequence[Scored], Path], Path] | None = None
     pairing: Pairing = Pairing()
     notes: Sequence[str] = ()
+    video: bool = False
 
     @property
     def hidden(self) -> bool:

@@ -1,23 +1,18 @@
-"""Video question answering in Video-ChatGPT's format: TGIF, MSVD, MSRVTT and ActivityNet.
-
-The families there are encode no videos, so these tasks score saved predictions; they do not run.
-"""
+"""Video question answering in Video-ChatGPT's format: TGIF, MSVD, MSRVTT and ActivityNet."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import find_file, read_json
+from prunetune.evaluation.lmms_lab import ParquetRows, Row, VideoRows
 from prunetune.evaluation.metrics.vqa import normalize
+from prunetune.evaluation.readers import PublishedFiles, videos_below
 from prunetune.evaluation.tasks.base import Benchmark, Item, Scorer, register_task
 from prunetune.outputs import write_text
-
-if TYPE_CHECKING:
-    from prunetune.data_recipes.images import ImageOpener
 
 SOURCE = "https://github.com/PKU-YuanGroup/Video-LLaVA (eval/GPT_Zero_Shot_QA, test_q.json and test_a.json)"
 NAMES = {
@@ -26,44 +21,37 @@ NAMES = {
     "msrvtt": "MSRVTT-QA",
     "activitynet": "ActivityNet-QA",
 }
-_REFUSED = (
-    "no model family here encodes videos; score predictions made elsewhere: `prunetune score TASK --predictions "
-    "FILE --data DIR`"
-)
 
 
-# A reader that reads answers alone, so that the tasks are listed and scored like all others.
-class VideoFiles:
-    """Questions and answers in two files; the videos themselves are not read."""
+def read_items(data: Path) -> list[Item]:
+    """Return the questions with their answers; the image is the video's name.
 
-    def read(self, data: Path) -> list[Item]:
-        """Say that these tasks can't be run."""
-        raise TaskError(_REFUSED)
+    Raises:
+        TaskError: for a question without an answer, or a repeated id.
+    """
+    path = find_file(data, "test_q.json", SOURCE)
+    # Beside the questions: every video benchmark calls its two files the same, so the folder says whose they are.
+    answers = {}
+    for record in read_json(path.with_name("test_a.json")):
+        answers[str(record["question_id"])] = record["answer"]
+    items: dict[str, Item] = {}
+    for record in read_json(path):
+        number = str(record["question_id"])
+        if number in items:
+            raise TaskError(f"{path}: question_id {number} is there twice")
+        if number not in answers:
+            raise TaskError(f"{path}: question {number} has no answer in test_a.json")
+        items[number] = Item(number, "video", str(record["video_name"]), record["question"], answers[number])
+    return list(items.values())
 
-    def open_images(self, data: Path) -> ImageOpener:
-        """Say that these tasks can't be run."""
-        raise TaskError(_REFUSED)
 
-    def read_answers(self, data: Path) -> list[Item]:
-        """Return the questions with their answers; the image is the video's name.
-
-        Raises:
-            TaskError: for a question without an answer, or a repeated id.
-        """
-        path = find_file(data, "test_q.json", SOURCE)
-        # Beside the questions: every video benchmark calls its two files the same, so the folder says whose they are.
-        answers = {}
-        for record in read_json(path.with_name("test_a.json")):
-            answers[str(record["question_id"])] = record["answer"]
-        items: dict[str, Item] = {}
-        for record in read_json(path):
-            number = str(record["question_id"])
-            if number in items:
-                raise TaskError(f"{path}: question_id {number} is there twice")
-            if number not in answers:
-                raise TaskError(f"{path}: question {number} has no answer in test_a.json")
-            items[number] = Item(number, "video", str(record["video_name"]), record["question"], answers[number])
-        return list(items.values())
+def read_row(row: Row, number: int) -> Item:
+    """Return a row of lmms-lab's tables, which give the question's number and its video under several names."""
+    name = row.get("question_id", row.get("id", number))
+    video = row.get("video_name", row.get("video_id", row.get("video")))
+    if video is None:
+        raise KeyError("video_name")
+    return Item(str(name), "video", str(video), row["question"], row["answer"])
 
 
 def score(prediction: str, item: Item) -> float:
@@ -93,8 +81,12 @@ for _name, _title in NAMES.items():
             name=_name,
             protocol="video-chatgpt",
             prompt="question",
-            about=f"{_title}: scores saved predictions (exact match, or a grader)",
-            readers=[VideoFiles()],
+            about=f"{_title}: open questions about videos (exact match, or a grader)",
+            readers=[
+                PublishedFiles(read_items, videos_below("videos")),
+                VideoRows(ParquetRows(_name, read_row), videos_below("videos")),
+            ],
+            video=True,
             scorer=Scorer(score),
             notes=("accuracy is exact match; the papers' is a language model's judgement, see --grader",),
         )
