@@ -60,12 +60,8 @@ class Formatter:
         """Return right-padded ``input_ids``, ``attention_mask``, ``labels`` (B, L) and the picture inputs.
 
         What else the processor returns for every token, such as ``token_type_ids``, stays, and ``sample_ids`` name the
-<<<<<<< HEAD
-        rows; ``PrunedModel.prepare`` takes both. Of a processor that takes a suffix (PaliGemma's) the answer is the
-        suffix, and the template writes the prompt alone.
-=======
-        rows; ``PrunedModel.prepare`` takes both. With videos, ``video_seconds`` says how long each is, if known.
->>>>>>> vid
+        rows; ``PrunedModel.prepare`` takes both. With videos, ``video_seconds`` says how long each is, if known. Of a
+        processor that takes a suffix (PaliGemma's) the answer is the suffix, and the template writes the prompt alone.
 
         Only the assistant's answers and end tokens are supervised; every other label is -100. A sample cut so short
         that nothing supervised is left keeps its place with -100 everywhere.
@@ -89,8 +85,16 @@ class Formatter:
         return self._batch(samples, "left", add_generation_prompt=True)
 
     def _batch(self, samples: Sequence[Sample], padding_side: str, **options: Any) -> dict[str, Tensor]:
-<<<<<<< HEAD
-        conversations = [self._messages(sample) for sample in samples]
+        conversations, clips = [], []
+        for sample in samples:
+            opened = None if sample.image is None else self._open(sample)
+            conversations.append(_messages(sample, opened))
+            if isinstance(opened, Clip):
+                clips.append(opened)
+        settings: dict[str, Any] = {"padding": True, "padding_side": padding_side}
+        if clips:
+            # The frames are chosen here, for all models alike; the processor is told which they are.
+            settings |= {"do_sample_frames": False, "video_metadata": [_metadata(clip) for clip in clips]}
         if self.takes_suffix:
             answered = bool(options.pop("return_assistant_tokens_mask", False))
             batch = self._prefixes_and_suffixes(samples, conversations, padding_side, answered)
@@ -102,33 +106,10 @@ class Formatter:
                     tokenize=True,
                     return_dict=True,
                     return_tensors="pt",
-                    processor_kwargs={"padding": True, "padding_side": padding_side},
+                    processor_kwargs=settings,
                     **options,
                 )
             batch = dict(encoded)
-=======
-        conversations, clips = [], []
-        for sample in samples:
-            opened = None if sample.image is None else self._open(sample)
-            conversations.append(_messages(sample, opened))
-            if isinstance(opened, Clip):
-                clips.append(opened)
-        settings: dict[str, Any] = {"padding": True, "padding_side": padding_side}
-        if clips:
-            # The frames are chosen here, for all models alike; the processor is told which they are.
-            settings |= {"do_sample_frames": False, "video_metadata": [_metadata(clip) for clip in clips]}
-        with readable_template():
-            encoded = self.processor.apply_chat_template(
-                conversations,
-                chat_template=self.template,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs=settings,
-                **options,
-            )
-        batch = dict(encoded)
->>>>>>> vid
         batch["sample_ids"] = [sample.id for sample in samples]  # for messages; the plug takes them out
         seconds = [clip.seconds for clip in clips if clip.seconds is not None]
         if clips and len(seconds) == len(clips):
@@ -137,7 +118,6 @@ class Formatter:
             batch["instructions"] = [self.instructions([turn.question for turn in s.turns]) for s in samples]
         return batch
 
-<<<<<<< HEAD
     def _prefixes_and_suffixes(
         self,
         samples: Sequence[Sample],
@@ -179,20 +159,6 @@ class Formatter:
             batch["assistant_masks"] = batch["token_type_ids"].clone()
         return batch
 
-    def _messages(self, sample: Sample) -> list[dict[str, Any]]:
-        messages: list[dict[str, Any]] = []
-        for number, turn in enumerate(sample.turns):
-            content: list[dict[str, Any]] = [{"type": "text", "text": turn.question}]
-            if number == 0 and sample.image is not None:
-                content.insert(0, {"type": "image", "image": self._open(sample)})
-            messages.append({"role": "user", "content": content})
-            if turn.answer is not None:
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-        return messages
-
-    def _open(self, sample: Sample) -> Image.Image:
-        picture = self.images.open(str(sample.image), sample.id)
-=======
     def _open(self, sample: Sample) -> Image.Image | Clip:
         opened = self.images.open(str(sample.image), sample.id)
         if isinstance(opened, Clip) and getattr(self.processor, "video_processor", None) is None:
@@ -200,7 +166,6 @@ class Formatter:
                 f"sample {sample.id!r} is about a video, and {type(self.processor).__name__} takes no videos; choose a "
                 "model that does, or leave such samples out"
             )
->>>>>>> vid
         if self.square == "pad":
             mean = self.processor.image_processor.image_mean
             color = tuple(int(255 * part) for part in mean)

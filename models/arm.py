@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-<<<<<<< HEAD
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-=======
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
->>>>>>> vid
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any

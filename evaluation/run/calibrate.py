@@ -293,8 +293,9 @@ def _given(arm: Arm, data: Slice, batch_size: int) -> Iterator[VisualTokens]:
     for indices in _batches(len(data.samples), batch_size, "means"):
         batch = formatter.prompt_batch([_question(data.samples[index]) for index in indices])
         prepared = arm.pruned.prepare(arm.place(batch))
-        for among in prepared.chosen["image"].candidates:
-            yield among.tokens
+        for chosen in prepared.chosen.values():
+            for among in chosen.candidates:
+                yield among.tokens
 
 
 @dataclass
@@ -322,11 +323,13 @@ def _measure(arm: Arm, batch: dict[str, Any], looked: _Looked) -> None:
     """Measure one batch: what the pruner is given, what it keeps, and what its method reports."""
     prepared = arm.pruned.prepare(arm.place(batch))
     # After: the features as they reach the LLM, merged tokens included.
-    for features in prepared.inputs["mm_encoder_outputs"]["image"].pooler_output:
-        looked.after["erank"] += erank(features[None]).tolist()
-    chosen = prepared.chosen["image"]
-    # Before: what the pruner chose from, one group for each size of image.
-    for among, selection in zip(chosen.candidates, chosen.selections, strict=True):
+    pairs = []
+    for modality, chosen in prepared.chosen.items():
+        for features in prepared.inputs["mm_encoder_outputs"][modality].pooler_output:
+            looked.after["erank"] += erank(features[None]).tolist()
+        pairs += list(zip(chosen.candidates, chosen.selections, strict=True))
+    # Before: what the pruner chose from, one group for each size of image or frame.
+    for among, selection in pairs:
         tokens = among.tokens
         looked.before["erank"] += erank(tokens.finite("projected")).tolist()
         for report in method_of(arm.spec.pruner).reports:
@@ -385,30 +388,7 @@ def _spreads(values: Values) -> dict[str, Spread]:
     return spreads
 
 
-<<<<<<< HEAD
 # ---- data -------------------------------------------------------------------------------------------------------
-=======
-def _measure(arm: Arm, formatter: Formatter, samples: list[Sample], before: Values, after: Values) -> None:
-    """Measure one batch: what the pruner is given, and what it keeps."""
-    prepared = arm.pruned.prepare(arm.place(formatter.prompt_batch(samples)))
-    # After: the features as they reach the LLM, merged tokens included.
-    pairs = []
-    for modality, chosen in prepared.chosen.items():
-        for features in prepared.inputs["mm_encoder_outputs"][modality].pooler_output:
-            after["erank"] += erank(features[None]).tolist()
-        pairs += list(zip(chosen.candidates, chosen.selections, strict=True))
-    # Before: what the pruner chose from, one group for each size of image or frame.
-    for among, selection in pairs:
-        before["erank"] += erank(among.tokens.finite("projected")).tolist()
-        if "cls_attention" not in among.tokens.signals:
-            continue
-        attention = among.tokens.finite("cls_attention")
-        before["attention_entropy"] += attention_entropy(attention).tolist()
-        # One item at a time: each keeps other positions, and some methods another number of them.
-        for item in range(len(attention)):
-            kept = attention[item : item + 1, :, selection.of(item)]
-            after["attention_entropy"] += attention_entropy(kept).tolist()
->>>>>>> vid
 
 
 def _recipe_slice(config: RecalibrateConfig, count: int) -> Slice:

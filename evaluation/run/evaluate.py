@@ -97,12 +97,9 @@ def _fill(folder: OutputFolder, config: EvaluateConfig, arm: Arm | None, device:
     if arm is None:
         arm = Arm.load(config.model, config.pruning, config.adapter, device)
     _check_is_configured(arm, config)
-<<<<<<< HEAD
+    _check_takes_videos(arm, works)
     if ranks.is_zero:
         _say_seen(arm, config)
-=======
-    _check_takes_videos(arm, works)
->>>>>>> vid
     manifest = _manifest(config, works, arm)
     batches = _batches(works)
     # One rank writes what there is one of; the others wait below until it is there.
@@ -162,14 +159,15 @@ def _check_is_configured(arm: Arm, config: EvaluateConfig) -> None:
         raise TaskError(f"the arm that was loaded for {config.output} is not the one its configuration names")
 
 
-<<<<<<< HEAD
 def _say_seen(arm: Arm, config: EvaluateConfig) -> None:
     """Say it if the pruner's options were fitted on items of a benchmark that is evaluated: its score is flattered."""
     if arm.profile is not None and arm.profile.data.source == "task" and arm.profile.data.name in config.tasks:
         say(
             f"{config.pruning.profile} was fitted on {arm.profile.data.samples} items of {arm.profile.data.name}, "
             "which is evaluated here: this score is not held out; fit on a recipe or another benchmark"
-=======
+        )
+
+
 def _check_takes_videos(arm: Arm, works: list[Work]) -> None:
     """Check that a model which takes no videos is not asked about any."""
     asking = [work.task.name for work in works if work.task.video]
@@ -180,7 +178,6 @@ def _check_takes_videos(arm: Arm, works: list[Work]) -> None:
         raise TaskError(
             f"{', '.join(asking)} ask about videos, and model family {family.name!r} takes none; choose a model that "
             "does, or score predictions made elsewhere: `prunetune score TASK --predictions FILE --data DIR`"
->>>>>>> vid
         )
 
 
