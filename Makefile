@@ -33,7 +33,7 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev ## mypy, on a folder of links that shows it our folders under their one root
 	rm -rf build/types && mkdir -p build/types/prunetune
-	ln -s $(foreach part,$(wildcard prunetune/[a-z_]*.py prunetune/cli prunetune/testing) $(FOLDERS),$(CURDIR)/$(part)) build/types/prunetune/
+	ln -s $(foreach part,$(wildcard prunetune/[a-z_]*.py prunetune/cli prunetune/outputs prunetune/testing) $(FOLDERS),$(CURDIR)/$(part)) build/types/prunetune/
 	$(BIN)/mypy
 
 check: lint types test

@@ -127,12 +127,12 @@ def _start(output: Path, launcher: str, stage: str, log: Path | None = None) -> 
 
 def _finish(process: subprocess.Popen[bytes]) -> None:
     if process.wait() != 0:
-        raise RuntimeError(f"a run ended with {process.returncode}: {' '.join(map(str, process.args))}")
+        raise RuntimeError(f"a run ended with {process.returncode}: {process.args!r}")
 
 
 def _killed(output: Path, launcher: str, stage: str, generator: random.Random, seconds: float, most: int) -> list[int]:
     """Run to the end, killed on the way some times; return the steps that were logged when it was."""
-    killed = []
+    killed: list[int] = []
     while len(killed) < min(most, KILLS_A_RUN):
         process = _start(output, launcher, stage)
         _wait(process, output, generator, seconds)
