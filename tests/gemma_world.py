@@ -16,6 +16,7 @@ VISION = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "patch_size": 4,
+    "vision_use_head": False,
 }
 TEXT = {
     "vocab_size": 64,

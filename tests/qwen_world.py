@@ -24,7 +24,9 @@ CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3
 def tiny_qwen(dtype=torch.float32, attention="sdpa", kind="qwen2_5_vl"):
     import transformers
 
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    if kind == "qwen3_vl":
+        rope["mrope_interleaved"] = True
     text = {
         "vocab_size": 64,
         "hidden_size": 32,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -65,43 +65,49 @@ class QwenVL(Family):
         """Encode patches (P, values) of ``image_grid_thw`` or ``video_grid_thw`` (images, 3)."""
         base: Any = model.base_model
         visual = qwen_visual(model)
-        pixels, grids = inputs[self.pixels[modality]], self.grids(inputs, modality)
+        pixels, grids = inputs[self.pixels[modality]], inputs.get(GRIDS[modality])
+        merge = visual.spatial_merge_size
+        sizes = self._sizes(modality, pixels, grids, merge)
         encode = getattr(base, f"get_{modality}_features")
         with record_input(visual.merger) as patches, self.tower(model).record(needs) as flat:
             output = encode(**{self.pixels[modality]: pixels, GRIDS[modality]: grids}, return_dict=True)
 
         # Images come back in raster order, what was read on the way is in the tower's.
         raster = self.raster_order(model, grids)  # (T,)
-        merge = visual.spatial_merge_size
         features = patches[0].reshape(-1, merge * merge * patches[0].shape[-1])  # (T, 4 * C)
         signals = dict(flat)
         if raster is not None:
             features = features[raster]
             for name, values in flat.items():
                 signals[name] = values[:, raster] if signal_of(name).axes == "B H N" else values[raster]
-        sizes = []
-        for frames, rows, columns in grids.tolist():
-            sizes.append((frames, rows // merge, columns // merge))
         # The processor writes the pixels of a token one after another, tokens in raster order already.
         pixel_rows = pixels.reshape(len(features), -1)
         return of_frames(modality, sizes, features, output.pooler_output, signals, pixel_rows, needs)
 
-    def grids(self, inputs: Mapping[str, Any], modality: str) -> Int[Tensor, "images 3"]:
-        """Return frames, rows and columns of patches of every image or video.
+    def _sizes(
+        self,
+        modality: str,
+        pixels: Tensor,
+        grids: Int[Tensor, "images 3"] | None,
+        merge: int,
+    ) -> list[tuple[int, int, int]]:
+        """Return frames, and rows and columns of tokens, of every image or video.
 
         Raises:
-            PruningError: if they are missing, or do not add up to the patches.
+            PruningError: if grids are missing, or do not add up to the patches.
         """
-        pixels, grids = inputs[self.pixels[modality]], inputs.get(GRIDS[modality])
         if grids is None:
             raise PruningError(f"{self.pixels[modality]} came without {GRIDS[modality]}; the processor returns both")
-        patches = int(grids.prod(dim=1).sum())
+        sizes = []
+        for frames, rows, columns in grids.tolist():
+            sizes.append((frames, rows // merge, columns // merge))
+        patches = merge**2 * sum(math.prod(size) for size in sizes)
         if patches != len(pixels):
             raise PruningError(
                 f"{GRIDS[modality]} names {len(grids)} {modality}s of {patches} patches in all, but "
                 f"{self.pixels[modality]} holds {len(pixels)}; give both as the processor returned them"
             )
-        return grids
+        return sizes
 
     def positions(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """Return the model's own positions (3, B, L) of the full sequence: of time, row and column.
@@ -131,19 +137,19 @@ class QwenVL(Family):
     def _check_runs(self, model: nn.Module, inputs: Mapping[str, Any], kinds: Int[Tensor, "B L"]) -> None:
         """Check that every run of placeholders is an image's: the model counts rows and columns run by run."""
         merge = qwen_visual(model).spatial_merge_size
-        found: dict[int, list[int]] = {kind: [] for kind in KINDS.values()}
-        for row, mask in zip(kinds, inputs["attention_mask"].bool(), strict=True):
-            for kind, run in itertools.groupby(row[mask].tolist()):
-                if kind:
-                    found[kind].append(len(list(run)))
+        # A column of text behind every row, so that no run goes on into the next.
+        rows_apart = torch.nn.functional.pad(kinds * inputs["attention_mask"].bool(), (0, 1)).flatten()
+        codes, lengths = torch.unique_consecutive(rows_apart, return_counts=True)
+        runs = list(zip(codes.tolist(), lengths.tolist(), strict=True))
         for modality, kind in KINDS.items():
             grids = inputs.get(GRIDS[modality])
             expected = []
             for frames, rows, columns in [] if grids is None else grids.tolist():
                 expected += self.runs(modality, (frames, rows // merge, columns // merge))
-            if found[kind] != expected:
+            found = [length for code, length in runs if code == kind]
+            if found != expected:
                 raise PruningError(
-                    f"{modality} placeholders stand in runs of {found[kind]} tokens, but the {modality}s of the batch "
+                    f"{modality} placeholders stand in runs of {found} tokens, but the {modality}s of the batch "
                     f"need runs of {expected}, with text between them; write the prompt as the processor does"
                 )
 
