@@ -37,6 +37,7 @@ class ProfiledModel(_Part):
         quantization: of the weights while it was fitted.
         frozen_hash: SHA-256 of the stored weights without the projector.
         original_projector_hash: SHA-256 of the projector that the files hold.
+        projectors: modules that the projector is made of.
         settings_hash: SHA-256 of configuration, processor, tokenizer and template files.
         text_tower_hash: SHA-256 of the text tower that the pruner reads; None if it reads none.
     """
@@ -47,6 +48,7 @@ class ProfiledModel(_Part):
     quantization: str | None = None
     frozen_hash: str
     original_projector_hash: str
+    projectors: list[str]
     settings_hash: str
     text_tower_hash: str | None
 

@@ -21,6 +21,7 @@ from prunetune.evaluation.report.rows import check_results_hash, check_rows, che
 from prunetune.evaluation.report.table import to_csv
 from prunetune.models.code import code_record, told
 from prunetune.models.errors import CheckpointError
+from prunetune.models.profile import read_profile
 from prunetune.models.record import (
     ENTRY,
     RECORD,
@@ -35,6 +36,7 @@ from prunetune.models.record import (
 from prunetune.models.seal import CHAIN, short
 from prunetune.models.stored import BaseHashes, base_hashes, not_finite, settings_hash, stored_projector_hash
 from prunetune.plugins import load_installed, plugin_records
+from prunetune.pruning.errors import PruningError
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -59,15 +61,17 @@ class Check:
 
 
 def verify(path: Path, base: str | None = None) -> list[Check]:
-    """Return every check of an adapter, a recalibration, an arm, a comparison or an export.
+    """Return every check of an adapter, a recalibration, an arm, a comparison, an export or a profile.
 
     Args:
-        path: its folder.
+        path: its folder; of a profile the file.
         base: folder or cached hub id of the base; None is the one that the record or the manifest names.
 
     Raises:
-        CheckpointError: if the folder is none of them.
+        CheckpointError: if it is none of them.
     """
+    if path.is_file():
+        return _profile(path, base)
     if (path / MANIFEST).is_file():
         return _arm(path, base)
     if (path / COMPARISON).is_file():
@@ -168,6 +172,23 @@ def _entry(folder: Path, record: Mapping[str, Any]) -> str:
     if not isinstance(config, dict) or config.get(ENTRY) != config_entry(record):
         raise CheckpointError(f"config.json has another entry {ENTRY!r} than the record, or none")
     return "config.json says what the projector is for"
+
+
+def _profile(file: Path, base: str | None) -> list[Check]:
+    """Return the checks of a profile against the model that it was fitted to."""
+    checks = [_check("seal", lambda: f"{file.name} is as it was written: {read_profile(file).options}")]
+    try:
+        profile = read_profile(file)
+    except PruningError:
+        return checks  # broken as a whole; the check above says how
+    model = profile.model.model_dump()
+    where, revision = base or profile.model.path, profile.model.revision
+    checks += _base(model, where, revision, None)
+    values = {"text_tower_hash": profile.model.text_tower_hash, "pruning": profile.pruning}
+    checks.append(_check("text_tower_hash", lambda: _text_tower(values, where, revision)))
+    checks += _code(profile.prunetune, profile.plugins)
+    checks.append(Check("data", None, f"{short(profile.data.hash)} is recorded; data is not read"))
+    return checks
 
 
 # ---- the base, the text tower and the code ---------------------------------------------------------------------

@@ -26,6 +26,7 @@ from prunetune.pruning.fitting import Choice, Fit, Mean
 from prunetune.pruning.methods.adaptive import Adaptive
 from prunetune.pruning.ops.complexity import attention_entropy, erank
 from prunetune.pruning.registry import register_pruner
+from prunetune.scripts.verify import verify
 from prunetune.train.record import run_record
 
 CONFIG = ROOT / "configs" / "recalibrate" / "tiny_adaptive_16.yaml"
@@ -282,6 +283,19 @@ def test_profiles_that_can_not_be_used_are_one_line(fitted_sign, tmp_path, chang
     assert "\n" not in str(error.value)
     with pytest.raises(PruningError, match="does not exist; `prunetune calibrate --profile"):
         read_profile(tmp_path / "none.json")
+
+
+def test_verify_checks_a_profile_against_its_model(fitted_sign, untrained_folder, tmp_path):
+    def broken(file, base):
+        checks = verify(file, base)
+        assert {"seal", "frozen_hash", "settings_hash", "text_tower_hash"} <= {check.link for check in checks}
+        return {check.link for check in checks if check.holds is False}
+
+    assert broken(fitted_sign, str(TINY_VLM)) == set()
+    assert broken(fitted_sign, str(untrained_folder)) >= {"frozen_hash", "original_projector_hash"}
+    edited = tmp_path / "edited.json"
+    edited.write_text(fitted_sign.read_text().replace('"relevance_sign": 1', '"relevance_sign": -1'))
+    assert [(check.link, check.holds) for check in verify(edited)] == [("seal", False)]
 
 
 def test_files_of_others_and_shipped_ones_are_never_replaced(fitted_sign, tmp_path, monkeypatch):

@@ -486,6 +486,7 @@ def _profile(
             quantization=config.model.quantization,
             frozen_hash=base.hashes.frozen_hash,
             original_projector_hash=base.hashes.original_projector_hash,
+            projectors=list(base.hashes.projectors),
             settings_hash=base.settings_hash,
             text_tower_hash=arm.text_tower_hash,
         ),
