@@ -30,7 +30,7 @@ def without_duplicates(
     odd ones. Of the list ``[7, 3, 5, 1]`` with 1 to drop the even entries are 7 and 5, the odd ones 3 and 1; if 5
     resembles 1 most, the list becomes ``[7, 3, 1]``.
 
-    On a CPU the rounds run on float32 numbers, which are half as long to read, and a round in which two of them are equal
+    On a CPU the rounds run on float32 numbers, which are half as long to read, and a round in which two are equal
     goes back to float64: rounding keeps the order of what it tells apart, and the largest of rounded numbers is the
     rounded largest. So the answer is that of float64, and on a GPU, where looking for equals would wait, it is computed
     so.
