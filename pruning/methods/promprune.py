@@ -15,7 +15,6 @@ from prunetune.pruning.errors import PruningError
 from prunetune.pruning.ops.greedy import pick_determinantal
 from prunetune.pruning.ops.indexing import first_ranked, mask_of_picks, top_k
 from prunetune.pruning.ops.output_order import copies
-from prunetune.pruning.ops.similarity import gram
 from prunetune.pruning.options import check_choice, check_least, check_share
 from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens, keep_all
@@ -107,10 +106,11 @@ def spectral_entropy(features: Float[Tensor, "B N D"]) -> Float[Tensor, " B"]:
     centred = unit - unit.mean(dim=1, keepdim=True)
     if centred.shape[1] > centred.shape[2]:  # the smaller of the two Gram matrices, as published
         centred = centred.transpose(1, 2)
-    eigenvalues = torch.linalg.eigvalsh(gram(centred)).clamp(min=1e-12)
+    gram = centred @ centred.transpose(1, 2)
+    eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=1e-12)
     shares = eigenvalues / eigenvalues.sum(dim=-1, keepdim=True)
     entropy = torch.special.entr(shares).sum(dim=-1)
-    return entropy / (math.log(centred.shape[1]) + 1e-12)
+    return entropy / (math.log(gram.shape[1]) + 1e-12)
 
 
 def _covering(
@@ -121,7 +121,7 @@ def _covering(
 ) -> Int[Tensor, "B K"]:
     """Return ``keep`` picks (B, K) of the process over the tokens that are not salient."""
     unit = F.normalize(projected, dim=-1, eps=1e-6)
-    cosine = gram(unit)  # (B, N, N)
+    cosine = unit @ unit.transpose(1, 2)  # (B, N, N)
     to_salient = cosine.masked_fill(~salient[:, None, :], float("-inf")).amax(dim=-1)  # (B, N); -inf without any
     first = to_salient.masked_fill(salient, float("inf")).argmin(dim=-1)  # (B,)
     items = torch.arange(len(first), device=first.device)

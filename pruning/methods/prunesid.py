@@ -11,7 +11,7 @@ from torch import Tensor
 from prunetune.pruning.ops.greedy import pick_spread
 from prunetune.pruning.ops.indexing import ascending, mask_of, rows_of, top_k
 from prunetune.pruning.ops.output_order import copies
-from prunetune.pruning.ops.similarity import cosine_similarity, gram
+from prunetune.pruning.ops.similarity import cosine_similarity
 from prunetune.pruning.options import check_choice
 from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens, keep_all
@@ -151,10 +151,10 @@ def group_of(
     centred = values - values.mean(dim=-1, keepdim=True)  # (B, N, C)
     # Eigenvectors of the Gram matrix are the singular vectors, in float64 far beyond what separates directions.
     if centred.shape[1] <= centred.shape[2]:
-        eigenvalues, vectors = torch.linalg.eigh(gram(centred))
+        eigenvalues, vectors = torch.linalg.eigh(centred @ centred.transpose(1, 2))
         loadings = vectors
     else:
-        eigenvalues, vectors = torch.linalg.eigh(gram(centred.transpose(1, 2)))
+        eigenvalues, vectors = torch.linalg.eigh(centred.transpose(1, 2) @ centred)
         # The lengths of these columns are the singular values, which are divided out.
         loadings = centred @ vectors / eigenvalues.clamp(min=torch.finfo(torch.float64).tiny).sqrt()[:, None]
     eigenvalues = eigenvalues.flip(1)[:, :groups]  # ascending in torch

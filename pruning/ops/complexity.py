@@ -6,8 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunetune.pruning.ops.similarity import gram
-
 MEASURES = ("erank", "attention_entropy")
 
 
@@ -24,8 +22,9 @@ def erank(features: Float[Tensor, "B N D"]) -> Float[Tensor, " B"]:
     # values: 90 ms instead of 606 for 576 x 4096 on one CPU thread.
     if features.shape[1] > features.shape[2]:
         features = features.transpose(1, 2)
+    gram = features @ features.transpose(1, 2)
     # Rounding can leave an eigenvalue of 0 slightly negative, which has no root.
-    singular = torch.linalg.eigvalsh(gram(features)).clamp(min=0).sqrt()
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     return torch.exp(_entropy(singular)).float()
 
 

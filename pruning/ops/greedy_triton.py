@@ -23,8 +23,8 @@ LONGEST = 8192
 LARGEST_FACTOR = 1_600_000
 """Up to so many numbers in a Cholesky factor, K * N, one program reads it; beyond, the plain version's many do.
 
-An estimate that was never measured on a GPU: a step reads all rows before it, 2 K^2 N bytes in all, at about 80 GB/s
-for one program, and saves about 40 us of launches. With 576 tokens that is every K, with 2880 tokens K up to 555.
+An estimate, never measured on a GPU: a step reads all rows before it, 2 K^2 N bytes in all, at about 80 GB/s for
+one program, and saves about 40 us of launches. With 576 tokens that is every K, with 2880 tokens K up to 555.
 """
 
 
