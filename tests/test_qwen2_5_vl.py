@@ -348,6 +348,39 @@ def test_a_method_for_videos_is_given_whole_clips(plug):
         del registry._METHODS["clip_spy"]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("unit", ["frame", "clip"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vidcom2", {"count": "published"}),
+        ("fastvid", {"count": "published", "segments": 2}),
+        ("evs", {"prune_rate": 0.6}),
+        ("dycoke", {"merge_ratio": 0.7, "groups": "published"}),
+    ],
+)
+def test_published_counts_run_on_clips_and_images_of_any_size(model, name, options, unit):
+    """Counts that differ from clip to clip: each row of a batch keeps what it keeps alone, and the logits agree."""
+    rows = (*MIXED, Row((("video", (4, 8, 8), 31),), 6, 11), Row((("video", (3, 8, 8), 32),), 3, 12))
+    pruned = PrunedModel(model, PruningSpec(name, 8, options, video_budget=unit))
+    together = pruned.prepare(batch(rows))
+    logits = model(**together.inputs).logits
+    assert together.kept["video"] == [sum(frames) for frames in together.kept_per_frame]
+    for number, row in enumerate(rows):
+        alone = pruned.prepare(batch([row]))
+        length = len(row.ids())
+        assert torch.equal(together.keep[number, :length], alone.keep[0])
+        real = together.inputs["attention_mask"][number].bool()
+        torch.testing.assert_close(logits[number, real], model(**alone.inputs).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_fastvid_without_a_pooling_head_is_refused(model):
+    with pytest.raises(
+        PruningError, match="FastVID reads head_attention, head_feature, which the vision tower 'qwen2_5"
+    ):
+        PrunedModel(model, PruningSpec("fastvid", 4, {"frames": "pooling_head"}))
+
+
 def test_small_images_are_named_or_kept_whole(plug):
     rows = (Row((("image", (1, 4, 4), 8),), 4, 7), ROWS[0])
     inputs = {**batch(rows), "sample_ids": ["small", "large"]}

@@ -59,9 +59,8 @@ def test_all_are_here():
 def clips(draw):
     frames, rows, columns = draw(st.integers(1, 9)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    tokens = make_tokens(
-        draw(st.integers(1, 3)), rows, columns, frames=frames, seed=draw(st.integers(0, 10**6)), dtype=dtype
-    )
+    channels, seed = draw(st.integers(1, 12)), draw(st.integers(0, 10**6))
+    tokens = make_tokens(draw(st.integers(1, 3)), rows, columns, channels, seed=seed, dtype=dtype, frames=frames)
     return alike(tokens, draw(st.sampled_from([0.0, 0.3, 1.0]))), draw(st.integers(1, frames * rows * columns))
 
 
@@ -133,6 +132,18 @@ def test_fastvid_equals_its_oracle(options, named, case):
     for item in range(len(tokens.features)):
         places, features = oracles.fastvid(tokens, item, keep, **named)
         assert selection.of(item).tolist() == selection.origin[item].tolist() == places
+        np.testing.assert_allclose(selection.merged[item].double().numpy(), features, atol=2e-5)
+
+
+@pytest.mark.parametrize("frames", [3, 5])
+def test_fastvid_merges_an_anchors_own_frame_alone_where_its_share_is_one_frames(frames):
+    """The published code tells a segment of one frame by its anchor's share, which longer ones can have too."""
+    tokens = alike(make_tokens(2, 3, 4, frames=frames), 0.3)
+    options = {"segments": 1, "threshold": -1.0, "anchor_step": 2}
+    selection = build_pruner("fastvid", options)(tokens, 3 * frames)  # one context token a frame
+    for item in range(2):
+        places, features = oracles.fastvid(tokens, item, 3 * frames, segments=1, tau=-1.0, step=2)
+        assert selection.of(item).tolist() == places
         np.testing.assert_allclose(selection.merged[item].double().numpy(), features, atol=2e-5)
 
 
@@ -254,3 +265,9 @@ def test_a_clip_keeps_the_same_in_any_batch_and_with_any_number_of_threads(name,
                     assert torch.equal(alone.of(item), together.of(first + item))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_vidcom2_compares_a_single_channel():
+    tokens = make_tokens(1, 2, 3, frames=3)
+    tokens = replace(tokens, projected=tokens.projected[..., :1])
+    assert build_pruner("vidcom2")(tokens, 7).of(0).tolist() == oracles.vidcom2(tokens, 0, 7)
