@@ -73,7 +73,8 @@ def admit(model: nn.Module, family: Family, inputs: Mapping[str, Any]) -> None:
     has_images = any(inputs.get(name) is not None for name in family.pixels.values())
     if model in _ADMITTED or not has_images:
         return
-    kind = model.config.model_type  # type: ignore[union-attr]
+    config: Any = model.config
+    kind: str = config.model_type
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise PruningError(
             f"no family covers model_type {kind!r}, and the comparison that the generic one begins with leaves ranks "
@@ -134,7 +135,8 @@ def _hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         # Its own forward and not a call: an attached pruner would prune this run.
         model.forward(**inputs, **options)
     _forget(body)
-    return outputs[0].last_hidden_state
+    output: Any = outputs[0]
+    return output.last_hidden_state
 
 
 def _forget(body: Any) -> None:

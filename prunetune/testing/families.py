@@ -149,7 +149,7 @@ class FamilyIdentity:
     @pytest.fixture
     def some_methods(self, model: Any, methods: list[str]) -> list[str]:
         """One method that compares features, one that merges, one that reads attention, one that reads the text."""
-        found = {}
+        found: dict[str, str] = {}
         for name in ("divprune", *methods):
             method = registered_methods()[name]
             needs = self.plug(model, name).pruner.needs

@@ -63,7 +63,7 @@ class Generic(Family):
         encode = _encoder(model, modality)
         given = {name: inputs[name] for name in inspect.signature(encode).parameters if inputs.get(name) is not None}
         output = encode(**given, return_dict=True)
-        features = getattr(output, "pooler_output", None)
+        features: Any = getattr(output, "pooler_output", None)
         if not _has_items(features):
             raise PruningError(
                 f"{self._called(model)} returns {_shape(features)} for its {modality}s, where the generic family needs "
