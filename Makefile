@@ -15,13 +15,17 @@ FOLDERS := assets configs data_recipes evaluation models pruning scripts tiny_wo
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint types check setup clean
+.PHONY: demo test families lint types check setup clean
 
 demo: $(VENV)/.installed ## dense, training-free, recalibrate, tuned, table (about 4 minutes on 2 cores)
 	$(BIN)/prunetune demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-dev ## every test, with the slowest named
 	$(BIN)/python -m pytest
+
+families: $(VENV)/.installed-dev ## docs/families.md, from a run of the identity suite of every family
+	$(BIN)/python -m pytest -q -p prunetune.testing.report --families-report build/families.json tests
+	$(BIN)/python -m prunetune.scripts.families build/families.json
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -30,6 +30,10 @@ class ModelConfig(Section):
         description="chat template: the model's own, vicuna_v1 as LLaVA-1.5's, one that a plug-in registers, or a "
         ".jinja file",
     )
+    projector: str | None = Field(
+        None,
+        description="the projector's path below `model.`, for architectures without a family; None guesses",
+    )
     square: Literal["processor", "pad"] = Field(
         "processor", description="make pictures square as the processor does, or pad them first as LLaVA-1.5 does"
     )

@@ -29,7 +29,7 @@ from prunetune.models.record import is_export, read_record
 from prunetune.models.seal import short
 from prunetune.models.stored import BaseHashes, base_hashes, settings_hash
 from prunetune.pruning import PrunedModel, PruningSpec
-from prunetune.pruning.families import family_of
+from prunetune.pruning.families import family_of, name_projector
 from prunetune.pruning.text import instruction_text
 from prunetune.screen import say
 
@@ -58,6 +58,8 @@ class Base:
         self.config = config
         self.folder = checkpoint_folder(config.path, config.revision)
         self.model, self.processor = load_model(config.path, config.revision, config.dtype, config.attention)
+        if config.projector is not None:
+            name_projector(self.model, config.projector)
         self.model.to(device)  # type: ignore[arg-type] # a string is as good as a device
 
     @cached_property

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunetune.pruning.admission import admit, check_reads_no_tower
 from prunetune.pruning.budget import Budget, check_budget
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.families.base import PrunedOutput, family_of
@@ -66,7 +67,9 @@ class PrunedModel:
         self.position_policy = self._position_policy()
         self.text = TextReader(model, tokenizer, spec.text_tower)
         config: Any = model.config
-        tower = config.vision_config.model_type
+        tower = getattr(getattr(config, "vision_config", None), "model_type", config.model_type)
+        if not self.family.tower_features:
+            check_reads_no_tower(self.pruner, self.spec.pruner, self.merges, self.family.name)
         # Here and not with the first batch: what the tower lacks it lacks for all of them.
         check_signals(self.pruner, self.family.signals(model), self.text.signals(), tower)
         texts = [signal_of(need) for need in of_source(self.pruner.needs, "text")]
@@ -134,6 +137,8 @@ class PrunedModel:
                 "as several packed sequences; call the processor with padding=True"
             )
         check_inputs(inputs, self.family)
+        if self.family.unproven and vision is None:
+            admit(self.model, self.family, inputs)
         visions = self.encode(inputs) if vision is None else self._projected_now(vision)
         if not visions:
             return self._without_images(inputs)
@@ -233,6 +238,10 @@ class PrunedModel:
         with torch.no_grad():
             # On the left, so that every row's answer begins in the same column.
             pruned = self.prepare(inputs, padding_side="left", keep=keep, vision=vision)
+            encoded = pruned.inputs.get("mm_encoder_outputs", {})
+            for modality, counts in pruned.kept.items():
+                if not any(counts):
+                    del encoded[modality]  # stock generation can't repeat nothing for its beams
             model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
             output = model.generate(**pruned.inputs)
         prompt_length = pruned.inputs["input_ids"].shape[1]

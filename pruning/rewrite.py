@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
@@ -213,7 +214,10 @@ def rewrite(
         for level in vision.levels:
             cut = torch.cat(level)[stays]
             levels.append(list(cut.split(counts[modality])))
-        outputs[modality] = family.put_back(list(features.split(counts[modality])), levels, modality)
+        output = family.put_back(list(features.split(counts[modality])), levels, modality)
+        if isinstance(output.pooler_output, Tensor):
+            output.pooler_output = in_blocks(output.pooler_output, counts[modality])
+        outputs[modality] = output
     positions = family.positions(model, inputs) if position_policy == "original" else None
     result = shorten(inputs, keep, positions, padding_side, family.aligned)
     # With pixels among its inputs the model would encode the images again, unpruned.
@@ -222,6 +226,24 @@ def rewrite(
     if outputs:
         result["mm_encoder_outputs"] = outputs
     return Pruned(result, keep, dict(chosen), counts)
+
+
+def in_blocks(
+    features: Shaped[Tensor, "*_items D"],
+    counts: Sequence[int],
+) -> Float[Tensor, "blocks G D"]:
+    """Return the features of all images as blocks of G tokens, none of which holds tokens of two images.
+
+    Models that take one tensor scatter its tokens in order and do not look at its shape. Stock generation does, where
+    it repeats a row's images for its beams: it counts the blocks of each row. G is the largest number that divides all
+    counts, so images with as many tokens each are (images, K, D), and of 4 and 6 tokens there are five blocks of 2.
+
+    Args:
+        features: of K tokens in all, (K, D) or with more axes.
+        counts: how many of them each image has.
+    """
+    size = math.gcd(*counts) or 1  # 0 where nothing is left of any image
+    return features.reshape(-1, size, features.shape[-1])
 
 
 def _per_image(

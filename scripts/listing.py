@@ -52,7 +52,8 @@ def family_rows() -> Rows:
     rows = [["name", "model types", "projector", "budget per"]]
     for family in registered_families().values():
         rows.append([family.name, ", ".join(family.model_types), ", ".join(family.projectors), family.item])
-    return rows
+    generic = ["generic", "any other that takes mm_encoder_outputs", "guessed, or model.projector", "image"]
+    return [*rows, generic]
 
 
 def signal_rows() -> Rows:

@@ -111,6 +111,9 @@ ROWS = (
 )
 """A wide image; text alone; a high image and a square one."""
 
+MANY = (*ROWS, Row((("image", (1, 8, 8), 8), ("image", (1, 12, 8), 9), ("image", (1, 8, 8), 10)), 4, 10))
+"""The same, and a row of three images."""
+
 TEXTS = (Row((), 12, 2), Row((), 7, 8), Row((), 9, 9))
 """Three samples without an image."""
 

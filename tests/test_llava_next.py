@@ -1,13 +1,17 @@
 """LLaVA-1.6: crops are pruned one by one, and the rest of the model is the stock one."""
 
+import copy
+from functools import cache
+
 import oracles
 import pytest
 import torch
 from conftest import spec_of
 from PIL import Image
-from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec, VisualTokens, build_pruner, registered_methods
+from prunetune.testing import FamilyIdentity
 from prunetune.tiny_world.training.model import IMAGE, build_llava, build_tokenizer, vision_config
 
 PINPOINTS = [[84, 168], [168, 84], [168, 168]]
@@ -66,6 +70,73 @@ def pools(prepared):
 
 def plug(model, name, keep=16, **fields):
     return PrunedModel(model, spec_of(name, keep, **fields), build_tokenizer())
+
+
+class TestLlavaNext(FamilyIdentity):
+    """The suite of every family: pictures of 3, 3 and 5 crops, one of them with padding that the model cuts away."""
+
+    suppressed = (2, IMAGE)
+    options = {"hiprune": {"object_layer": 2}}
+
+    def make_model(self):
+        return copy.deepcopy(_small_model())
+
+    def rows(self):
+        return [(((16, 30),), 6), (((32, 32), (20, 32), (32, 16)), 4), ((), 9), (((32, 13),), 3)]
+
+    def batch(self, rows, side, labels):
+        ids, pixels, sizes = [], [], []
+        for pictures, words in rows:
+            row = [1]
+            for number, size in enumerate(pictures):
+                crops, length = _packed(size)
+                row += [3] + [IMAGE] * length
+                sizes.append(size)
+                generator = torch.Generator().manual_seed(10 * words + number)
+                pixels.append(torch.randn(crops, 3, 16, 16, generator=generator))
+            ids.append(row + list(range(7, 7 + words)))
+        length = max(map(len, ids))
+        left = side == "left"
+        padded = [[0] * (length - len(row)) * left + row + [0] * (length - len(row)) * (not left) for row in ids]
+        input_ids = torch.tensor(padded)
+        inputs = {"input_ids": input_ids, "attention_mask": (input_ids != 0).long()}
+        if pixels:
+            inputs["pixel_values"] = torch.nn.utils.rnn.pad_sequence(pixels, batch_first=True)
+            inputs["image_sizes"] = torch.tensor(sizes)
+        if labels:
+            inputs["labels"] = torch.where(input_ids >= 7, input_ids, -100)
+        return inputs
+
+
+@cache
+def _small_model():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(num_hidden_layers=4, image_size=16, patch_size=4, **shape)
+    text = LlamaConfig(vocab_size=64, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, **shape)
+    grids = [[16, 32], [32, 16], [32, 32]]
+    config = LlavaNextConfig(vision_config=vision, text_config=text, image_grid_pinpoints=grids, image_token_id=IMAGE,
+                             vision_feature_layer=-2)  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        model.model.image_newline.normal_()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3)
+    return model
+
+
+@cache
+@torch.no_grad()
+def _packed(size):
+    """Return how many crops the model makes of a picture of a size, and how many tokens it packs them to."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    model = _small_model()
+    crops = image_size_to_num_patches(torch.tensor(size), model.config.image_grid_pinpoints, 16)
+    pixels = torch.zeros(1, crops, 3, 16, 16)
+    output = model.model.get_image_features(pixels, image_sizes=torch.tensor([size]), return_dict=True)
+    return crops, len(output.pooler_output[0])
 
 
 QUESTIONS = ["where is the circle ?", "red ring"]

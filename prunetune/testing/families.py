@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +14,20 @@ from torch import Tensor
 
 from prunetune.models import load_projector, wrap_projector, write_adapter
 from prunetune.models.adapter import projector_state
-from prunetune.pruning import PrunedModel, PruningError, PruningSpec, Vision, registered_methods
+from prunetune.pruning import (
+    PrunedModel,
+    PruningError,
+    PruningSpec,
+    Selection,
+    Vision,
+    VisualTokens,
+    registered_methods,
+)
 
 Batch = dict[str, Any]
+
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+both_sides = pytest.mark.parametrize("side", ["right", "left"])
 
 
 class Words:
@@ -26,22 +38,52 @@ class Words:
         return {"input_ids": [7 + len(text) % 11, 9]}
 
 
+class Uneven:
+    """Keeps of every item its first tokens, as many as its own features say, and of some none."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Return 0 to ``keep`` positions of each item."""
+        counts = (tokens.features > 0).flatten(1).sum(dim=1) % (keep + 1)
+        return Selection([torch.arange(int(count)) for count in counts])
+
+
+class NothingOfTheFirst:
+    """Keeps nothing of the first item, and the first tokens of the others."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Return ``keep`` positions of each item but the first."""
+        kept = [torch.arange(keep) for _ in tokens.features]
+        return Selection([torch.arange(0), *kept[1:]])
+
+
 class FamilyIdentity:
     """The identity suite over every method that the family serves.
 
     A subclass gives a small float32 model, built from a configuration, and batches of it. Methods are those that the
-    model offers the signals for; :attr:`options` are what they need on a small model.
+    model offers the signals for; :attr:`options` are what they need on a small model. All of them run where the answer
+    could be another for each, and one of each kind elsewhere.
+
+    ``python -m pytest -p prunetune.testing.report --families-report FILE`` writes what passed to a file.
 
     Attributes:
         keep: visual tokens that methods keep of an item; less than any item has.
         options: of methods whose defaults do not fit the model, by name.
         suppressed: token ids that generation must not produce: placeholders, and the end of text.
+        new_tokens: how many tokens are generated.
+        can_be_stored: whether encoded images can be stored, and be projected again when they are read.
     """
+
+    in_report: ClassVar[bool] = True  # read by prunetune.testing.report, which imports no class
 
     keep: ClassVar[int] = 4
     options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     suppressed: ClassVar[Sequence[int]] = ()
     new_tokens: ClassVar[int] = 3
+    can_be_stored: ClassVar[bool] = True
 
     @abstractmethod
     def make_model(self) -> Any:
@@ -49,7 +91,7 @@ class FamilyIdentity:
 
     @abstractmethod
     def rows(self) -> list[Any]:
-        """Return samples, at least two of different length with images, and one of text alone."""
+        """Return samples of different length: one of text alone, one with an image or a clip, one with three."""
 
     @abstractmethod
     def batch(self, rows: Sequence[Any], side: str, labels: bool) -> Batch:
@@ -59,6 +101,15 @@ class FamilyIdentity:
         """Return one row's inputs with answer tokens behind its ids (1, L), for generation step by step."""
         return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
+    def sees(self, inputs: Batch) -> Tensor:
+        """Return which positions each position of one row sees, (L, L): causal, or with blocks that see both ways."""
+        length = inputs["input_ids"].shape[1]
+        return torch.ones(length, length).tril().bool()
+
+    def as_mask(self, visible: Tensor) -> Any:
+        """Return what the stock model takes as ``attention_mask`` for one row's (1, 1, L, L) boolean mask."""
+        return visible
+
     def forget(self, model: Any) -> None:
         """Clear what the stock model remembers of its last batch."""
         if hasattr(model.base_model, "rope_deltas"):
@@ -66,14 +117,24 @@ class FamilyIdentity:
 
     # ---- what the tests share ----------------------------------------------------------------------------------
 
-    @pytest.fixture
-    def model(self) -> Any:
-        """A model of its own for each test."""
-        return self.make_model()
+    @pytest.fixture(scope="class")
+    def models(self) -> dict[torch.dtype, Any]:
+        """One model for all tests of the class, by dtype; building it takes longer than most of them."""
+        model = self.make_model()
+        return {torch.float32: model, torch.bfloat16: copy.deepcopy(model).to(torch.bfloat16)}
 
     @pytest.fixture
-    def methods(self, model: Any) -> list[str]:
+    def model(self, models: dict[torch.dtype, Any]) -> Iterator[Any]:
+        """The float32 model, left as it was found."""
+        model = models[torch.float32]
+        yield model
+        model.eval().requires_grad_(True)
+        model.zero_grad()
+
+    @pytest.fixture(scope="class")
+    def methods(self, models: dict[torch.dtype, Any]) -> list[str]:
         """The methods that the model offers the signals for."""
+        model = models[torch.float32]
         found = []
         for name in registered_methods():
             try:
@@ -85,6 +146,29 @@ class FamilyIdentity:
         assert len(found) > 3, f"only {found} can run on this model"
         return found
 
+    @pytest.fixture
+    def some_methods(self, model: Any, methods: list[str]) -> list[str]:
+        """One method that compares features, one that merges, one that reads attention, one that reads the text."""
+        found = {}
+        for name in ("divprune", *methods):
+            method = registered_methods()[name]
+            needs = self.plug(model, name).pruner.needs
+            kind = "merges" if method.merges else "text" if any("text" in need for need in needs) else "features"
+            if any("attention" in need for need in needs):
+                kind += " and attention"
+            found.setdefault(kind, name)
+        return sorted(set(found.values()))
+
+    @pytest.fixture(autouse=True)
+    def _for_the_report(self, model: Any, methods: list[str], record_property: Any) -> None:
+        """Say of which family and of what inputs a test is, where a report is written."""
+        pruned = self.plug(model, "identity", "100%")
+        inputs = self.batch(self.rows(), "right", False)
+        there = [modality for modality, name in pruned.family.pixels.items() if inputs.get(name) is not None]
+        record_property("family", pruned.family.name)
+        record_property("modality", " and ".join(there))
+        record_property("methods", len(methods))
+
     def plug(self, model: Any, name: str, keep: Any = None, **fields: Any) -> PrunedModel:
         """Return the model under a method."""
         self.forget(model)
@@ -92,13 +176,27 @@ class FamilyIdentity:
         words: Any = Words()  # has what is called of a tokenizer
         return PrunedModel(model, spec, words)
 
+    def under(self, model: Any, pruner: Any, **fields: Any) -> PrunedModel:
+        """Return the model under a pruner that is no method."""
+        pruned = self.plug(model, "identity", self.keep, **fields)
+        pruned.pruner = pruner
+        return pruned
+
+    def original(self, model: Any) -> str:
+        """Return the position policy under which the kept tokens stay where they were."""
+        return "original" if "original" in self.plug(model, "identity").family.position_policies else "auto"
+
     def asked(self, rows: Sequence[Any], side: str = "right", labels: bool = True) -> Batch:
         """Return a batch with an instruction per row."""
         return {**self.batch(rows, side, labels), "instructions": [f"question {number}" for number in range(len(rows))]}
 
     def alone(self, rows: Sequence[Any], number: int, side: str = "right", labels: bool = True) -> Batch:
         """Return one of the rows in a batch of its own."""
-        return {**self.batch([rows[number]], side, labels), "instructions": [f"question {number}"]}
+        return {**self.batch([rows[number]], side, labels), "instructions": ["question " + str(number)]}
+
+    def texts(self) -> list[Any]:
+        """Return the rows of text alone."""
+        return [row for row in self.rows() if not _has_pixels(self.batch([row], "right", False))]
 
     def settings(self) -> dict[str, Any]:
         """Return how everything is generated."""
@@ -106,68 +204,124 @@ class FamilyIdentity:
         options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
         return {**options, "suppress_tokens": list(self.suppressed)} if self.suppressed else options
 
+    def train_projector(self, model: Any) -> dict[str, Tensor]:
+        """Put a model in training mode with the projector alone trainable, and return its parameters."""
+        model.requires_grad_(False)
+        projector = projector_state(model, keep_vars=True)
+        for parameter in projector.values():
+            parameter.requires_grad_(True)
+        model.train()
+        return projector
+
+    def check_against_hidden(self, model: Any, pruned: PrunedModel, inputs: Batch, what: str) -> None:
+        """Compare one row, without labels, with its full run in which the dropped tokens are hidden from all others."""
+        policy = pruned.position_policy
+        prepared = pruned.prepare(inputs)
+        ours = model(**prepared.inputs).logits[0]
+        self.forget(model)
+        full = self.plug(model, "identity", "100%", position_policy=policy).prepare(inputs).inputs
+        positions = pruned.family.positions(model, inputs)
+        length, visible = inputs["input_ids"].shape[1], prepared.keep[0]
+        mask = self.as_mask((self.sees(inputs) & visible[None, :] | torch.eye(length).bool())[None, None])
+        theirs = model(**{**full, "attention_mask": mask, "position_ids": positions}).logits
+        apart = (ours - theirs[0, visible]).abs().max()
+        assert apart < 1e-4 * (1 + ours.abs().max()), f"{what}: logits differ by {apart:g}"
+        self.forget(model)
+
     # ---- the tests ---------------------------------------------------------------------------------------------
 
+    def test_rows_hold_none_one_and_several_images(self, model: Any) -> None:
+        counts = []
+        for row in self.rows():
+            visions = self.plug(model, "identity", "100%").encode(self.batch([row], "right", False))
+            counts.append(sum(len(vision.slots) for vision in visions.values()))
+        assert {0, 1} <= set(counts) and max(counts) >= 3, f"images per row: {counts}"
+
     @torch.no_grad()
-    def test_keep_all_is_bit_identical_to_stock(self, model: Any, methods: list[str]) -> None:
-        rows = self.rows()
-        inputs, prompts = self.batch(rows, "right", True), self.batch(rows, "left", False)
-        self.forget(model)
-        stock = model(**inputs)
+    @both_dtypes
+    def test_keep_all_is_bit_identical_to_stock(
+        self, models: dict[torch.dtype, Any], methods: list[str], some_methods: list[str], dtype: torch.dtype
+    ) -> None:
+        model, rows = models[dtype], self.rows()
+        expected = {}
+        for side in ("right", "left"):
+            self.forget(model)
+            expected[side] = model(**_as(self.batch(rows, side, True), dtype))
+        prompts = _as(self.batch(rows, "left", False), dtype)
         self.forget(model)
         answers = model.generate(**prompts, **self.settings())[:, prompts["input_ids"].shape[1] :]
         for name in ["identity", *methods]:
             pruned = self.plug(model, name, "100%")
-            ours = pruned.forward(**self.asked(rows))
-            assert torch.equal(ours.logits, stock.logits) and torch.equal(ours.loss, stock.loss), name
-            self.forget(model)
-            assert torch.equal(pruned.generate(**self.asked(rows, "left", False), **self.settings()).tokens, answers), (
-                name
-            )
+            for side, stock in expected.items():
+                ours = pruned.forward(**_as(self.asked(rows, side), dtype))
+                assert torch.equal(ours.logits, stock.logits) and torch.equal(ours.loss, stock.loss), (name, side)
+                self.forget(model)
+            if name in some_methods:
+                asked = _as(self.asked(rows, "left", False), dtype)
+                assert torch.equal(pruned.generate(**asked, **self.settings()).tokens, answers), name
 
     @torch.no_grad()
     def test_pruned_equals_the_full_run_with_dropped_tokens_hidden(self, model: Any, methods: list[str]) -> None:
         """The full sequence with original positions, where the dropped tokens are hidden from everything else."""
-        rows = self.rows()
+        rows, policy = self.rows(), self.original(model)
         for name in methods:
             if registered_methods()[name].merges:
                 continue  # their features are not the full run's
-            policies = self.plug(model, name).family.position_policies
-            policy = "original" if "original" in policies else "auto"
+            pruned = self.plug(model, name, position_policy=policy)
             for number in range(len(rows)):
-                pruned = self.plug(model, name, position_policy=policy)
                 inputs = self.alone(rows, number, labels=False)
-                prepared = pruned.prepare(inputs)
-                ours = model(**prepared.inputs).logits[0]
-                self.forget(model)
-                full = self.plug(model, "identity", "100%", position_policy=policy).prepare(inputs).inputs
-                positions = pruned.family.positions(model, inputs)
-                length, visible = inputs["input_ids"].shape[1], prepared.keep[0]
-                hidden = torch.ones(length, length).tril().bool() & visible[None, :] | torch.eye(length).bool()
-                theirs = model(**{**full, "attention_mask": hidden[None, None], "position_ids": positions}).logits
-                apart = (ours - theirs[0, visible]).abs().max()
-                assert apart < 1e-4 * (1 + ours.abs().max()), f"{name}, row {number}: logits differ by {apart:g}"
-                self.forget(model)
+                self.check_against_hidden(model, pruned, inputs, f"{name}, row {number}")
 
     @torch.no_grad()
-    def test_a_batch_equals_each_of_its_rows_alone(self, model: Any, methods: list[str]) -> None:
+    def test_an_item_of_which_nothing_is_kept_is_a_hidden_one(self, model: Any) -> None:
         rows = self.rows()
-        for name in methods:
-            together = self.plug(model, name).prepare(self.asked(rows))
+        dropped = 0
+        for number in range(len(rows)):
+            pruned = self.under(model, NothingOfTheFirst(), position_policy=self.original(model))
+            inputs = self.alone(rows, number, labels=False)
+            dropped += sum(0 in counts for counts in pruned.prepare(inputs).kept.values())
+            self.check_against_hidden(model, pruned, inputs, f"row {number}")
+        assert dropped or self.plug(model, "identity").family.item != "image"  # a crop is a part of an image
+
+    @torch.no_grad()
+    @both_sides
+    def test_a_batch_equals_each_of_its_rows_alone(self, model: Any, some_methods: list[str], side: str) -> None:
+        rows = self.rows()
+        for name in some_methods:
+            together = self.plug(model, name).prepare(self.asked(rows, side), padding_side=side)
             logits = model(**together.inputs).logits
             for number in range(len(rows)):
                 inputs = self.alone(rows, number)
                 alone = self.plug(model, name).prepare(inputs)
-                length = inputs["input_ids"].shape[1]
-                assert torch.equal(together.keep[number, :length], alone.keep[0]), f"{name}, row {number}"
+                there = self.batch(rows, side, False)["attention_mask"][number].bool()
+                assert torch.equal(together.keep[number, there], alone.keep[0]), f"{name}, row {number}"
                 real = together.inputs["attention_mask"][number].bool()
                 own = model(**alone.inputs).logits[0]
                 torch.testing.assert_close(logits[number, real], own, rtol=1e-4, atol=1e-4)
 
     @torch.no_grad()
-    def test_generating_equals_step_by_step(self, model: Any, methods: list[str]) -> None:
-        rows = self.rows()
+    @both_dtypes
+    def test_what_is_kept_depends_on_the_row_alone(
+        self, models: dict[torch.dtype, Any], methods: list[str], dtype: torch.dtype
+    ) -> None:
+        """In a batch or alone, padded on either side."""
+        model, rows = models[dtype], self.rows()
         for name in methods:
+            pruned = self.plug(model, name)
+            kept = []
+            for number in range(len(rows)):
+                kept.append(pruned.prepare(_as(self.alone(rows, number, labels=False), dtype)).keep[0])
+            for side in ("right", "left"):
+                inputs = _as(self.asked(rows, side, False), dtype)
+                together = pruned.prepare(inputs).keep
+                for number, own in enumerate(kept):
+                    there = inputs["attention_mask"][number].bool()
+                    assert torch.equal(together[number, there], own), f"{name}, row {number}, padded on the {side}"
+
+    @torch.no_grad()
+    def test_generating_equals_step_by_step(self, model: Any, some_methods: list[str]) -> None:
+        rows = self.rows()
+        for name in some_methods:
             generated = self.plug(model, name).generate(**self.asked(rows, "left", False), **self.settings()).tokens
             for number in range(len(rows)):
                 own = self.alone(rows, number, labels=False)
@@ -178,38 +332,83 @@ class FamilyIdentity:
                     assert int(logits.argmax()) == int(generated[number, step]), f"{name}, row {number}, step {step}"
                     ids = torch.cat([ids, generated[number : number + 1, step : step + 1]], dim=1)
 
-    def test_gradients_reach_the_projector_alone(self, model: Any, methods: list[str]) -> None:
-        projectors = self.plug(model, "identity", "100%").family.projectors
-        model.requires_grad_(False)
-        for projector in projectors:
-            model.base_model.get_submodule(projector).requires_grad_(True)
-        model.train()
-        try:
-            for name in methods:
-                model.zero_grad()
-                with self.plug(model, name).attach():
-                    model(**self.asked(self.rows())).loss.backward()
-                touched = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
-                assert touched, f"{name}: no gradient"
-                assert all(any(f"{p}." in t for p in projectors) for t in touched), f"{name}: {touched}"
-        finally:
-            model.eval().requires_grad_(True)
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        ("options", "copies"),
+        [({"num_beams": 3}, 1), ({"num_return_sequences": 2, "do_sample": True, "top_k": 1}, 2)],
+        ids=["beams", "samples"],
+    )
+    def test_beams_and_samples_equal_each_row_alone(self, model: Any, options: dict[str, Any], copies: int) -> None:
+        """Also where rows keep unequally many tokens, of some images none."""
+        rows, settings = self.rows(), {**self.settings(), **options}
+        for pruned in (self.plug(model, "divprune"), self.under(model, Uneven())):
+            together = pruned.generate(**self.asked(rows, "left", False), **settings).tokens
+            for number in range(len(rows)):
+                alone = pruned.generate(**self.alone(rows, number, "left", False), **settings).tokens
+                own = together[number * copies : (number + 1) * copies]
+                assert torch.equal(own, alone), f"{type(pruned.pruner).__name__}, row {number}"
+
+    def test_gradients_reach_the_whole_projector_alone(self, model: Any, some_methods: list[str]) -> None:
+        projector = self.train_projector(model)
+        for name in some_methods:
             model.zero_grad()
+            with self.plug(model, name).attach():
+                model(**self.asked(self.rows())).loss.backward()
+            touched = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+            assert touched == set(projector), f"{name}: {sorted(touched ^ set(projector))}"
+
+    def test_text_alone_is_stock_with_a_gradient_of_zero(self, model: Any, some_methods: list[str]) -> None:
+        rows = self.texts()
+        self.forget(model)
+        expected = model(**self.batch(rows, "right", True)).loss
+        projector = self.train_projector(model)
+        for name in some_methods:
+            model.zero_grad()
+            with self.plug(model, name).attach():
+                loss = model(**self.asked(rows)).loss
+            loss.backward()
+            assert torch.equal(loss, expected), name
+            for parameter in projector.values():
+                assert parameter.grad is not None and not parameter.grad.any(), name
 
     @torch.no_grad()
-    def test_the_same_is_kept_in_training_and_inference(self, model: Any, methods: list[str]) -> None:
-        for name in methods:
+    def test_text_alone_is_generated_as_stock(self, model: Any) -> None:
+        rows = self.texts()
+        prompts = self.batch(rows, "left", False)
+        self.forget(model)
+        answers = model.generate(**prompts, **self.settings())[:, prompts["input_ids"].shape[1] :]
+        ours = self.plug(model, "divprune").generate(**prompts, **self.settings()).tokens
+        assert torch.equal(ours, answers)
+
+    @torch.no_grad()
+    def test_images_and_placeholders_that_disagree_are_refused(self, model: Any) -> None:
+        pruned = self.plug(model, "divprune")
+        inputs = self.batch(self.rows(), "right", False)
+        word = int(inputs["input_ids"][0, 0])
+        for modality in pruned.encode(inputs):
+            token = pruned.family.token_id(model, modality)
+            where = (inputs["input_ids"] == token).nonzero()[-1]
+            fewer = inputs["input_ids"].clone()
+            fewer[tuple(where)] = word  # one token less
+            with pytest.raises(PruningError, match="placeholder"):
+                pruned.prepare({**inputs, "input_ids": fewer})
+            with pytest.raises(PruningError, match="placeholder"):  # the images of several, the placeholders of none
+                pruned.prepare({**inputs, "input_ids": fewer.masked_fill(fewer == token, word)})
+
+    @torch.no_grad()
+    def test_the_same_is_kept_in_training_and_inference(self, model: Any, some_methods: list[str]) -> None:
+        for name in some_methods:
             inputs = self.asked(self.rows())
             at_rest = self.plug(model, name).prepare(inputs).keep
             model.train()
-            try:
-                assert torch.equal(self.plug(model, name).prepare(inputs).keep, at_rest), name
-            finally:
-                model.eval()
+            assert torch.equal(self.plug(model, name).prepare(inputs).keep, at_rest), name
+            model.eval()
 
     @torch.no_grad()
-    def test_images_from_disk_give_the_same_logits(self, model: Any, methods: list[str], tmp_path: Path) -> None:
-        for name in methods:
+    def test_images_from_disk_give_the_same_logits(self, model: Any, some_methods: list[str], tmp_path: Path) -> None:
+        if not self.can_be_stored:
+            pytest.skip("encoded images of this family can't be stored")
+        for name in some_methods:
             inputs, pruned = self.asked(self.rows()), self.plug(model, name)
             fresh = model(**pruned.prepare(inputs).inputs).logits
             stored = {}
@@ -237,3 +436,16 @@ class FamilyIdentity:
         changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, untouched[name])}
         assert changed == set(projector)
         assert not torch.equal(self.plug(model, "divprune").forward(**inputs).logits, training_free)
+
+
+def _as(inputs: Batch, dtype: torch.dtype) -> Batch:
+    """Return a batch whose pixels have a dtype."""
+    cast = {}
+    for name, value in inputs.items():
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        cast[name] = value.to(dtype) if is_float else value
+    return cast
+
+
+def _has_pixels(inputs: Batch) -> bool:
+    return any(name.startswith("pixel_values") and value is not None for name, value in inputs.items())

@@ -50,6 +50,8 @@ class Family(ABC):
         former_names: inputs that older processors call otherwise, by that name.
         position_policies: those that make sense; the first is what ``position_policy: auto`` means.
         counts_rows_and_columns: whether positions have three parts (M-RoPE): time, row and column.
+        tower_features: whether the features are the tower's, which enter the projector; else they have left it.
+        unproven: whether a model is compared with the stock one on the first batch before anything is pruned.
     """
 
     name: ClassVar[str]
@@ -64,6 +66,8 @@ class Family(ABC):
     former_names: ClassVar[Mapping[str, str]] = {}
     position_policies: ClassVar[tuple[str, ...]] = ("compact", "original")
     counts_rows_and_columns: ClassVar[bool] = False
+    tower_features: ClassVar[bool] = True
+    unproven: ClassVar[bool] = False
 
     @abstractmethod
     def signals(self, model: nn.Module) -> frozenset[str]:
@@ -146,20 +150,24 @@ def registered_families() -> dict[str, Family]:
 
 
 def family_of(model: nn.Module) -> Family:
-    """Return the family of a Hugging Face model.
+    """Return the family of a Hugging Face model; where none covers its ``config.model_type``, the generic one.
 
     Raises:
-        PruningError: if no family covers its ``config.model_type``.
+        PruningError: if the generic one does not fit either, with what to do.
     """
+    from prunetune.pruning.families.generic import can_be_generic, generic_family
+
     families = registered_families()
     model_type = model.config.model_type  # type: ignore[union-attr]
     for family in families.values():
         if model_type in family.model_types:
             return family
+    if can_be_generic(model):
+        return generic_family(model)
     covered = ", ".join(t for family in families.values() for t in family.model_types)
     raise PruningError(
-        f"no model family covers model_type {model_type!r}; there are {covered}. "
-        "A new one is one file, in pruning/families/ or a plug-in"
+        f"no model family covers model_type {model_type!r}, and the generic one needs a model with get_image_features "
+        f"whose forward takes mm_encoder_outputs; there are {covered}. A new family is one file: docs/adding.md"
     )
 
 

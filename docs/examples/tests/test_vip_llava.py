@@ -30,7 +30,7 @@ class TestVipLlava(FamilyIdentity):
 
     def rows(self):
         """Each row is its images' seeds and its number of words."""
-        return [((1,), 6), ((2, 3), 4), ((), 9)]
+        return [((1,), 6), ((2, 3, 4), 4), ((), 9)]
 
     def batch(self, rows, side, labels):
         ids, pixels = [], []

@@ -1,0 +1,143 @@
+"""Models that no family covers: what of them is checked before the first batch is pruned."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.families.base import Family
+from prunetune.pruning.hooks import frozen_parts_at_rest, record_output
+from prunetune.pruning.registry import registered_methods
+from prunetune.pruning.rewrite import Chosen, rewrite
+from prunetune.pruning.select import candidates
+from prunetune.pruning.sequence import placeholders
+from prunetune.pruning.signals import of_source, signal_of
+from prunetune.pruning.types import Pruner, keep_all
+from prunetune.reading import one_line
+from prunetune.screen import say
+
+_ADMITTED: WeakSet[nn.Module] = WeakSet()
+_SAID: set[str] = set()  # model types: arms of one base are models of their own
+
+
+def check_reads_no_tower(pruner: Pruner, name: str, merges: bool, family: str) -> None:
+    """Check a method for a family whose features have left the projector already.
+
+    Raises:
+        PruningError: if it merges tokens before the projector, or reads the tower, with the methods that work.
+    """
+    if not merges and not _reads_tower(pruner):
+        return
+    works = []
+    for method in registered_methods().values():
+        if not method.merges and not _reads_tower(method.pruner()):
+            works.append(method.name)
+    what = "merges tokens before the projector" if merges else f"reads {', '.join(sorted(_reads_tower(pruner)))}"
+    raise PruningError(
+        f"{name} {what}, and family {family!r} sees images behind it only; choose {', '.join(works)}, or write a "
+        "family for this model: docs/adding.md"
+    )
+
+
+def _reads_tower(pruner: Pruner) -> set[str]:
+    """Return the signals of a method that come from the tower, its pixels, or its features in CLIP's space."""
+    read = {signal_of(need).name for need in of_source(pruner.needs, "attention", "reader", "output", "pixels")}
+    for need in of_source(pruner.needs, "text"):
+        if signal_of(need).space == "clip":
+            read.add(signal_of(need).name)
+    return read
+
+
+@torch.no_grad()
+def admit(model: nn.Module, family: Family, inputs: Mapping[str, Any]) -> None:
+    """Run a batch with images unpruned, as it is and through the plug, and compare bit by bit; once for every model.
+
+    What is compared are the hidden states that enter the head, of every position: the logits are a function of them,
+    and they are many times larger.
+
+    Args:
+        model: the stock model.
+        family: one that is not proven for it.
+        inputs: what the processor returned, checked.
+
+    Raises:
+        PruningError: if the two differ, the model can't take what was encoded, or it is partitioned (ZeRO-3).
+    """
+    has_images = any(inputs.get(name) is not None for name in family.pixels.values())
+    if model in _ADMITTED or not has_images:
+        return
+    kind = model.config.model_type  # type: ignore[union-attr]
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise PruningError(
+            f"no family covers model_type {kind!r}, and the comparison that the generic one begins with leaves ranks "
+            "out of step under ZeRO-3; train with train.deepspeed: zero2, or write a family: docs/adding.md"
+        )
+    with frozen_parts_at_rest(model):
+        stock = {name: value for name, value in inputs.items() if name not in ("labels", *family.left_out())}
+        expected = _hidden_states(model, stock)
+        try:
+            found = _hidden_states(model, _unpruned(model, family, stock))
+        except (PruningError, torch.OutOfMemoryError):
+            raise
+        # Anything: a model that reads more of its encoder's output than its features says so in its own words.
+        except Exception as error:
+            raise PruningError(
+                f"no family covers model_type {kind!r}, and it can't be run on what the generic one encoded: "
+                f"{one_line(error)}; write a family for it: docs/adding.md"
+            ) from error
+    if not torch.equal(found, expected):
+        apart = (found.float() - expected.float()).abs().max() if found.shape == expected.shape else float("nan")
+        raise PruningError(
+            f"no family covers model_type {kind!r}, and the generic one changes it: unpruned, its hidden states differ "
+            f"from the stock model's by up to {float(apart):.3g} on this batch; write a family for it: docs/adding.md"
+        )
+    _ADMITTED.add(model)
+    if kind not in _SAID and os.environ.get("RANK", "0") == "0":
+        say(
+            f"no family covers model_type {kind!r}: the generic one was compared with the stock model on this batch, "
+            "and unpruned both are the same bit for bit"
+        )
+    _SAID.add(kind)
+
+
+def _unpruned(model: nn.Module, family: Family, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch as the plug writes it when everything is kept."""
+    chosen, placeholders_at = {}, {}
+    for modality, name in family.pixels.items():
+        if inputs.get(name) is None:
+            continue
+        vision = family.encode(model, inputs, modality, frozenset())
+        token = family.token_id(model, modality)
+        placeholders_at[modality], _ = placeholders(inputs["input_ids"], token, vision.lengths, modality)
+        among = candidates(vision, "item")
+        chosen[modality] = Chosen(vision, among, [keep_all(own.tokens) for own in among])
+    policy = family.position_policies[0]
+    options: dict[str, Any] = {"newline": "all", "position_policy": policy, "padding_side": "right", "merges": False}
+    return rewrite(model, family, inputs, chosen, placeholders_at, **options).inputs
+
+
+def _hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Return what enters the head, (B, L, D), of a run without a cache."""
+    body: Any = model.base_model
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    _forget(body)
+    with record_output(body) as outputs:
+        # Its own forward and not a call: an attached pruner would prune this run.
+        model.forward(**inputs, **options)
+    _forget(body)
+    return outputs[0].last_hidden_state
+
+
+def _forget(body: Any) -> None:
+    """Clear the positions that M-RoPE models remember of their last batch."""
+    if hasattr(body, "rope_deltas"):
+        body.rope_deltas = None
