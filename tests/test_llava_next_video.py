@@ -39,8 +39,8 @@ MODEL = tiny()
 ROWS = (
     (((20, 45), "video"), 7, 1),
     ((), 12, 2),
-    (("video", (40, 41), "video"), 5, 3),
-    (((45, 13), (24, 24)), 9, 4),
+    (("video", (40, 41), "video", (24, 24)), 5, 3),
+    (((45, 13),), 9, 4),
 )
 """Visuals (the height and width of an image), words and a seed."""
 

@@ -51,10 +51,10 @@ LARGE = (
     (((20, 37), "video"), 7, 2),
     ((), 11, 3),
     (((60, 60),), 5, 4),
-    (((43, 60), (20, 20)), 5, 5),
+    (((43, 60), (20, 20), "video"), 5, 5),
     (((40, 60),), 5, 6),
 )
-"""Images of which two thirds of the first, third and last are one grid too large for ``anyres_max_2``."""
+"""Images of which those of rows 0, 3 and 5 are cut into more crops than ``anyres_max_2`` has room for."""
 
 
 def visuals(rows):
@@ -240,7 +240,7 @@ def test_large_images_are_one_item_and_the_others_their_crops():
     kept = plug(model, newline="none").prepare(batch(LARGE, aspect=SMALL)).kept["image"]
     assert [kept[image] for image in (0, 2, 3, 4, 5)] == [4] * 5
     kept = plug(model, keep=12, scope="image", newline="none").prepare(batch(LARGE, aspect=SMALL)).kept
-    assert kept == {"image": [12] * 6, "video": [12]}
+    assert kept == {"image": [12] * 6, "video": [12, 12]}
 
 
 @torch.no_grad()
