@@ -83,6 +83,24 @@ def record_linear(module: nn.Module) -> Iterator[list[LinearCall]]:
 
 
 @contextmanager
+def record_weight(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the ``weight`` of a module, such as a norm, at every call while the context is open.
+
+    Taken as the call begins, for the same reason as in :func:`record_linear`.
+    """
+    seen: list[Tensor] = []
+
+    def hook(called: nn.Module, _: tuple) -> None:
+        seen.append(called.get_parameter("weight").detach())
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def frozen_parts_at_rest(*parts: nn.Module) -> Iterator[None]:
     """Run frozen modules in eval mode while the context is open: a trainer's ``model.train()`` reaches them as well.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -97,9 +96,10 @@ class PrunedModel:
         The result is plain data: it can be stored and given to :meth:`prepare` later.
         """
         visions = {}
+        inputs = self.family.renamed(inputs)
         with frozen_parts_at_rest(*self.family.frozen_parts(self.model)):
             for modality, name in self.family.pixels.items():
-                if inputs.get(name) is not None:
+                if name in inputs:
                     visions[modality] = self.family.encode(self.model, inputs, modality, self.pruner.needs)
         return visions
 
@@ -127,8 +127,7 @@ class PrunedModel:
         Raises:
             PruningError: if placeholders and images disagree, the mask is missing or the budget does not fit.
         """
-        # Trainers pass None for what a batch has not; a key that is there would be taken for an input.
-        inputs = {key: value for key, value in inputs.items() if value is not None}
+        inputs = self.family.renamed(inputs)
         instructions = inputs.pop("instructions", ())
         sample_ids = inputs.pop("sample_ids", ())
         keep = self.spec.keep if keep is None else check_budget(keep)
@@ -170,7 +169,7 @@ class PrunedModel:
 
     def _projected_now(self, visions: Mapping[str, Vision]) -> dict[str, Vision]:
         """Return stored images as the projector of now sees them: it may have been tuned since, or be in training."""
-        return {name: vision.projected_by(partial(self.family.project, self.model)) for name, vision in visions.items()}
+        return {name: self.family.reproject(self.model, vision) for name, vision in visions.items()}
 
     def _choose(
         self,
@@ -323,7 +322,7 @@ class PrunedModel:
                 "these images were encoded before the pruner saw them, so the run would be unpruned; "
                 "generate with PrunedModel.generate instead of model.generate"
             )
-        has_pixels = any(kwargs.get(name) is not None for name in self.family.pixels.values())
+        has_pixels = any(name in self.family.renamed(kwargs) for name in self.family.pixels.values())
         later = kwargs.get("past_key_values") is not None
         if has_pixels and later:
             raise PruningError("images in a later turn can't be pruned: the cache holds the turns before as they were")

@@ -67,6 +67,8 @@ class Attention:
         scale: factor of the logits.
         skip: leading positions that are no patches, [CLS] first.
         rotate: turns (B, H, T, d) as the layer turns queries and keys; None where it does not.
+        query_norm: the layer's norm of queries (B, T, H * d) over all heads, in float64; None where it has none.
+        key_norm: the same for keys.
     """
 
     hidden: Float[Tensor, "B T C"]
@@ -78,19 +80,20 @@ class Attention:
     scale: float
     skip: int
     rotate: Callable[[Tensor], Tensor] | None = None
+    query_norm: Callable[[Tensor], Tensor] | None = None
+    key_norm: Callable[[Tensor], Tensor] | None = None
 
     def query(self) -> Float[Tensor, "B H T d"]:
         """Return all queries, (B, H, T, d) float32."""
-        return self._turned(_linear(self.hidden, self.query_weight, self.query_bias))
+        return self._turned(self._queries(self.hidden))
 
     def key(self) -> Float[Tensor, "B H T d"]:
         """Return all keys, (B, H, T, d) float32."""
-        return self._turned(_linear(self.hidden, self.key_weight, self.key_bias))
+        return self._turned(self._keys(self.hidden))
 
     def patch_keys(self) -> Float[Tensor, "B N Hd"]:
         """Return the keys of the patches with heads side by side, (B, N, H * d) float32, not turned."""
-        patches = self.hidden[:, self.skip :]
-        return _linear(patches, self.key_weight, self.key_bias).float()
+        return self._keys(self.hidden[:, self.skip :]).float()
 
     def cls_attention(self, heads: int | None = None) -> Float[Tensor, "B H N"]:
         """Return the softmaxed attention of [CLS] to the patches, (B, heads, N) float32.
@@ -107,13 +110,26 @@ class Attention:
             # PruMerge reads the layer as if it had one head; its logits are scaled by that head's width.
             width = self.query_weight.shape[0] // heads
             scale = width**-0.5
-        cls = self.hidden[:, :1]
-        query = _linear(cls, self.query_weight, self.query_bias)  # (B, 1, H * d)
+        query = self._queries(self.hidden[:, :1])  # (B, 1, H * d)
         query = query[:, 0].unflatten(-1, (heads, -1))  # (B, H, d)
-        key_weight = self.key_weight.double().unflatten(0, (heads, -1))  # (H, d, C)
-        back = torch.einsum("bhd,hdc->bhc", query, key_weight)  # (B, H, C)
-        logits = (back @ self.hidden.double().transpose(1, 2)) * scale  # (B, H, T)
+        if self.key_norm is not None:  # a norm of each key can't be sent back
+            keys = self._keys(self.hidden).unflatten(-1, (heads, -1))  # (B, T, H, d)
+            logits = torch.einsum("bhd,bthd->bht", query, keys) * scale  # (B, H, T)
+        else:
+            key_weight = self.key_weight.double().unflatten(0, (heads, -1))  # (H, d, C)
+            back = torch.einsum("bhd,hdc->bhc", query, key_weight)  # (B, H, C)
+            logits = (back @ self.hidden.double().transpose(1, 2)) * scale  # (B, H, T)
         return logits.softmax(dim=-1)[..., self.skip :].float()
+
+    def _queries(self, hidden: Float[Tensor, "B T C"]) -> Float[Tensor, "B T Hd"]:
+        """Return queries, heads side by side, (B, T, H * d) float64."""
+        queries = _linear(hidden, self.query_weight, self.query_bias)
+        return queries if self.query_norm is None else self.query_norm(queries)
+
+    def _keys(self, hidden: Float[Tensor, "B T C"]) -> Float[Tensor, "B T Hd"]:
+        """Return keys, heads side by side, (B, T, H * d) float64."""
+        keys = _linear(hidden, self.key_weight, self.key_bias)
+        return keys if self.key_norm is None else self.key_norm(keys)
 
     def _turned(self, projected: Float[Tensor, "B T Hd"]) -> Float[Tensor, "B H T d"]:
         heads = projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -226,6 +226,14 @@ class TextReader:
                 f"pruning.text_tower {self._clip!r} has a vision tower of width {config.vision_config.hidden_size}, "
                 f"this model's is {width} wide; name the CLIP checkpoint that the vision tower comes from"
             )
+        kind = vlm.vision_config.model_type
+        if (
+            kind != config.vision_config.model_type
+        ):  # InternViT is as wide as CLIP-L, and its features mean other things
+            raise PruningError(
+                f"pruning.text_tower {self._clip!r} is a CLIP checkpoint, and this model's vision tower is a {kind!r}, "
+                "whose features do not lie in CLIP's space; choose a method that does not compare them with text there"
+            )
         # Features come from the VLM's own tower; of CLIP's only the norm and the projection behind it are used.
         clip.vision_model.encoder = nn.Identity()
         return clip.eval().requires_grad_(False)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
@@ -32,6 +32,7 @@ class Vision:
         row: for each image (L,) the row of the image that each slot lies in or ends, -1 for none; empty where the
             family has no row ends.
         levels: for models with deepstack features, per level and image (L, D); they are cut with the slots.
+        sources: for families that pool behind the projector, what they make slots of under another projector.
     """
 
     modality: str
@@ -41,6 +42,7 @@ class Vision:
     origin: tuple[Int[Tensor, " _L"], ...]
     row: tuple[Int[Tensor, " _L"], ...] = ()
     levels: tuple[tuple[Float[Tensor, "_L D"], ...], ...] = ()
+    sources: Mapping[str, Shaped[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:
@@ -88,6 +90,7 @@ class Vision:
             origin=changed(self.origin),
             row=changed(self.row),
             levels=tuple(map(changed, self.levels)),
+            sources={name: change(tensor) for name, tensor in self.sources.items()},
         )
 
     def projected_by(self, project: Callable[[Tensor], Tensor]) -> Vision:

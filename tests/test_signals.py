@@ -134,6 +134,20 @@ def test_towers_without_cls_are_pruned_by_what_they_have(without_cls, processor,
         torch.testing.assert_close(tokens.signals["received_attention"], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_clip_texts_are_not_compared_with_a_tower_of_another_kind(model, processor):
+    """As wide as CLIP's, and still in another space."""
+    vision = SiglipVisionConfig(hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                image_size=84, patch_size=7)  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=model.config.text_config, image_token_id=4,
+                         vision_feature_layer=-2, vision_feature_select_strategy="full")  # fmt: skip
+    with pytest.raises(PruningError, match="vision tower is a 'siglip_vision_model', whose features do not lie"):
+        PrunedModel(
+            LlavaForConditionalGeneration(config),
+            PruningSpec("cdpruner", 16, text_tower=CLIP),
+            processor.tokenizer,
+        )
+
+
 def test_no_layer_after_the_features_means_no_reader(model):
     model.config.vision_feature_layer = -1
     with pytest.raises(PruningError, match=r"reads reader_attention, reader_keys.*fastervlm"):

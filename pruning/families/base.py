@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,7 @@ class Family(ABC):
         projectors: projector modules below the conditional-generation model, by their path from ``model.``.
         language_model: path of the language model.
         item: what an item is, and so what a budget per item counts for: "image", "crop" or "frame".
+        former_names: inputs that older processors call otherwise, by that name.
         position_policies: those that make sense; the first is what ``position_policy: auto`` means.
         counts_rows_and_columns: whether positions have three parts (M-RoPE): time, row and column.
         tower_features: whether the features are the tower's, which enter the projector; else they have left it.
@@ -61,6 +63,7 @@ class Family(ABC):
     projectors: ClassVar[tuple[str, ...]] = ("multi_modal_projector",)
     language_model: ClassVar[str] = "language_model"
     item: ClassVar[str] = "image"
+    former_names: ClassVar[Mapping[str, str]] = {}
     position_policies: ClassVar[tuple[str, ...]] = ("compact", "original")
     counts_rows_and_columns: ClassVar[bool] = False
     tower_features: ClassVar[bool] = True
@@ -98,6 +101,11 @@ class Family(ABC):
         """Return the inputs that the model does not read; what is cut with the sequence it does read."""
         return [name for name in self.unread if name not in self.aligned]
 
+    def renamed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return inputs under their present names, without those that are None."""
+        # Trainers pass None for what a batch has not; a key that is there would be taken for an input.
+        return {self.former_names.get(key, key): value for key, value in inputs.items() if value is not None}
+
     def token_id(self, model: nn.Module, modality: str) -> int:
         """Return the placeholder's token id."""
         return getattr(model.config, f"{modality}_token_id")
@@ -112,6 +120,14 @@ class Family(ABC):
         """Return pre-projector features (K, C), one per LLM token, in LLM space (K, D)."""
         base: Any = model.base_model
         return base.get_submodule(self.projectors[0])(features)
+
+    def reproject(self, model: nn.Module, vision: Vision) -> Vision:
+        """Return stored images as the projector of now sees them, bit for bit as :meth:`encode` would.
+
+        A family whose model pools or interpolates behind the projector makes its slots anew from ``Vision.sources``:
+        what was projected before the projector was tuned must not be used in silence.
+        """
+        return vision.projected_by(partial(self.project, model))
 
     def put_back(self, features: list[Tensor], levels: list[list[Tensor]], modality: str) -> PrunedOutput:
         """Return the features of every image or video (K, D), and of every level, as the model takes them."""

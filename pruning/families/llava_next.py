@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
+from prunetune.pruning.families.anyres import check_crops, crops_of, origin_of, owner_of, rows_of
 from prunetune.pruning.families.base import Family, register_family
 from prunetune.pruning.families.stock import llava_next_model
 from prunetune.pruning.families.tower import blank_image, record_signals, tower_of, visual_tokens
@@ -32,6 +32,8 @@ class LlavaNext(Family):
         """Encode ``pixel_values`` (images, crops, 3, H, W) of ``image_sizes`` (images, 2)."""
         stock = llava_next_model(model)
         pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
+        crops = crops_of(model, sizes)
+        check_crops(pixels, crops)
         # Crops are read around the projector: what the model returns is merged, and the padding of crops is cut away.
         with (
             record_input(stock.multi_modal_projector) as features,
@@ -41,18 +43,23 @@ class LlavaNext(Family):
             output = stock.get_image_features(pixel_values=pixels, image_sizes=sizes, return_dict=True)
         projected = outputs[0]  # (crops of all images, N, D)
         count = projected.shape[1]
-        crops = _crops_per_image(model, sizes)
-        owner: list[int] = []
-        for image, number in enumerate(crops):
-            owner += [image] * number
-        origin = _origin(model, sizes, crops, count, projected.device)
+
+        def pack(images: Sequence[Tensor], newline: Tensor) -> list[Tensor]:
+            config: Any = model.config
+            strategy = config.vision_feature_select_strategy
+            return stock.pack_image_features(
+                images, sizes, vision_feature_select_strategy=strategy, image_newline=newline
+            )[0]
+
+        numbers = torch.arange(projected[..., 0].numel(), device=projected.device).view(-1, count)
+        origin = origin_of(pack, crops, numbers)
         return Vision(
             modality=modality,
             groups=(visual_tokens(model, needs, features[0], projected, signals),),
-            owner=(tuple(owner),),
+            owner=(owner_of(crops),),
             slots=tuple(output.pooler_output),
             origin=tuple(origin),
-            row=tuple(_rows(numbers, count) for numbers in origin),
+            row=tuple(rows_of(own == NEWLINE, count) for own in origin),
         )
 
     def blank(self, model: nn.Module) -> dict[str, Tensor]:
@@ -60,64 +67,9 @@ class LlavaNext(Family):
         pixels = blank_image(model)
         height, width = pixels.shape[-2:]
         size = torch.tensor([[height, width]], device=pixels.device)
-        crops = _crops_per_image(model, size)[0]
+        crops = crops_of(model, size)[0]
         # Expanded and not copied: all crops are the same black image.
         return {"pixel_values": pixels[None].expand(1, crops, -1, -1, -1), "image_sizes": size}
-
-
-def _origin(
-    model: nn.Module,
-    sizes: Int[Tensor, "images 2"],
-    crops: list[int],
-    count: int,
-    device: torch.device,
-) -> list[Int[Tensor, " L"]]:
-    """Return for every packed token of each image (L,) its number among all crop tokens, or ``NEWLINE``.
-
-    Numbers instead of features are sent through the model's own packing, so that no line of it is written again here;
-    float64 holds them exactly.
-    """
-    config: Any = model.config
-    numbers = torch.arange(sum(crops) * count, dtype=torch.float64, device=device)
-    numbers = numbers.view(-1, count, 1)  # (crops of all images, N, 1)
-    packed, _ = llava_next_model(model).pack_image_features(
-        numbers.split(crops, dim=0),
-        sizes,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        image_newline=torch.full((1,), NEWLINE, dtype=torch.float64, device=device),
-    )
-    return [image[:, 0].long() for image in packed]
-
-
-def _rows(
-    origin: Int[Tensor, " L"],
-    count: int,
-) -> Int[Tensor, " L"]:
-    """Return the row of the merged grid (L,) that each slot lies in or ends; the base view before it has none.
-
-    A base view of 2 tokens and a grid of 2 rows with 1 token each, ``[0, 1, 2, -1, 3, -1]``, give
-    ``[-1, -1, 0, 0, 1, 1]``.
-
-    Args:
-        origin: (L,) the number behind each slot.
-        count: tokens per crop, and so of the base view.
-    """
-    ends = int((origin == NEWLINE).sum())
-    if ends == 1 and len(origin) == count + 1:  # a single view, and one newline after it
-        return torch.zeros_like(origin)
-    rows = torch.full_like(origin, -1)
-    if ends:  # all rows are equally long, with their newline
-        merged = len(origin) - count
-        rows[count:] = torch.arange(merged, device=origin.device) // (merged // ends)
-    return rows
-
-
-def _crops_per_image(model: nn.Module, sizes: Tensor) -> list[int]:
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    config: Any = model.config
-    grids, side = config.image_grid_pinpoints, config.vision_config.image_size
-    return [image_size_to_num_patches(size, grids, side) for size in sizes]
 
 
 register_family(LlavaNext())

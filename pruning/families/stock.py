@@ -67,7 +67,7 @@ class QwenAttention(Protocol):
 
 
 class CLIPAttention(Protocol):
-    """The attention of one layer of a CLIP or SigLIP tower."""
+    """The attention of one layer of a CLIP, SigLIP or InternViT tower."""
 
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -98,6 +98,6 @@ def qwen_attention(block: nn.Module) -> QwenAttention:
     return cast(QwenAttention, block.get_submodule("attn"))
 
 
-def clip_attention(layer: nn.Module) -> CLIPAttention:
+def clip_attention(layer: nn.Module, path: str = "self_attn") -> CLIPAttention:
     """Return the attention of a tower's layer."""
-    return cast(CLIPAttention, layer.self_attn)
+    return cast(CLIPAttention, layer.get_submodule(path))
