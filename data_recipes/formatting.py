@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,12 +51,14 @@ class Formatter:
         self.square = square
         self.max_length = max_length
         self.instructions = instructions
+        self.takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
 
     def training_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return right-padded ``input_ids``, ``attention_mask``, ``labels`` (B, L) and the picture inputs.
 
         What else the processor returns for every token, such as ``token_type_ids``, stays, and ``sample_ids`` name the
-        rows; ``PrunedModel.prepare`` takes both.
+        rows; ``PrunedModel.prepare`` takes both. Of a processor that takes a suffix (PaliGemma's) the answer is the
+        suffix, and the template writes the prompt alone.
 
         Only the assistant's answers and end tokens are supervised; every other label is -100. A sample cut so short
         that nothing supervised is left keeps its place with -100 everywhere.
@@ -80,20 +83,65 @@ class Formatter:
 
     def _batch(self, samples: Sequence[Sample], padding_side: str, **options: Any) -> dict[str, Tensor]:
         conversations = [self._messages(sample) for sample in samples]
-        with readable_template():
-            encoded = self.processor.apply_chat_template(
-                conversations,
-                chat_template=self.template,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": padding_side},
-                **options,
-            )
-        batch = dict(encoded)
+        if self.takes_suffix:
+            answered = bool(options.pop("return_assistant_tokens_mask", False))
+            batch = self._prefixes_and_suffixes(samples, conversations, padding_side, answered)
+        else:
+            with readable_template():
+                encoded = self.processor.apply_chat_template(
+                    conversations,
+                    chat_template=self.template,
+                    tokenize=True,
+                    return_dict=True,
+                    return_tensors="pt",
+                    processor_kwargs={"padding": True, "padding_side": padding_side},
+                    **options,
+                )
+            batch = dict(encoded)
         batch["sample_ids"] = [sample.id for sample in samples]  # for messages; the plug takes them out
         if self.instructions is not None:
             batch["instructions"] = [self.instructions([turn.question for turn in s.turns]) for s in samples]
+        return batch
+
+    def _prefixes_and_suffixes(
+        self,
+        samples: Sequence[Sample],
+        conversations: list[list[dict[str, Any]]],
+        padding_side: str,
+        answered: bool,
+    ) -> dict[str, Any]:
+        """Return the batch of a processor that puts a prompt and its answer together: 0 and 1 in ``token_type_ids``.
+
+        A chat template can't: the processor writes between the two what the template would not know of, and only by
+        the types does the model see the prompt both ways and the answer one way.
+        """
+        images, prompts = [], []
+        for sample, messages in zip(samples, conversations, strict=True):
+            if sample.image is None or len(sample.turns) > 1:
+                raise DataError(
+                    f"sample {sample.id!r}: a {type(self.processor).__name__} takes one picture with one question, got "
+                    f"{'no' if sample.image is None else 'a'} picture and {len(sample.turns)} turns; leave it out"
+                )
+            images.append(messages[0]["content"][0]["image"])
+            with readable_template():
+                prompts.append(
+                    self.processor.apply_chat_template(
+                        messages[:1], chat_template=self.template, tokenize=False, add_generation_prompt=True
+                    )
+                )
+        suffixes = [sample.turns[0].answer or "" for sample in samples] if answered else None
+        encoded = self.processor(
+            images=images,
+            text=prompts,
+            suffix=suffixes,
+            padding=True,
+            padding_side=padding_side,
+            return_tensors="pt",
+        )
+        batch = dict(encoded)
+        batch.pop("labels", None)  # made of the types, and made again by the formatter
+        if answered:
+            batch["assistant_masks"] = batch["token_type_ids"].clone()
         return batch
 
     def _messages(self, sample: Sample) -> list[dict[str, Any]]:

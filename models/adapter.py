@@ -43,7 +43,7 @@ def wrap_projector(model: nn.Module, modules: list[str] | None = None) -> PeftMo
         CheckpointError: if a module does not exist, with the family's own names.
     """
     family = family_of(model)
-    wanted = list(family.projectors if modules is None else modules)
+    wanted = _with_forward(model, family.projectors) if modules is None else list(modules)
     if not wanted:
         raise CheckpointError(
             f"nothing would train: the list of trainable modules is empty; leave it unset to train the projector "
@@ -60,6 +60,16 @@ def wrap_projector(model: nn.Module, modules: list[str] | None = None) -> PeftMo
     # No module gets a LoRA: PEFT's own name for "none" makes an adapter of the modules to save alone.
     config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=wanted)
     return get_peft_model(model, config)
+
+
+def _with_forward(model: nn.Module, projectors: tuple[str, ...]) -> list[str]:
+    """Return the projector's modules that are called: of a list of modules, such as deepstack mergers, its entries."""
+    names = []
+    for name in projectors:
+        module = model.base_model.get_submodule(name)  # type: ignore[union-attr]
+        # PEFT runs a copy in place of a module, and what runs of a list are its entries.
+        names += [f"{name}.{number}" for number in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
+    return names
 
 
 def load_projector(model: nn.Module, adapter: str | Path, base: BaseHashes | None = None) -> None:

@@ -18,7 +18,7 @@ from prunetune.pruning.errors import PruningError
 from prunetune.pruning.families.base import PrunedOutput, family_of
 from prunetune.pruning.hooks import frozen_parts_at_rest
 from prunetune.pruning.registry import merges
-from prunetune.pruning.rewrite import Chosen, Pruned, check_inputs, rewrite
+from prunetune.pruning.rewrite import Chosen, Pruned, check_aligned, check_inputs, rewrite
 from prunetune.pruning.select import candidates, check_poolable, check_signals, choose
 from prunetune.pruning.sequence import pack, placeholders, shorten
 from prunetune.pruning.signals import of_source, signal_of
@@ -142,6 +142,7 @@ class PrunedModel:
         visions, blanks = self._encode_with_blanks(inputs, vision)
         if not visions:
             return self._without_images(inputs, blanks)
+        check_aligned(inputs, self.family)
         ids = inputs["input_ids"]
         self._check_instructions(instructions, len(ids))
         placeholders_at, chosen = {}, {}
@@ -267,13 +268,14 @@ class PrunedModel:
         """
         with torch.no_grad():
             # On the left, so that every row's answer begins in the same column.
-            pruned = self.prepare(inputs, padding_side="left", keep=keep, vision=vision)
+            first = self.family.first_position
+            pruned = self.prepare(_shifted(inputs, first), padding_side="left", keep=keep, vision=vision)
             encoded = pruned.inputs.get("mm_encoder_outputs", {})
             for modality, counts in pruned.kept.items():
                 if not any(counts):
                     del encoded[modality]  # stock generation can't repeat nothing for its beams
             model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
-            output = model.generate(**pruned.inputs)
+            output = model.generate(**_shifted(pruned.inputs, -first))
         prompt_length = pruned.inputs["input_ids"].shape[1]
         return Generated(output[:, prompt_length:], pruned.kept)
 
@@ -286,8 +288,14 @@ class PrunedModel:
             packed: whether a batch with labels, while training, goes to the model as one row without padding.
 
         Raises:
-            PruningError: for packing with gaps between positions, which would be read as the ends of samples.
+            PruningError: for packing with gaps between positions, which would be read as the ends of samples, and of a
+                family whose attention is not causal alone.
         """
+        if packed and self.family.aligned:
+            raise PruningError(
+                f"samples of family {self.family.name!r} can't be packed: by {', '.join(self.family.aligned)} tokens "
+                "would see those of another sample; leave packing off"
+            )
         if packed and self.position_policy != "compact" and not self.family.counts_rows_and_columns:
             raise PruningError("packing needs position_policy: compact; gaps between positions would end a sample")
 
@@ -332,3 +340,9 @@ class PrunedModel:
 def _is_partitioned(model: nn.Module) -> bool:
     """Return whether DeepSpeed's ZeRO-3 holds the weights in pieces."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _shifted(inputs: Mapping[str, Any], by: int) -> dict[str, Any]:
+    """Return inputs with positions, where there are any, counted from another number."""
+    positions = inputs.get("position_ids")
+    return dict(inputs) if positions is None or not by else {**inputs, "position_ids": positions + by}

@@ -219,7 +219,7 @@ def rewrite(
             output.pooler_output = in_blocks(output.pooler_output, counts[modality])
         outputs[modality] = output
     positions = family.positions(model, inputs) if position_policy == "original" else None
-    result = shorten(inputs, keep, positions, padding_side, family.aligned)
+    result = shorten(inputs, keep, positions, padding_side, family.aligned, family.first_position)
     # With pixels among its inputs the model would encode the images again, unpruned.
     for name in (*family.pixels.values(), *family.replaced, *family.left_out()):
         result.pop(name, None)
@@ -281,4 +281,18 @@ def check_inputs(inputs: Mapping[str, Any], family: Family) -> None:
             raise PruningError(
                 f"the input {name!r} has the sequence's shape {tuple(shape)}, and family {family.name!r} does not say "
                 "how pruning cuts it; add it to the family's `aligned` inputs, or leave it out"
+            )
+
+
+def check_aligned(inputs: Mapping[str, Any], family: Family) -> None:
+    """Check that a batch with images has what the family's model reads beside ids and mask.
+
+    Raises:
+        PruningError: naming what is missing; without it the model runs, and gives other answers.
+    """
+    for name in family.aligned:
+        if inputs.get(name) is None:
+            raise PruningError(
+                f"family {family.name!r} reads {name!r} (B, L), and this batch with images has none: the model would "
+                "run with another attention mask; pass what the processor returns"
             )

@@ -74,6 +74,7 @@ def shorten(
     positions: Int[Tensor, "*parts B L"] | None,
     padding_side: str,
     aligned: Mapping[str, int] | None = None,
+    first: int = 0,
 ) -> dict[str, Any]:
     """Drop every position that ``keep`` (B, L) denies, and pad the rows to one length again.
 
@@ -90,6 +91,7 @@ def shorten(
             tokens 0, 1, 2, ... With three parts the result is (4, B, L'): the first row counts tokens, for the mask.
         padding_side: "right" for training, "left" for generation.
         aligned: other inputs to cut, and the value that padding gets.
+        first: the position of a row's first token where kept tokens are numbered anew.
     """
     if padding_side not in ("left", "right"):
         raise PruningError(f"padding_side is 'left' or 'right', got {padding_side!r}")
@@ -116,7 +118,7 @@ def shorten(
             result[name] = gather(inputs[name], fill)
     result["attention_mask"] = new_mask.to(inputs["attention_mask"].dtype)
     if positions is None:
-        result["position_ids"] = _counted(new_mask)
+        result["position_ids"] = _counted(new_mask) + first
     elif positions.ndim == 3:
         parts = [_counted(new_mask)]
         for part in positions:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
@@ -69,6 +69,7 @@ class Attention:
         rotate: turns (B, H, T, d) as the layer turns queries and keys; None where it does not.
         query_norm: the layer's norm of queries (B, T, H * d) over all heads, in float64; None where it has none.
         key_norm: the same for keys.
+        visible: (B, T), false for padding, which the layer hides from all others; None where there is none.
     """
 
     hidden: Float[Tensor, "B T C"]
@@ -82,6 +83,7 @@ class Attention:
     rotate: Callable[[Tensor], Tensor] | None = None
     query_norm: Callable[[Tensor], Tensor] | None = None
     key_norm: Callable[[Tensor], Tensor] | None = None
+    visible: Bool[Tensor, "B T"] | None = None
 
     def query(self) -> Float[Tensor, "B H T d"]:
         """Return all queries, (B, H, T, d) float32."""
@@ -160,7 +162,7 @@ def image_keys(pixels: Shaped[Tensor, "B ..."]) -> Int[Tensor, " B"]:
 
 
 def _received(attention: Attention) -> Float[Tensor, "B H N"]:
-    return received_attention(attention.query(), attention.key(), attention.scale, attention.skip)
+    return received_attention(attention.query(), attention.key(), attention.scale, attention.skip, attention.visible)
 
 
 def _mean_keys(attention: Attention) -> Float[Tensor, "B N d"]:

@@ -33,6 +33,7 @@ class Vision:
             family has no row ends.
         levels: for models with deepstack features, per level and image (L, D); they are cut with the slots.
         sources: for families that pool behind the projector, what they make slots of under another projector.
+        level_features: what was projected to ``levels``, per level and image (L, C); empty where nothing projects them.
     """
 
     modality: str
@@ -43,6 +44,7 @@ class Vision:
     row: tuple[Int[Tensor, " _L"], ...] = ()
     levels: tuple[tuple[Float[Tensor, "_L D"], ...], ...] = ()
     sources: Mapping[str, Shaped[Tensor, ...]] = field(default_factory=dict)
+    level_features: tuple[tuple[Float[Tensor, "_L _C"], ...], ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -91,13 +93,18 @@ class Vision:
             row=changed(self.row),
             levels=tuple(map(changed, self.levels)),
             sources={name: change(tensor) for name, tensor in self.sources.items()},
+            level_features=tuple(map(changed, self.level_features)),
         )
 
-    def projected_by(self, project: Callable[[Tensor], Tensor]) -> Vision:
-        """Return the same images after a projector; row ends and deepstack levels do not go through it.
+    def projected_by(
+        self, project: Callable[[Tensor], Tensor], project_level: Callable[[int, Tensor], Tensor] | None = None
+    ) -> Vision:
+        """Return the same images after a projector; row ends do not go through it.
 
         Args:
             project: from pre-projector features (T, C), one per token, to the LLM's space (T, D).
+            project_level: the same of a deepstack level by its number, (S, C) to (S, D), one per slot; None leaves
+                levels as they are.
         """
         sizes = [group.features.shape[:2] for group in self.groups]
         tokens = project(torch.cat([group.features.flatten(0, 1) for group in self.groups]))
@@ -109,7 +116,11 @@ class Vision:
         for features, origin in zip(self.slots, self.origin, strict=True):
             is_token = (origin != NEWLINE)[:, None]
             slots.append(torch.where(is_token, tokens[origin.clamp(min=0)], features))
-        return replace(self, groups=tuple(groups), slots=tuple(slots))
+        levels = self.levels
+        if self.level_features and project_level is not None:
+            made = [project_level(number, torch.cat(own)) for number, own in enumerate(self.level_features)]
+            levels = tuple(level.split(self.lengths) for level in made)
+        return replace(self, groups=tuple(groups), slots=tuple(slots), levels=levels)
 
     def to(self, device: torch.device | str) -> Vision:
         """Return the same images on another device."""

@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL from a configuration, and batches of images and videos of different sizes."""
+"""Tiny Qwen-VL models from configurations, and batches of images and videos of different sizes."""
 
 from __future__ import annotations
 
@@ -11,38 +11,40 @@ IMAGE, VIDEO = 5, 6
 WORDS = range(7, 64)
 
 
-def tiny_qwen(dtype=torch.float32, attention="sdpa"):
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+VISION = {"depth": 3, "num_heads": 4, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
+WIDE = {**VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
+TOWERS = {
+    "qwen2_vl": {**VISION, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2},  # hidden_size is the LLM's here
+    "qwen2_5_vl": {**WIDE, "window_size": 16, "fullatt_block_indexes": [1]},
+    "qwen3_vl": {**WIDE, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+}
+CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
 
+
+def tiny_qwen(dtype=torch.float32, attention="sdpa", kind="qwen2_5_vl"):
+    import transformers
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
     text = {
         "vocab_size": 64,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 3 if kind == "qwen3_vl" else 2,  # its first two take the deepstack levels
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        "head_dim": 8,
+        "rope_parameters": rope,
         "max_position_embeddings": 512,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    vision = {
-        "depth": 3,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 4,
-        "out_hidden_size": 32,
-        "patch_size": 4,
-        "temporal_patch_size": 2,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-        "spatial_merge_size": 2,
-    }
     torch.manual_seed(0)
     marks = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 3, "vision_end_token_id": 4}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, bos_token_id=1, eos_token_id=2, **marks)
+    config = getattr(transformers, f"{CLASSES[kind]}Config")(
+        text_config=text, vision_config=TOWERS[kind], bos_token_id=1, eos_token_id=2, **marks
+    )
     config._attn_implementation = attention
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    model = getattr(transformers, f"{CLASSES[kind]}ForConditionalGeneration")(config).eval()
     with torch.no_grad():  # livelier than the initialisation
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -58,12 +60,16 @@ class Row:
     words: int
     seed: int = 0
 
-    def ids(self) -> list[int]:
+    def ids(self, frames_apart: bool = False) -> list[int]:
         generator = torch.Generator().manual_seed(100 + self.seed)
         words = torch.randint(WORDS.start, WORDS.stop, (self.words,), generator=generator).tolist()
         ids = [1, *words[:2]]
         for kind, (frames, rows, columns), _ in self.visuals:
-            ids += [3] + [IMAGE if kind == "image" else VIDEO] * (frames * rows * columns // 4) + [4, words[0]]
+            mark, runs = (IMAGE, 1) if kind == "image" else (VIDEO, frames if frames_apart else 1)
+            for run in range(runs):
+                timestamp = [WORDS.start + run] if runs > 1 else []
+                ids += [*timestamp, 3] + [mark] * (frames * rows * columns // 4 // runs) + [4]
+            ids.append(words[0])
         return ids + words[2:]
 
     def pixels(self, kind: str) -> list[tuple[tuple[int, int, int], Tensor]]:
@@ -75,9 +81,12 @@ class Row:
         return found
 
 
-def batch(rows, side="right", labels=True, dtype=torch.float32):
-    """Return the inputs of a processor, padded on one side."""
-    ids = [row.ids() for row in rows]
+def batch(rows, side="right", labels=True, dtype=torch.float32, frames_apart=False, timed=True):
+    """Return the inputs of a processor, padded on one side.
+
+    With ``frames_apart`` every frame has a run of its own, as Qwen3-VL has them; only Qwen2.5-VL's are ``timed``.
+    """
+    ids = [row.ids(frames_apart) for row in rows]
     length = max(map(len, ids))
     pad = [[0] * (length - len(own)) for own in ids]
     padded = torch.tensor([own + more if side == "right" else more + own for own, more in zip(ids, pad, strict=True)])
@@ -96,7 +105,7 @@ def batch(rows, side="right", labels=True, dtype=torch.float32):
         if found:
             inputs[name] = torch.cat([pixels for _, pixels in found]).to(dtype)
             inputs[grids] = torch.tensor([grid for grid, _ in found])
-    if any(kind == "video" for row in rows for kind, _, _ in row.visuals):
+    if timed and any(kind == "video" for row in rows for kind, _, _ in row.visuals):
         inputs["second_per_grid_ts"] = torch.ones(len(inputs["video_grid_thw"]))
     if labels:
         text = (padded >= WORDS.start) & mask.bool()

@@ -220,7 +220,7 @@ def test_signals_equal_the_models_own_attention(model, monkeypatch):
     inputs = batch([ROWS[0], ROWS[2]])
     vision = PrunedModel(eager_model, spec_of("hiprune")).encode(inputs)["image"]
     assert [group.grid for group in vision.groups] == [(4, 6), (6, 4), (4, 4)] and len(seen) == 3
-    order = family_of(model)._raster_order(model, inputs["image_grid_thw"])
+    order = family_of(model).raster_order(model, inputs["image_grid_thw"])
     received = torch.cat([weights.mean(1) for weights in seen], dim=-1)  # (H, patches)
     expected = received.unflatten(1, (-1, 4)).mean(2)[:, order].split([24, 24, 16], dim=1)
     for group, own in zip(vision.groups, expected, strict=True):

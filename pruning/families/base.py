@@ -42,7 +42,7 @@ class Family(ABC):
         pixels: for each modality the input that holds it.
         replaced: further inputs that describe pixels; pruning removes them with the pixels.
         aligned: inputs (B, L) beside ids, mask, labels and positions that are cut with the sequence, and the value that
-            padding gets.
+            padding gets; the model reads them, so a batch with images must have them.
         unread: inputs (B, L) that a processor may return and the model does not read; they are left out.
         projectors: projector modules below the conditional-generation model, by their path from ``model.``.
         language_model: path of the language model.
@@ -52,6 +52,7 @@ class Family(ABC):
         counts_rows_and_columns: whether positions have three parts (M-RoPE): time, row and column.
         tower_features: whether the features are the tower's, which enter the projector; else they have left it.
         unproven: whether a model is compared with the stock one on the first batch before anything is pruned.
+        first_position: where plain positions begin; stock generation adds it by itself, so it is given them from 0.
     """
 
     name: ClassVar[str]
@@ -68,6 +69,7 @@ class Family(ABC):
     counts_rows_and_columns: ClassVar[bool] = False
     tower_features: ClassVar[bool] = True
     unproven: ClassVar[bool] = False
+    first_position: ClassVar[int] = 0
 
     @abstractmethod
     def signals(self, model: nn.Module) -> frozenset[str]:
@@ -114,7 +116,7 @@ class Family(ABC):
         """Return the positions of the full sequence: (B, L), or (3, B, L) for rotary positions in three parts."""
         if inputs.get("position_ids") is not None:
             return inputs["position_ids"]
-        return (inputs["attention_mask"].long().cumsum(dim=1) - 1).clamp(min=0)
+        return (inputs["attention_mask"].long().cumsum(dim=1) - 1).clamp(min=0) + self.first_position
 
     def project(self, model: nn.Module, features: Tensor) -> Tensor:
         """Return pre-projector features (K, C), one per LLM token, in LLM space (K, D)."""
@@ -127,7 +129,11 @@ class Family(ABC):
         A family whose model pools or interpolates behind the projector makes its slots anew from ``Vision.sources``:
         what was projected before the projector was tuned must not be used in silence.
         """
-        return vision.projected_by(partial(self.project, model))
+        return vision.projected_by(partial(self.project, model), partial(self.project_level, model))
+
+    def project_level(self, model: nn.Module, level: int, features: Tensor) -> Tensor:
+        """Return what enters a deepstack level's projector, (K, C), in LLM space (K, D)."""
+        raise NotImplementedError(f"family {self.name!r} has no deepstack levels")
 
     def put_back(self, features: list[Tensor], levels: list[list[Tensor]], modality: str) -> PrunedOutput:
         """Return the features of every image or video (K, D), and of every level, as the model takes them."""
@@ -185,3 +191,11 @@ def family_of(model: nn.Module) -> Family:
 def stacked(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """Return equally long images as one tensor (B, N, D)."""
     return features if isinstance(features, Tensor) else torch.stack(list(features))
+
+
+def joined(features: list[Tensor]) -> Tensor:
+    """Return images (K, D) as a model takes them that reads one tensor: (B, K, D), or (1, K of all, D) if K differs."""
+    # The model writes the rows one after another into the placeholders, whatever the axes before them are.
+    if len({len(own) for own in features}) == 1:
+        return torch.stack(features)
+    return torch.cat(features)[None]

@@ -47,13 +47,13 @@ class LlavaNextModel(Protocol):
 
 
 class QwenVisual(Protocol):
-    """The vision side of Qwen2.5-VL."""
+    """The vision side of Qwen-VL models: windows are those of Qwen2.5, deepstack mergers those of Qwen3."""
 
     blocks: nn.ModuleList
     merger: nn.Module
+    deepstack_merger_list: nn.ModuleList
     fullatt_block_indexes: Sequence[int]
     spatial_merge_size: int
-    spatial_merge_unit: int
     window_size: int
     patch_size: int
 
@@ -64,6 +64,19 @@ class QwenAttention(Protocol):
     qkv: nn.Linear
     num_heads: int
     scaling: float
+
+
+class IdeficsModel(Protocol):
+    """The part of Idefics3 and SmolVLM below the head."""
+
+    vision_model: nn.Module
+    connector: Any  # a module with pixel_shuffle(x, scale_factor) and modality_projection
+
+    def get_image_features(
+        self, *, pixel_values: Tensor, pixel_attention_mask: Tensor = ..., return_dict: bool
+    ) -> EncodedImages:
+        """Encode tiles (samples, tiles, 3, H, W)."""
+        ...
 
 
 class CLIPAttention(Protocol):
@@ -86,6 +99,11 @@ def llava_model(model: nn.Module) -> LlavaModel:
 def llava_next_model(model: nn.Module) -> LlavaNextModel:
     """Return the part below the head."""
     return cast(LlavaNextModel, model.base_model)
+
+
+def idefics_model(model: nn.Module) -> IdeficsModel:
+    """Return the part below the head."""
+    return cast(IdeficsModel, model.base_model)
 
 
 def qwen_visual(model: nn.Module) -> QwenVisual:

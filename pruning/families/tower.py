@@ -7,12 +7,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.families.stock import CLIPAttention, clip_attention
-from prunetune.pruning.hooks import LinearCall, record_input, record_linear, record_output, record_weight
+from prunetune.pruning.hooks import (
+    LinearCall,
+    record_input,
+    record_keywords,
+    record_linear,
+    record_output,
+    record_weight,
+)
 from prunetune.pruning.ops.precision import exact_float32
 from prunetune.pruning.signals import Attention, Signal, layer_of, of_source, registered_signals, signal_of
 from prunetune.pruning.types import VisualTokens
@@ -38,9 +45,14 @@ class Kind:
 KINDS = {
     "clip_vision_model": Kind(has_cls=True),
     "siglip_vision_model": Kind(),
+    "idefics3_vision": Kind(),
+    "smolvlm_vision": Kind(),
     "internvl_vision": Kind("encoder.layer", "attention", has_cls=True, norm="layernorm"),
 }
 """The towers whose attention can be read, by ``config.vision_config.model_type``."""
+
+PATCH_MASK = "patch_attention_mask"
+"""The tower's input (B, rows, columns) that says which patches are no padding, in families that have it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Tower:
         with_cls_token: whether [CLS] enters the projector as one of the tokens that a pruner sees.
         attention: the path of the attention below a layer.
         path: the path of the layers below the model, for messages.
+        projector: the path of the projector, for messages.
         norm: what the last layer's output goes through to become features; None for nothing.
     """
 
@@ -67,6 +80,7 @@ class Tower:
     with_cls_token: bool
     attention: str = "self_attn"
     path: str = "vision_tower.encoder.layers"
+    projector: str = "multi_modal_projector"
     norm: nn.Module | None = None
 
     def signals(self) -> frozenset[str]:
@@ -111,16 +125,20 @@ class Tower:
 
 
 def tower_of(model: nn.Module, path: str = "vision_tower") -> Tower:
-    """Return the tower of a Llava-like model, which lies at ``path`` below the part without the head."""
+    """Return the tower of a model, which lies at ``path`` below the part without the head."""
     config: Any = model.config
     base: Any = model.base_model
+    projector = "multi_modal_projector"
+    if not hasattr(base, path):  # Idefics and its kin
+        path, projector = "vision_model", "connector"
     module = base.get_submodule(path)
     kind = KINDS.get(config.vision_config.model_type)
-    layer = config.vision_feature_layer
+    layer = getattr(config, "vision_feature_layer", -1)  # families that name none take the last
     if not isinstance(layer, int):  # several layers side by side: the last named counts
         layer = layer[-1]
     if kind is None:
-        return Tower(module, nn.ModuleList(), layer, has_cls=False, known=False, with_cls_token=False)
+        none = nn.ModuleList()
+        return Tower(module, none, layer, has_cls=False, known=False, with_cls_token=False, projector=projector)
     layers: Any = module.get_submodule(kind.layers)
     # hidden_states[0] is the embedding: the output of layers[i] is hidden_states[i + 1]; from the end both count alike.
     feature = len(layers) + layer if layer < 0 else layer - 1
@@ -133,6 +151,7 @@ def tower_of(model: nn.Module, path: str = "vision_tower") -> Tower:
         with_cls_token=kind.has_cls and config.vision_feature_select_strategy == "full",
         attention=kind.attention,
         path=f"{path}.{kind.layers}",
+        projector=projector,
         norm=module.get_submodule(kind.norm) if kind.norm and layer == -1 else None,
     )
 
@@ -153,6 +172,7 @@ def record_signals(model: nn.Module, needs: frozenset[str], tower: Tower | None 
     signals: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         pixels = hooks.enter_context(record_input(tower.module))
+        keywords = hooks.enter_context(record_keywords(tower.module))
         layers = {need: tower.index_of(need) for need in of_source(needs, "attention", "reader", "output")}
         recorded, outputs = {}, {}
         # Several signals of one layer share one recording of it.
@@ -164,7 +184,7 @@ def record_signals(model: nn.Module, needs: frozenset[str], tower: Tower | None 
 
     # Only now, when the hooks are removed: an error here must not leave the model with them.
     for need in of_source(needs, "attention", "reader"):
-        attention = recorded[layers[need]].attention()
+        attention = recorded[layers[need]].attention(keywords[0].get(PATCH_MASK))
         with exact_float32(attention.hidden.device):
             signals[signal_of(need).name] = _read(need, attention)
     for need in of_source(needs, "output"):
@@ -186,8 +206,8 @@ class _Recorded:
     keys: list[LinearCall]
     norms: dict[str, list[Tensor]]
 
-    def attention(self) -> Attention:
-        """Return the layer's attention."""
+    def attention(self, patch_mask: Bool[Tensor, "B rows columns"] | None) -> Attention:
+        """Return the layer's attention, of patches that are no padding."""
         query, key = self.queries[0], self.keys[0]
         return Attention(
             hidden=key.hidden,
@@ -200,6 +220,7 @@ class _Recorded:
             skip=self.skip,
             query_norm=self._norm("q_norm"),
             key_norm=self._norm("k_norm"),
+            visible=None if patch_mask is None else patch_mask.flatten(1),
         )
 
     def _norm(self, name: str) -> RMSNorm | None:
@@ -281,7 +302,7 @@ def per_llm_token(
 def signal_layers(model: nn.Module, needs: frozenset[str], tower: Tower | None = None) -> dict[str, str]:
     """Return the module path that features, projected features and each needed signal are read from."""
     tower = tower_of(model) if tower is None else tower
-    paths = {"projected": "multi_modal_projector"}
+    paths = {"projected": tower.projector}
     if not tower.known:
         return paths
     indices = {"features": tower.feature}
