@@ -367,3 +367,30 @@ def test_a_small_picture_under_one_budget_is_named(next_model, batch):
             inputs
         )
     assert kept.kept["image"] == [384, 500]
+
+
+@torch.no_grad()
+def test_sizes_that_were_met_before_are_not_packed_again(next_model, batch, monkeypatch):
+    """Where tokens are packed is that of numbers sent through the model's own packing, in any order of images."""
+    packed = []
+    own = type(next_model.model).pack_image_features
+
+    def listening(self, features, sizes, **options):
+        packed.append(len(sizes))
+        return own(self, features, sizes, **options)
+
+    monkeypatch.setattr(type(next_model.model), "pack_image_features", listening)
+    pruned = PrunedModel(next_model, PruningSpec("divprune", 9))
+    for images, crops in (([0, 1], [3, 5]), ([1, 0], [5, 3]), ([0, 0, 1], [3, 3, 5])):
+        pixels, sizes = batch["pixel_values"][images], batch["image_sizes"][images]
+        before = len(packed)
+        vision = pruned.encode({"pixel_values": pixels, "image_sizes": sizes})["image"]
+        if images != [0, 1]:
+            assert packed[before:] == [len(images)]  # the stock model's own call
+        numbers = torch.arange(sum(crops) * 144, dtype=torch.float64).view(-1, 144, 1)
+        expected, _ = own(next_model.model, numbers.split(crops), sizes, vision_feature_select_strategy="default",
+                          image_newline=torch.full((1,), -1.0, dtype=torch.float64))  # fmt: skip
+        for origin, theirs, row in zip(vision.origin, expected, vision.row, strict=True):
+            assert torch.equal(origin, theirs[:, 0].long())
+            ends = origin == -1  # after the base view, each end is the last of its row
+            assert torch.equal(row[144:], ends[144:].cumsum(0) - ends[144:].long()) and (row[:144] == -1).all()

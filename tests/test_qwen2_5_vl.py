@@ -1,5 +1,6 @@
 """Qwen2.5-VL: native resolution, ragged sizes in one batch, positions in three parts, images and videos."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -460,6 +461,18 @@ def test_deepstack_levels_are_cut_with_the_slots(model, plug):
             assert len(cut) == KEEP and torch.equal(cut, features + level)
 
 
+@contextmanager
+def modules_called(model):
+    """Collect the paths of a model's modules in the order in which they are called."""
+    order = []
+    hooks = []
+    for path, module in model.named_modules():
+        hooks.append(module.register_forward_hook(lambda *_, path=path: order.append(path)))
+    yield order
+    for hook in hooks:
+        hook.remove()
+
+
 @pytest.mark.parametrize("name", ["divprune", "tome", "trimtokenator"])
 def test_ranks_call_every_module_equally_often_when_weights_are_gathered_in_step(model, plug, name):
     """Under ZeRO-3 a rank with images alone calls what a rank with images and videos does; loss and gradient stay."""
@@ -473,14 +486,9 @@ def test_ranks_call_every_module_equally_often_when_weights_are_gathered_in_step
             parameter.ds_id = 0
         for kind, row in (("both", MIXED[0]), ("video", MIXED[1]), ("image", MIXED[2]), ("text", ROWS[1])):
             model.zero_grad()
-            order = []
-            hooks = [module.register_forward_hook(lambda *_, path=path, order=order: order.append(path))
-                     for path, module in model.named_modules()]  # fmt: skip
-            with plug(name).attach():
+            with plug(name).attach(), modules_called(model) as order:
                 loss = model(**with_texts(batch([row]))).loss
             loss.backward()
-            for hook in hooks:
-                hook.remove()
             gradients = [p.grad.clone() for p in model.model.visual.merger.parameters()]
             if partitioned:
                 calls[kind] = order

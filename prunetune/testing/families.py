@@ -295,12 +295,13 @@ class FamilyIdentity:
     def test_a_batch_equals_each_of_its_rows_alone(self, model: Any, some_methods: list[str], side: str) -> None:
         rows = self.rows()
         for name in some_methods:
-            together = self.plug(model, name).prepare(self.asked(rows, side), padding_side=side)
+            batch = self.asked(rows, side)
+            together = self.plug(model, name).prepare(batch, padding_side=side)
             logits = model(**together.inputs).logits
             for number in range(len(rows)):
                 inputs = self.alone(rows, number)
                 alone = self.plug(model, name).prepare(inputs)
-                there = self.batch(rows, side, False)["attention_mask"][number].bool()
+                there = batch["attention_mask"][number].bool()
                 assert torch.equal(together.keep[number, there], alone.keep[0]), f"{name}, row {number}"
                 real = together.inputs["attention_mask"][number].bool()
                 own = model(**alone.inputs).logits[0]
@@ -391,7 +392,7 @@ class FamilyIdentity:
     def test_images_and_placeholders_that_disagree_are_refused(self, model: Any) -> None:
         pruned = self.plug(model, "divprune")
         inputs = self.batch(self.rows(), "right", False)
-        word = int(inputs["input_ids"][0, 0])
+        word = int(self.batch(self.texts(), "right", False)["input_ids"][0, 0])
         for modality in pruned.encode(inputs):
             token = pruned.family.token_id(model, modality)
             where = (inputs["input_ids"] == token).nonzero()[-1]

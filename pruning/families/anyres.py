@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,11 +21,18 @@ Pack = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
 
 def crops_of(model: nn.Module, sizes: Int[Tensor, "images 2"]) -> list[int]:
     """Return how many crops the model makes of images of these heights and widths, base view included."""
+    config: Any = model.config
+    grids = tuple(map(tuple, config.image_grid_pinpoints))
+    side = config.vision_config.image_size
+    # Read back in one go, and not once per image.
+    return [_crops_of_size(height, width, grids, side) for height, width in sizes.tolist()]
+
+
+@lru_cache(maxsize=4096)
+def _crops_of_size(height: int, width: int, grids: tuple[tuple[int, int], ...], side: int) -> int:
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-    config: Any = model.config
-    grids, side = config.image_grid_pinpoints, config.vision_config.image_size
-    return [image_size_to_num_patches(size, grids, side) for size in sizes]
+    return image_size_to_num_patches((height, width), [list(grid) for grid in grids], side)
 
 
 def check_crops(pixels: Tensor, crops: Sequence[int]) -> None:
@@ -102,3 +112,76 @@ def owner_of(crops: Sequence[int]) -> tuple[int, ...]:
     for image, number in enumerate(crops):
         owner += [image] * number
     return tuple(owner)
+
+
+PackSizes = Callable[[Sequence[Tensor], Tensor, Tensor], list[Tensor]]
+"""The same for any images: from crops of each image, their sizes (images, 2) and a newline."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where the tokens of an image's crops are packed: the same for every image of its size, so it is made once.
+
+    Attributes:
+        origin: (L,) the token behind each slot, counted from the image's first, or ``NEWLINE``; on the CPU.
+        row: (L,) the row of the merged grid, as of :func:`rows_of`.
+    """
+
+    origin: Int[Tensor, " L"]
+    row: Int[Tensor, " L"]
+
+
+_KEPT = 512  # sizes; of 2880 tokens they take 24 MB
+_PACKED: WeakKeyDictionary[nn.Module, dict[tuple, Packed]] = WeakKeyDictionary()
+
+
+def packed_images(
+    model: nn.Module,
+    pack: PackSizes,
+    sizes: Int[Tensor, "images 2"],
+    crops: Sequence[int],
+    count: int,
+    device: torch.device,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return for each image of a batch the token behind each slot, (L,), counted through the batch, and its row (L,).
+
+    Only sizes that were not met before are sent through the model's packing; of the others nothing is computed on the
+    device, and nothing is read back from it but the sizes.
+
+    Args:
+        model: the stock model, for which packings are kept.
+        pack: its packing.
+        sizes: (images, 2) height and width.
+        crops: how many each image has.
+        count: N, tokens per crop.
+        device: where the result goes.
+    """
+    config: Any = model.config
+    settings = (tuple(map(tuple, config.image_grid_pinpoints)), config.vision_config.image_size, count)
+    known = _PACKED.setdefault(model, {})
+    origins, rows, lengths = [], [], []
+    first = 0
+    for (height, width), number in zip(sizes.tolist(), crops, strict=True):
+        key = (height, width, settings)
+        if key not in known:
+            known[key] = _packed(pack, (height, width), number, count)
+        packed = known[key]
+        while len(known) > _KEPT:
+            del known[next(iter(known))]  # the oldest
+        # On the CPU, where these are: a batch goes to the device in one piece.
+        origins.append(torch.where(packed.origin == NEWLINE, NEWLINE, packed.origin + first))
+        rows.append(packed.row)
+        lengths.append(len(packed.origin))
+        first += number * count
+    return torch.cat(origins).to(device).split(lengths), torch.cat(rows).to(device).split(lengths)
+
+
+def _packed(pack: PackSizes, size: tuple[int, int], crops: int, count: int) -> Packed:
+    """Send the numbers of one image's tokens through the model's packing."""
+    numbers = torch.arange(crops * count).view(crops, count)
+
+    def pack_one(images: Sequence[Tensor], newline: Tensor) -> list[Tensor]:
+        return pack(images, torch.tensor([size]), newline)
+
+    (origin,) = origin_of(pack_one, [crops], numbers)
+    return Packed(origin, rows_of(origin == NEWLINE, count))

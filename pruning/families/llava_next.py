@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetune.pruning.families.anyres import check_crops, crops_of, origin_of, owner_of, rows_of
+from prunetune.pruning.families.anyres import check_crops, crops_of, owner_of, packed_images
 from prunetune.pruning.families.base import Family, register_family
 from prunetune.pruning.families.stock import llava_next_model
 from prunetune.pruning.families.tower import blank_image, record_signals, tower_of, visual_tokens
 from prunetune.pruning.hooks import record_input, record_output
-from prunetune.pruning.vision import NEWLINE, Vision
+from prunetune.pruning.vision import Vision
 
 
 class LlavaNext(Family):
@@ -44,22 +44,21 @@ class LlavaNext(Family):
         projected = outputs[0]  # (crops of all images, N, D)
         count = projected.shape[1]
 
-        def pack(images: Sequence[Tensor], newline: Tensor) -> list[Tensor]:
+        def pack(images: Sequence[Tensor], own_sizes: Tensor, newline: Tensor) -> list[Tensor]:
             config: Any = model.config
             strategy = config.vision_feature_select_strategy
             return stock.pack_image_features(
-                images, sizes, vision_feature_select_strategy=strategy, image_newline=newline
+                images, own_sizes, vision_feature_select_strategy=strategy, image_newline=newline
             )[0]
 
-        numbers = torch.arange(projected[..., 0].numel(), device=projected.device).view(-1, count)
-        origin = origin_of(pack, crops, numbers)
+        origin, row = packed_images(model, pack, sizes, crops, count, projected.device)
         return Vision(
             modality=modality,
             groups=(visual_tokens(model, needs, features[0], projected, signals),),
             owner=(owner_of(crops),),
             slots=tuple(output.pooler_output),
-            origin=tuple(origin),
-            row=tuple(rows_of(own == NEWLINE, count) for own in origin),
+            origin=origin,
+            row=row,
         )
 
     def blank(self, model: nn.Module) -> dict[str, Tensor]:

@@ -45,9 +45,9 @@ class Kind:
 KINDS = {
     "clip_vision_model": Kind(has_cls=True),
     "siglip_vision_model": Kind(),
-    "internvl_vision": Kind("encoder.layer", "attention", has_cls=True, norm="layernorm"),
     "idefics3_vision": Kind(),
     "smolvlm_vision": Kind(),
+    "internvl_vision": Kind("encoder.layer", "attention", has_cls=True, norm="layernorm"),
 }
 """The towers whose attention can be read, by ``config.vision_config.model_type``."""
 
@@ -68,8 +68,8 @@ class Tower:
         with_cls_token: whether [CLS] enters the projector as one of the tokens that a pruner sees.
         attention: the path of the attention below a layer.
         path: the path of the layers below the model, for messages.
-        norm: what the last layer's output goes through to become features; None for nothing.
         projector: the path of the projector, for messages.
+        norm: what the last layer's output goes through to become features; None for nothing.
     """
 
     module: nn.Module
@@ -80,8 +80,8 @@ class Tower:
     with_cls_token: bool
     attention: str = "self_attn"
     path: str = "vision_tower.encoder.layers"
-    norm: nn.Module | None = None
     projector: str = "multi_modal_projector"
+    norm: nn.Module | None = None
 
     def signals(self) -> frozenset[str]:
         """Return the vision signals this tower offers."""
@@ -134,7 +134,8 @@ def tower_of(model: nn.Module, path: str = "vision_tower", projector: str = "mul
     if not isinstance(layer, int):  # several layers side by side: the last named counts
         layer = layer[-1]
     if kind is None:
-        return Tower(module, nn.ModuleList(), layer, has_cls=False, known=False, with_cls_token=False)
+        none = nn.ModuleList()
+        return Tower(module, none, layer, has_cls=False, known=False, with_cls_token=False, projector=projector)
     layers: Any = module.get_submodule(kind.layers)
     # hidden_states[0] is the embedding: the output of layers[i] is hidden_states[i + 1]; from the end both count alike.
     feature = len(layers) + layer if layer < 0 else layer - 1
@@ -147,8 +148,8 @@ def tower_of(model: nn.Module, path: str = "vision_tower", projector: str = "mul
         with_cls_token=kind.has_cls and config.vision_feature_select_strategy == "full",
         attention=kind.attention,
         path=f"{path}.{kind.layers}",
-        norm=module.get_submodule(kind.norm) if kind.norm and layer == -1 else None,
         projector=projector,
+        norm=module.get_submodule(kind.norm) if kind.norm and layer == -1 else None,
     )
 
 
