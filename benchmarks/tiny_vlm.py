@@ -24,6 +24,7 @@ from prunetune.tiny_world.task import read_items
 METHODS = [name for name in registered_methods() if name != "identity"]
 OPTIONS = {  # what belongs to this small model: a layer it has, and its own complexity (prunetune calibrate)
     "hiprune": {"object_layer": 2},
+    "vscan": {"shallow_layer": 2},
     "adaptive": {"erank_avg": 24.132},
 }
 BUDGETS = (72, 36, 16, 8)
