@@ -150,9 +150,19 @@ class Selection:
             indices: Tensor | list[Tensor] = torch.stack([self.indices[row] for row in rows])
         else:
             indices = [self.indices[row] for row in rows]
-        merged = None if self.merged is None else [self.merged[row] for row in rows]
-        origin = None if self.origin is None else [self.origin[row] for row in rows]
-        return Selection(indices, merged, origin)
+
+        def picked(values: list[Tensor] | None) -> list[Tensor] | None:
+            return None if values is None else [values[row] for row in rows]
+
+        notes = {name: torch.stack([values[row] for row in rows]) for name, values in self.notes.items()}
+        return replace(
+            self,
+            indices=indices,
+            merged=picked(self.merged),
+            origin=picked(self.origin),
+            mixing=picked(self.mixing),
+            notes=notes,
+        )
 
 
 @runtime_checkable

@@ -45,6 +45,7 @@ def check_scope(case: Case) -> None:
     tokens = VisualTokens(hidden, signals={"cls_attention": tensor(case, "cls_attention")})
     try:
         agree_per_item(case, "kept_indices", kept(Scope()(tokens, keep)))
+        agree_per_item(case, "selection_order", list(Scope().picks(tokens, keep)))
     except Differs:
         if any(len(np.unique(item, axis=0)) < keep for item in np.asarray(case["vision_hidden"])):
             raise DefinedDifferently(

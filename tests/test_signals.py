@@ -43,6 +43,9 @@ def test_attention_signals_equal_the_eager_attention_weights(eager, processor, r
     ours = encoded(eager, processor, reading, samples, "hiprune", object_layer=2)
     torch.testing.assert_close(ours.signals["received_attention"], out.attentions[-2].mean(2)[:, :, 1:], **close)
     torch.testing.assert_close(ours.signals["object_attention"], out.attentions[1].mean(2)[:, :, 1:], **close)
+    ours = encoded(eager, processor, reading, samples, "vscan", shallow_layer=2)
+    torch.testing.assert_close(ours.signals["cls_attention"], out.attentions[-2][:, :, 0, 1:], **close)
+    torch.testing.assert_close(ours.signals["shallow_attention"], out.attentions[1][:, :, 0, 1:], **close)
     ours = encoded(eager, processor, reading, samples, "visionzip")
     assert torch.equal(ours.signals["cls_feature"], out.hidden_states[-2][:, 0])
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunetune.pruning.ops.coverage import pick_covering
@@ -46,6 +46,10 @@ class Scope:
         """Return K positions (B, K), salient and covering."""
         if keep == tokens.count:
             return keep_all(tokens)
+        return Selection(ascending(self.picks(tokens, keep)))
+
+    def picks(self, tokens: VisualTokens, keep: int) -> Int[Tensor, "B K"]:
+        """Return the kept positions (B, K) in order of picking."""
         attention = tokens.finite("cls_attention").sum(dim=1)  # (B, N)
         weight = attention.pow(self.alpha)
 
@@ -56,4 +60,4 @@ class Scope:
         fill = attention / largest - 2  # in [-2, -1]
         # Rounded from float64, so that equal tokens have equal cosines.
         similarity = cosine_similarity(tokens.finite("features"), dtype=torch.float64).float()  # (B, N, N)
-        return Selection(ascending(pick_covering(similarity, keep, score, fill)))
+        return pick_covering(similarity, keep, score, fill)
