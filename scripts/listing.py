@@ -30,17 +30,17 @@ def pruner_rows() -> Rows:
     """Return a row per method: paper, signals, whether training goes through, how faithful it is, whether it serves."""
     from prunetune.pruning import registered_methods
 
-    rows = [["name", "for", "paper", "needs", "trainable through", "status", "golden-checked", "servable"]]
+    rows = [["name", "paper", "needs", "trainable through", "status", "golden-checked", "for", "servable"]]
     for method in registered_methods().values():
         rows.append(
             [
                 method.name,
-                "videos" if method.video else "images",
                 method.paper,
                 ", ".join(sorted(method.needs)) or "-",
                 "yes, merges" if method.merges else "yes",
                 "exact" if method.exact else "reconstruction",
                 "yes" if method.golden else "no",
+                "videos" if method.video else "images",
                 "yes" if method.servable else "no",
             ]
         )
