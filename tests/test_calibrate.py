@@ -14,7 +14,7 @@ from prunetune.configs import EvaluateConfig, ModelConfig, RecalibrateConfig, lo
 from prunetune.data_recipes import Formatter, load_recipe
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import read_manifest
-from prunetune.evaluation.run.calibrate import Spread, _layers, calibrate
+from prunetune.evaluation.run.calibrate import Spread, _layers, calibrate, fitted_lines
 from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.models import Arm, load_model
 from prunetune.models.adapter import projector_state
@@ -147,6 +147,7 @@ def test_a_published_value_is_left_only_for_one_that_is_better_beyond_chance():
     fitted = calibrate(on_validation("cdpruner", "100%"), 16, 16).profile
     assert fitted.options == {"relevance_sign": -1}
     assert fitted.evidence["relevance_sign"][1].gain == 0
+    assert "every relevance_sign answers alike at keep 100%" in "\n".join(fitted_lines(fitted))
 
 
 def test_a_layer_is_one_that_the_model_has():

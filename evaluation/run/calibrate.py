@@ -101,6 +101,12 @@ def fitted_lines(profile: Profile) -> list[str]:
             mean = "" if row.score is None else f"{row.score:.3f}"
             chosen = "x" if row.value == profile.options[option] else ""
             lines.append(f"| {option} | {row.value} | {mean} | {gain} | {chosen} |")
+        scores = {row.score for row in rows}
+        if len(rows) > 1 and None not in scores and len(scores) == 1:
+            lines.append(
+                f"\nevery {option} answers alike at keep {profile.pruning['keep']}: nothing to choose by; another "
+                "budget or more samples may tell"
+            )
     for name, value in profile.reports.items():
         lines.append(f"\n{name}: {100 * value:.1f} % of the items")
     return lines
