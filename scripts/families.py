@@ -102,5 +102,16 @@ def _span(counts: list[int]) -> str:
     return str(most) if least == most else f"{least} to {most}"
 
 
+def read(files: list[str]) -> list[dict[str, Any]]:
+    """Return the records of some runs; a class of a later one replaces that of an earlier."""
+    by_class: dict[str, list[dict[str, Any]]] = {}
+    for file in files:
+        own: dict[str, list[dict[str, Any]]] = {}
+        for record in json.loads(Path(file).read_text()):
+            own.setdefault(record["test"], []).append(record)
+        by_class |= own
+    return [record for records in by_class.values() for record in records]
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(json.loads(Path(sys.argv[1]).read_text())), encoding="utf-8")
+    PAGE.write_text(page(read(sys.argv[1:])), encoding="utf-8")

@@ -134,3 +134,10 @@ MIXED = (
     Row((("image", (1, 8, 8), 7),), 4, 6),
 )
 """An image and a video in one sequence; a video; an image."""
+
+MANY_MIXED = (
+    *MIXED,
+    ROWS[1],
+    Row((("video", (2, 8, 8), 8), ("image", (1, 8, 8), 9), ("video", (1, 8, 12), 10)), 6, 7),
+)
+"""The same, text alone, and a row of three."""

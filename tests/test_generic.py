@@ -8,7 +8,7 @@ from generic_world import IMAGE, ROWS, batch, tiny
 from torch import nn
 
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec, Selection, admission
-from prunetune.pruning.families import family_of, name_projector
+from prunetune.pruning.families import base, family_of, name_projector
 from prunetune.pruning.rewrite import in_blocks
 from prunetune.testing import FamilyIdentity
 from prunetune.testing.families import Uneven, Words
@@ -50,14 +50,21 @@ class TestGlm4v(Generic):
         pytest.skip("no blank image can be made")
 
 
+FAMILIES = base.registered_families
 TAKEN = ("gemma3", "internvl", "mistral3", "glm4v")
 every_architecture = pytest.mark.parametrize("name", TAKEN)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_families():
+    """The generic family also for architectures that have one of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "registered_families", dict)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _without_families(monkeypatch):
-    """The generic family also for architectures that have one of their own by now."""
-    monkeypatch.setattr("prunetune.pruning.families.base.registered_families", dict)
+def _said_nothing(monkeypatch):
     monkeypatch.setattr(admission, "_SAID", set())
 
 
@@ -223,7 +230,7 @@ def test_the_projector_is_found_by_its_name_or_named():
 
 
 def test_naming_the_projector_of_a_family_that_knows_it_is_refused(monkeypatch, model):
-    monkeypatch.undo()
+    monkeypatch.setattr(base, "registered_families", FAMILIES)
     with pytest.raises(PruningError, match="family 'llava' trains multi_modal_projector: leave it unset"):
         name_projector(model, "multi_modal_projector")
 
@@ -252,7 +259,7 @@ def test_blocks_hold_tokens_of_one_image(counts, shape):
 
 
 def test_the_configuration_names_the_projector(untrained_folder, monkeypatch):
-    monkeypatch.undo()
+    monkeypatch.setattr(base, "registered_families", FAMILIES)
     from prunetune.configs import ModelConfig
     from prunetune.models import Arm
 

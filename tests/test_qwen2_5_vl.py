@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qwen_world import IMAGE, MANY, MIXED, ROWS, TEXTS, VIDEO, Row, batch, tiny_qwen
+from qwen_world import IMAGE, MANY, MANY_MIXED, MIXED, ROWS, TEXTS, VIDEO, Row, batch, tiny_qwen
 
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec, registered_methods
 from prunetune.pruning.families import family_of
@@ -94,11 +94,7 @@ class TestImages(FamilyIdentity):
 class TestVideos(TestImages):
     """The same with videos, in one sequence with images and alone."""
 
-    visuals = (
-        *MIXED,
-        ROWS[1],
-        Row((("video", (2, 8, 8), 8), ("image", (1, 8, 8), 9), ("video", (1, 8, 12), 10)), 6, 7),
-    )
+    visuals = MANY_MIXED
 
 
 def test_methods_that_need_no_cls_are_served():

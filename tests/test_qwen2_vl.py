@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from qwen_world import IMAGE, MIXED, ROWS, VIDEO, Row, tiny_qwen
+from qwen_world import IMAGE, MANY, MANY_MIXED, MIXED, ROWS, VIDEO, Row, tiny_qwen
 from qwen_world import batch as timed_batch
 
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec
@@ -27,7 +27,7 @@ class TestImages(FamilyIdentity):
     keep = KEEP
     options = OPTIONS
     suppressed = (2, IMAGE, VIDEO)
-    visuals = ROWS
+    visuals = MANY
 
     def make_model(self):
         return tiny_qwen(kind="qwen2_vl")
@@ -46,7 +46,7 @@ class TestImages(FamilyIdentity):
 class TestVideos(TestImages):
     """The same with videos, in one sequence with images and alone."""
 
-    visuals = (*MIXED, ROWS[1])
+    visuals = MANY_MIXED
 
 
 @pytest.fixture

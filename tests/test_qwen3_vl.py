@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from qwen_world import IMAGE, MIXED, ROWS, VIDEO, batch, tiny_qwen
+from qwen_world import IMAGE, MANY, MANY_MIXED, MIXED, ROWS, VIDEO, batch, tiny_qwen
 
 from prunetune.models import load_projector, wrap_projector, write_adapter
 from prunetune.models.adapter import projector_state
@@ -29,7 +29,7 @@ class TestImages(FamilyIdentity):
     keep = KEEP
     options = OPTIONS
     suppressed = (2, IMAGE, VIDEO)
-    visuals = ROWS
+    visuals = MANY
 
     def make_model(self):
         return tiny_qwen(kind="qwen3_vl")
@@ -48,7 +48,7 @@ class TestImages(FamilyIdentity):
 class TestVideos(TestImages):
     """The same with videos, in one sequence with images and alone."""
 
-    visuals = (*MIXED, ROWS[1])
+    visuals = MANY_MIXED
 
 
 @pytest.fixture
