@@ -65,7 +65,8 @@ class QwenVL(Family):
         """Encode patches (P, values) of ``image_grid_thw`` or ``video_grid_thw`` (images, 3)."""
         base: Any = model.base_model
         visual = qwen_visual(model)
-        pixels, grids = inputs[self.pixels[modality]], inputs.get(GRIDS[modality])
+        pixels = inputs[self.pixels[modality]]
+        grids: Any = inputs.get(GRIDS[modality])
         merge = visual.spatial_merge_size
         sizes = self._sizes(modality, pixels, grids, merge)
         encode = getattr(base, f"get_{modality}_features")
