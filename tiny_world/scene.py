@@ -35,7 +35,7 @@ SPLITS = {
 }
 _WORLD = 84_07  # mixed into every scene's seed, so that scene 0 is not numpy's well-worn seed 0
 _NUMBER_CHANCE = 0.85
-_RADIUS = {"small": (5.0, 6.2), "large": (10.0, 12.0)}
+RADIUS = {"small": (5.0, 6.2), "large": (10.0, 12.0)}
 _JITTER = 1.2
 
 _FONT = {
@@ -116,7 +116,7 @@ def sample_scene(seed: int) -> Scene:
     shapes = []
     for cell, pair in zip(cells[:count].tolist(), pairs.tolist(), strict=True):
         size = SIZES[int(rng.integers(2))]
-        low, high = _RADIUS[size]
+        low, high = RADIUS[size]
         jitter = rng.uniform(-_JITTER, _JITTER, 2)
         row, column = divmod(cell, 3)
         # Off the centre by a little, so that no patch always shows the same part of a shape.
@@ -139,7 +139,7 @@ def _sample_number(cell: int, rng: np.random.Generator) -> Number:
     return Number(cell, COLORS[int(rng.integers(len(COLORS)))], digits, corner)
 
 
-def _shape_mask(shape: Shape, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def shape_mask(shape: Shape, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Return which of the pixels ``rows x columns`` the shape covers, as a boolean grid."""
     dy = rows[:, None] - shape.center[0]  # (rows, 1)
     dx = columns[None, :] - shape.center[1]  # (1, columns)
@@ -175,7 +175,7 @@ def object_masks(scene: Scene) -> list[np.ndarray]:
         top, left = row * CELL_PIXELS, column * CELL_PIXELS
         span = np.arange(CELL_PIXELS)
         # Only its own cell is drawn, and no shape reaches beyond it.
-        cell = _shape_mask(shape, top + span, left + span)
+        cell = shape_mask(shape, top + span, left + span)
         mask[top : top + CELL_PIXELS, left : left + CELL_PIXELS] = cell
         masks.append(mask)
     if scene.number is not None:
