@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import LlavaNextVideoForConditionalGeneration, PreTrainedTokenizerFast
 
 from prunetune.tiny_world.moving.clip import FRAMES, render_clip, sample_clip
 from prunetune.tiny_world.moving.model import build_video_model, build_video_tokenizer
@@ -27,7 +28,9 @@ TRAINING, VALIDATION, TEST = 0, 10_000_000, 30_000_000
 """First clip of each split; what is trained on ends long before the next."""
 
 
-def train_video_vlm(base: Path, output: Path, clips: int = 4000, steps: int = 900, seed: int = 0) -> None:
+def train_video_vlm(
+    base: Path, output: Path, clips: int = 4000, steps: int = 900, validation: int = 200, seed: int = 0
+) -> None:
     """Train the video model from the tiny VLM in ``base`` and write model, tokenizer and log to ``output``.
 
     Args:
@@ -35,6 +38,7 @@ def train_video_vlm(base: Path, output: Path, clips: int = 4000, steps: int = 90
         output: made if there is none.
         clips: how many are drawn, of the training split.
         steps: of 32 clips with their six questions.
+        validation: how many clips it is tried on at the end.
         seed: of new words' weights, of the order of clips and of which tokens are dropped.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -72,15 +76,17 @@ def train_video_vlm(base: Path, output: Path, clips: int = 4000, steps: int = 90
         if (step + 1) % 50 == 0 or step + 1 == steps:
             _log(output, {"step": step + 1, "of": steps, "loss": round(loss.item(), 4),
                           "minutes": round((time.monotonic() - began) / 60, 1)})  # fmt: skip
+    held_out = range(VALIDATION, VALIDATION + validation)
+    bank = clip_features(model, held_out)
     for share in (1.0, 0.5, 0.25):
-        right = accuracy(model, tokenizer, range(VALIDATION, VALIDATION + 200), share)
+        right = accuracy(model, tokenizer, held_out, bank, share)
         _log(output, {"validation_keep": share, **right})
     model.half().save_pretrained(output)
     tokenizer.save_pretrained(output)
 
 
 @torch.no_grad()
-def clip_features(model: nn.Module, seeds: Sequence[int]) -> Tensor:
+def clip_features(model: LlavaNextVideoForConditionalGeneration, seeds: Sequence[int]) -> Tensor:
     """Return what enters the projector, (clips, 4 * 36, C) float16: the tower's patches, pooled two by two."""
     bank = []
     for start in range(0, len(seeds), 16):
@@ -94,14 +100,20 @@ def clip_features(model: nn.Module, seeds: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, tokenizer, seeds: Sequence[int], share: float) -> dict[str, float]:
+def accuracy(
+    model: LlavaNextVideoForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    seeds: Sequence[int],
+    features: Tensor,
+    share: float,
+) -> dict[str, float]:
     """Return exact-match accuracy in percent per kind of question, and of all; a random share of tokens is kept."""
     right: dict[str, list[bool]] = {}
     generator = torch.Generator().manual_seed(4)
     for start in range(0, len(seeds), 50):
         own = seeds[start : start + 50]
         asked = [ask_clip(sample_clip(seed)) for seed in own]
-        visual = model.model.multi_modal_projector(clip_features(model, own).float())
+        visual = model.model.multi_modal_projector(features[start : start + 50].float())
         kept = _random_kept(torch.full((len(own), 1), share), visual.shape[1], generator)
         batch = question_batch(asked, tokenizer)
         logits, targets = answer_logits(model, visual, kept, batch)
