@@ -73,4 +73,4 @@ def test_a_few_steps_of_training_are_saved_and_can_be_pruned(tmp_path):
     ids = torch.tensor([[1, *[model.config.video_token_id] * 36 * FRAMES, 9]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels}
     pruned = PrunedModel(model, PruningSpec("divprune", 16, scope="image")).prepare(inputs)
-    assert pruned.kept == {"video": [16]} and pruned.kept_per_frame == [[4, 4, 4, 4]]
+    assert pruned.kept == {"video": [16]} and sum(pruned.kept_per_frame[0]) == 16
