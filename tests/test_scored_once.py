@@ -39,6 +39,7 @@ def stub(config):
         text_tower_hash=None,
         spec=config.pruning,
         adapter=None,
+        profile=None,
         template="t",
         projector_hash="p",
         processor=SimpleNamespace(image_processor=None),
