@@ -40,6 +40,7 @@ def stub(config):
         spec=config.pruning,
         adapter=None,
         profile=None,
+        pruning=config.pruning,
         template="t",
         projector_hash="p",
         processor=SimpleNamespace(image_processor=None),
