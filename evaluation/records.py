@@ -295,8 +295,8 @@ class Manifest(_Record):
             return sealed(values)
         for name in _SEALED:  # as the earlier version wrote it, to the byte
             values.pop(name, None)
-        del values["projector"]["stored_hash"]
         # Of what it had not heard of its file says nothing.
+        values["projector"] = self.projector.model_dump(exclude_unset=True)
         values["model"] = self.model.model_dump(exclude_unset=True)
         values["pruning"] = self.pruning.model_dump(exclude_unset=True)
         return values
