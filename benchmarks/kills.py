@@ -19,7 +19,7 @@ from bad_inputs import ROOT, TINY_VLM
 
 STEPS = 12
 KILLS_A_RUN = 5
-REQUEUE = 75
+REQUEUE = 75  # the status of a run that goes on later
 AT_START = 0.3
 """Share of kills that come before the run has taken a step since it was started."""
 _OPTIONS = [
@@ -100,7 +100,9 @@ def full_disks(disk: Path, number: int) -> list[str]:
         shutil.rmtree(output)
     print("\n".join(wrong))
     verdict = "then bitwise equal to an uninterrupted run" if unlike == 0 else f"{unlike} DIFFERS"
-    words = "all told in one line by each rank that met it" if told == number else f"{number - told} with a TRACEBACK or no word"
+    words = "all told in one line by each rank that met it"
+    if told < number:
+        words = f"{number - told} with a TRACEBACK or no word"
     return [f"| disk full at {number} points of {need / 2**20:.0f} MiB, freed, started again | {words} | {verdict} |"]
 
 
