@@ -463,9 +463,9 @@ def option_cases(world: World) -> Iterator[Case]:
         "a task without its data": ["evaluate", "--config", world.file("evaluate.yaml"), "--tasks", "[gqa]"],
         "an adapter that is not there": _exported(world, "no_adapter"),
         "an arm that is not there": ["compare", "no_arm"],
-        "a shipped file for calibrate's profile": [
+        "a configuration for calibrate's profile": [
             "calibrate", "--config", "recalibrate/tiny_adaptive_16", "--overwrite",
-            "--profile", "configs/recalibrate/tiny_adaptive_16.yaml",
+            "--profile", world.file("evaluate.yaml"),
         ],
         "a profile that is not there": [
             "evaluate", "--config", world.file("evaluate.yaml"), "--pruning.profile", "no.json",
