@@ -86,7 +86,7 @@ def full_disks(disk: Path, number: int) -> list[str]:
         process = _start(output, "prunetune", "zero2", log=disk.parent / f"{disk.name}_{point}.log")
         status = process.wait()
         shown = (disk.parent / f"{disk.name}_{point}.log").read_text(errors="replace")
-        lines = [line for line in shown.splitlines() if "error: " in line]
+        lines = [line for line in shown.splitlines() if "error" in line]
         # A line of each rank that was writing: both hold a part of the optimizer's state.
         readable = bool(lines) and all("can't be written" in line for line in lines) and "Traceback" not in shown
         in_words = readable and status not in (0, REQUEUE)
