@@ -92,6 +92,11 @@ class FastVID:
         """Received attention, or the pooling head's output and attention."""
         return frozenset({"received_attention"} if self.frames == "received" else {"head_feature", "head_attention"})
 
+    @property
+    def servable(self) -> bool:
+        """Whether the number of kept tokens is known before the video is encoded."""
+        return self.count == "fixed"
+
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K tokens of each clip, (K, C) features in raster order, each placed where its token was."""
         if self.retention_ratio is not None:
