@@ -27,7 +27,7 @@ FORMAT: Literal[2] = 2
 """Of the two files: raise it when a reader of today would misread what is written."""
 UNSEALED: Literal[1] = 1
 """The format of versions before the seals: read, and compared with arms of its own format alone."""
-_OUTCOME = ("metrics", "kept_tokens", "items_per_second", "results_hash")
+_OUTCOME = ("metrics", "kept_tokens", "notes", "items_per_second", "results_hash")
 _SEALED = ("profile", "original_projector_hash", "projectors", "text_tower_hash", "prunetune", "results_hash")
 
 
@@ -52,6 +52,7 @@ class Result(_Record):
         score: from 0 to 1; None where the answer is hidden or only a whole set has a score.
         kept: how many visual tokens reached the LLM.
         kept_per_frame: of a video, how many of each frame did; not in the file otherwise.
+        notes: what the pruner noted of the item by name, such as ``ran_dry``; not in the file if that is nothing.
     """
 
     task: str
@@ -64,6 +65,7 @@ class Result(_Record):
     score: float | None
     kept: int
     kept_per_frame: list[int] | None = None
+    notes: dict[str, float] = {}
 
     @property
     def key(self) -> tuple[str, str]:
@@ -75,6 +77,8 @@ class Result(_Record):
         # Not pydantic's own JSON, which puts no space after a comma: a folder that an earlier version began would then
         # hold two kinds of lines, and equal arms would no longer be equal files.
         left_out = {"kept_per_frame"} if self.kept_per_frame is None else set()
+        if not self.notes:
+            left_out.add("notes")
         return json.dumps(self.model_dump(exclude=left_out)) + "\n"
 
 
@@ -174,7 +178,7 @@ class Manifest(_Record):
 
     Attributes:
         format: version of the two files.
-        complete: whether every item was answered; the last three fields are there from then on.
+        complete: whether every item was answered; ``metrics`` and what follows are there from then on.
         model: which model, and how it was loaded.
         frozen_hash: SHA-256 of the stored weights without the projector.
         original_projector_hash: SHA-256 of the projector that the base's files hold, whichever the arm ran with.
@@ -196,6 +200,7 @@ class Manifest(_Record):
         plugins: what was loaded from outside this package.
         metrics: what was reached, by benchmark.
         kept_tokens: visual tokens that reached the LLM.
+        notes: by benchmark, means of what the pruner noted of the items; not in the file if that is nothing.
         items_per_second: of the last run; None if it had nothing left to do.
         results_hash: SHA-256 of results.jsonl.
     """
@@ -223,6 +228,7 @@ class Manifest(_Record):
     plugins: list[PluginRecord] = []
     metrics: dict[str, TaskSummary] | None = None
     kept_tokens: KeptTokens | None = None
+    notes: dict[str, dict[str, float]] = {}
     items_per_second: float | None = None
     results_hash: str | None = None
 
@@ -251,6 +257,7 @@ class Manifest(_Record):
         kept_tokens: KeptTokens,
         items_per_second: float | None,
         results_hash: str | None = None,
+        notes: dict[str, dict[str, float]] | None = None,
     ) -> Manifest:
         """Return the manifest of the complete arm."""
         return self.model_copy(
@@ -258,6 +265,7 @@ class Manifest(_Record):
                 "complete": True,
                 "metrics": metrics,
                 "kept_tokens": kept_tokens,
+                "notes": notes or {},
                 "items_per_second": items_per_second,
                 "results_hash": results_hash,
             }
@@ -280,13 +288,15 @@ class Manifest(_Record):
             left_out.add("plugins")
         if self.video is None:
             left_out.add("video")
+        if not self.notes:
+            left_out.add("notes")
         values = self.model_dump(exclude=left_out)
         if self.format != UNSEALED:
             return sealed(values)
         for name in _SEALED:  # as the earlier version wrote it, to the byte
             values.pop(name, None)
-        del values["projector"]["stored_hash"]
         # Of what it had not heard of its file says nothing.
+        values["projector"] = self.projector.model_dump(exclude_unset=True)
         values["model"] = self.model.model_dump(exclude_unset=True)
         values["pruning"] = self.pruning.model_dump(exclude_unset=True)
         return values

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,14 @@ class Answer:
         text: the new text, stripped.
         kept: how many visual tokens of the sample reached the LLM.
         kept_per_frame: of a video, how many of each frame did; None of an image, or of text alone.
+        notes: what the method noted of the image or video by name, such as ``ran_dry``.
     """
 
     id: str
     text: str
     kept: int
     kept_per_frame: tuple[int, ...] | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
 
 
 class Base:
@@ -275,13 +277,16 @@ class Arm:
         is_video = self._videos(inputs["input_ids"])
         images, videos = iter(generated.kept.get("image", ())), iter(generated.kept.get("video", ()))
         frames = iter(generated.kept_per_frame)
+        of_images, of_videos = iter(generated.notes.get("image", ())), iter(generated.notes.get("video", ()))
         answers = []
         for sample, text, about_video in zip(samples, texts, is_video, strict=True):
             # Images and videos come in the order of their samples.
             if about_video:
-                answers.append(Answer(sample.id, text.strip(), next(videos), tuple(next(frames))))
+                answers.append(Answer(sample.id, text.strip(), next(videos), tuple(next(frames)), next(of_videos)))
+            elif sample.image is None:
+                answers.append(Answer(sample.id, text.strip(), 0))
             else:
-                answers.append(Answer(sample.id, text.strip(), 0 if sample.image is None else next(images)))
+                answers.append(Answer(sample.id, text.strip(), next(images), notes=next(of_images)))
         return answers
 
     def _videos(self, ids: Tensor) -> list[bool]:

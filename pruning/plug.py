@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,11 +35,13 @@ class Generated:
         tokens: (B, T) new token ids, without the prompt.
         kept: for each modality how many visual tokens of each image reached the LLM, images in reading order.
         kept_per_frame: for each video how many of each of its frames did.
+        notes: for each modality what the method noted of each image by name, such as ``ran_dry``.
     """
 
     tokens: Int[Tensor, "B T"]
     kept: Mapping[str, list[int]]
     kept_per_frame: Sequence[list[int]] = ()
+    notes: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
 
 
 class PrunedModel:
@@ -290,7 +292,7 @@ class PrunedModel:
             model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
             output = model.generate(**_shifted(pruned.inputs, -first))
         prompt_length = pruned.inputs["input_ids"].shape[1]
-        return Generated(output[:, prompt_length:], pruned.kept, pruned.kept_per_frame)
+        return Generated(output[:, prompt_length:], pruned.kept, pruned.kept_per_frame, pruned.notes_per_image)
 
     @contextmanager
     def attach(self, seen: Callable[[Pruned], None] | None = None, packed: bool = False) -> Iterator[PrunedModel]:

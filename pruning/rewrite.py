@@ -65,6 +65,26 @@ class Chosen:
             found[image].append(count)
         return found
 
+    def notes_per_image(self) -> list[dict[str, float]]:
+        """Return for each image, or video, what the method noted of it by name: the mean over its items.
+
+        An image of which nothing was noted, such as one that is kept whole, has none. All notes are read back from the
+        device in one go; of a method that notes nothing, nothing is.
+        """
+        noted: list[Tensor] = []
+        belongs: list[tuple[int, str]] = []  # the image and the name of each number
+        for among, selection in zip(self.candidates, self.selections, strict=True):
+            for name, values in selection.notes.items():
+                noted.append(values.float())
+                belongs += [(image, name) for image in among.images]
+        by_name: list[dict[str, list[float]]] = [{} for _ in self.vision.slots]
+        for (image, name), value in zip(belongs, torch.cat(noted).tolist() if noted else (), strict=True):
+            by_name[image].setdefault(name, []).append(value)
+        found = []
+        for own in by_name:
+            found.append({name: sum(values) / len(values) for name, values in own.items()})
+        return found
+
     def merged_tokens(self) -> tuple[Int[Tensor, " M"], Float[Tensor, "M C"]]:
         """Return where merged features stand and what they are: (M,) numbers and (M, C) pre-projector features."""
         # Of nothing at first, so that images of which none was merged still have a width to project.
@@ -129,6 +149,11 @@ class Pruned:
                 for name, values in selection.notes.items():
                     noted.setdefault(name, []).append(values.float())
         return {name: torch.cat(values) for name, values in noted.items()}
+
+    @property
+    def notes_per_image(self) -> dict[str, list[dict[str, float]]]:
+        """For each modality what the method noted of each image by name, the mean over its items, in reading order."""
+        return {modality: choice.notes_per_image() for modality, choice in self.chosen.items()}
 
     @property
     def selections(self) -> dict[str, list[Selection]]:

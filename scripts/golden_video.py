@@ -76,8 +76,8 @@ def check_fastvid(read: Read, case: Case) -> None:
     )
     selection = pruner(tokens, 1)
     agree(case, "kept_indices", kept(selection)[0])
-    assert selection.merged is not None
-    agree(case, "merged_features", selection.merged[0])
+    assert selection.mixing is not None
+    agree(case, "merged_features", selection.mixing[0] @ tokens.require("projected")[0])
     budget = tokens.frames * int(tokens.per_frame * float(case["retention_ratio"]))
     plan, salient, _ = pruner.chosen(tokens, budget)
     agree(case, "segment_sizes", torch.bincount(plan.segment[0]))

@@ -87,6 +87,25 @@ def test_an_interrupted_arm_goes_on_to_the_same_results(settings, monkeypatch):
     assert len(calls) == 3 + 1
 
 
+def test_what_the_method_noted_is_in_the_rows_and_its_means_in_the_manifest(settings):
+    options = "{erank_avg: 20.0, scale: 0.01, order: pick}"
+    arm = ("--pruning.pruner", "adaptive", "--pruning.options", options, "--pruning.keep", "13", "--limit", "11")
+    folder = evaluate(settings("arm", *arm, "--batch_size", "5"))
+    rows, manifest = read_results(folder), json.loads((folder / "manifest.json").read_text())
+    walked = [row.notes["walked"] for row in rows]
+    assert len(set(walked[5:10])) > 1  # in one batch, so that a row with another's notes is noticed
+    assert [row.notes["ran_dry"] for row in rows] == [float(number < 13) for number in walked]
+    means = {"walked": sum(walked) / 11, "ran_dry": sum(number < 13 for number in walked) / 11}
+    assert manifest["notes"] == {"tiny_world_validation": pytest.approx(means)} and 0 < means["ran_dry"] < 1
+    assert read_manifest(folder).notes == manifest["notes"]
+    alone = evaluate(settings("alone", *arm, "--batch_size", "1"))
+    assert [row.notes for row in read_results(alone)] == [row.notes for row in rows]
+
+    plain = evaluate(settings("plain", *DIVPRUNE, "--limit", "3"))  # notes nothing: the files are what they were
+    assert "notes" not in json.loads((plain / "manifest.json").read_text())
+    assert '"notes"' not in (plain / "results.jsonl").read_text()
+
+
 def test_a_finished_arm_is_not_run_again(settings, monkeypatch):
     config = settings("arm", *DIVPRUNE)
     evaluate(config)

@@ -12,11 +12,11 @@ from conftest import GOLDEN, GOLDEN_NEWER
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prunetune.pruning import PruningError, VisualTokens, build_pruner, register_pruner, registered_methods
+from prunetune.pruning import PruningError, Selection, VisualTokens, build_pruner, register_pruner, registered_methods
 from prunetune.pruning.budget import BudgetRule
 from prunetune.pruning.methods.downsample import pooling
 from prunetune.pruning.ops.precision import exact_float32
-from prunetune.pruning.select import candidates, choose
+from prunetune.pruning.select import Candidates, candidates, choose
 from prunetune.pruning.signals import signal_of
 from prunetune.pruning.vision import of_equal_images
 from prunetune.scripts.check_golden import CHECKS, check
@@ -596,6 +596,25 @@ def test_notes_are_collected_over_the_items_of_a_batch():
     assert pruned.notes["ran_dry"].tolist() == [float(number < 9) for number in walked]
 
 
+def test_notes_of_an_image_are_the_mean_over_its_items():
+    from prunetune.pruning.rewrite import Chosen
+
+    vision = of_equal_images(make_tokens(3, 2, 2))
+    numbers = torch.arange(12).view(3, 4)
+    tokens = vision.groups[0]
+    whole = torch.arange(4)[None]
+    # Crops of images 2, 0, 2, and image 1, which is kept whole: nothing is noted of it.
+    crops = Candidates(tokens, numbers, (2, 0, 2))
+    rest = Candidates(only(tokens, 1), numbers[1:2], (1,))
+    noted = {"ran_dry": torch.tensor([True, True, False]), "walked": torch.tensor([1, 2, 4])}
+    selections = [Selection(whole.expand(3, 4), notes=noted), Selection(whole)]
+    assert Chosen(vision, [crops, rest], selections).notes_per_image() == [
+        {"ran_dry": 1.0, "walked": 2.0},
+        {},
+        {"ran_dry": 0.5, "walked": 2.5},
+    ]
+
+
 # ---- properties ------------------------------------------------------------------------------------------------
 
 
@@ -766,7 +785,8 @@ def test_a_method_is_servable_where_its_count_is_known_beforehand():
         tokens = make_tokens(3, 6, 6, seed=seed)
         for name, method in registered_methods().items():
             if method.servable and name != "identity":
-                assert build_pruner(name)(tokens, 13).counts() == [13] * 3, name
+                pruner = build_pruner(name)
+                assert pruner(tokens, 13).counts() == [expected_count(pruner, tokens, 13)] * 3, name
 
 
 def test_registration_is_loud():

@@ -130,6 +130,10 @@ def test_pruned_equals_full_length_run_with_dropped_tokens_masked(model, plug, n
                 for features, origin in zip(full, choice.vision.origin, strict=True):
                     for place, number in enumerate(origin.tolist()):
                         features[place] = made.get(number, features[place])
+            for among, selection in zip(choice.candidates, choice.selections, strict=True):
+                for item, weights in enumerate(selection.mixing or ()):  # of a whole clip or image, frame by frame
+                    number = among.images[item]
+                    full[number][selection.origin[item]] = weights @ output.pooler_output[number]
             output.pooler_output = full
             outputs[modality] = output
         kwargs = {"mm_encoder_outputs": outputs} if outputs else {}
@@ -370,6 +374,32 @@ def test_published_counts_run_on_clips_and_images_of_any_size(model, name, optio
         assert torch.equal(together.keep[number, :length], alone.keep[0])
         real = together.inputs["attention_mask"][number].bool()
         torch.testing.assert_close(logits[number, real], model(**alone.inputs).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_fastvid_trains_the_projector_as_its_means_written_out(model):
+    """The gradient of kept features is that of means of the stock model's features of the whole clip."""
+    inputs = batch([Row((("video", (3, 8, 8), 32),), 3, 12)])
+    projector = model.model.visual.merger.requires_grad_(True)
+    weight = next(parameter for parameter in projector.parameters() if parameter.ndim == 2)
+    prepared = PrunedModel(model, PruningSpec("fastvid", 5, {"segments": 1, "threshold": -1.0})).prepare(inputs)
+    (selection,) = prepared.chosen["video"].selections
+    (mixing,) = selection.mixing
+    assert mixing.shape == (15, 48) and not mixing.requires_grad
+    assert int((mixing > 0).sum()) > 15  # something is merged
+    ours = prepared.inputs["mm_encoder_outputs"]["video"].pooler_output
+    ours = (ours if isinstance(ours, torch.Tensor) else torch.cat(list(ours))).flatten(0, -2)
+    target = torch.randn(ours.shape, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad((ours * target).sum(), weight)
+
+    stock = model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True)
+    outputs = []
+    for token, own in zip(selection.of(0).tolist(), mixing, strict=True):
+        sources = own.nonzero()[:, 0].tolist()
+        assert token in sources
+        outputs.append(sum(own[source] * stock.pooler_output[0][source] for source in sources))
+    torch.testing.assert_close(ours, torch.stack(outputs))
+    (expected,) = torch.autograd.grad((torch.stack(outputs) * target).sum(), weight)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_fastvid_without_a_pooling_head_is_refused(model):

@@ -39,6 +39,8 @@ def stub(config):
         text_tower_hash=None,
         spec=config.pruning,
         adapter=None,
+        profile=None,
+        pruning=config.pruning,
         template="t",
         projector_hash="p",
         processor=SimpleNamespace(image_processor=None),

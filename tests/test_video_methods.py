@@ -119,6 +119,11 @@ FASTVID = [
 ]
 
 
+def mixed(tokens, selection, item):
+    assert selection.merged is None
+    return selection.mixing[item] @ tokens.projected[item].float()
+
+
 @pytest.mark.parametrize(("options", "named"), FASTVID, ids=str)
 @settings(max_examples=25, deadline=None)
 @given(case=clips())
@@ -132,7 +137,7 @@ def test_fastvid_equals_its_oracle(options, named, case):
     for item in range(len(tokens.features)):
         places, features = oracles.fastvid(tokens, item, keep, **named)
         assert selection.of(item).tolist() == selection.origin[item].tolist() == places
-        np.testing.assert_allclose(selection.merged[item].double().numpy(), features, atol=2e-5)
+        np.testing.assert_allclose(mixed(tokens, selection, item).double().numpy(), features, atol=2e-5)
 
 
 @pytest.mark.parametrize("frames", [3, 5])
@@ -144,7 +149,7 @@ def test_fastvid_merges_an_anchors_own_frame_alone_where_its_share_is_one_frames
     for item in range(2):
         places, features = oracles.fastvid(tokens, item, 3 * frames, segments=1, tau=-1.0, step=2)
         assert selection.of(item).tolist() == places
-        np.testing.assert_allclose(selection.merged[item].double().numpy(), features, atol=2e-5)
+        np.testing.assert_allclose(mixed(tokens, selection, item).double().numpy(), features, atol=2e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,8 +196,9 @@ def test_fastvid_merges_equal_frames_of_a_segment_into_one():
     selection = build_pruner("fastvid", {"segments": 1, "threshold": -1.0, "context_ratio": 1.0})(tokens, 16)
     assert selection.of(0).tolist() == list(range(48, 64))  # all of the last frame
     moved = torch.arange(16) == 5  # it has no equals in the other frames, so they join others
-    torch.testing.assert_close(selection.merged[0][5], tokens.features[0, 53])
-    near = (selection.merged[0] - tokens.features[0, 48:]).norm(dim=-1)
+    outputs = mixed(tokens, selection, 0)
+    torch.testing.assert_close(outputs[5], tokens.projected[0, 53])
+    near = (outputs - tokens.projected[0, 48:]).norm(dim=-1)
     assert (near[~moved] < 1e-5).sum() >= 14
 
 
@@ -263,6 +269,8 @@ def test_a_clip_keeps_the_same_in_any_batch_and_with_any_number_of_threads(name,
                 alone = build_pruner(name)(part, 50)
                 for item in range(last - first):
                     assert torch.equal(alone.of(item), together.of(first + item))
+                    if name == "fastvid":
+                        assert torch.equal(alone.mixing[item], together.mixing[first + item])
     finally:
         torch.set_num_threads(threads)
 

@@ -94,8 +94,8 @@ def dycoke(tokens, item, keep, ratio=None, groups="full"):
 
 
 def fastvid(tokens, item, keep, count="fixed", frames_by="received", segments=8, tau=None, share=0.4, step=4, beta=0.6):
-    """Return the kept places, ascending, and their features (K, C)."""
-    x, own = clip(tokens, item), array(tokens.features, item)
+    """Return the kept places, ascending, and what is in their slots (K, D)."""
+    x, own = clip(tokens, item), array(tokens.projected, item)
     frames, size = x.shape[:2]
     if frames_by == "received":
         g, a = x.mean(axis=1), array(tokens.signals["received_attention"], item).mean(axis=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import time
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def _fill(folder: OutputFolder, config: EvaluateConfig, arm: Arm | None, device:
         for work in works:
             summaries[work.task.name] = _summary(work, rows, folder)
         # Last of all: killed before this line, the arm is still unfinished, and compare says so.
-        write_manifest(output, manifest.finished(summaries, _kept(rows), rate, results_hash(output)))
+        write_manifest(output, manifest.finished(summaries, _kept(rows), rate, results_hash(output), _notes(rows)))
 
 
 def _work(name: str, config: EvaluateConfig) -> Work:
@@ -232,6 +233,8 @@ def _answers(arm: Arm, formatter: Formatter, task: Benchmark, batch: list[Item],
             score=task.score(answer.text, item).score,
             kept=answer.kept,
             kept_per_frame=None if answer.kept_per_frame is None else list(answer.kept_per_frame),
+            # The record takes no others, and what a method counts on the side should not stop an evaluation.
+            notes={name: value for name, value in answer.notes.items() if math.isfinite(value)},
         )
         rows.append(row)
     return rows
@@ -259,6 +262,18 @@ def _kept(rows: list[Result]) -> KeptTokens:
     # Over all items, text alone included: what the LLM got is what a budget is paid for.
     kept = [row.kept for row in rows]
     return KeptTokens(mean=sum(kept) / len(kept), min=min(kept), max=max(kept))
+
+
+def _notes(rows: list[Result]) -> dict[str, dict[str, float]]:
+    """Return for each task the mean of what the pruner noted, over the items of which it noted that."""
+    noted: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        for name, value in row.notes.items():
+            noted.setdefault(row.task, {}).setdefault(name, []).append(value)
+    means: dict[str, dict[str, float]] = {}
+    for task, by_name in noted.items():
+        means[task] = {name: sum(values) / len(values) for name, values in by_name.items()}
+    return means
 
 
 def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm) -> Manifest:

@@ -42,14 +42,14 @@ class FastVID:
     """Cut a clip where frames change; keep each frame's salient tokens, and merge the rest into few anchor frames.
 
     Anchors are the last frame of a segment and every p-th before it. Their context tokens, peaks of density, each
-    become a weighted mean of themselves and of the segment's tokens that are most like them. An image is a clip of one
-    frame.
+    become a weighted mean of themselves and of the segment's tokens that are most like them. The mean is taken after
+    the projector, so a selection carries its weights and gradients reach the projector through all tokens. An image is
+    a clip of one frame.
 
     Differs from the published code (the form for LLaVA-OneVision): no random noise on densities, equal ones do not
     dominate each other; where an anchor has fewer tokens than context tokens are asked for, the segment's frames keep
     more salient ones instead of failing; a budget of everything changes nothing; any number of frames, clips and tokens
-    runs. Tokens are compared in the LLM's space but merged before the projector, so that it can be tuned through them;
-    there they are merged behind it.
+    runs.
 
     Attributes:
         count: "fixed" keeps exactly the budget: what a segment's equal shares leave over goes to its first anchors one
@@ -98,23 +98,24 @@ class FastVID:
         return self.count == "fixed"
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Return K tokens of each clip, (K, C) features in raster order, each placed where its token was."""
+        """Return K positions of each clip, and how all its projected tokens are mixed there, (K, N)."""
         if self.retention_ratio is not None:
             keep = tokens.frames * max(1, int(tokens.per_frame * self.retention_ratio))
         if keep == tokens.count:
             return keep_all(tokens)
         plan, salient, context = self.chosen(tokens, keep)
-        features = by_frame(tokens.finite("features"), tokens.frames)  # (B, F, L, C)
         compared = by_frame(tokens.finite("projected"), tokens.frames)  # (B, F, L, D)
         most = min(tokens.per_frame, self._most_context(keep // tokens.frames))
-        outputs = merged_into(features, compared, context, salient, plan, self.own_weight, most)
         kept = (salient | context).flatten(1)  # (B, N)
-        merged = outputs.flatten(1, 2).to(tokens.features.dtype)  # (B, N, C)
         if self.count == "fixed":
             indices = positions_of(kept, keep)
-            return Selection(indices, list(rows_of(merged, indices)), list(indices))
+            weights = mixing_weights(compared, context, salient, plan, self.own_weight, most, keep)
+            return Selection(indices, origin=list(indices), mixing=list(weights))
         ragged = ragged_positions(kept)
-        return Selection(ragged, [row[at] for row, at in zip(merged, ragged, strict=True)], ragged)
+        longest = max(len(at) for at in ragged)
+        weights = mixing_weights(compared, context, salient, plan, self.own_weight, most, longest)
+        mixing = [own[: len(at)] for own, at in zip(weights, ragged, strict=True)]
+        return Selection(ragged, origin=ragged, mixing=mixing)
 
     def chosen(self, tokens: VisualTokens, keep: int) -> tuple[Plan, Bool[Tensor, "B F L"], Bool[Tensor, "B F L"]]:
         """Return the plan of each clip, its salient tokens and its context tokens, (B, F, L) each."""
@@ -262,33 +263,38 @@ def _peaks(features: Float[Tensor, "B L D"], candidates: Bool[Tensor, "B L"]) ->
     return (gap * density).masked_fill(~candidates, -1)
 
 
-def merged_into(
-    features: Float[Tensor, "B F L C"],
+def mixing_weights(
     compared: Float[Tensor, "B F L D"],
     context: Bool[Tensor, "B F L"],
     salient: Bool[Tensor, "B F L"],
     plan: Plan,
     own_weight: float,
     most: int,
-) -> Float[Tensor, "B F L C"]:
-    """Return the features with every context token replaced by its weighted mean, (B, F, L, C).
+    keep: int,
+) -> Float[Tensor, "B K N"]:
+    """Return the weights (B, K, N) by which each kept token is mixed of all: 1 of itself, or a context token's mean.
+
+    Kept tokens are in raster order; of a clip that keeps fewer than K the last rows mean nothing.
 
     Args:
-        features: (B, F, L, C) what is averaged.
         compared: (B, F, L, D) what decides which context token of an anchor a token is averaged into.
         context: (B, F, L) context tokens.
         salient: (B, F, L) tokens that are averaged into none.
         plan: whose tokens go where.
         own_weight: least weight of a context token.
         most: context tokens that an anchor has at most.
+        keep: K, the most that a clip keeps.
     """
-    frames, per_frame = features.shape[1:3]
+    batch, frames, per_frame = context.shape
     unit = F.normalize(compared, dim=-1).flatten(1, 2)  # (B, N, D)
-    everything = features.flatten(1, 2)  # (B, N, C)
+    kept = (salient | context).flatten(1)  # (B, N)
+    slot = kept.long().cumsum(dim=1) - 1  # (B, N), the row of each kept token
     free = ~salient.flatten(1)  # (B, N)
     of_token = plan.segment.repeat_interleave(per_frame, dim=1, output_size=frames * per_frame)  # (B, N)
     time = torch.arange(frames, device=unit.device).repeat_interleave(per_frame)  # (N,)
-    outputs = []
+    # One more row than there are tokens, for the padding of anchors that have fewer context tokens than others.
+    weights = torch.zeros(batch, keep + 1, frames * per_frame, device=unit.device)
+    weights[:, :keep].scatter_(2, positions_of(kept, keep)[..., None], 1.0)
     for frame in range(frames):
         # One anchor at a time: the products of all would be F times as large as the tokens.
         at = positions_of(context[:, frame], most)  # (B, q), padded with other tokens
@@ -299,12 +305,11 @@ def merged_into(
         same_segment = of_token == plan.segment[:, frame, None]
         only_own = plan.alone[:, frame, None] & (time != frame)
         joins = free & same_segment & ~only_own & real.any(dim=1, keepdim=True)
-        # As a product and not by atomic additions, whose order on a GPU would change the last bits from run to run.
         member = F.one_hot(target, at.shape[1]).transpose(1, 2) * joins[:, None]  # (B, q, N)
-        number = member.sum(dim=-1)[..., None]  # (B, q, 1)
-        mean = (member.to(everything) @ everything) / number.clamp(min=1)  # (B, q, C)
-        weight = (1 / (number + 1)).clamp(min=own_weight)
-        own = rows_of(everything, rows)
-        new = torch.where(real[..., None], weight * own + (1 - weight) * mean, own)
-        outputs.append(features[:, frame].scatter(1, at[..., None].expand_as(new), new))
-    return torch.stack(outputs, dim=1)
+        number = member.sum(dim=-1, keepdim=True)  # (B, q, 1)
+        own = (1 / (number + 1)).clamp(min=own_weight)
+        mean = (1 - own) * member / number.clamp(min=1)  # (B, q, N)
+        mean = mean.scatter_add(2, rows[..., None], own)
+        into = torch.where(real, slot.gather(1, rows), keep)[..., None]  # (B, q, 1)
+        weights.scatter_(1, into.expand_as(mean), mean)
+    return weights[:, :keep]
