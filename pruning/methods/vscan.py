@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.fitting import Layer
 from prunetune.pruning.ops.indexing import ascending, mask_of, rows_of, top_k
 from prunetune.pruning.options import check_choice, check_least, check_share
 from prunetune.pruning.registry import register_pruner
@@ -17,7 +18,13 @@ from prunetune.pruning.types import Selection, VisualTokens, keep_all
 WINDOWS = 4  # per side, as published
 
 
-@register_pruner("vscan", paper="VScan, arXiv 2505.22654 (vision part)", merges=True, golden=True)
+@register_pruner(
+    "vscan",
+    paper="VScan, arXiv 2505.22654 (vision part)",
+    merges=True,
+    golden=True,
+    fits=[Layer("shallow_layer", counts=lambda pruner: pruner.local_ratio > 0)],
+)
 @dataclass(frozen=True)
 class VScan:
     """Keep each window's tokens of highest shallow [CLS] attention and the image's of highest deep; merge the rest.
