@@ -36,7 +36,7 @@ class Plan:
     alone: Bool[Tensor, "B F"]
 
 
-@register_pruner("fastvid", paper="FastVID, arXiv 2503.11187", merges=True, golden=True, video=True)
+@register_pruner("fastvid", paper="FastVID, arXiv 2503.11187", merges=True, exact=False, golden=True, video=True)
 @dataclass(frozen=True)
 class FastVID:
     """Cut a clip where frames change; keep each frame's salient tokens, and merge the rest into few anchor frames.
