@@ -85,12 +85,14 @@ class Formatter:
         return self._batch(samples, "left", add_generation_prompt=True)
 
     def _batch(self, samples: Sequence[Sample], padding_side: str, **options: Any) -> dict[str, Tensor]:
-        conversations, clips = [], []
+        conversations = []
+        of_samples: list[tuple[Sample, Clip]] = []
         for sample in samples:
             opened = None if sample.image is None else self._open(sample)
             conversations.append(_messages(sample, opened))
             if isinstance(opened, Clip):
-                clips.append(opened)
+                of_samples.append((sample, opened))
+        clips = [clip for _, clip in of_samples]
         settings: dict[str, Any] = {"padding": True, "padding_side": padding_side}
         if clips:
             # The frames are chosen here, for all models alike; the processor is told which they are.
@@ -99,7 +101,7 @@ class Formatter:
             answered = bool(options.pop("return_assistant_tokens_mask", False))
             batch = self._prefixes_and_suffixes(samples, conversations, padding_side, answered)
         else:
-            with readable_template():
+            with readable_template(), stackable(of_samples, type(self.processor).__name__):
                 encoded = self.processor.apply_chat_template(
                     conversations,
                     chat_template=self.template,
@@ -227,6 +229,27 @@ def readable_template() -> Iterator[None]:
     except TemplateError as error:
         line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
         raise DataError(f"the chat template can't be used{line}: {one_line(error)}; see model.template") from error
+
+
+@contextmanager
+def stackable(clips: Sequence[tuple[Sample, Clip]], processor: str) -> Iterator[None]:
+    """Raise DataError for clips that a processor can't put into one tensor, since they differ in their frames.
+
+    Some processors take them and some do not, so it is said where one fails.
+    """
+    try:
+        yield
+    except ValueError as error:
+        numbers = [len(clip.frames) for _, clip in clips]
+        if len(set(numbers)) < 2:
+            raise
+        shortest, longest = numbers.index(min(numbers)), numbers.index(max(numbers))
+        short, long = clips[shortest][0].id, clips[longest][0].id
+        raise DataError(
+            f"samples {short!r} and {long!r} are in one batch with {min(numbers)} and {max(numbers)} frames, and "
+            f"{processor} takes only clips of equally many; set batch_size (train.batch_size) to 1, or video.frames to "
+            "at most those of the shortest video"
+        ) from error
 
 
 def check_supervision(tokenizer: Any, ids: Tensor, mask: Tensor, sample: Sample) -> None:

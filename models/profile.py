@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunetune.configs.load import is_shipped
+from prunetune.data_recipes.sampling import VideoSampling
 from prunetune.models.seal import SEAL, sealed, short, why_unsealed
 from prunetune.models.stored import BaseHashes
 from prunetune.outputs import OutputError, write_text, writing
@@ -62,6 +63,7 @@ class ProfiledData(_Part):
         part: which samples of it, in words.
         samples: how many.
         hash: SHA-256 of the samples in their order.
+        video: which frames of their videos were looked at; None of images alone.
     """
 
     source: Literal["recipe", "task"]
@@ -69,6 +71,8 @@ class ProfiledData(_Part):
     part: str
     samples: int
     hash: str
+    # Left out of images' profiles: they stay as they are, to the byte, and so do their seals.
+    video: VideoSampling | None = Field(None, exclude_if=lambda video: video is None)
 
 
 class Measured(_Part):

@@ -31,6 +31,7 @@ class VisualTokens:
             grid.
         layers: the module that each signal was read from, for error messages.
         frames: F, the frames of each clip; 1 for images.
+        no_grid: why tokens form no grid where the model is the cause and no setting changes it, for error messages.
     """
 
     features: Float[Tensor, "B N C"]
@@ -40,6 +41,7 @@ class VisualTokens:
     grid: tuple[int, int] | None = None
     layers: Mapping[str, str] = field(default_factory=dict)
     frames: int = 1
+    no_grid: str = ""
 
     @property
     def per_frame(self) -> int:
@@ -79,6 +81,25 @@ class VisualTokens:
                 "projector overflowed, try bfloat16 or float32"
             )
         return value
+
+    def grid_for(self, use: str) -> tuple[int, int]:
+        """Return the rows and columns of the grid.
+
+        Args:
+            use: what a method does with a patch grid, for the message, such as "hiprune keeps neighbours on".
+
+        Raises:
+            PruningError: if the tokens form no grid, with the cause.
+        """
+        if self.grid is not None:
+            return self.grid
+        if self.no_grid:
+            raise PruningError(
+                f"{use} a patch grid, and this image has none: {self.no_grid}; choose a method that needs no grid"
+            )
+        raise PruningError(
+            f"{use} a patch grid, but these tokens form none; set scope: item, or choose a method that needs no grid"
+        )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> VisualTokens:
         """Return the same items with every tensor changed, for example moved to another device."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from prunetune.pruning import VisualTokens, build_pruner
-from prunetune.pruning.methods.dycoke import DyCoke
 from prunetune.pruning.methods.fastvid import FastVID
 from prunetune.pruning.methods.vidcom2 import frame_scale, likeness
 from prunetune.scripts.golden_cases import Case, agree, kept
@@ -47,17 +46,14 @@ def check_vidcom2(read: Read, case: Case) -> None:
 
 
 def check_dycoke(read: Read, case: Case) -> None:
-    """Similarity to an earlier frame; the published order is by similarity inside a pruned frame."""
+    """Similarity to an earlier frame, and the order in which tokens are handed on."""
     tokens = clip(read, case)
-    pruner = DyCoke(merge_ratio=float(case["merge_ratio"]), groups="published")
-    positions = kept(pruner(tokens, 1))[0]
-    agree(case, "kept_indices", positions)
-    similarity = pruner.similarity(tokens)[0].flatten()
-    in_order = []
-    for frame in range(tokens.frames):
-        own = positions[positions // tokens.per_frame == frame]
-        in_order.append(own[similarity[own].argsort(stable=True)])
-    agree(case, "selection_order", torch.cat(in_order))
+    options = {"merge_ratio": float(case["merge_ratio"]), "groups": "published"}
+    agree(case, "kept_indices", kept(build_pruner("dycoke", options)(tokens, 1))[0])
+    ordered = build_pruner("dycoke", {**options, "order": "published"})(tokens, 1)
+    assert ordered.origin is not None
+    agree(case, "kept_indices", ordered.of(0))
+    agree(case, "selection_order", ordered.origin[0])
 
 
 def check_fastvid(read: Read, case: Case) -> None:

@@ -22,10 +22,10 @@ from prunetune.models.profile import Profile, read_profile, resolved, write_prof
 from prunetune.models.seal import sealed
 from prunetune.outputs import OutputError
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec, registered_methods
-from prunetune.pruning.fitting import Choice, Fit, Mean
+from prunetune.pruning.fitting import Choice, Fit, Mean, unfitted
 from prunetune.pruning.methods.adaptive import Adaptive
 from prunetune.pruning.ops.complexity import attention_entropy, erank
-from prunetune.pruning.registry import register_pruner
+from prunetune.pruning.registry import method_of, register_pruner
 from prunetune.scripts.verify import verify
 from prunetune.train.record import run_record
 
@@ -157,6 +157,34 @@ def test_a_layer_is_one_that_the_model_has():
     assert _layers(23, 9) == [1, 4, 7, 9, 10, 14, 17, 20, 23] and _layers(3, 9) == [1, 2, 3]
 
 
+def test_promprunes_turning_point_is_the_mean_entropy(recipe):
+    values = {"model": {"path": str(TINY_VLM), "dtype": "float32"}, "data": {"recipe": recipe}, "output": "o",
+              "pruning": {"pruner": "promprune", "keep": 8}}  # fmt: skip
+    profile = calibrate(RecalibrateConfig.model_validate(values), 7, 3).profile
+    data = load_recipe(recipe)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:7].tolist()
+    model, processor = load_model(str(TINY_VLM))
+    batch = Formatter(processor, data.images).prompt_batch([data[index] for index in order])
+    with torch.no_grad():
+        (tokens,) = PrunedModel(model, PruningSpec("fastervlm", 16)).prepare(batch).vision["image"].groups
+    entropies = []
+    for item in range(7):
+        x = oracles.of(tokens, "projected", item)
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        shares = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
+        shares = shares[shares > 1e-12] / shares.sum()
+        entropies.append(-(shares * np.log(shares)).sum() / np.log(min(x.shape)))
+    assert profile.options == {"mu": pytest.approx(np.mean(entropies), abs=2e-3)}
+    fixed = {**values, "pruning": {"pruner": "promprune", "keep": 8, "options": {"share_min": 1.0}}}
+    assert calibrate(RecalibrateConfig.model_validate(fixed), 2, 2).profile is None
+
+
+def test_vscans_layer_is_one_that_the_model_has():
+    fitted = calibrate(on_validation("vscan"), 16, 16).profile
+    assert [row.value for row in fitted.evidence["shallow_layer"]] == [1, 2, 3, 4]
+    assert fitted.options["shallow_layer"] in (1, 2, 3, 4)
+
+
 def test_options_without_weight_are_not_fitted(tmp_path, capsys, recipe):
     assert calibrate(on_validation("crisprune", alpha=0.0), 8).profile is None
     file = tmp_path / "divprune.json"
@@ -183,8 +211,10 @@ def test_methods_declare_what_is_fitted():
     declared = {name: [fit.option for fit in method.fits] for name, method in registered_methods().items()}
     assert declared["adaptive"] == ["erank_avg", "entropy_avg"] and declared["hiprune"] == ["object_layer"]
     assert all(declared[name] == ["relevance_sign"] for name in ("cdpruner", "crisprune", "gridprune", "trim"))
+    assert declared["promprune"] == ["mu"] and declared["vscan"] == ["shallow_layer"]
+    own = {"relevance_sign", "erank_avg", "entropy_avg", "object_layer", "mu", "shallow_layer"}
     for method in registered_methods().values():  # whoever has such an option says so
-        options = set(vars(method.pruner())) & {"relevance_sign", "erank_avg", "entropy_avg", "object_layer"}
+        options = set(vars(method.pruner())) & own
         assert options == {fit.option for fit in method.fits}, method.name
 
 
@@ -333,6 +363,11 @@ def test_an_unfitted_method_says_so_once(fitted_sign, capsys):
     assert capsys.readouterr().out == ""
     arm.with_pruning(PruningSpec("adaptive", 8))
     assert "adaptive runs with its published erank_avg 94.87," in capsys.readouterr().out
+    arm.with_pruning(PruningSpec("promprune", 8))
+    assert "promprune runs with its published mu 0.42, not fitted to" in capsys.readouterr().out
+    vscan = method_of("vscan")
+    assert unfitted(vscan.fits, vscan.pruner(), {}) == ["shallow_layer"]
+    assert unfitted(vscan.fits, vscan.pruner(local_ratio=0.0), {}) == []
 
 
 def test_a_configuration_that_sets_a_fitted_option_is_told(recipe, capsys):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from family_world import IMAGE, SHAPE, TEXT, VIDEO, WITHOUT_CLS, lively, noise, padded, sentence
 
-from prunetune.pruning import PrunedModel, PruningError, PruningSpec, Vision
+from prunetune.pruning import PrunedModel, PruningError, PruningSpec, Vision, build_pruner
 from prunetune.pruning.families import family_of
 from prunetune.testing import FamilyIdentity
 
@@ -125,6 +127,25 @@ class TestInterpolated(TestLlavaOnevision):
             self.plug(model, name)
             found.append(name)
         return found
+
+    @torch.no_grad()
+    def test_methods_that_need_a_grid_say_why_there_is_none(self, model):
+        large, small = batch(LARGE[3:4], aspect=SMALL), batch([(((20, 20),), 5, 1)], aspect=SMALL)
+        for name in ("hiprune", "downsample"):  # the tower has no [CLS], which vscan and gridprune need as well
+            pruned = plug(model, name)
+            pruned.prepare(small)
+            with pytest.raises(
+                PruningError, match=f"^{name} .* grid, and this image has none: the model interp"
+            ) as error:
+                pruned.prepare(large)
+            assert "'anyres_max_2'" in str(error.value) and "\n" not in str(error.value)
+            assert "scope" not in str(error.value)
+        (tokens,) = plug(model).encode(large)["image"].groups
+        signals = {"cls_attention": tokens.features.new_ones(1, 2, tokens.count)}
+        signals |= {"shallow_attention": signals["cls_attention"]}
+        for name in ("vscan", "gridprune"):
+            with pytest.raises(PruningError, match=f"^{name} cuts .* of a patch grid, and this image has none: the mo"):
+                build_pruner(name)(replace(tokens, signals=signals), 4)
 
 
 def plug(model, name="divprune", keep=4, **fields):

@@ -775,6 +775,8 @@ def test_a_method_is_servable_where_its_count_is_known_beforehand():
         ("prumerge_plus", {"count": "outliers"}),
         ("prumerge_plus", {"count": "ratio"}),
         ("trim", {"count": "outliers"}),
+        ("fastvid", {"count": "published"}),
+        ("vidcom2", {"count": "published"}),
     ]
     for name, options in varying:
         assert servable(name, build_pruner(name)) and registered_methods()[name].servable

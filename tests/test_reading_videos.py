@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from qwen_world import tiny_qwen
-from video_world import build_processor, draw, write_folder, write_gif
+from transformers import BatchFeature
+from transformers.video_utils import make_batched_videos
+from video_world import VideoProcessor, build_processor, draw, write_folder, write_gif
 
 from prunetune.data_recipes import DataError, Formatter, Sample, Turn, load_recipe
 from prunetune.data_recipes.sampling import VideoSampling
@@ -208,6 +210,32 @@ def test_batches_of_videos_and_images_reach_the_model(recipe, side):
     assert evs.kept["video"] == [12, 12]
     if side == "training":
         assert (batch["labels"] != -100).sum(1).tolist() == [4, 4, 4]
+
+
+class StackingVideoProcessor(VideoProcessor):
+    """As those of llava_next_video, llava_onevision and video_llava: one tensor of all clips."""
+
+    def __call__(self, videos, **_):
+        values = [torch.from_numpy(np.asarray(video)) for video in make_batched_videos(videos)]
+        return BatchFeature({"pixel_values_videos": values}, tensor_type="pt")
+
+
+@pytest.mark.parametrize("side", ["training", "prompt"])
+def test_clips_that_a_processor_can_not_stack_are_named(recipe, side):
+    """With a processor that can, videos of any number of frames are one batch."""
+    recipe.images.sampling = VideoSampling(frames=8, frame_rate=2.0)
+    samples = [recipe[i] for i in (0, 1, 2)]
+    batch = Formatter(build_processor(), recipe.images).training_batch(samples)
+    assert batch["video_grid_thw"][:, 0].tolist() == [4, 3]
+    processor = build_processor()
+    processor.video_processor = StackingVideoProcessor()
+    formatter = Formatter(processor, recipe.images)
+    message = (
+        r"^samples '2' and '1' .* with 6 and 8 frames, and Processor takes .*; set batch_size"
+    )
+    with pytest.raises(DataError, match=message) as error:
+        formatter.training_batch(samples) if side == "training" else formatter.prompt_batch(samples)
+    assert "\n" not in str(error.value)
 
 
 def test_a_model_without_videos_says_so(recipe, processor):

@@ -12,15 +12,18 @@ from video_world import build_processor, mvbench_row, videomme_row, write_gif, w
 
 from prunetune.cli import main
 from prunetune.configs import EvaluateConfig, ModelConfig, load_config
+from prunetune.data_recipes.sampling import VideoSampling
 from prunetune.evaluation.metrics.choices import chosen_letter, first_letter
 from prunetune.evaluation.records import read_manifest, read_results
 from prunetune.evaluation.report.grader import Grader, read_grade
 from prunetune.evaluation.report.score import score_file
+from prunetune.evaluation.run.calibrate import _task_slice, calibrate
 from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.evaluation.run.visualize import visualize
 from prunetune.evaluation.tasks import TaskError, get_task
 from prunetune.evaluation.tasks.video import NAMES, write_predictions
 from prunetune.models import loading
+from prunetune.models.profile import ProfiledData
 from prunetune.pruning import PruningSpec
 
 
@@ -130,6 +133,25 @@ def test_tasks_run_on_a_model_for_videos(settings, tmp_path, name):
     assert again["accuracy"] == manifest.metrics[name].metrics["accuracy"]
     with pytest.raises(TaskError, match="differs in video"):
         evaluate(settings(name, "arm", "--video.frames", "6"))
+
+
+def test_calibrate_looks_at_the_frames_that_are_evaluated(settings, tmp_path):
+    (tmp_path / "data").mkdir()
+    write_videos(tmp_path / "data", "msvd")
+    for frames in (2, 6):
+        config = settings("msvd", "o", "--video.frames", str(frames), "--pruning.pruner", "cdpruner")
+        data = _task_slice(config, 4)
+        clip = data.images.open(data.samples[0].image, "s")
+        assert len(clip.frames) == frames and data.about.video == config.video
+    with pytest.raises(TaskError, match="calibrate measures the checkpoint's own projector, not the one in runs/a"):
+        calibrate(settings("msvd", "o", "--adapter", "runs/a"), 4)
+
+
+def test_a_profile_of_videos_says_which_frames_it_was_fitted_on():
+    images = ProfiledData(source="task", name="gqa", part="p", samples=1, hash="h")
+    assert "video" not in images.model_dump()  # profiles of images keep their seals
+    videos = images.model_copy(update={"video": VideoSampling(frames=16)})
+    assert ProfiledData.model_validate(json.loads(videos.model_dump_json())) == videos
 
 
 def test_kept_tokens_are_drawn_over_images_alone(folder, tmp_path):

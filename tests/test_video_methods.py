@@ -17,6 +17,7 @@ from prunetune.pruning.methods.dycoke import DyCoke
 from prunetune.pruning.methods.evs import EVS
 from prunetune.pruning.methods.fastvid import FastVID
 from prunetune.pruning.methods.vidcom2 import VidCom2
+from prunetune.pruning.registry import merges
 from prunetune.scripts.check_golden import check
 from prunetune.testing import PrunerContract, check_selection, expected_count, make_tokens
 
@@ -217,6 +218,21 @@ def test_dycoke_and_evs_say_what_they_keep_at_least():
         assert build_pruner(name)(image, 3).counts() == [10, 10]
     for name in ("vidcom2", "fastvid"):
         assert build_pruner(name)(image, 3).counts() == [3, 3]
+
+
+@pytest.mark.parametrize("options", [{}, {"merge_ratio": 0.7, "groups": "published"}], ids=str)
+@pytest.mark.parametrize("frames", [1, 5, 8])
+def test_dycoke_hands_tokens_on_in_the_published_order(options, frames):
+    tokens = make_tokens(2, 3, 4, frames=frames)
+    named = {"ratio": options.get("merge_ratio"), "groups": options.get("groups", "full")}
+    pruner = build_pruner("dycoke", {**options, "order": "published"})
+    ordered, plain = pruner(tokens, 7 * frames), build_pruner("dycoke", options)(tokens, 7 * frames)
+    assert merges("dycoke", pruner) and not merges("dycoke", build_pruner("dycoke", options)) and ordered.in_order
+    for item in range(2):
+        expected = oracles.dycoke(tokens, item, 7 * frames, **named, order="published")
+        assert ordered.of(item).tolist() == plain.of(item).tolist() == sorted(expected)
+        assert (sorted(expected) != expected) == (frames > 1)
+        assert torch.equal(ordered.mixing[item] @ tokens.projected[item], tokens.projected[item, expected])
 
 
 def test_published_counts_are_those_of_the_published_code():

@@ -64,7 +64,7 @@ def vidcom2(tokens, item, keep, count="fixed", ratio=None):
     return sorted(chosen)
 
 
-def dycoke(tokens, item, keep, ratio=None, groups="full"):
+def dycoke(tokens, item, keep, ratio=None, groups="full", order="raster"):
     x = clip(tokens, item)
     frames, count = x.shape[:2]
     against = {}
@@ -82,15 +82,15 @@ def dycoke(tokens, item, keep, ratio=None, groups="full"):
             continue
         number = count
         if t in pruned:
-            order = pruned.index(t)
-            even = math.floor(rest * (order + 1) / len(pruned)) - math.floor(rest * order / len(pruned))
+            nth = pruned.index(t)
+            even = math.floor(rest * (nth + 1) / len(pruned)) - math.floor(rest * nth / len(pruned))
             number = min(count, max(1, even if ratio is None else int((1 - ratio) * count)))
         least_alike = range(count)
         if t in pruned:
             near = [cosine(x[t, i], x[against[t], i]) for i in range(count)]
             least_alike = sorted(range(count), key=near.__getitem__)
         kept += [t * count + i for i in least_alike[:number]]
-    return sorted(kept)
+    return kept if order == "published" else sorted(kept)
 
 
 def fastvid(tokens, item, keep, count="fixed", frames_by="received", segments=8, tau=None, share=0.4, step=4, beta=0.6):

@@ -18,6 +18,8 @@ from prunetune.configs import DataConfig, EvaluateConfig, RecalibrateConfig
 from prunetune.data_recipes import DataError, Formatter, Sample, Turn, load_recipe
 from prunetune.data_recipes.formatting import IGNORE_INDEX
 from prunetune.data_recipes.images import ImageOpener, limited
+from prunetune.data_recipes.sampling import VideoSampling
+from prunetune.data_recipes.videos import VIDEO, sampled
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.metrics.intervals import bootstrap_interval
 from prunetune.evaluation.tasks import Benchmark, Item, get_task
@@ -203,7 +205,8 @@ def calibrate(
     that the configuration sets, and that the method does not declare as fitted, stay as they are.
 
     The data are the samples that a recipe holds out, or of one that holds out none, a draw by its seed from all; of a
-    benchmark the items of drawn images.
+    benchmark the items of drawn images or videos. The projector is the checkpoint's: both arms of a comparison, the
+    tuned and the training-free one, run with what is fitted.
 
     Raises:
         DataError, TaskError, PruningError, CheckpointError: for data, options or weights that can't work.
@@ -416,8 +419,22 @@ def _recipe_slice(config: RecalibrateConfig, count: int) -> Slice:
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(repr((sample.id, sample.source, sample.image, sample.turns)).encode())
-    about = ProfiledData(source="recipe", name=data.name, part=part, samples=len(samples), hash=digest.hexdigest())
+    about = ProfiledData(
+        source="recipe",
+        name=data.name,
+        part=part,
+        samples=len(samples),
+        hash=digest.hexdigest(),
+        video=_sampling(data.images, samples),
+    )
     return Slice(samples, data.images, about, config.train.max_length)
+
+
+def _sampling(images: ImageOpener, samples: list[Sample]) -> VideoSampling | None:
+    """Return which frames a recipe looks at; None if no sample is about a video."""
+    if not any(str(sample.image).startswith(VIDEO) for sample in samples):
+        return None
+    return getattr(images, "sampling", None)
 
 
 def _drawn(indices: list[int], count: int, config: DataConfig) -> list[int]:
@@ -429,8 +446,13 @@ def _task_slice(config: EvaluateConfig, count: int) -> Slice:
     """Return the items of drawn images of a benchmark, at least ``count`` if there are as many.
 
     Raises:
-        TaskError: for several benchmarks at once, hidden answers, or files that are missing.
+        TaskError: for an adapter, several benchmarks at once, hidden answers, or files that are missing.
     """
+    if config.adapter is not None:
+        raise TaskError(
+            f"calibrate measures the checkpoint's own projector, not the one in {config.adapter}: both arms of a "
+            "comparison run with what is fitted; leave `adapter` out"
+        )
     if len(config.tasks) > 1:
         raise TaskError(f"calibrate measures on one benchmark, and tasks names {', '.join(config.tasks)}; name one")
     task = get_task(config.tasks[0])
@@ -445,9 +467,14 @@ def _task_slice(config: EvaluateConfig, count: int) -> Slice:
         samples.append(Sample(item.id, item.source, item.image, (Turn(item.question, None),)))
     kind: Literal["task"] = "task"
     about = ProfiledData(
-        source=kind, name=task.name, part="items of drawn images", samples=len(items), hash=items_hash(items)
+        source=kind,
+        name=task.name,
+        part="items of drawn videos" if task.video else "items of drawn images",
+        samples=len(items),
+        hash=items_hash(items),
+        video=config.video if task.video else None,
     )
-    images = limited(questions.open_images(), config.max_pixels)
+    images = sampled(limited(questions.open_images(), config.max_pixels), config.video)
     return Slice(samples, images, about, task=task, items=items, max_new_tokens=config.max_new_tokens)
 
 

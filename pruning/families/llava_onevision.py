@@ -26,7 +26,8 @@ class LlavaOnevision(LlavaNext):
 
     Frames, and the grids of very large images (``anyres_max_9``), are interpolated behind the projector: one token is
     made of several projected patches. A pruner sees such tokens, with features and scores that are interpolated in the
-    same way; those of the base view and of the grid are one item, which forms no patch grid. Kept tokens are the
+    same way; those of the base view and of the grid are one item, which forms no patch grid: methods that need one
+    (``hiprune``, ``gridprune``, ``downsample``, ``vscan``) refuse such an image when they meet it. Kept tokens are the
     model's own bit for bit, and are interpolated anew when the projector changes. Merged ones are not what the model
     would make of the same patches: a pruner merges features before the projector, so they were interpolated before it,
     too.

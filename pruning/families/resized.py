@@ -183,4 +183,11 @@ def _resized(
     for name, values in signals.items():
         if not signal_of(name).per_token:
             signals[name] = values[base_views]
-    return VisualTokens(interpolated(tokens.features), projected, signals=signals, layers=tokens.layers)
+    config: Any = packing.model.config
+    return VisualTokens(
+        interpolated(tokens.features),
+        projected,
+        signals=signals,
+        layers=tokens.layers,
+        no_grid=f"the model interpolates what exceeds its vision_aspect_ratio {config.vision_aspect_ratio!r}",
+    )

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prunetune.pruning.errors import PruningError
 from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens, keep_all
 
@@ -37,11 +36,7 @@ class Downsample:
         """
         if keep == tokens.count:
             return keep_all(tokens)
-        if tokens.grid is None:
-            raise PruningError(
-                "downsample pools a patch grid, but these tokens form none; choose another pruner, or scope: item"
-            )
-        weights, centers = pooling(*tokens.grid, keep)
+        weights, centers = pooling(*tokens.grid_for("downsample pools"), keep)
         features = tokens.finite("features")  # (B, N, C)
         merged = (weights.to(features) @ features).to(tokens.features.dtype)  # (B, K, C)
         indices = centers.to(features.device).expand(len(features), -1)

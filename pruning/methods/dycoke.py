@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunetune.pruning.ops.clips import by_frame, cosine_in_time, positions_of
 from prunetune.pruning.ops.indexing import first_ranked
+from prunetune.pruning.ops.output_order import copies
 from prunetune.pruning.options import check_choice, check_share
 from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens, keep_all
@@ -27,23 +29,33 @@ class DyCoke:
 
     Differs from the published code: with groups "full" the last group of four is pruned like the others, an odd last
     frame is kept and not dropped, and fewer than five frames do not fail; at least one token of each frame is kept;
-    kept tokens stay in raster order with their positions (there, by similarity and numbered anew).
+    kept tokens stay in raster order with their positions (there they are numbered anew, and handed on frame by frame,
+    in pruned frames the least similar first; ``order: published`` hands them on so).
 
     Attributes:
         merge_ratio: the published share k to drop of the frames that are pruned: each keeps int((1 - k) * L), and the
             budget is not used. None deals what the whole frames leave of the budget out evenly.
         groups: "full" or "published".
+        order: "raster" or "published", which needs ``position_policy: compact`` and holds a weight for every pair of a
+            kept token and a token.
     """
 
     merge_ratio: float | None = None
     groups: str = "full"
+    order: str = "raster"
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         """Check the options."""
         check_choice("groups", self.groups, ("full", "published"))
+        check_choice("order", self.order, ("raster", "published"))
         if self.merge_ratio is not None:
             check_share("merge_ratio", self.merge_ratio)
+
+    @property
+    def merges(self) -> bool:
+        """Whether outputs are copies of tokens in an order of their own."""
+        return self.order == "published"
 
     def compared(self, frames: int) -> dict[int, int]:
         """Return the frames that are pruned, and the frame that each is compared with.
@@ -88,13 +100,18 @@ class DyCoke:
         return sum(self.numbers(frames, per_frame, 0))
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Return K positions (B, K), or as many as the whole frames and one of each other frame are."""
+        """Return K positions (B, K), or as many as the whole frames and one of each other frame are.
+
+        With ``order: published`` the selection also says where each output comes from.
+        """
         if keep == tokens.count and self.merge_ratio is None:
             return keep_all(tokens)
         if self.merge_ratio is None:
             keep = max(keep, self.least(tokens.frames, tokens.per_frame))
         numbers = self.numbers(tokens.frames, tokens.per_frame, keep)
         order = self.similarity(tokens).sort(dim=-1, stable=True).indices  # (B, F, L), least similar first
+        if self.order == "published":
+            return copies(in_published_order(order, numbers), tokens.count, in_order=True)
         each = torch.tensor(numbers, device=order.device).expand(len(order), -1)  # (B, F)
         kept = first_ranked(order.flatten(0, 1), each.flatten()).view(len(order), -1)  # (B, N)
         return Selection(positions_of(kept, sum(numbers)))
@@ -107,3 +124,15 @@ class DyCoke:
         if compared:
             found[:, list(compared)] = cosine_in_time(features, list(compared), list(compared.values()))
         return found
+
+
+def in_published_order(order: Int[Tensor, "B F L"], numbers: Sequence[int]) -> Int[Tensor, "B K"]:
+    """Return the first ``numbers`` of each frame's ``order``, frame by frame, counted through the clip.
+
+    The orders ``[[[1, 0], [1, 0]]]`` with the numbers ``[2, 1]`` give ``[[1, 0, 3]]``.
+    """
+    per_frame = order.shape[-1]
+    kept = []
+    for frame, number in enumerate(numbers):
+        kept.append(order[:, frame, :number] + frame * per_frame)
+    return torch.cat(kept, dim=1)

@@ -36,7 +36,7 @@ class Plan:
     alone: Bool[Tensor, "B F"]
 
 
-@register_pruner("fastvid", paper="FastVID, arXiv 2503.11187", merges=True, golden=True, video=True)
+@register_pruner("fastvid", paper="FastVID, arXiv 2503.11187", merges=True, exact=False, golden=True, video=True)
 @dataclass(frozen=True)
 class FastVID:
     """Cut a clip where frames change; keep each frame's salient tokens, and merge the rest into few anchor frames.
@@ -91,6 +91,11 @@ class FastVID:
     def needs(self) -> frozenset[str]:
         """Received attention, or the pooling head's output and attention."""
         return frozenset({"received_attention"} if self.frames == "received" else {"head_feature", "head_attention"})
+
+    @property
+    def servable(self) -> bool:
+        """Whether the number of kept tokens is known before the video is encoded."""
+        return self.count == "fixed"
 
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions of each clip, and how all its projected tokens are mixed there, (K, N)."""

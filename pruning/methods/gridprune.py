@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prunetune.pruning.errors import PruningError
 from prunetune.pruning.fitting import Choice
 from prunetune.pruning.ops.indexing import ascending, top_k
 from prunetune.pruning.ops.relevance import instruction_relevance
@@ -66,12 +65,11 @@ class GridPrune:
         Raises:
             PruningError: if the tokens form no grid.
         """
-        if tokens.grid is None:
-            raise PruningError("gridprune cuts a patch grid into zones, but these tokens form none; set scope: item")
+        grid = tokens.grid_for("gridprune cuts zones of")
         relevance = scaled(self.relevance_sign * instruction_relevance(tokens, self.text))
         saliency = scaled(tokens.finite("cls_attention").mean(dim=1))
         score = self.alpha * relevance + (1 - self.alpha) * saliency  # (B, N)
-        zone = zone_of(*tokens.grid, self.zones).to(score.device)
+        zone = zone_of(*grid, self.zones).to(score.device)
         same = (zone[:, None] == zone[None, :]).to(score)  # (N, N) whether two tokens share a zone
         weight = (score @ same) / same.sum(dim=0)  # (B, N), mean score of each token's zone
         # A token's seat is its rank within its zone, from 0: how many of its zone precede it by score.

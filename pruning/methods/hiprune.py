@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from prunetune.pruning.errors import PruningError
 from prunetune.pruning.fitting import Layer
 from prunetune.pruning.ops.indexing import ascending, mask_of, top_k
 from prunetune.pruning.options import check_least, check_share
@@ -60,13 +59,12 @@ class HiPrune:
         Raises:
             PruningError: if the tokens form no grid.
         """
-        if tokens.grid is None:
-            raise PruningError("hiprune keeps neighbours on a patch grid, but these tokens form none; set scope: item")
+        _, columns = tokens.grid_for("hiprune keeps neighbours on")
         deep = tokens.finite("received_attention").mean(dim=1)  # (B, N)
         middle = tokens.finite("object_attention").mean(dim=1)  # (B, N)
         anchors = top_k(middle, round(keep * self.alpha / 5))  # a fifth: each anchor brings four neighbours
         anchored = mask_of(anchors, tokens.count)
-        beside = neighbours(anchors, tokens.grid[1], tokens.count)
+        beside = neighbours(anchors, columns, tokens.count)
         around = mask_of(beside, tokens.count) & ~anchored
         # Attention is at most 1: anchors rank above neighbours, neighbours above the rest.
         rank = deep + around.float() + 2 * anchored.float()

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.fitting import Mean
 from prunetune.pruning.ops.greedy import pick_determinantal
 from prunetune.pruning.ops.indexing import first_ranked, mask_of_picks, top_k
 from prunetune.pruning.ops.output_order import copies
@@ -20,7 +21,16 @@ from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens, keep_all
 
 
-@register_pruner("promprune", paper="PromPrune, arXiv 2603.14892", golden=True)
+def _entropy(tokens: VisualTokens) -> Float[Tensor, " B"]:
+    return spectral_entropy(tokens.finite("projected"))
+
+
+@register_pruner(
+    "promprune",
+    paper="PromPrune, arXiv 2603.14892",
+    golden=True,
+    fits=[Mean("mu", counts=lambda pruner: pruner.share_min < pruner.share_max, measure=_entropy)],
+)
 @dataclass(frozen=True)
 class PromPrune:
     """Split the budget between the most attended tokens and a determinantal point process over the others.
@@ -35,7 +45,8 @@ class PromPrune:
     the picks). The published wrapper's own defaults for the share are 0.1 and 0.7; its evaluation sets 0 and 1.
 
     Attributes:
-        mu: entropy at which the share is half way; the published constant is LLaVA-1.5's, as it seems.
+        mu: entropy at which the share is half way; the published constant is LLaVA-1.5's, as it seems. Measure the mean
+            of your model with ``prunetune calibrate``.
         tau: width of the sigmoid; so narrow a one is a switch for models whose entropies lie elsewhere.
         share_min: lowest share of salient tokens.
         share_max: highest share of salient tokens.

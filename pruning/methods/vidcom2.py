@@ -50,6 +50,11 @@ class VidCom2:
         if self.retention_ratio is not None:
             check_share("retention_ratio", self.retention_ratio)
 
+    @property
+    def servable(self) -> bool:
+        """Whether the number of kept tokens is known before the video is encoded."""
+        return self.count == "fixed"
+
     def __call__(self, tokens: VisualTokens, keep: int) -> Selection:
         """Return K positions (B, K), or with count "published" (K_b,) of each clip."""
         ratio = keep / tokens.count

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prunetune.pruning.errors import PruningError
+from prunetune.pruning.fitting import Layer
 from prunetune.pruning.ops.indexing import ascending, mask_of, rows_of, top_k
 from prunetune.pruning.options import check_choice, check_least, check_share
 from prunetune.pruning.registry import register_pruner
@@ -17,7 +17,13 @@ from prunetune.pruning.types import Selection, VisualTokens, keep_all
 WINDOWS = 4  # per side, as published
 
 
-@register_pruner("vscan", paper="VScan, arXiv 2505.22654 (vision part)", merges=True, golden=True)
+@register_pruner(
+    "vscan",
+    paper="VScan, arXiv 2505.22654 (vision part)",
+    merges=True,
+    golden=True,
+    fits=[Layer("shallow_layer", counts=lambda pruner: pruner.local_ratio > 0)],
+)
 @dataclass(frozen=True)
 class VScan:
     """Keep each window's tokens of highest shallow [CLS] attention and the image's of highest deep; merge the rest.
@@ -75,10 +81,8 @@ class VScan:
 
     def local(self, tokens: VisualTokens, keep: int) -> Int[Tensor, "B K_loc"]:
         """Return what the windows keep (B, K_loc), window by window, the most attended of each first."""
-        if tokens.grid is None:
-            raise PruningError("vscan cuts a patch grid into windows, but these tokens form none; set scope: item")
         shallow = tokens.finite("shallow_attention").mean(dim=1)  # (B, N)
-        window = window_of(*tokens.grid)
+        window = window_of(*tokens.grid_for("vscan cuts windows of"))
         sizes = torch.bincount(window, minlength=WINDOWS * WINDOWS).tolist()
         quota = int(keep * self.local_ratio) // sum(size > 0 for size in sizes)
         # All tokens window by window, and in a window by attention: a stable sort keeps the order that the first made.
