@@ -29,6 +29,7 @@ COLUMNS = [
     ("beams_and_samples_equal_each_row_alone", "samples", "samples"),
     ("gradients_reach_the_whole_projector_alone", "", "gradients"),
     ("text_alone_is_stock_with_a_gradient_of_zero", "", "text, training"),
+    ("ranks_without_an_image_encode_a_blank_of_every_modality", "", "blanks"),
     ("text_alone_is_generated_as_stock", "", "text, generate"),
     ("images_and_placeholders_that_disagree_are_refused", "", "refusal"),
     ("images_from_disk_give_the_same_logits", "", "stored"),
@@ -60,6 +61,7 @@ LEGEND = {
     "keep unequally many tokens",
     "gradients": "reach every parameter of the projector and nothing else",
     "text": "a batch of text alone is the stock model, and in training its projector has a gradient of zero",
+    "blanks": "the same as a rank of ZeRO-3 trains on it: a blank of each modality goes through encoder and projector",
     "refusal": "images and placeholders that disagree are an error with one line",
     "stored": "images written to disk and read again give the same logits, bit for bit",
     "adapter": "an untrained adapter is training-free bit for bit, and a tuned one changes the projector's tensors "

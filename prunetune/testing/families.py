@@ -380,6 +380,27 @@ class FamilyIdentity:
             for parameter in projector.values():
                 assert parameter.grad is not None and not parameter.grad.any(), name
 
+    def test_ranks_without_an_image_encode_a_blank_of_every_modality(
+        self, model: Any, some_methods: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Under ZeRO-3: text alone, as a rank trains on it whose weights are in pieces."""
+        monkeypatch.setattr("prunetune.pruning.plug._is_partitioned", lambda _: True)
+        rows = self.texts()
+        self.forget(model)
+        expected = model(**self.batch(rows, "right", True)).loss
+        projector = self.train_projector(model)
+        for name in some_methods:
+            model.zero_grad()
+            pruned = self.plug(model, name)
+            encoded = pruned.prepare(self.asked(rows)).inputs["mm_encoder_outputs"]
+            assert set(encoded) == set(pruned.family.pixels), name
+            with pruned.attach():
+                loss = model(**self.asked(rows)).loss
+            loss.backward()
+            assert torch.equal(loss, expected), name
+            for parameter in projector.values():
+                assert parameter.grad is not None and not parameter.grad.any(), name
+
     @torch.no_grad()
     def test_text_alone_is_generated_as_stock(self, model: Any) -> None:
         rows = self.texts()
