@@ -272,24 +272,19 @@ class Arm:
             inputs = self.place(formatter.prompt_batch(samples))
             generated = self.pruned.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         texts = self.processor.batch_decode(generated.tokens, skip_special_tokens=True)
-        is_video = self._videos(inputs["input_ids"])
-        images, videos = iter(generated.kept.get("image", ())), iter(generated.kept.get("video", ()))
-        frames = iter(generated.kept_per_frame)
+        kept = [0] * len(samples)
+        for modality, rows in generated.rows.items():
+            # Summed by row: where every tile counts as an image, a sample has several.
+            for row, count in zip(rows, generated.kept[modality], strict=True):
+                kept[row] += count
+        frames: dict[int, tuple[int, ...]] = {}
+        videos = generated.rows.get("video", [])
+        for row, counts in zip(videos, generated.kept_per_frame, strict=True):
+            frames[row] = (*frames.get(row, ()), *counts)
         answers = []
-        for sample, text, about_video in zip(samples, texts, is_video, strict=True):
-            # Images and videos come in the order of their samples.
-            if about_video:
-                answers.append(Answer(sample.id, text.strip(), next(videos), tuple(next(frames))))
-            else:
-                answers.append(Answer(sample.id, text.strip(), 0 if sample.image is None else next(images)))
+        for row, (sample, text) in enumerate(zip(samples, texts, strict=True)):
+            answers.append(Answer(sample.id, text.strip(), kept[row], frames.get(row)))
         return answers
-
-    def _videos(self, ids: Tensor) -> list[bool]:
-        """Return which rows of a batch (B, L) are about a video."""
-        family = self.pruned.family
-        if "video" not in family.pixels:
-            return [False] * len(ids)
-        return (ids == family.token_id(self.model, "video")).any(dim=1).tolist()
 
 
 def _say_another_dtype(adapter: str | Path, dtype: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,11 +35,14 @@ class Generated:
         tokens: (B, T) new token ids, without the prompt.
         kept: for each modality how many visual tokens of each image reached the LLM, images in reading order.
         kept_per_frame: for each video how many of each of its frames did.
+        rows: for each modality the row of the batch that each image is in: where every tile counts as an image, a row
+            has several.
     """
 
     tokens: Int[Tensor, "B T"]
     kept: Mapping[str, list[int]]
     kept_per_frame: Sequence[list[int]] = ()
+    rows: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 class PrunedModel:
@@ -151,10 +154,11 @@ class PrunedModel:
         check_aligned(inputs, self.family)
         ids = inputs["input_ids"]
         self._check_instructions(instructions, len(ids))
-        placeholders_at, chosen = {}, {}
+        placeholders_at, chosen, rows_of = {}, {}, {}
         for modality, images in visions.items():
             token = self.family.token_id(self.model, modality)
             placeholders_at[modality], rows = placeholders(ids, token, images.lengths, modality)
+            rows_of[modality] = rows
             names = {}
             if sample_ids:
                 names = {image: f"sample {sample_ids[row]!r}" for image, row in enumerate(rows)}
@@ -173,7 +177,7 @@ class PrunedModel:
         )
         for modality, blank in blanks.items():
             pruned.inputs["mm_encoder_outputs"][modality] = self._nothing_of(modality, blank)
-        return pruned
+        return replace(pruned, rows=rows_of)
 
     def _projected_now(self, visions: Mapping[str, Vision]) -> dict[str, Vision]:
         """Return stored images as the projector of now sees them: it may have been tuned since, or be in training."""
@@ -290,7 +294,7 @@ class PrunedModel:
             model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
             output = model.generate(**_shifted(pruned.inputs, -first))
         prompt_length = pruned.inputs["input_ids"].shape[1]
-        return Generated(output[:, prompt_length:], pruned.kept, pruned.kept_per_frame)
+        return Generated(output[:, prompt_length:], pruned.kept, pruned.kept_per_frame, pruned.rows)
 
     @contextmanager
     def attach(self, seen: Callable[[Pruned], None] | None = None, packed: bool = False) -> Iterator[PrunedModel]:
