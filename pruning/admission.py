@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ from prunetune.pruning.types import Pruner, keep_all
 from prunetune.reading import one_line
 from prunetune.screen import say
 
-_ADMITTED: WeakSet[nn.Module] = WeakSet()
+# Of each model the modalities that a batch had: a comparison of images says nothing of videos.
+_ADMITTED: WeakKeyDictionary[nn.Module, set[frozenset[str]]] = WeakKeyDictionary()
 _SAID: set[str] = set()  # model types: arms of one base are models of their own
 
 
@@ -57,7 +59,9 @@ def _reads_tower(pruner: Pruner) -> set[str]:
 
 @torch.no_grad()
 def admit(model: nn.Module, family: Family, inputs: Mapping[str, Any]) -> None:
-    """Run a batch with images unpruned, as it is and through the plug, and compare bit by bit; once for every model.
+    """Run a batch with images unpruned, as it is and through the plug, and compare bit by bit.
+
+    It is done once for every model and each set of modalities that a batch can have.
 
     What is compared are the hidden states that enter the head, of every position: the logits are a function of them,
     and they are many times larger.
@@ -68,10 +72,12 @@ def admit(model: nn.Module, family: Family, inputs: Mapping[str, Any]) -> None:
         inputs: what the processor returned, checked.
 
     Raises:
-        PruningError: if the two differ, the model can't take what was encoded, or it is partitioned (ZeRO-3).
+        PruningError: if the two differ, the model can't take the batch or what was encoded, or it is partitioned
+            (ZeRO-3).
     """
-    has_images = any(inputs.get(name) is not None for name in family.pixels.values())
-    if model in _ADMITTED or not has_images:
+    there = frozenset(modality for modality, name in family.pixels.items() if inputs.get(name) is not None)
+    admitted = _ADMITTED.setdefault(model, set())
+    if there in admitted or not there:
         return
     config: Any = model.config
     kind: str = config.model_type
@@ -82,30 +88,41 @@ def admit(model: nn.Module, family: Family, inputs: Mapping[str, Any]) -> None:
         )
     with frozen_parts_at_rest(model):
         stock = {name: value for name, value in inputs.items() if name not in ("labels", *family.left_out())}
-        expected = _hidden_states(model, stock)
-        try:
-            found = _hidden_states(model, _unpruned(model, family, stock))
-        except (PruningError, torch.OutOfMemoryError):
-            raise
-        # Anything: a model that reads more of its encoder's output than its features says so in its own words.
-        except Exception as error:
-            raise PruningError(
-                f"no family covers model_type {kind!r}, and it can't be run on what the generic one encoded: "
-                f"{one_line(error)}; write a family for it: docs/adding.md"
-            ) from error
+        as_given = "give the batch as its processor returns it"
+        # First, since it says of placeholders and images that disagree where they do.
+        with _told(f"no family covers model_type {kind!r}, and its images can't be encoded", as_given):
+            ours = _unpruned(model, family, stock)
+        with _told(f"the stock model of model_type {kind!r} can't run this batch", as_given):
+            expected = _hidden_states(model, stock)
+        # A model that reads more of its encoder's output than its features says so in its own words.
+        what = f"no family covers model_type {kind!r}, and it can't be run on what the generic one encoded"
+        with _told(what, "write a family for it: docs/adding.md"):
+            found = _hidden_states(model, ours)
     if not torch.equal(found, expected):
         apart = (found.float() - expected.float()).abs().max() if found.shape == expected.shape else float("nan")
         raise PruningError(
             f"no family covers model_type {kind!r}, and the generic one changes it: unpruned, its hidden states differ "
             f"from the stock model's by up to {float(apart):.3g} on this batch; write a family for it: docs/adding.md"
         )
-    _ADMITTED.add(model)
+    admitted.add(there)
     if kind not in _SAID and os.environ.get("RANK", "0") == "0":
         say(
             f"no family covers model_type {kind!r}: the generic one was compared with the stock model on this batch, "
             "and unpruned both are the same bit for bit"
         )
     _SAID.add(kind)
+
+
+@contextmanager
+def _told(what: str, todo: str) -> Iterator[None]:
+    """Say whatever a model raises in one line."""
+    try:
+        yield
+    except (PruningError, torch.OutOfMemoryError):
+        raise
+    # Anything: models say in their own words what they can't take.
+    except Exception as error:
+        raise PruningError(f"{what}: {one_line(error)}; {todo}") from error
 
 
 def _unpruned(model: nn.Module, family: Family, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import qwen_world
 import torch
 from generic_world import IMAGE, ROWS, batch, tiny
 from torch import nn
@@ -130,6 +131,26 @@ def test_a_model_is_compared_with_itself_once_and_that_is_said(name, capsys):
     assert len(runs) == 2
     (line,) = capsys.readouterr().out.splitlines()
     assert f"'{name}': the generic one was compared with the stock model" in line and "bit for bit" in line
+
+
+def test_each_modality_is_compared_for_itself():
+    """An admission by images is none for videos, which go through other code of the model."""
+    model = qwen_world.tiny_qwen()
+    runs = []
+    model.base_model.register_forward_hook(lambda *_: runs.append(1))
+    pruned = PrunedModel(model, PruningSpec("divprune", 4))
+    images, both = qwen_world.batch([qwen_world.ROWS[0]]), qwen_world.batch([qwen_world.MIXED[0]])
+    for inputs, expected in ((images, 2), (both, 4), (images, 4), (both, 4)):
+        pruned.prepare(inputs)
+        assert len(runs) == expected
+
+
+def test_a_batch_that_the_stock_model_refuses_is_told_in_one_line():
+    inputs = batch("internvl")
+    inputs["input_ids"][0, 0] = 10**6  # no word of the vocabulary
+    with pytest.raises(PruningError, match="stock model of model_type 'internvl' can't run this batch: ") as error:
+        PrunedModel(tiny("internvl"), PruningSpec("divprune", 4)).prepare(inputs)
+    assert "\n" not in str(error.value)
 
 
 def test_a_trainer_is_compared_for_from_within_its_own_call(capsys):
