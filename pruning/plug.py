@@ -147,7 +147,7 @@ class PrunedModel:
             )
         check_inputs(inputs, self.family)
         if self.family.unproven and vision is None:
-            admit(self.model, self.family, inputs)
+            admit(self.model, self.family, inputs, self.position_policy)
         visions, blanks = self._encode_with_blanks(inputs, vision)
         if not visions:
             return self._without_images(inputs, blanks)

@@ -2,6 +2,7 @@
 
 import copy
 
+import gemma_world
 import pytest
 import qwen_world
 import torch
@@ -128,7 +129,7 @@ def test_a_model_is_compared_with_itself_once_and_that_is_said(name, capsys):
     assert not runs  # text alone says nothing of images
     pruned.prepare(batch(name))
     PrunedModel(model, PruningSpec("fps", 4)).prepare(batch(name))
-    assert len(runs) == 2
+    assert len(runs) == (2 if pruned.family.counts_rows_and_columns else 3)  # and once with positions
     (line,) = capsys.readouterr().out.splitlines()
     assert f"'{name}': the generic one was compared with the stock model" in line and "bit for bit" in line
 
@@ -143,6 +144,26 @@ def test_each_modality_is_compared_for_itself():
     for inputs, expected in ((images, 2), (both, 4), (images, 4), (both, 4)):
         pruned.prepare(inputs)
         assert len(runs) == expected
+
+
+@pytest.mark.parametrize("policy", ["compact", "original"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_model_whose_positions_begin_elsewhere_is_refused(policy, side):
+    """PaliGemma counts from 1 by itself: unpruned that changes nothing, and a pruned batch would count from 0."""
+    model = gemma_world.tiny_paligemma()
+    inputs = gemma_world.batch(gemma_world.ROWS, side, True, size=16, types="suffix")
+    pruned = PrunedModel(model, PruningSpec("divprune", 4, position_policy=policy))
+    said = rf"'paligemma'.*with the positions of a pruned batch \({policy}, from 0\), its hidden states differ"
+    with pytest.raises(PruningError, match=said):
+        pruned.prepare(inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["compact", "original"])
+@pytest.mark.parametrize("name", ["gemma3", "internvl", "mistral3"])
+def test_a_batch_padded_on_the_left_is_admitted(name, policy):
+    pruned = PrunedModel(tiny(name), PruningSpec("divprune", 4, position_policy=policy))
+    assert pruned.prepare(batch(name, side="left")).kept == {"image": [4] * 5}
 
 
 def test_a_batch_that_the_stock_model_refuses_is_told_in_one_line():
