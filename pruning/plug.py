@@ -245,7 +245,9 @@ class PrunedModel:
         keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
         for name in self.family.left_out():
             inputs.pop(name, None)
-        if self.family.counts_rows_and_columns:  # given to the model, since packing tells samples apart by them
+        positions = inputs.get("position_ids")
+        # Given to the model, since packing tells samples apart by them; it reads (B, L) of text alone as it is.
+        if self.family.counts_rows_and_columns and (positions is None or positions.ndim != 2):
             inputs = shorten(inputs, keep, self.family.positions(self.model, inputs), "right")
         if not blanks:
             return Pruned(inputs, keep)  # in inference there is no gradient to agree on

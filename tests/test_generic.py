@@ -174,6 +174,13 @@ def test_a_batch_that_the_stock_model_refuses_is_told_in_one_line():
     assert "\n" not in str(error.value)
 
 
+def test_positions_without_three_parts_are_refused_where_the_model_has_them():
+    pruned, inputs = PrunedModel(tiny("glm4v"), PruningSpec("divprune", 4)), batch("glm4v")
+    flat = torch.arange(inputs["input_ids"].shape[1]).expand(len(ROWS), -1)
+    with pytest.raises(PruningError, match=r"`position_ids` must be \(3, batch, length\)"):
+        pruned.prepare({**inputs, "position_ids": flat})
+
+
 def test_a_trainer_is_compared_for_from_within_its_own_call(capsys):
     """Attached, in training mode, with a hook on the model that prunes."""
     model = tiny("internvl").train()

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
-from prunetune.pruning.families.base import Family, PrunedOutput, family_of
+from prunetune.pruning.families.base import Family, PrunedOutput, family_of, three_parts
 from prunetune.pruning.types import VisualTokens
 from prunetune.pruning.vision import Vision
 
@@ -117,7 +117,7 @@ class Generic(Family):
         if not self.counts_rows_and_columns:
             return super().positions(model, inputs)
         if given_positions is not None:
-            return given_positions[-3:]  # stock generation puts a row before the three that counts tokens
+            return three_parts(given_positions)
         given = {}
         for name in inspect.signature(base.get_rope_index).parameters:
             if inputs.get(name) is not None:
