@@ -232,6 +232,21 @@ def test_features_without_items_are_refused(monkeypatch, features, said):
         PrunedModel(model, PruningSpec("divprune", 4)).encode(batch("internvl"))
 
 
+def test_levels_that_are_pairs_of_a_number_and_a_list_are_refused():
+    """As Granite's are."""
+    model = tiny("internvl")
+    own = model.base_model.get_image_features
+
+    def encode(pixel_values, return_dict=True):
+        output = own(pixel_values, return_dict=True)
+        output.deepstack_features = [(3, list(output.pooler_output))]
+        return output
+
+    model.base_model.get_image_features = encode
+    with pytest.raises(PruningError, match="'internvl' has deepstack features of a layout of its own.*write a family"):
+        PrunedModel(model, PruningSpec("divprune", 4)).encode(batch("internvl"))
+
+
 def test_a_partitioned_model_is_refused():
     model = tiny("internvl")
     next(model.parameters()).ds_id = 0

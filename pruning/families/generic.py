@@ -89,7 +89,8 @@ class Generic(Family):
         lengths = [len(item) for item in slots]
         for level in levels:
             # Granite's are pairs of a layer's number and a list, a tensor over all items can't be told apart.
-            if not isinstance(level, list | tuple) or [len(item) for item in level] != lengths:
+            is_list = isinstance(level, list | tuple) and all(isinstance(item, Tensor) for item in level)
+            if not is_list or [len(item) for item in level] != lengths:
                 raise PruningError(
                     f"{self._called(model)} has deepstack features of a layout of its own, which the generic family "
                     "does not know how to cut; write a family for it: docs/adding.md"
