@@ -274,27 +274,30 @@ class Arm:
             inputs = self.place(formatter.prompt_batch(samples))
             generated = self.pruned.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         texts = self.processor.batch_decode(generated.tokens, skip_special_tokens=True)
-        is_video = self._videos(inputs["input_ids"])
-        images, videos = iter(generated.kept.get("image", ())), iter(generated.kept.get("video", ()))
-        frames = iter(generated.kept_per_frame)
-        of_images, of_videos = iter(generated.notes.get("image", ())), iter(generated.notes.get("video", ()))
+        kept = [0] * len(samples)
+        notes: list[list[Mapping[str, float]]] = [[] for _ in samples]
+        for modality, rows in generated.rows.items():
+            # By row: where every tile counts as an image, a sample has several.
+            for image, row in enumerate(rows):
+                kept[row] += generated.kept[modality][image]
+                notes[row].append(generated.notes[modality][image])
+        frames: dict[int, tuple[int, ...]] = {}
+        videos = generated.rows.get("video", [])
+        for row, counts in zip(videos, generated.kept_per_frame, strict=True):
+            frames[row] = (*frames.get(row, ()), *counts)
         answers = []
-        for sample, text, about_video in zip(samples, texts, is_video, strict=True):
-            # Images and videos come in the order of their samples.
-            if about_video:
-                answers.append(Answer(sample.id, text.strip(), next(videos), tuple(next(frames)), next(of_videos)))
-            elif sample.image is None:
-                answers.append(Answer(sample.id, text.strip(), 0))
-            else:
-                answers.append(Answer(sample.id, text.strip(), next(images), notes=next(of_images)))
+        for row, (sample, text) in enumerate(zip(samples, texts, strict=True)):
+            answers.append(Answer(sample.id, text.strip(), kept[row], frames.get(row), _means(notes[row])))
         return answers
 
-    def _videos(self, ids: Tensor) -> list[bool]:
-        """Return which rows of a batch (B, L) are about a video."""
-        family = self.pruned.family
-        if "video" not in family.pixels:
-            return [False] * len(ids)
-        return (ids == family.token_id(self.model, "video")).any(dim=1).tolist()
+
+def _means(notes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each note over the images of a sample that have it."""
+    values: dict[str, list[float]] = {}
+    for noted in notes:
+        for name, value in noted.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
 def _say_another_dtype(adapter: str | Path, dtype: str) -> None:

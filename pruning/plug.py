@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,12 +36,15 @@ class Generated:
         kept: for each modality how many visual tokens of each image reached the LLM, images in reading order.
         kept_per_frame: for each video how many of each of its frames did.
         notes: for each modality what the method noted of each image by name, such as ``ran_dry``.
+        rows: for each modality the row of the batch that each image is in: where every tile counts as an image, a row
+            has several.
     """
 
     tokens: Int[Tensor, "B T"]
     kept: Mapping[str, list[int]]
     kept_per_frame: Sequence[list[int]] = ()
     notes: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
+    rows: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 class PrunedModel:
@@ -146,17 +149,18 @@ class PrunedModel:
             )
         check_inputs(inputs, self.family)
         if self.family.unproven and vision is None:
-            admit(self.model, self.family, inputs)
+            admit(self.model, self.family, inputs, self.position_policy)
         visions, blanks = self._encode_with_blanks(inputs, vision)
         if not visions:
             return self._without_images(inputs, blanks)
         check_aligned(inputs, self.family)
         ids = inputs["input_ids"]
         self._check_instructions(instructions, len(ids))
-        placeholders_at, chosen = {}, {}
+        placeholders_at, chosen, rows_of = {}, {}, {}
         for modality, images in visions.items():
             token = self.family.token_id(self.model, modality)
             placeholders_at[modality], rows = placeholders(ids, token, images.lengths, modality)
+            rows_of[modality] = rows
             names = {}
             if sample_ids:
                 names = {image: f"sample {sample_ids[row]!r}" for image, row in enumerate(rows)}
@@ -175,7 +179,7 @@ class PrunedModel:
         )
         for modality, blank in blanks.items():
             pruned.inputs["mm_encoder_outputs"][modality] = self._nothing_of(modality, blank)
-        return pruned
+        return replace(pruned, rows=rows_of)
 
     def _projected_now(self, visions: Mapping[str, Vision]) -> dict[str, Vision]:
         """Return stored images as the projector of now sees them: it may have been tuned since, or be in training."""
@@ -243,7 +247,9 @@ class PrunedModel:
         keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
         for name in self.family.left_out():
             inputs.pop(name, None)
-        if self.family.counts_rows_and_columns:  # given to the model, since packing tells samples apart by them
+        positions = inputs.get("position_ids")
+        # Given to the model, since packing tells samples apart by them; it reads (B, L) of text alone as it is.
+        if self.family.counts_rows_and_columns and (positions is None or positions.ndim != 2):
             inputs = shorten(inputs, keep, self.family.positions(self.model, inputs), "right")
         if not blanks:
             return Pruned(inputs, keep)  # in inference there is no gradient to agree on
@@ -292,7 +298,13 @@ class PrunedModel:
             model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
             output = model.generate(**_shifted(pruned.inputs, -first))
         prompt_length = pruned.inputs["input_ids"].shape[1]
-        return Generated(output[:, prompt_length:], pruned.kept, pruned.kept_per_frame, pruned.notes_per_image)
+        return Generated(
+            tokens=output[:, prompt_length:],
+            kept=pruned.kept,
+            kept_per_frame=pruned.kept_per_frame,
+            notes=pruned.notes_per_image,
+            rows=pruned.rows,
+        )
 
     @contextmanager
     def attach(self, seen: Callable[[Pruned], None] | None = None, packed: bool = False) -> Iterator[PrunedModel]:

@@ -123,12 +123,14 @@ class Pruned:
         keep: (B, L) boolean over the full sequence, which of its positions are still there; padding counts as kept.
         chosen: what was kept of each modality: its images, the candidates and the selections.
         kept: for each modality how many visual tokens of each image reach the LLM, images in reading order.
+        rows: for each modality the row of the batch that each image is in, in the same order.
     """
 
     inputs: dict[str, Any]
     keep: Bool[Tensor, "B L"]
     chosen: Mapping[str, Chosen] = field(default_factory=dict)
     kept: Mapping[str, list[int]] = field(default_factory=dict)
+    rows: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
     def vision(self) -> dict[str, Vision]:

@@ -228,7 +228,7 @@ def choose(
     return found
 
 
-def seconds_of(vision: Vision, inputs: Mapping[str, Any], seconds: Sequence[float]) -> list[float]:
+def seconds_of(vision: Vision, inputs: Mapping[str, Any], seconds: Sequence[float | None]) -> list[float]:
     """Return how long each video is, in reading order; nothing where that is unknown, or these are images.
 
     Args:
@@ -237,7 +237,7 @@ def seconds_of(vision: Vision, inputs: Mapping[str, Any], seconds: Sequence[floa
         seconds: as the batch says, before all else.
 
     Raises:
-        PruningError: if the batch says it of another number of videos.
+        PruningError: if the batch says it of another number of videos, or of some alone.
     """
     if vision.modality != "video":
         return []
@@ -247,12 +247,22 @@ def seconds_of(vision: Vision, inputs: Mapping[str, Any], seconds: Sequence[floa
         for owner in vision.owner:
             for image in owner:
                 frames[image] += 1
+        if len(per_frame) != len(frames):
+            raise PruningError(
+                f"`second_per_grid_ts` is of {len(per_frame)} videos, and the batch has {len(frames)}; give it as the "
+                "processor returned it, one number per video"
+            )
         seconds = [float(length) * number for length, number in zip(per_frame, frames, strict=True)]
     if len(seconds) not in (0, len(vision.slots)):
         raise PruningError(
             f"`video_seconds` says how long {len(seconds)} videos are, and the batch has {len(vision.slots)}"
         )
-    return [float(length) for length in seconds]
+    known = [float(length) for length in seconds if length is not None]
+    if len(known) != len(seconds):
+        raise PruningError(
+            f"`video_seconds` is {list(seconds)!r}: give one number per video, or leave it out where some are unknown"
+        )
+    return known
 
 
 def check_videos(name: str, sees_clips: bool, family: str, modalities: Iterable[str]) -> None:

@@ -100,7 +100,7 @@ def shorten(
     # Left as they are, so that a batch of which nothing is dropped is bit-identical to the stock model's.
     if bool(keep.all()):
         if positions is not None and positions.ndim == 3:
-            result["position_ids"] = torch.cat([_counted(mask)[None], positions])
+            result["position_ids"] = torch.cat([counted(mask)[None], positions])
         return result
     stays = keep & mask  # (B, L), without padding
     order = _staying_order(stays, padding_side)  # (B, L')
@@ -118,9 +118,9 @@ def shorten(
             result[name] = gather(inputs[name], fill)
     result["attention_mask"] = new_mask.to(inputs["attention_mask"].dtype)
     if positions is None:
-        result["position_ids"] = _counted(new_mask) + first
+        result["position_ids"] = counted(new_mask) + first
     elif positions.ndim == 3:
-        parts = [_counted(new_mask)]
+        parts = [counted(new_mask)]
         for part in positions:
             parts.append(gather(part, 0))
         result["position_ids"] = torch.stack(parts)
@@ -146,7 +146,7 @@ def _staying_order(
     return order[:, order.shape[1] - length :]
 
 
-def _counted(mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+def counted(mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     """Return the positions of what a mask (B, L) shows: ``[[False, True, True]]`` gives ``[[0, 0, 1]]``."""
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
@@ -169,7 +169,7 @@ def pack(inputs: Mapping[str, Any]) -> dict[str, Any]:
     if positions is not None and positions.ndim == 3:
         result["position_ids"] = positions[:, mask][:, None]
     else:
-        result["position_ids"] = _counted(mask)[mask][None]
+        result["position_ids"] = counted(mask)[mask][None]
     labels = result["labels"].clone()
     labels[:, 0] = IGNORE_INDEX  # the token before it belongs to another sample
     result["labels"] = labels[mask][None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -136,7 +136,7 @@ class Vision:
         """Read what :meth:`save` wrote; nothing but tensors and these classes is ever built from the file.
 
         Raises:
-            PruningError: if the file holds something else.
+            PruningError: if the file holds something else, or was written before images had all their present fields.
         """
         try:
             with torch.serialization.safe_globals([Vision, VisualTokens]):
@@ -146,6 +146,14 @@ class Vision:
             raise PruningError(f"{path} holds no encoded images: {error}") from error
         if not isinstance(vision, Vision):
             raise PruningError(f"{path} holds no encoded images, but a {type(vision).__name__}")
+        for part in (vision, *vars(vision).get("groups", ())):
+            # Reading builds no object anew, so what a release had not yet is not there, whatever its default is.
+            missing = [field.name for field in fields(part) if field.name not in vars(part)]
+            if missing:
+                raise PruningError(
+                    f"{path} was written by another release, whose encoded images have no {', '.join(missing)}; encode "
+                    "the images again"
+                )
         return vision
 
 

@@ -17,6 +17,7 @@ COLUMNS = [
     ("keep_all_is_bit_identical_to_stock", "float32", "stock, float32"),
     ("keep_all_is_bit_identical_to_stock", "bfloat16", "stock, bfloat16"),
     ("pruned_equals_the_full_run_with_dropped_tokens_hidden", "", "hidden"),
+    ("pruned_and_numbered_anew_equals_the_language_model_on_the_kept_rows", "", "compact"),
     ("an_item_of_which_nothing_is_kept_is_a_hidden_one", "", "nothing kept"),
     ("what_is_kept_depends_on_the_row_alone", "float32", "choice, float32"),
     ("what_is_kept_depends_on_the_row_alone", "bfloat16", "choice, bfloat16"),
@@ -29,6 +30,7 @@ COLUMNS = [
     ("beams_and_samples_equal_each_row_alone", "samples", "samples"),
     ("gradients_reach_the_whole_projector_alone", "", "gradients"),
     ("text_alone_is_stock_with_a_gradient_of_zero", "", "text, training"),
+    ("ranks_without_an_image_encode_a_blank_of_every_modality", "", "blanks"),
     ("text_alone_is_generated_as_stock", "", "text, generate"),
     ("images_and_placeholders_that_disagree_are_refused", "", "refusal"),
     ("images_from_disk_give_the_same_logits", "", "stored"),
@@ -49,6 +51,9 @@ LEGEND = {
     "bit for bit, in that dtype; every method",
     "hidden": "the pruned run is the full run with the dropped tokens hidden from all others, at original positions; "
     "every method that does not merge",
+    "compact": "with positions numbered anew, the pruned run is the language model alone on the stock run's embeddings "
+    "of the kept tokens, at the stock run's first positions; every method that does not merge; `-` where they count "
+    "rows and columns",
     "nothing kept": "the same where a pruner keeps nothing of an image",
     "choice": "what is kept of a row is the same alone, in a batch, and padded on either side, in that dtype; every "
     "method",
@@ -60,6 +65,7 @@ LEGEND = {
     "keep unequally many tokens",
     "gradients": "reach every parameter of the projector and nothing else",
     "text": "a batch of text alone is the stock model, and in training its projector has a gradient of zero",
+    "blanks": "the same as a rank of ZeRO-3 trains on it: a blank of each modality goes through encoder and projector",
     "refusal": "images and placeholders that disagree are an error with one line",
     "stored": "images written to disk and read again give the same logits, bit for bit",
     "adapter": "an untrained adapter is training-free bit for bit, and a tuned one changes the projector's tensors "

@@ -1,10 +1,13 @@
 """Idefics3, and what SmolVLM has of it: several tiles per sample, patch masks, pixel shuffle."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from idefics_world import IMAGE, KEEP, OPTIONS, ROWS, TOKENS, Row, Tiles, batch, tiny_idefics
 
-from prunetune.models import wrap_projector
+from prunetune.data_recipes import Sample, Turn
+from prunetune.models import Arm, wrap_projector
 from prunetune.models.adapter import projector_state
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec
 from prunetune.pruning.families import family_of
@@ -38,6 +41,25 @@ def test_items_are_tiles_in_reading_order(kind):
     assert torch.equal(torch.cat(vision.slots), torch.cat(stock.pooler_output))
     assert prepared.kept["image"] == [KEEP] * 7 and vision.groups[0].grid == (4, 4)
     assert plug(model, scope="image").prepare(inputs).kept["image"] == [KEEP] * 7
+
+
+@kinds
+def test_an_answer_counts_the_tokens_of_all_its_tiles(kind):
+    """Three tiles, text alone, and four: each sample's kept are all of its own, in the order of the samples."""
+    model = tiny_idefics(kind)
+    pruned, prompts = plug(model), batch(ROWS, "left", False)
+    assert pruned.prepare(prompts).rows == {"image": [0, 0, 0, 2, 2, 2, 2]}
+    processor = SimpleNamespace(batch_decode=lambda tokens, skip_special_tokens: [f" {row} " for row in range(3)])
+    formatter = SimpleNamespace(prompt_batch=lambda samples: prompts)
+    arm = Arm(SimpleNamespace(processor=processor), pruned, pruned.spec)
+    samples = [Sample(name, "test", None, (Turn("what ?", None),)) for name in "abc"]
+    answers = arm.answer(formatter, samples, max_new_tokens=1)
+    assert [(answer.id, answer.text, answer.kept) for answer in answers] == [
+        ("a", "0", 3 * KEEP),
+        ("b", "1", 0),
+        ("c", "2", 4 * KEEP),
+    ]
+    assert {answer.kept_per_frame for answer in answers} == {None}
 
 
 @torch.no_grad()

@@ -381,6 +381,18 @@ def test_a_file_that_holds_no_images_is_refused_and_never_run(tmp_path):
             Vision.load(tmp_path / f"{name}.pt")
 
 
+@pytest.mark.parametrize("name", ["sources", "level_features", "layers"])
+def test_images_that_an_earlier_release_wrote_are_to_be_encoded_again(name, reading, samples, plug, tmp_path):
+    """Whatever the default of a field is: without it, levels would not be projected anew."""
+    vision = plug("fastervlm").encode(reading.training_batch(samples[:2]))["image"]
+    del vars(vision.groups[0] if name == "layers" else vision)[name]
+    torch.save(vision, tmp_path / "earlier.pt")
+    with pytest.raises(
+        PruningError, match=rf"earlier.pt was written by another release.* no {name}; encode the images"
+    ):
+        Vision.load(tmp_path / "earlier.pt")
+
+
 def test_what_stays_of_the_sequence_is_said(model, reading, samples, plug):
     """``keep`` aligns the pruned run with the full one: a teacher's positions, reports, masks."""
     text_only = Sample("t", "text", None, (Turn("what color is the red ring ?", "red"),))

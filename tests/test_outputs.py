@@ -272,6 +272,14 @@ def test_every_call_that_can_fail_ends_in_one_line(tmp_path, monkeypatch, number
     assert names(tmp_path / "run") == {"notes.txt", MARKER}
 
 
+def test_a_name_that_no_disk_can_have_is_one_line(tmp_path):
+    with (
+        pytest.raises(OutputError, match="can't be written: File name too long; choose another output"),
+        OutputFolder(tmp_path / ("x" * 300), NOTES, reads=("y" * 5000,)),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("error", [
     RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"),
     RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),

@@ -298,6 +298,29 @@ def test_budgets_of_videos_that_do_not_fit_are_refused_in_a_line(plug):
         plug("divprune", 2, video_budget="clip").prepare(inputs)
 
 
+def test_lengths_and_positions_of_another_shape_are_refused_in_a_line(plug):
+    inputs = batch(MIXED)
+    one_more = torch.cat([inputs["second_per_grid_ts"], torch.ones(1)])
+    flat = torch.arange(inputs["input_ids"].shape[1]).expand(len(MIXED), -1)
+    for name, value, said in (
+        ("second_per_grid_ts", one_more, "`second_per_grid_ts` is of 3 videos, and the batch has 2"),
+        ("video_seconds", [None, 2.0], r"`video_seconds` is \[None, 2.0\]: give one number per video"),
+        ("position_ids", flat, r"`position_ids` must be \(3, batch, length\).* got \(3, "),
+        ("position_ids", flat[None].expand(2, -1, -1), r"`position_ids` must be .* got \(2, 3, "),
+    ):
+        with pytest.raises(PruningError, match=said) as error:
+            plug("divprune", 4).prepare({**inputs, name: value})
+        assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_plain_positions_of_text_alone_reach_the_model_as_they_are(model, plug):
+    inputs = batch([ROWS[1]] * 4)
+    flat = torch.arange(inputs["input_ids"].shape[1]).expand(4, -1)
+    ours = plug("divprune", 4).prepare({**inputs, "position_ids": flat}).inputs
+    assert torch.equal(ours["position_ids"], flat)
+
+
 @torch.no_grad()
 def test_frames_of_unequal_budgets_keep_what_they_keep_among_equals(model, plug):
     """Dealt out unevenly: each frame keeps what the method, run on all frames, keeps with that frame's budget."""

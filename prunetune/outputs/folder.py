@@ -153,7 +153,8 @@ class OutputFolder:
 
     def _refuse_what_is_read(self) -> None:
         for other in self._reads:
-            if other is None or not self.path.exists() or not Path(other).exists():
+            # Of a name that no disk can have this is False; Path.exists would raise.
+            if other is None or not os.path.exists(self.path) or not os.path.exists(other):
                 continue  # a hub id
             if os.path.samefile(self.path, other):  # through links as well
                 raise OutputError(

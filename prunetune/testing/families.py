@@ -23,6 +23,7 @@ from prunetune.pruning import (
     VisualTokens,
     registered_methods,
 )
+from prunetune.pruning.hooks import record_keywords, record_output
 
 Batch = dict[str, Any]
 
@@ -235,6 +236,34 @@ class FamilyIdentity:
         assert apart < 1e-4 * (1 + ours.abs().max()), f"{what}: logits differ by {apart:g}"
         self.forget(model)
 
+    def check_against_language_model(self, model: Any, pruned: PrunedModel, inputs: Batch, what: str) -> None:
+        """Compare one row, without labels, with the language model alone on the embeddings of its kept rows."""
+        language_model = model.base_model.get_submodule(pruned.family.language_model)
+        prepared = pruned.prepare(inputs)
+        self.forget(model)
+        stock = {name: value for name, value in inputs.items() if name != "instructions"}
+        with record_keywords(language_model) as calls, record_output(language_model) as outputs:
+            model(**stock)
+            model(**prepared.inputs)
+        given, kept = calls[0], prepared.keep[0]
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = torch.arange(len(kept))[None]  # as the language model counts by itself
+        positions = positions[:, : int(kept.sum())]
+        written = calls[1].get("position_ids")
+        assert written is None or torch.equal(written, positions), what
+        theirs = language_model(
+            inputs_embeds=given["inputs_embeds"][:, kept],
+            attention_mask=self.as_mask(self.sees(inputs)[kept][:, kept][None, None]),
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+        ours = outputs[1].last_hidden_state
+        assert ours.shape == theirs.shape, what
+        apart = (ours - theirs).abs().max()
+        assert apart < 1e-4 * (1 + ours.abs().max()), f"{what}: hidden states differ by {apart:g}"
+        self.forget(model)
+
     # ---- the tests ---------------------------------------------------------------------------------------------
 
     def test_rows_hold_none_one_and_several_images(self, model: Any) -> None:
@@ -279,6 +308,22 @@ class FamilyIdentity:
             for number in range(len(rows)):
                 inputs = self.alone(rows, number, labels=False)
                 self.check_against_hidden(model, pruned, inputs, f"{name}, row {number}")
+
+    @torch.no_grad()
+    def test_pruned_and_numbered_anew_equals_the_language_model_on_the_kept_rows(
+        self, model: Any, methods: list[str]
+    ) -> None:
+        """The stock run's embeddings, of which the kept ones go into the LLM at the stock run's first positions."""
+        rows, family = self.rows(), self.plug(model, "identity").family
+        if "compact" not in family.position_policies:
+            pytest.skip("the family's positions count rows and columns, and can't be numbered anew")
+        for name in methods:
+            if registered_methods()[name].merges:
+                continue  # their features are not the full run's
+            pruned = self.plug(model, name, position_policy="compact")
+            for number in range(len(rows)):
+                inputs = self.alone(rows, number, labels=False)
+                self.check_against_language_model(model, pruned, inputs, f"{name}, row {number}")
 
     @torch.no_grad()
     def test_an_item_of_which_nothing_is_kept_is_a_hidden_one(self, model: Any) -> None:
@@ -374,6 +419,27 @@ class FamilyIdentity:
         for name in some_methods:
             model.zero_grad()
             with self.plug(model, name).attach():
+                loss = model(**self.asked(rows)).loss
+            loss.backward()
+            assert torch.equal(loss, expected), name
+            for parameter in projector.values():
+                assert parameter.grad is not None and not parameter.grad.any(), name
+
+    def test_ranks_without_an_image_encode_a_blank_of_every_modality(
+        self, model: Any, some_methods: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Under ZeRO-3: text alone, as a rank trains on it whose weights are in pieces."""
+        monkeypatch.setattr("prunetune.pruning.plug._is_partitioned", lambda _: True)
+        rows = self.texts()
+        self.forget(model)
+        expected = model(**self.batch(rows, "right", True)).loss
+        projector = self.train_projector(model)
+        for name in some_methods:
+            model.zero_grad()
+            pruned = self.plug(model, name)
+            encoded = pruned.prepare(self.asked(rows)).inputs["mm_encoder_outputs"]
+            assert set(encoded) == set(pruned.family.pixels), name
+            with pruned.attach():
                 loss = model(**self.asked(rows)).loss
             loss.backward()
             assert torch.equal(loss, expected), name

@@ -197,6 +197,20 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
+def three_parts(positions: Tensor) -> Tensor:
+    """Return the parts (3, B, L) of M-RoPE positions; stock generation puts a row before them that counts tokens.
+
+    Raises:
+        PruningError: for positions of another shape.
+    """
+    if positions.ndim != 3 or len(positions) not in (3, 4):
+        raise PruningError(
+            f"`position_ids` must be (3, batch, length), of time, row and column, or (4, batch, length) with the count "
+            f"of tokens first, got {tuple(positions.shape)}; leave them out, and the model's own are used"
+        )
+    return positions[-3:]
+
+
 def stacked(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """Return equally long images as one tensor (B, N, D)."""
     return features if isinstance(features, Tensor) else torch.stack(list(features))

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
-from prunetune.pruning.families.base import Family, PrunedOutput, family_of
+from prunetune.pruning.families.base import Family, PrunedOutput, family_of, three_parts
 from prunetune.pruning.types import VisualTokens
 from prunetune.pruning.vision import Vision
 
@@ -89,7 +89,8 @@ class Generic(Family):
         lengths = [len(item) for item in slots]
         for level in levels:
             # Granite's are pairs of a layer's number and a list, a tensor over all items can't be told apart.
-            if not isinstance(level, list | tuple) or [len(item) for item in level] != lengths:
+            is_list = isinstance(level, list | tuple) and all(isinstance(item, Tensor) for item in level)
+            if not is_list or [len(item) for item in level] != lengths:
                 raise PruningError(
                     f"{self._called(model)} has deepstack features of a layout of its own, which the generic family "
                     "does not know how to cut; write a family for it: docs/adding.md"
@@ -117,7 +118,7 @@ class Generic(Family):
         if not self.counts_rows_and_columns:
             return super().positions(model, inputs)
         if given_positions is not None:
-            return given_positions[-3:]  # stock generation puts a row before the three that counts tokens
+            return three_parts(given_positions)
         given = {}
         for name in inspect.signature(base.get_rope_index).parameters:
             if inputs.get(name) is not None:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
-from prunetune.pruning.families.base import Family
+from prunetune.pruning.families.base import Family, three_parts
 from prunetune.pruning.families.frames import of_frames
 from prunetune.pruning.families.qwen_tower import QwenTower
 from prunetune.pruning.families.stock import qwen_visual
@@ -118,7 +118,7 @@ class QwenVL(Family):
         """
         given_positions = inputs.get("position_ids")
         if given_positions is not None:
-            return given_positions[-3:]  # stock generation puts a row before the three that counts tokens
+            return three_parts(given_positions)
         base: Any = model.base_model
         kinds = inputs.get("mm_token_type_ids")
         if kinds is None:

@@ -83,6 +83,13 @@ class VideoLlava(Family):
         """Return one black image."""
         return {"pixel_values": blank_image(model)}
 
+    def blank_of(self, model: nn.Module, modality: str) -> dict[str, Tensor]:
+        """Return one black image, or a clip of one black frame."""
+        blank = super().blank_of(model, modality)
+        if modality == "video":
+            return {name: pixels[:, None] for name, pixels in blank.items()}
+        return blank
+
     def _tower(self, model: nn.Module, modality: str) -> Tower:
         # Whether or not [CLS] enters the projector: what a pruner sees are patches.
         return replace(tower_of(model, TOWERS[modality]), with_cls_token=False)
