@@ -72,6 +72,8 @@ class PrunedModel:
         self.sees_clips = method_of(spec.pruner).video
         check_videos(spec.pruner, self.sees_clips, self.family.name, self.family.pixels)
         self.position_policy = self._position_policy()
+        if getattr(self.pruner, "order", None) == "published":
+            self._check_order()
         self.text = TextReader(model, tokenizer, spec.text_tower)
         config: Any = model.config
         tower = getattr(getattr(config, "vision_config", None), "model_type", config.model_type)
@@ -96,6 +98,17 @@ class PrunedModel:
                 f"{' or '.join(known)}. Numbered anew they would be another model's: they count rows and columns"
             )
         return policy
+
+    def _check_order(self) -> None:
+        """Check that tokens in an order of the method's own are numbered anew: positions are those of the slots."""
+        if self.position_policy == "compact":
+            return
+        can = "compact" in self.family.position_policies
+        todo = "set position_policy: compact" if can else f"choose raster order, family {self.family.name!r} can't"
+        raise PruningError(
+            f"{self.spec.pruner} hands tokens on in an order of its own, and with position_policy: original each would "
+            f"stand at the position of another; such an order needs position_policy: compact: {todo}"
+        )
 
     def encode(self, inputs: Mapping[str, Any]) -> dict[str, Vision]:
         """Run the model's own vision side and return the images and videos of a batch, by modality.
@@ -199,6 +212,8 @@ class PrunedModel:
         found = []
         for group in candidates(vision, self.spec.scope, self.sees_clips):
             found += choose(self.pruner, group, rule, names)
+        if any(selection.in_order for _, selection in found):
+            self._check_order()  # of methods whose options do not say it
         return Chosen(vision, [among for among, _ in found], [selection for _, selection in found])
 
     def _unit(self) -> str:
