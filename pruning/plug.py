@@ -177,6 +177,7 @@ class PrunedModel:
                 names = {image: f"sample {sample_ids[row]!r}" for image, row in enumerate(rows)}
             rule = BudgetRule(keep, self.spec.small_images, self._unit(), seconds_of(images, inputs, seconds))
             chosen[modality] = self._choose(images, instructions, rows, rule, names)
+        blanks = self._read_for(blanks)  # before anything is projected, as on the ranks that have such images
         pruned = rewrite(
             self.model,
             self.family,
@@ -237,6 +238,9 @@ class PrunedModel:
 
         In training a batch of text alone has a gradient of the projector, if of zero. Under ZeRO-3 ranks gather weights
         in step, so each calls every module as often as the others, whichever of images and videos it has.
+
+        Raises:
+            PruningError: for stored images in training under ZeRO-3.
         """
         if stored is None:
             there = {modality for modality, name in self.family.pixels.items() if inputs.get(name) is not None}
@@ -244,7 +248,13 @@ class PrunedModel:
             there = set(stored)
         missing: list[str] = []
         if self.model.training and torch.is_grad_enabled():
-            wanted = list(self.family.pixels) if _is_partitioned(self.model) else ["image"] * (not there)
+            partitioned = _is_partitioned(self.model)
+            if partitioned and stored is not None:
+                raise PruningError(
+                    "stored images can't be trained on under ZeRO-3, since ranks that encode theirs call the tower and "
+                    "would wait for this one; give pixels instead of vision=, or train with train.deepspeed: zero2"
+                )
+            wanted = list(self.family.pixels) if partitioned else ["image"] * (not there)
             missing = [modality for modality in wanted if modality not in there]
         blanks: dict[str, Any] = {}
         for modality in missing:
@@ -266,12 +276,16 @@ class PrunedModel:
             inputs = shorten(inputs, keep, self.family.positions(self.model, inputs), "right")
         if not blanks:
             return Pruned(inputs, keep)  # in inference there is no gradient to agree on
+        blanks = self._read_for(blanks)
         encoded = {modality: self._nothing_of(modality, blank) for modality, blank in blanks.items()}
         return Pruned({**inputs, "mm_encoder_outputs": encoded}, keep)
 
-    def _nothing_of(self, modality: str, blank: Vision) -> PrunedOutput:
+    def _read_for(self, blanks: Mapping[str, Vision]) -> dict[str, Vision]:
+        """Return dummies with the text that the method reads."""
+        return {modality: self.text.add(blank, self.pruner, [""], [0]) for modality, blank in blanks.items()}
+
+    def _nothing_of(self, modality: str, vision: Vision) -> PrunedOutput:
         """Return zero tokens of a dummy, after all that is done with the tokens of an image."""
-        vision = self.text.add(blank, self.pruner, [""], [0])
         features = vision.slots[0][:0]
         if self.merges:
             nothing = vision.groups[0].features[0, :0]
