@@ -71,6 +71,7 @@ class PrunedModel:
         self.merges = merges(spec.pruner, self.pruner)
         self.sees_clips = method_of(spec.pruner).video
         check_videos(spec.pruner, self.sees_clips, self.family.name, self.family.pixels)
+        self._check_video_budget()
         self.position_policy = self._position_policy()
         if getattr(self.pruner, "order", None) == "published":
             self._check_order()
@@ -98,6 +99,18 @@ class PrunedModel:
                 f"{' or '.join(known)}. Numbered anew they would be another model's: they count rows and columns"
             )
         return policy
+
+    def _check_video_budget(self) -> None:
+        """Check that a budget of videos meets a family that has any: images would go on with one of their own."""
+        if self.spec.video_budget == "auto" or "video" in self.family.pixels:
+            return
+        why = "takes no videos"
+        if self.family.frames_are_images:
+            why = "gets the frames of a video as images, and is not told which are one video's"
+        raise PruningError(
+            f"video_budget: {self.spec.video_budget} can't be kept: family {self.family.name!r} {why}; leave "
+            "pruning.video_budget at auto, keep counts for each item"
+        )
 
     def _check_order(self) -> None:
         """Check that tokens in an order of the method's own are numbered anew: positions are those of the slots."""
