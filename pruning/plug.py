@@ -73,7 +73,10 @@ class PrunedModel:
         self.merges = merges(spec.pruner, self.pruner)
         self.sees_clips = method_of(spec.pruner).video
         check_videos(spec.pruner, self.sees_clips, self.family.name, self.family.pixels)
+        self._check_video_budget()
         self.position_policy = self._position_policy()
+        if getattr(self.pruner, "order", None) == "published":
+            self._check_order()
         self.text = TextReader(model, tokenizer, spec.text_tower)
         config: Any = model.config
         tower = getattr(getattr(config, "vision_config", None), "model_type", config.model_type)
@@ -98,6 +101,29 @@ class PrunedModel:
                 f"{' or '.join(known)}. Numbered anew they would be another model's: they count rows and columns"
             )
         return policy
+
+    def _check_video_budget(self) -> None:
+        """Check that a budget of videos meets a family that has any: images would go on with one of their own."""
+        if self.spec.video_budget == "auto" or "video" in self.family.pixels:
+            return
+        why = "takes no videos"
+        if self.family.frames_are_images:
+            why = "gets the frames of a video as images, and is not told which are one video's"
+        raise PruningError(
+            f"video_budget: {self.spec.video_budget} can't be kept: family {self.family.name!r} {why}; leave "
+            "pruning.video_budget at auto, keep counts for each item"
+        )
+
+    def _check_order(self) -> None:
+        """Check that tokens in an order of the method's own are numbered anew: positions are those of the slots."""
+        if self.position_policy == "compact":
+            return
+        can = "compact" in self.family.position_policies
+        todo = "set position_policy: compact" if can else f"choose raster order, family {self.family.name!r} can't"
+        raise PruningError(
+            f"{self.spec.pruner} hands tokens on in an order of its own, and with position_policy: original each would "
+            f"stand at the position of another; such an order needs position_policy: compact: {todo}"
+        )
 
     def encode(self, inputs: Mapping[str, Any]) -> dict[str, Vision]:
         """Run the model's own vision side and return the images and videos of a batch, by modality.
@@ -166,6 +192,7 @@ class PrunedModel:
                 names = {image: f"sample {sample_ids[row]!r}" for image, row in enumerate(rows)}
             rule = BudgetRule(keep, self.spec.small_images, self._unit(), seconds_of(images, inputs, seconds))
             chosen[modality] = self._choose(images, instructions, rows, rule, names)
+        blanks = self._read_for(blanks)  # before anything is projected, as on the ranks that have such images
         pruned = rewrite(
             self.model,
             self.family,
@@ -201,6 +228,8 @@ class PrunedModel:
         found = []
         for group in candidates(vision, self.spec.scope, self.sees_clips):
             found += choose(self.pruner, group, rule, names)
+        if any(selection.in_order for _, selection in found):
+            self._check_order()  # of methods whose options do not say it
         return Chosen(vision, [among for among, _ in found], [selection for _, selection in found])
 
     def _unit(self) -> str:
@@ -224,6 +253,9 @@ class PrunedModel:
 
         In training a batch of text alone has a gradient of the projector, if of zero. Under ZeRO-3 ranks gather weights
         in step, so each calls every module as often as the others, whichever of images and videos it has.
+
+        Raises:
+            PruningError: for stored images in training under ZeRO-3.
         """
         if stored is None:
             there = {modality for modality, name in self.family.pixels.items() if inputs.get(name) is not None}
@@ -231,7 +263,13 @@ class PrunedModel:
             there = set(stored)
         missing: list[str] = []
         if self.model.training and torch.is_grad_enabled():
-            wanted = list(self.family.pixels) if _is_partitioned(self.model) else ["image"] * (not there)
+            partitioned = _is_partitioned(self.model)
+            if partitioned and stored is not None:
+                raise PruningError(
+                    "stored images can't be trained on under ZeRO-3, since ranks that encode theirs call the tower and "
+                    "would wait for this one; give pixels instead of vision=, or train with train.deepspeed: zero2"
+                )
+            wanted = list(self.family.pixels) if partitioned else ["image"] * (not there)
             missing = [modality for modality in wanted if modality not in there]
         blanks: dict[str, Any] = {}
         for modality in missing:
@@ -253,12 +291,16 @@ class PrunedModel:
             inputs = shorten(inputs, keep, self.family.positions(self.model, inputs), "right")
         if not blanks:
             return Pruned(inputs, keep)  # in inference there is no gradient to agree on
+        blanks = self._read_for(blanks)
         encoded = {modality: self._nothing_of(modality, blank) for modality, blank in blanks.items()}
         return Pruned({**inputs, "mm_encoder_outputs": encoded}, keep)
 
-    def _nothing_of(self, modality: str, blank: Vision) -> PrunedOutput:
+    def _read_for(self, blanks: Mapping[str, Vision]) -> dict[str, Vision]:
+        """Return dummies with the text that the method reads."""
+        return {modality: self.text.add(blank, self.pruner, [""], [0]) for modality, blank in blanks.items()}
+
+    def _nothing_of(self, modality: str, vision: Vision) -> PrunedOutput:
         """Return zero tokens of a dummy, after all that is done with the tokens of an image."""
-        vision = self.text.add(blank, self.pruner, [""], [0])
         features = vision.slots[0][:0]
         if self.merges:
             nothing = vision.groups[0].features[0, :0]

@@ -1,5 +1,7 @@
 """Identity is sacred: what is not pruned is the stock model bit for bit, and pruning is nothing but dropping tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import scene_sample, spec_of
@@ -368,6 +370,26 @@ def test_encoded_images_from_disk_give_the_same_logits(model, reading, samples, 
     assert few.kept["image"] == [7, 7, 7] and pruned.prepare(batch, keep=7).kept == few.kept
 
 
+@pytest.mark.parametrize("name", ["holov", "promprune", "prunesid"])
+def test_published_orders_are_refused_where_positions_are_those_of_the_slots(model, name):
+    with pytest.raises(
+        PruningError, match=f"{name} hands tokens on in an order of its own.*: set position_policy: com"
+    ):
+        PrunedModel(model, PruningSpec(name, 8, {"order": "published"}, position_policy="original"))
+    PrunedModel(model, PruningSpec(name, 8, {"order": "published"}))
+    PrunedModel(model, PruningSpec(name, 8, {"order": "raster"}, position_policy="original"))
+
+
+def test_a_selection_in_an_order_of_its_own_is_refused_there_too(model, reading, samples):
+    """Of a method whose options do not say it."""
+    pruned = PrunedModel(model, PruningSpec("divprune", 8, position_policy="original"))
+    own = pruned.pruner
+    pruned.pruner = lambda tokens, keep: replace(own(tokens, keep), in_order=True)
+    pruned.pruner.needs = own.needs
+    with pytest.raises(PruningError, match="divprune hands tokens on in an order of its own"):
+        pruned.prepare(reading.training_batch(samples[:2]))
+
+
 def test_a_file_that_holds_no_images_is_refused_and_never_run(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -387,9 +409,7 @@ def test_images_that_an_earlier_release_wrote_are_to_be_encoded_again(name, read
     vision = plug("fastervlm").encode(reading.training_batch(samples[:2]))["image"]
     del vars(vision.groups[0] if name == "layers" else vision)[name]
     torch.save(vision, tmp_path / "earlier.pt")
-    with pytest.raises(
-        PruningError, match=rf"earlier.pt was written by another release.* no {name}; encode the images"
-    ):
+    with pytest.raises(PruningError, match=rf"earlier.pt was written by another release.* no {name}; encode"):
         Vision.load(tmp_path / "earlier.pt")
 
 

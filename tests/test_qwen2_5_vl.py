@@ -313,6 +313,36 @@ def test_lengths_and_positions_of_another_shape_are_refused_in_a_line(plug):
         assert "\n" not in str(error.value)
 
 
+def test_ranks_of_zero3_read_text_and_project_in_one_order(model, monkeypatch):
+    """Images and videos, images alone, and neither: the text is read for each modality before tokens are projected."""
+    monkeypatch.setattr("prunetune.pruning.plug._is_partitioned", lambda _: True)
+    pruned = PrunedModel(model, PruningSpec("tome", 8))
+    calls = []
+    add, project = pruned.text.add, type(pruned.family).project
+    monkeypatch.setattr(pruned.text, "add", lambda *args: (calls.append("text"), add(*args))[1])
+    monkeypatch.setattr(type(pruned.family), "project", lambda *args: (calls.append("project"), project(*args))[1])
+    model.train()
+    found = []
+    for rows in (MIXED, ROWS, [ROWS[1]]):
+        pruned.prepare(batch(rows))
+        found.append(calls.copy())
+        calls.clear()
+    model.eval()
+    assert found == [["text", "text", "project", "project"]] * 3
+
+
+def test_stored_images_are_refused_in_training_under_zero3(model, plug, monkeypatch):
+    inputs, pruned = batch(ROWS), plug("divprune", 4)
+    stored = pruned.encode(inputs)
+    without = {name: value for name, value in inputs.items() if not name.startswith("pixel_values")}
+    monkeypatch.setattr("prunetune.pruning.plug._is_partitioned", lambda _: True)
+    pruned.prepare(without, vision=stored)  # at rest nobody waits
+    model.train()
+    with pytest.raises(PruningError, match="stored images can't be trained on under ZeRO-3.*zero2"):
+        pruned.prepare(without, vision=stored)
+    model.eval()
+
+
 @torch.no_grad()
 def test_plain_positions_of_text_alone_reach_the_model_as_they_are(model, plug):
     inputs = batch([ROWS[1]] * 4)

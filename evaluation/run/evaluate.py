@@ -176,9 +176,12 @@ def _check_takes_videos(arm: Arm, works: list[Work]) -> None:
         return
     family = arm.pruned.family
     if "video" not in family.pixels:
+        takes = "takes none"
+        if family.frames_are_images:
+            takes = "gets their frames as images, which is not done here"
         raise TaskError(
-            f"{', '.join(asking)} ask about videos, and model family {family.name!r} takes none; choose a model that "
-            "does, or score predictions made elsewhere: `prunetune score TASK --predictions FILE --data DIR`"
+            f"{', '.join(asking)} ask about videos, and model family {family.name!r} {takes}; choose a model that "
+            "takes videos, or score predictions made elsewhere: `prunetune score TASK --predictions FILE --data DIR`"
         )
 
 

@@ -46,6 +46,7 @@ class Family(ABC):
         unread: inputs (B, L) that a processor may return and the model does not read; they are left out.
         projectors: projector modules below the conditional-generation model, by their path from ``model.``.
         language_model: path of the language model.
+        frames_are_images: whether videos reach the model as images, one a frame, so that it has no modality of them.
         item: what an item is, and so what a budget per item counts for: "image", "crop" or "frame".
         former_names: inputs that older processors call otherwise, by that name.
         position_policies: those that make sense; the first is what ``position_policy: auto`` means.
@@ -63,6 +64,7 @@ class Family(ABC):
     unread: ClassVar[tuple[str, ...]] = ()
     projectors: ClassVar[tuple[str, ...]] = ("multi_modal_projector",)
     language_model: ClassVar[str] = "language_model"
+    frames_are_images: ClassVar[bool] = False
     item: ClassVar[str] = "image"
     former_names: ClassVar[Mapping[str, str]] = {}
     position_policies: ClassVar[tuple[str, ...]] = ("compact", "original")

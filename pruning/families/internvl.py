@@ -33,6 +33,7 @@ class InternVL(Family):
     model_types = ("internvl",)
     replaced = ()
     unread = ("token_type_ids", "mm_token_type_ids")
+    frames_are_images = True
     item = "crop"
 
     def signals(self, model: nn.Module) -> frozenset[str]:

@@ -11,6 +11,7 @@ class SmolVLM(Idefics):
 
     name = "smolvlm"
     model_types = ("smolvlm",)
+    frames_are_images = True
 
 
 register_family(SmolVLM())
