@@ -230,9 +230,7 @@ def test_clips_that_a_processor_can_not_stack_are_named(recipe, side):
     processor = build_processor()
     processor.video_processor = StackingVideoProcessor()
     formatter = Formatter(processor, recipe.images)
-    message = (
-        r"^samples '2' and '1' .* with 6 and 8 frames, and Processor takes .*; set batch_size"
-    )
+    message = r"^samples '2' and '1' .* with 6 and 8 frames, and Processor takes .*; set batch_size"
     with pytest.raises(DataError, match=message) as error:
         formatter.training_batch(samples) if side == "training" else formatter.prompt_batch(samples)
     assert "\n" not in str(error.value)
