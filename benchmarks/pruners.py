@@ -14,6 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,17 +23,18 @@ from torch import Tensor, nn
 
 from prunetune.pruning import VisualTokens, build_pruner, registered_methods
 from prunetune.pruning.ops import greedy, greedy_triton
+from prunetune.pruning.registry import method_of
 
 WIDTH, LLM_WIDTH, EMBEDS, HEADS = 1024, 4096, 768, 16
 SIZES = {"N=576 K=64 B=1": (576, 64, 1), "N=576 K=64 B=8": (576, 64, 8), "N=2880 K=160 B=1": (2880, 160, 1)}
 PROJECTED = (
     *("adaptive", "cdpruner", "crisprune", "divprune", "divprune_aligned", "fps", "trimtokenator"),
-    *("holov", "promprune", "vscan"),
+    *("holov", "promprune", "vscan", "dycoke", "evs", "fastvid", "vidcom2"),
 )
 ATTENTION_ONLY = ("fastervlm", "hiprune")
-BARS = dict.fromkeys(("divprune", "cdpruner", "crisprune", "trimtokenator", "fps", "prismprune"), 1.5) | {
-    "vispruner": 2.0
-}
+BARS = dict.fromkeys(("divprune", "cdpruner", "crisprune", "trimtokenator", "fps", "prismprune", "vispruner"), 1.5)
+FRAMES = 4
+"""Methods for videos are given the same tokens as clips of so many frames."""
 
 
 def make_tokens(count: int, batch: int, device: str) -> VisualTokens:
@@ -132,9 +134,7 @@ def check_kernels(device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--methods", nargs="+", default=[n for n, m in registered_methods().items() if n != "identity" and not m.video]
-    )
+    parser.add_argument("--methods", nargs="+", default=[name for name in registered_methods() if name != "identity"])
     parser.add_argument("--seconds", type=float, default=1.0, help="how long each number is measured")
     parser.add_argument("--output", type=Path, help="write the table there too")
     options = parser.parse_args()
@@ -143,6 +143,7 @@ def main() -> None:
     times: dict[str, dict[str, float]] = {}
     for size, (count, keep, batch) in SIZES.items():
         tokens = make_tokens(count, batch, options.device)
+        clips = replace(tokens, frames=FRAMES, grid=(12, count // FRAMES // 12))
         rulers = yardsticks(tokens, options.device, options.seconds)
         for ruler, value in rulers.items():
             times.setdefault(f"*{ruler}*", {})[size] = value
@@ -150,7 +151,8 @@ def main() -> None:
             pruner = build_pruner(name)
             product = "product 4096" if name in PROJECTED else "product 1024"
             row = times.setdefault(name, {})
-            row[size] = milliseconds(partial(pruner, tokens, keep), options.device, options.seconds)
+            given = clips if method_of(name).video else tokens
+            row[size] = milliseconds(partial(pruner, given, keep), options.device, options.seconds)
             row[f"x {size}"] = row[size] / rulers[product]
     table = to_markdown(times, options.device)
     print(table)

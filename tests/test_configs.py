@@ -81,6 +81,23 @@ def test_shipped_evaluations_load(path):
     assert [get_task(name).name for name in config.tasks] == config.tasks
 
 
+@pytest.mark.parametrize(("model", "frames"), [("qwen25_vl_7b", 16), ("llava_next_video_7b", 8)])
+def test_evaluations_on_videos_say_what_they_look_at(model, frames):
+    file = ROOT / "configs/evaluate" / f"{model}_vidcom2_video.yaml"
+    config = load_config(EvaluateConfig, file)
+    assert config.tasks == ["mvbench", "videomme"] and all(get_task(name).video for name in config.tasks)
+    assert config.video.frames == frames and config.batch_size == 1
+    assert (config.pruning.pruner, config.pruning.keep, config.pruning.video_budget) == ("vidcom2", "25%", "clip")
+    header = file.read_text().split("model:")[0]
+    assert f"--config configs/evaluate/{file.name}" in header and "Hardware:" in header and "Cost:" in header
+    override = f'--pruning.keep "15%" --output runs/evaluate/{file.stem}_15'
+    assert override in header and config.output == f"runs/evaluate/{file.stem}_25"
+    less = load_config(EvaluateConfig, file, override.replace('"', "").split())
+    assert less.pruning.keep == "15%" and less.pruning.build()
+    # The template has a place for videos; the model's own is in its files.
+    assert config.model.template == "model" or "video" in registered_templates()[config.model.template].read_text()
+
+
 def test_defaults_are_the_papers(tmp_path):
     train = load_config(RecalibrateConfig, write(tmp_path, GOOD)).train
     assert (train.learning_rate, train.epochs, train.schedule, train.warmup_ratio, train.weight_decay) == (
