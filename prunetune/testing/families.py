@@ -258,7 +258,8 @@ class FamilyIdentity:
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state
-        ours = outputs[1].last_hidden_state
+        ran: Any = outputs[1]
+        ours = ran.last_hidden_state
         assert ours.shape == theirs.shape, what
         apart = (ours - theirs).abs().max()
         assert apart < 1e-4 * (1 + ours.abs().max()), f"{what}: hidden states differ by {apart:g}"

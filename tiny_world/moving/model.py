@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -33,12 +34,12 @@ def build_video_model(base: Path, tokenizer: PreTrainedTokenizerFast) -> LlavaNe
     A frame of 12 x 12 patches is pooled to 6 x 6 tokens in front of the projector, as the family does it.
     """
     image_model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-    config = image_model.config
+    config: Any = image_model.config
     video_config = LlavaNextVideoConfig(
         vision_config=config.vision_config,
         text_config=config.text_config,
         image_token_index=IMAGE,
-        video_token_index=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
+        video_token_index=tokenizer.get_vocab()[VIDEO_TOKEN],
         vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         image_grid_pinpoints=[[IMAGE_PIXELS, IMAGE_PIXELS]],
@@ -53,7 +54,8 @@ def build_video_model(base: Path, tokenizer: PreTrainedTokenizerFast) -> LlavaNe
         raise ValueError(f"{base} is no tiny VLM: {missing} are missing, {unexpected} are too many")
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
-        weight = model.get_input_embeddings().weight
+        embedding: Any = model.get_input_embeddings()
+        weight = embedding.weight
         known = config.text_config.vocab_size
         weight[known:] = weight[:known].mean(dim=0) + 0.02 * torch.randn_like(weight[known:])
     return model.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPModel, LlavaForConditionalGeneration
+from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaNextVideoForConditionalGeneration
 
 from prunetune.tiny_world.training.batches import IGNORE, PATCH_LABELS, QuestionBatch, SceneBatch
 
@@ -90,7 +90,10 @@ def alignment_loss(projected: Tensor, embedding: Tensor, batch: SceneBatch) -> T
 
 
 def answer_logits(
-    llava: LlavaForConditionalGeneration, visual: Tensor, kept: Tensor | None, batch: QuestionBatch
+    llava: LlavaForConditionalGeneration | LlavaNextVideoForConditionalGeneration,
+    visual: Tensor,
+    kept: Tensor | None,
+    batch: QuestionBatch,
 ) -> tuple[Tensor, Tensor]:
     """Answer all questions of each image in one row: every question sees the image and itself, not its neighbours.
 
