@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.families.base import Family
-from prunetune.pruning.hooks import frozen_parts_at_rest, record_output
+from prunetune.pruning.hooks import frozen_parts_at_rest, is_partitioned, record_output
 from prunetune.pruning.registry import registered_methods
 from prunetune.pruning.rewrite import Chosen, rewrite
 from prunetune.pruning.select import candidates
@@ -83,7 +83,7 @@ def admit(model: nn.Module, family: Family, inputs: Mapping[str, Any], position_
         return
     config: Any = model.config
     kind: str = config.model_type
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if is_partitioned(model.parameters()):
         raise PruningError(
             f"no family covers model_type {kind!r}, and the comparison that the generic one begins with leaves ranks "
             "out of step under ZeRO-3; train with train.deepspeed: zero2, or write a family: docs/adding.md"

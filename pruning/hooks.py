@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +80,11 @@ def record_linear(module: nn.Module) -> Iterator[list[LinearCall]]:
         yield seen
     finally:
         handle.remove()
+
+
+def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
+    """Return whether DeepSpeed's ZeRO-3 holds some of the weights in pieces."""
+    return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from prunetune.pruning.admission import admit, check_reads_no_tower
 from prunetune.pruning.budget import Budget, BudgetRule, check_budget
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.families.base import PrunedOutput, family_of
-from prunetune.pruning.hooks import frozen_parts_at_rest
+from prunetune.pruning.hooks import frozen_parts_at_rest, is_partitioned
 from prunetune.pruning.registry import merges, method_of
 from prunetune.pruning.rewrite import Chosen, Pruned, check_aligned, check_inputs, rewrite
 from prunetune.pruning.select import candidates, check_poolable, check_signals, check_videos, choose, seconds_of
@@ -263,7 +263,7 @@ class PrunedModel:
             there = set(stored)
         missing: list[str] = []
         if self.model.training and torch.is_grad_enabled():
-            partitioned = _is_partitioned(self.model)
+            partitioned = is_partitioned(self.model.parameters())
             if partitioned and stored is not None:
                 raise PruningError(
                     "stored images can't be trained on under ZeRO-3, since ranks that encode theirs call the tower and "
@@ -410,8 +410,3 @@ def _shifted(inputs: Mapping[str, Any], by: int) -> dict[str, Any]:
     """Return inputs with positions, where there are any, counted from another number."""
     positions = inputs.get("position_ids")
     return dict(inputs) if positions is None or not by else {**inputs, "position_ids": positions + by}
-
-
-def _is_partitioned(model: nn.Module) -> bool:
-    """Return whether DeepSpeed's ZeRO-3 holds the weights in pieces."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

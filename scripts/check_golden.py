@@ -21,7 +21,6 @@ from prunetune.pruning import VisualTokens, build_pruner
 from prunetune.pruning.methods.cdpruner import CDPruner
 from prunetune.pruning.methods.tome import merge_step, unmerged
 from prunetune.pruning.ops.attention import cls_attention, received_attention
-from prunetune.scripts import golden_video
 from prunetune.scripts.golden_cases import (
     Case,
     DefinedDifferently,
@@ -34,6 +33,7 @@ from prunetune.scripts.golden_cases import (
     tensor,
 )
 from prunetune.scripts.golden_image import IMAGE_CHECKS
+from prunetune.scripts.golden_video import VIDEO_CHECKS
 
 
 def either_way(check: Callable[[Tensor | None], None], count: int) -> None:
@@ -230,7 +230,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "visionzip": check_visionzip,
     "vispruner": check_vispruner,
     **IMAGE_CHECKS,
-    **golden_video.checks(tensor),
+    **VIDEO_CHECKS,
 }
 """How the cases of each method are read and compared; a method is one function."""
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,28 +11,26 @@ from torch import Tensor
 from prunetune.pruning import VisualTokens, build_pruner
 from prunetune.pruning.methods.fastvid import FastVID
 from prunetune.pruning.methods.vidcom2 import frame_scale, likeness
-from prunetune.scripts.golden_cases import Case, agree, kept
-
-Read = Callable[[Case, str], Tensor]
+from prunetune.scripts.golden_cases import Case, agree, kept, tensor
 
 
-def clip(read: Read, case: Case, **signals: Tensor) -> VisualTokens:
+def clip(case: Case, **signals: Tensor) -> VisualTokens:
     """Return the stored video as one clip."""
-    features = read(case, "video_features")  # (F, L, C)
+    features = tensor(case, "video_features")  # (F, L, C)
     frames, rows, columns = np.asarray(case["grid_thw"]).tolist()
     flat = features.flatten(0, 1)[None]
     return VisualTokens(flat, flat, signals=signals, grid=(rows, columns), frames=frames)
 
 
-def check_evs(read: Read, case: Case) -> None:
+def check_evs(case: Case) -> None:
     """Changes between frames."""
     pruner = build_pruner("evs", {"prune_rate": float(case["prune_rate"])})
-    agree(case, "kept_indices", kept(pruner(clip(read, case), 1))[0])
+    agree(case, "kept_indices", kept(pruner(clip(case), 1))[0])
 
 
-def check_vidcom2(read: Read, case: Case) -> None:
+def check_vidcom2(case: Case) -> None:
     """Likeness, shares of frames, and both counts."""
-    tokens, ratio = clip(read, case), float(case["retention_ratio"])
+    tokens, ratio = clip(case), float(case["retention_ratio"])
     to_video, to_frame = likeness(tokens)
     agree(case, "similarity", (to_video + to_frame)[0])
     agree(case, "frame_scale", frame_scale(to_video, ratio)[0])
@@ -45,9 +42,9 @@ def check_vidcom2(read: Read, case: Case) -> None:
             agree(case, "kept_per_frame", torch.bincount(positions // tokens.per_frame, minlength=tokens.frames))
 
 
-def check_dycoke(read: Read, case: Case) -> None:
+def check_dycoke(case: Case) -> None:
     """Similarity to an earlier frame, and the order in which tokens are handed on."""
-    tokens = clip(read, case)
+    tokens = clip(case)
     options = {"merge_ratio": float(case["merge_ratio"]), "groups": "published"}
     agree(case, "kept_indices", kept(build_pruner("dycoke", options)(tokens, 1))[0])
     ordered = build_pruner("dycoke", {**options, "order": "published"})(tokens, 1)
@@ -56,10 +53,10 @@ def check_dycoke(read: Read, case: Case) -> None:
     agree(case, "selection_order", ordered.origin[0])
 
 
-def check_fastvid(read: Read, case: Case) -> None:
+def check_fastvid(case: Case) -> None:
     """Segments, anchors, salient tokens and merged features, from the pooling head's signals."""
-    attention = read(case, "frame_attention").flatten()[None]
-    tokens = clip(read, case, head_feature=read(case, "frame_global")[None], head_attention=attention)
+    attention = tensor(case, "frame_attention").flatten()[None]
+    tokens = clip(case, head_feature=tensor(case, "frame_global")[None], head_attention=attention)
     pruner = FastVID(
         count="published",
         frames="pooling_head",
@@ -81,11 +78,9 @@ def check_fastvid(read: Read, case: Case) -> None:
     agree(case, "salient_indices", salient[0].flatten().nonzero()[:, 0])
 
 
-def checks(read: Read) -> Mapping[str, Callable[[Case], None]]:
-    """Return the check of each method.
-
-    Args:
-        read: returns a stored array on the device that is checked.
-    """
-    found = {"dycoke": check_dycoke, "evs": check_evs, "fastvid": check_fastvid, "vidcom2": check_vidcom2}
-    return {name: partial(check, read) for name, check in found.items()}
+VIDEO_CHECKS: dict[str, Callable[[Case], None]] = {
+    "dycoke": check_dycoke,
+    "evs": check_evs,
+    "fastvid": check_fastvid,
+    "vidcom2": check_vidcom2,
+}

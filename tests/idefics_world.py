@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from family_world import WITHOUT_CLS
 from torch import Tensor
 
 from prunetune.testing import FamilyIdentity
@@ -13,11 +14,6 @@ IMAGE, FAKE, PLACE, GLOBAL = 5, 3, 4, 6
 WORDS = range(7, 64)
 SIDE, PATCH, TOKENS = 32, 4, 16  # 8 x 8 patches a tile, shuffled 2 x 2 to 16 tokens
 KEEP = 5
-OPTIONS = {
-    "hiprune": {"object_layer": 2},
-    "vispruner": {"saliency": "received"},
-    "crisprune": {"saliency": "received", "text": "llm"},
-}
 NAMES = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}
 
 
@@ -143,7 +139,7 @@ class Tiles(FamilyIdentity):
     """The suite of every family, for a ``kind`` of model and its ``samples``."""
 
     keep = KEEP
-    options = OPTIONS
+    options = WITHOUT_CLS
     suppressed = (2, IMAGE)
 
     def make_model(self):

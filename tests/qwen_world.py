@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from family_world import WITHOUT_CLS
 from torch import Tensor
+
+from prunetune.testing import FamilyIdentity
 
 IMAGE, VIDEO = 5, 6
 WORDS = range(7, 64)
@@ -141,3 +144,28 @@ MANY_MIXED = (
     Row((("video", (2, 8, 8), 8), ("image", (1, 8, 8), 9), ("video", (1, 8, 12), 10)), 6, 7),
 )
 """The same, text alone, and a row of three."""
+
+KEEP = 5
+
+
+class QwenImages(FamilyIdentity):
+    """The suite of every family, on images of different sizes."""
+
+    kind = "qwen2_5_vl"
+    keep = KEEP
+    options = WITHOUT_CLS
+    suppressed = (2, IMAGE, VIDEO)
+    visuals = MANY
+
+    def make_model(self):
+        return tiny_qwen(kind=self.kind)
+
+    def rows(self):
+        return list(self.visuals)
+
+    def batch(self, rows, side, labels):
+        return batch(rows, side, labels)
+
+    def grown(self, inputs, ids):
+        kinds = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from family_world import WITHOUT_CLS
 from gemma_world import IMAGE, ROWS, Row, tiny_gemma3
 from gemma_world import batch as world_batch
 
@@ -13,11 +14,6 @@ from prunetune.testing import FamilyIdentity
 from prunetune.train.freeze import freeze_all_but_projector
 
 KEEP = 5
-OPTIONS = {
-    "hiprune": {"object_layer": 2},
-    "vispruner": {"saliency": "received"},
-    "crisprune": {"saliency": "received", "text": "llm"},
-}
 
 
 def batch(rows, side="right", labels=True):
@@ -28,7 +24,7 @@ class TestIdentity(FamilyIdentity):
     """The suite of every family, on rows of no, one, two and three images."""
 
     keep = KEEP
-    options = OPTIONS
+    options = WITHOUT_CLS
     suppressed = (2, IMAGE)
 
     def make_model(self):
@@ -60,7 +56,7 @@ def model():
 
 
 def plug(model, name="divprune", keep=KEEP, **fields):
-    return PrunedModel(model, PruningSpec(name, keep, OPTIONS.get(name, {}), **fields))
+    return PrunedModel(model, PruningSpec(name, keep, WITHOUT_CLS.get(name, {}), **fields))
 
 
 def test_token_types_are_cut_with_the_sequence(model):

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from idefics_world import IMAGE, KEEP, OPTIONS, ROWS, TOKENS, Row, Tiles, batch, tiny_idefics
+from family_world import WITHOUT_CLS
+from idefics_world import IMAGE, KEEP, ROWS, TOKENS, Row, Tiles, batch, tiny_idefics
 
 from prunetune.data_recipes import Sample, Turn
 from prunetune.models import Arm, wrap_projector
@@ -24,7 +25,7 @@ class TestIdefics3(Tiles):
 
 
 def plug(model, name="divprune", keep=KEEP, **fields):
-    return PrunedModel(model, PruningSpec(name, keep, OPTIONS.get(name, {}), **fields))
+    return PrunedModel(model, PruningSpec(name, keep, WITHOUT_CLS.get(name, {}), **fields))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Llava: a tower with [CLS], one of SigLIP's kind without it, and equally many tokens for every image."""
 
 import torch
+from family_world import WITHOUT_CLS
 
 from prunetune.testing import FamilyIdentity
 
@@ -71,8 +72,4 @@ class TestSiglip(TestLlava):
     """No [CLS], and every token enters the projector."""
 
     tower = "siglip"
-    options = {
-        "hiprune": {"object_layer": 2},
-        "vispruner": {"saliency": "received"},
-        "crisprune": {"saliency": "received", "text": "llm"},
-    }
+    options = WITHOUT_CLS

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from family_world import WITHOUT_CLS
 from gemma_world import IMAGE, ROWS, tiny_paligemma
 from gemma_world import batch as world_batch
 
@@ -10,11 +11,6 @@ from prunetune.pruning.families import family_of
 from prunetune.testing import FamilyIdentity
 
 KEEP = 5
-OPTIONS = {
-    "hiprune": {"object_layer": 2},
-    "vispruner": {"saliency": "received"},
-    "crisprune": {"saliency": "received", "text": "llm"},
-}
 
 
 def batch(rows, side="right", labels=True):
@@ -25,7 +21,7 @@ class TestIdentity(FamilyIdentity):
     """The suite of every family, on rows of no, one, two and three images."""
 
     keep = KEEP
-    options = OPTIONS
+    options = WITHOUT_CLS
     suppressed = (2, IMAGE)
 
     def make_model(self):
@@ -65,7 +61,7 @@ def model():
 
 
 def plug(model, name="divprune", keep=KEEP, **fields):
-    return PrunedModel(model, PruningSpec(name, keep, OPTIONS.get(name, {}), **fields))
+    return PrunedModel(model, PruningSpec(name, keep, WITHOUT_CLS.get(name, {}), **fields))
 
 
 @pytest.mark.parametrize("policy", ["compact", "original"])

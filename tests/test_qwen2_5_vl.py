@@ -5,25 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qwen_world import IMAGE, MANY, MANY_MIXED, MIXED, ROWS, TEXTS, VIDEO, Row, batch, tiny_qwen
+from family_world import WITHOUT_CLS
+from qwen_world import IMAGE, KEEP, MANY_MIXED, MIXED, ROWS, TEXTS, VIDEO, QwenImages, Row, batch, tiny_qwen
 
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec, registered_methods
 from prunetune.pruning.families import family_of
-from prunetune.testing import FamilyIdentity
 from prunetune.testing.families import Words
-
-KEEP = 5
-
-
-OPTIONS = {
-    "hiprune": {"object_layer": 2},
-    "vispruner": {"saliency": "received"},
-    "crisprune": {"saliency": "received", "text": "llm"},
-}
 
 
 def spec_of(name, keep=KEEP, **fields):
-    return PruningSpec(name, keep, OPTIONS.get(name, {}), **fields)
+    return PruningSpec(name, keep, WITHOUT_CLS.get(name, {}), **fields)
 
 
 def serves(name) -> bool:
@@ -69,26 +60,8 @@ def greedy(model, inputs, **options):
     return model.generate(**inputs, **settings, **options)
 
 
-class TestImages(FamilyIdentity):
+class TestImages(QwenImages):
     """The suite of every family, on images of different sizes."""
-
-    keep = KEEP
-    options = OPTIONS
-    suppressed = (2, IMAGE, VIDEO)
-    visuals = MANY
-
-    def make_model(self):
-        return tiny_qwen()
-
-    def rows(self):
-        return list(self.visuals)
-
-    def batch(self, rows, side, labels):
-        return batch(rows, side, labels)
-
-    def grown(self, inputs, ids):
-        kinds = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-        return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
 
 
 class TestVideos(TestImages):
@@ -315,7 +288,7 @@ def test_lengths_and_positions_of_another_shape_are_refused_in_a_line(plug):
 
 def test_ranks_of_zero3_read_text_and_project_in_one_order(model, monkeypatch):
     """Images and videos, images alone, and neither: the text is read for each modality before tokens are projected."""
-    monkeypatch.setattr("prunetune.pruning.plug._is_partitioned", lambda _: True)
+    monkeypatch.setattr("prunetune.pruning.plug.is_partitioned", lambda _: True)
     pruned = PrunedModel(model, PruningSpec("tome", 8))
     calls = []
     add, project = pruned.text.add, type(pruned.family).project
@@ -335,7 +308,7 @@ def test_stored_images_are_refused_in_training_under_zero3(model, plug, monkeypa
     inputs, pruned = batch(ROWS), plug("divprune", 4)
     stored = pruned.encode(inputs)
     without = {name: value for name, value in inputs.items() if not name.startswith("pixel_values")}
-    monkeypatch.setattr("prunetune.pruning.plug._is_partitioned", lambda _: True)
+    monkeypatch.setattr("prunetune.pruning.plug.is_partitioned", lambda _: True)
     pruned.prepare(without, vision=stored)  # at rest nobody waits
     model.train()
     with pytest.raises(PruningError, match="stored images can't be trained on under ZeRO-3.*zero2"):

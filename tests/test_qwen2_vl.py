@@ -2,45 +2,25 @@
 
 import pytest
 import torch
-from qwen_world import IMAGE, MANY, MANY_MIXED, MIXED, ROWS, VIDEO, Row, tiny_qwen
+from family_world import WITHOUT_CLS
+from qwen_world import KEEP, MANY_MIXED, MIXED, ROWS, QwenImages, Row, tiny_qwen
 from qwen_world import batch as timed_batch
 
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec
 from prunetune.pruning.families import family_of
-from prunetune.testing import FamilyIdentity
-
-KEEP = 5
-OPTIONS = {
-    "hiprune": {"object_layer": 2},
-    "vispruner": {"saliency": "received"},
-    "crisprune": {"saliency": "received", "text": "llm"},
-}
 
 
 def batch(rows, side="right", labels=True):
     return timed_batch(rows, side, labels, timed=False)
 
 
-class TestImages(FamilyIdentity):
+class TestImages(QwenImages):
     """The suite of every family, on images of different sizes."""
 
-    keep = KEEP
-    options = OPTIONS
-    suppressed = (2, IMAGE, VIDEO)
-    visuals = MANY
-
-    def make_model(self):
-        return tiny_qwen(kind="qwen2_vl")
-
-    def rows(self):
-        return list(self.visuals)
+    kind = "qwen2_vl"
 
     def batch(self, rows, side, labels):
         return batch(rows, side, labels)
-
-    def grown(self, inputs, ids):
-        kinds = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-        return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
 
 
 class TestVideos(TestImages):
@@ -55,7 +35,7 @@ def model():
 
 
 def plug(model, name="divprune", keep=KEEP, **fields):
-    return PrunedModel(model, PruningSpec(name, keep, OPTIONS.get(name, {}), **fields))
+    return PrunedModel(model, PruningSpec(name, keep, WITHOUT_CLS.get(name, {}), **fields))
 
 
 @torch.no_grad()

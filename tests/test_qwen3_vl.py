@@ -2,47 +2,27 @@
 
 import pytest
 import torch
-from qwen_world import IMAGE, MANY, MANY_MIXED, MIXED, ROWS, VIDEO, batch, tiny_qwen
+from family_world import WITHOUT_CLS
+from qwen_world import KEEP, MANY_MIXED, MIXED, ROWS, QwenImages, batch, tiny_qwen
 
 from prunetune.models import load_projector, wrap_projector, write_adapter
 from prunetune.models.adapter import projector_state
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec, Vision
 from prunetune.pruning.families import family_of
-from prunetune.testing import FamilyIdentity
 from prunetune.train.freeze import freeze_all_but_projector
-
-KEEP = 5
-OPTIONS = {
-    "hiprune": {"object_layer": 2},
-    "vispruner": {"saliency": "received"},
-    "crisprune": {"saliency": "received", "text": "llm"},
-}
 
 
 def batch_of(rows, side="right", labels=True):
     return batch(rows, side, labels, frames_apart=True, timed=False)
 
 
-class TestImages(FamilyIdentity):
+class TestImages(QwenImages):
     """The suite of every family, on images of different sizes."""
 
-    keep = KEEP
-    options = OPTIONS
-    suppressed = (2, IMAGE, VIDEO)
-    visuals = MANY
-
-    def make_model(self):
-        return tiny_qwen(kind="qwen3_vl")
-
-    def rows(self):
-        return list(self.visuals)
+    kind = "qwen3_vl"
 
     def batch(self, rows, side, labels):
         return batch_of(rows, side, labels)
-
-    def grown(self, inputs, ids):
-        kinds = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-        return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
 
 
 class TestVideos(TestImages):
@@ -57,7 +37,7 @@ def model():
 
 
 def plug(model, name="divprune", keep=KEEP, **fields):
-    return PrunedModel(model, PruningSpec(name, keep, OPTIONS.get(name, {}), **fields))
+    return PrunedModel(model, PruningSpec(name, keep, WITHOUT_CLS.get(name, {}), **fields))
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from prunetune.configs import RecalibrateConfig, TrainConfig
 from prunetune.data_recipes import Formatter, RecipeData, Sample
 from prunetune.data_recipes.formatting import IGNORE_INDEX
 from prunetune.models.hashes import tensor_hash
+from prunetune.pruning.hooks import is_partitioned
 from prunetune.train.deepspeed_settings import deepspeed_config
 from prunetune.train.sampling import GroupedSampler
 
@@ -209,6 +210,6 @@ def drop_frozen_from_state_dict(peft_model: PeftModel) -> None:
 
 def _whole(parameters: list[Any]) -> Any:
     """Return a context in which parameters that ZeRO-3 holds in pieces are whole on every rank."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+    if not is_partitioned(parameters):
         return nullcontext()
     return deepspeed.zero.GatheredParameters(parameters)

@@ -46,6 +46,7 @@ class Family(ABC):
         unread: inputs (B, L) that a processor may return and the model does not read; they are left out.
         projectors: projector modules below the conditional-generation model, by their path from ``model.``.
         language_model: path of the language model.
+        one_tensor: modalities of which the model takes all features in one tensor (1, K, D), and not in a list.
         frames_are_images: whether videos reach the model as images, one a frame, so that it has no modality of them.
         item: what an item is, and so what a budget per item counts for: "image", "crop" or "frame".
         former_names: inputs that older processors call otherwise, by that name.
@@ -64,6 +65,7 @@ class Family(ABC):
     unread: ClassVar[tuple[str, ...]] = ()
     projectors: ClassVar[tuple[str, ...]] = ("multi_modal_projector",)
     language_model: ClassVar[str] = "language_model"
+    one_tensor: ClassVar[tuple[str, ...]] = ()
     frames_are_images: ClassVar[bool] = False
     item: ClassVar[str] = "image"
     former_names: ClassVar[Mapping[str, str]] = {}
@@ -148,6 +150,8 @@ class Family(ABC):
 
     def put_back(self, features: list[Tensor], levels: list[list[Tensor]], modality: str) -> PrunedOutput:
         """Return the features of every image or video (K, D), and of every level, as the model takes them."""
+        if modality in self.one_tensor:
+            return PrunedOutput(pooler_output=torch.cat(features)[None])
         return PrunedOutput(pooler_output=features, deepstack_features=levels or None)
 
 
@@ -216,11 +220,3 @@ def three_parts(positions: Tensor) -> Tensor:
 def stacked(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """Return equally long images as one tensor (B, N, D)."""
     return features if isinstance(features, Tensor) else torch.stack(list(features))
-
-
-def joined(features: list[Tensor]) -> Tensor:
-    """Return images (K, D) as a model takes them that reads one tensor: (B, K, D), or (1, K of all, D) if K differs."""
-    # The model writes the rows one after another into the placeholders, whatever the axes before them are.
-    if len({len(own) for own in features}) == 1:
-        return torch.stack(features)
-    return torch.cat(features)[None]

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.families.anyres import owner_of
 from prunetune.pruning.types import VisualTokens
 from prunetune.pruning.vision import NEWLINE, Vision
 
@@ -42,13 +43,10 @@ def of_clips(
     """
     videos = len(slots)
     frames = len(tokens.features) // videos
-    owner = []
-    for video in range(videos):
-        owner += [video] * frames
     return Vision(
         modality=modality,
         groups=(tokens,),
-        owner=(tuple(owner),),
+        owner=(owner_of([frames] * videos),),
         slots=tuple(slots),
         origin=tuple(origin),
         row=() if row is None else tuple(row),

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prunetune.pruning.families.base import Family, PrunedOutput, joined, register_family
+from prunetune.pruning.families.base import Family, register_family
 from prunetune.pruning.families.tower import blank_image, per_llm_token, record_signals, signal_layers, tower_of
 from prunetune.pruning.hooks import record_input
 from prunetune.pruning.types import VisualTokens
@@ -33,6 +33,7 @@ class Gemma3(Family):
     aligned: ClassVar[Mapping[str, int]] = {"token_type_ids": 0}
     unread = ("mm_token_type_ids",)
     replaced = ("num_crops",)
+    one_tensor = ("image",)
 
     def signals(self, model: nn.Module) -> frozenset[str]:
         """Return what the tower offers."""
@@ -81,10 +82,6 @@ class Gemma3(Family):
         image = features.new_zeros(images, patches, patches, features.shape[-1])
         image[:, ::block, ::block] = tokens.unflatten(0, (images, side, side)) * block**2
         return base.multi_modal_projector(image.flatten(1, 2)).flatten(0, 1)[: len(features)]
-
-    def put_back(self, features: list[Tensor], levels: list[list[Tensor]], modality: str) -> PrunedOutput:
-        """Return the features of all images as one tensor."""
-        return PrunedOutput(pooler_output=joined(features))
 
     def blank(self, model: nn.Module) -> dict[str, Tensor]:
         """Return one black image."""

@@ -11,7 +11,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
-from prunetune.pruning.families.base import Family, PrunedOutput, register_family
+from prunetune.pruning.families.anyres import owner_of
+from prunetune.pruning.families.base import Family, register_family
 from prunetune.pruning.families.tower import (
     blank_image,
     per_llm_token,
@@ -33,6 +34,7 @@ class InternVL(Family):
     model_types = ("internvl",)
     replaced = ()
     unread = ("token_type_ids", "mm_token_type_ids")
+    one_tensor = ("image",)
     frames_are_images = True
     item = "crop"
 
@@ -59,21 +61,14 @@ class InternVL(Family):
         tokens = visual_tokens(model, needs, features[0], projected, per_llm_token(signals, shuffled), grid=grid)
         per_image = self._tiles_per_image(model, inputs.get("input_ids"), tiles, count)
         lengths = [number * count for number in per_image]
-        owner: list[int] = []
-        for image, number in enumerate(per_image):
-            owner += [image] * number
         numbers = torch.arange(tiles * count, device=projected.device)
         return Vision(
             modality=modality,
             groups=(tokens,),
-            owner=(tuple(owner),),
+            owner=(owner_of(per_image),),
             slots=projected.flatten(0, 1).split(lengths),
             origin=numbers.split(lengths),
         )
-
-    def put_back(self, features: list[Tensor], levels: list[list[Tensor]], modality: str) -> PrunedOutput:
-        """Return the features of all images in one tensor (1, K, D)."""
-        return PrunedOutput(pooler_output=torch.cat(features)[None])
 
     def blank(self, model: nn.Module) -> dict[str, Tensor]:
         """Return one black tile."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ class Llava(Family):
 
     name = "llava"
     model_types = ("llava",)
-    unread = ("token_type_ids", "mm_token_type_ids")
+    unread: ClassVar[tuple[str, ...]] = ("token_type_ids", "mm_token_type_ids")
 
     def signals(self, model: nn.Module) -> frozenset[str]:
         """Return what the tower offers."""

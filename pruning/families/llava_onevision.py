@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.families.anyres import check_crops, crops_of
-from prunetune.pruning.families.base import PrunedOutput, register_family
+from prunetune.pruning.families.base import register_family
 from prunetune.pruning.families.clips import check_clips, numbers_of, of_clips, with_end
 from prunetune.pruning.families.llava_next import LlavaNext
 from prunetune.pruning.families.resized import Layout, Packing, of_crops
@@ -37,6 +37,7 @@ class LlavaOnevision(LlavaNext):
     model_types = ("llava_onevision",)
     pixels: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
     replaced = ("image_sizes", "image_sizes_videos", "batch_num_images")
+    one_tensor = ("video",)
     item = "crop or frame"
 
     def encode(self, model: nn.Module, inputs: Mapping[str, Any], modality: str, needs: frozenset[str]) -> Vision:
@@ -82,10 +83,6 @@ class LlavaOnevision(LlavaNext):
         for tokens, own in zip(vision.groups, groups, strict=True):
             changed.append(replace(tokens, projected=own))
         return replace(vision, groups=tuple(changed), slots=tuple(slots))
-
-    def put_back(self, features: list[Tensor], levels: list[list[Tensor]], modality: str) -> PrunedOutput:
-        """Return the features of images as a list, those of videos in one tensor (1, K, D)."""
-        return PrunedOutput(pooler_output=features if modality == "image" else torch.cat(features)[None])
 
     def _encode_videos(self, model: nn.Module, pixels: Tensor, needs: frozenset[str]) -> Vision:
         base: Any = model.base_model

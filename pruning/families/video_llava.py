@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
-from prunetune.pruning.families.base import Family, PrunedOutput, register_family
+from prunetune.pruning.families.base import Family, register_family
 from prunetune.pruning.families.clips import check_clips, numbers_of, of_clips, with_cls_first
 from prunetune.pruning.families.tower import Tower, blank_image, record_signals, tower_of, visual_tokens
 from prunetune.pruning.hooks import record_input
@@ -32,6 +32,7 @@ class VideoLlava(Family):
     former_names: ClassVar[Mapping[str, str]] = {"pixel_values_images": "pixel_values"}
     replaced = ()
     unread = ("token_type_ids", "mm_token_type_ids")
+    one_tensor = ("image", "video")
     item = "frame"
 
     def signals(self, model: nn.Module) -> frozenset[str]:
@@ -74,10 +75,6 @@ class VideoLlava(Family):
         projected = self.project(model, torch.cat([vision.sources["cls"], tokens.features], dim=1))
         slots = projected.unflatten(0, (len(vision.slots), -1)).flatten(1, 2)
         return replace(vision, groups=(replace(tokens, projected=projected[:, 1:]),), slots=tuple(slots))
-
-    def put_back(self, features: list[Tensor], levels: list[list[Tensor]], modality: str) -> PrunedOutput:
-        """Return the features of all images in one tensor (1, K, D)."""
-        return PrunedOutput(pooler_output=torch.cat(features)[None])
 
     def blank(self, model: nn.Module) -> dict[str, Tensor]:
         """Return one black image."""

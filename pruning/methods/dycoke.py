@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prunetune.pruning.ops.clips import by_frame, cosine_in_time, positions_of
-from prunetune.pruning.ops.indexing import first_ranked
+from prunetune.pruning.ops.clips import by_frame, cosine_in_time
+from prunetune.pruning.ops.indexing import first_ranked, positions_of
 from prunetune.pruning.ops.output_order import copies
 from prunetune.pruning.options import check_choice, check_share
 from prunetune.pruning.registry import register_pruner

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from prunetune.pruning.ops.clips import by_frame, positions_of, ragged_positions
-from prunetune.pruning.ops.indexing import first_ranked, rows_of
+from prunetune.pruning.ops.clips import by_frame, ragged_positions
+from prunetune.pruning.ops.indexing import first_ranked, positions_of, rows_of
 from prunetune.pruning.options import check_choice, check_least, check_share
 from prunetune.pruning.registry import register_pruner
 from prunetune.pruning.types import Selection, VisualTokens, keep_all

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from prunetune.pruning.ops.indexing import ascending, rows_of, top_k
+from prunetune.pruning.ops.indexing import ascending, ranks_of, rows_of, top_k
 from prunetune.pruning.ops.output_order import copies
 from prunetune.pruning.options import check_choice, check_least
 from prunetune.pruning.registry import register_pruner
@@ -73,9 +73,7 @@ class HoloV:
         place = self._places(attention, members, real, seats)  # (B, N), where each token comes in the output
         # What zero vectors take up are the slots of the most attended that were not kept.
         is_kept = place < tokens.count
-        by_attention = torch.empty_like(place)
-        ranks = torch.arange(tokens.count, device=place.device).expand_as(place)
-        by_attention.scatter_(1, top_k(attention, tokens.count), ranks)
+        by_attention = ranks_of(top_k(attention, tokens.count))
         chosen = torch.where(is_kept, place, tokens.count + by_attention).argsort(dim=1)[:, :keep]
         if not self.merges:
             return Selection(ascending(chosen))
@@ -124,10 +122,8 @@ class HoloV:
         count = attention.shape[1]
         length = real.sum(dim=-1)
         own = attention[:, members].masked_fill(~real, float("-inf"))  # (B, R, w)
-        order = top_k(own, members.shape[1])
-        rank = torch.empty_like(order)
-        within = torch.arange(members.shape[1], device=order.device)
-        rank.scatter_(-1, order, within.expand_as(order))
+        rank = ranks_of(top_k(own, members.shape[1]))
+        within = torch.arange(members.shape[1], device=rank.device)
         # A run that is kept whole comes in raster order, as published.
         place = torch.where((seats == length)[..., None], within, rank)
         place = place + members[:, :1]  # runs one after another
@@ -169,8 +165,7 @@ def shared(
     seats = (weights * keep).floor().long()
     left = keep - seats.sum(dim=-1, keepdim=True)  # (B, 1)
     runs = weights.shape[1]
-    turn = torch.empty_like(seats)
-    turn.scatter_(1, top_k(weights, runs), torch.arange(runs, device=weights.device).expand_as(seats))
+    turn = ranks_of(top_k(weights, runs))
     more = (turn < left).long()
     if not once:
         more = left.div(runs, rounding_mode="floor") + (turn < left % runs).long()

@@ -14,7 +14,7 @@ from torch import Tensor
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.fitting import Mean
 from prunetune.pruning.ops.greedy import pick_determinantal
-from prunetune.pruning.ops.indexing import first_ranked, mask_of_picks, top_k
+from prunetune.pruning.ops.indexing import first_ranked, mask_of_picks, positions_of, top_k
 from prunetune.pruning.ops.output_order import copies
 from prunetune.pruning.options import check_choice, check_least, check_share
 from prunetune.pruning.registry import register_pruner
@@ -90,9 +90,7 @@ class PromPrune:
         notes = {"entropy": entropy, "salient": salient}
         if self.order == "raster":
             kept = is_salient | mask_of_picks(picks, left, tokens.count)
-            # A stable sort of a mask moves the kept to the front in raster order; nonzero() would wait for the device.
-            positions = (~kept).long().sort(dim=1, stable=True).indices[:, :keep]
-            return Selection(positions, notes=notes)
+            return Selection(positions_of(kept, keep), notes=notes)
         step = torch.arange(keep, device=picks.device)
         # Salient tokens first, by attention, and then the picks.
         from_picks = picks.gather(1, (step - salient[:, None]).clamp(min=0))

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prunetune.pruning.ops.greedy import pick_spread
-from prunetune.pruning.ops.indexing import ascending, mask_of, rows_of, top_k
+from prunetune.pruning.ops.indexing import ascending, mask_of, positions_of, ranks_of, rows_of, top_k
 from prunetune.pruning.ops.output_order import copies
 from prunetune.pruning.ops.similarity import cosine_similarity
 from prunetune.pruning.options import check_choice
@@ -101,8 +101,7 @@ class PruneSID:
         rank = torch.arange(order.shape[1], device=order.device) - start.gather(1, ordered_group)
         seats = seats_of(size, _counted(group, survives.long(), groups), keep, wanted)
         is_kept = rank < seats.gather(1, ordered_group)
-        first = (~is_kept).long().sort(dim=1, stable=True).indices[:, :wanted]
-        return order.gather(1, first)
+        return order.gather(1, positions_of(is_kept, wanted))
 
     def _ranked(
         self,
@@ -130,8 +129,7 @@ class PruneSID:
         attended = attention.gather(1, order) > 0  # a token without attention is never taken
         state = torch.where(attended, -rank, last)
         picks = pick_spread(torch.where(near, last[None, None, :], 0.0), state, count, "minimum")
-        step = torch.empty_like(picks)
-        step.scatter_(1, picks, torch.arange(count, device=picks.device).expand_as(picks))
+        step = ranks_of(picks)
         # Suppressed is what a more attended token, which was picked before, resembles: those suppressed come later.
         before = (rank[:, None] < rank[None, :]) & (step[:, :, None] < step[:, None, :])  # (B, by, whom)
         survives = attended & ~(near & before).any(dim=1)

@@ -43,15 +43,6 @@ def cosine_in_time(
     return torch.cat(found, dim=1)
 
 
-def positions_of(mask: Bool[Tensor, "B N"], keep: int) -> Int[Tensor, "B K"]:
-    """Return the positions (B, K) of a mask that keeps ``keep`` of every item, ascending.
-
-    ``[[True, False, True]]`` with 2 gives ``[[0, 2]]``.
-    """
-    # Sorting the mask does not wait for the device; nonzero() would.
-    return torch.sort(mask.long(), dim=-1, descending=True, stable=True).indices[:, :keep]
-
-
 def ragged_positions(mask: Bool[Tensor, "B N"]) -> list[Int[Tensor, " K"]]:
     """Return the positions that a mask keeps, one (K_b,) per item."""
     return list(mask.nonzero()[:, 1].split(mask.sum(dim=1).tolist()))

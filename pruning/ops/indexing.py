@@ -1,4 +1,4 @@
-"""Positions of tokens: the best K, in raster order, as a mask, and the rows at them."""
+"""Positions of tokens: the best K, in raster order, as a mask, their ranks, and the rows at them."""
 
 from __future__ import annotations
 
@@ -62,6 +62,20 @@ def mask_of_picks(
     # The maximum lets a position that is picked in time stay so when a late pick repeats it.
     mask = torch.zeros(len(picks), count, dtype=torch.long, device=picks.device)
     return mask.scatter_reduce(1, picks, in_time.long(), "amax").bool()
+
+
+def positions_of(mask: Bool[Tensor, "B N"], keep: int) -> Int[Tensor, "B K"]:
+    """Return the positions (B, K) of a mask that keeps ``keep`` of every item, ascending.
+
+    ``[[True, False, True]]`` with 2 gives ``[[0, 2]]``.
+    """
+    # Sorting the mask does not wait for the device; nonzero() would.
+    return torch.sort(mask.long(), dim=-1, descending=True, stable=True).indices[:, :keep]
+
+
+def ranks_of(order: Int[Tensor, "*B N"]) -> Int[Tensor, "*B N"]:
+    """Return the rank of every token (B, N) in an ``order`` of all, (B, N): ``[[2, 0, 1]]`` gives ``[[1, 2, 0]]``."""
+    return order.argsort(dim=-1)  # the inverse of a permutation
 
 
 def rows_of(
