@@ -246,7 +246,7 @@ def use_float8(
 
 def float8_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return codes and scales by name: what training must not change, beside the frozen parameters."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, Float8Linear):
             tensors |= {f"{name}.codes": module.code_bytes, f"{name}.scales": module.scale_bytes}
@@ -267,7 +267,7 @@ def check_float8(quantization: str | None, stage: int, dtype: str, device: torch
     """
     if quantization is not None:
         raise ConfigError(
-            f"engine.float8: the weights are rounded by model.quantization {quantization} already; leave one of them out"
+            f"engine.float8: model.quantization {quantization} has rounded the weights already; leave one of them out"
         )
     if stage == 3:
         raise ConfigError(
