@@ -59,6 +59,8 @@ CHECKPOINT_FILES = (
     "complete.json",
     "complete.json.partial",
     "global_step#/*.pt",
+    "held_out.json",
+    "held_out_best.safetensors",
     "latest",
     "optimizer.pt",
     "README.md",
@@ -85,6 +87,7 @@ RECALIBRATION = Kind(
         "finished.json",
         "finished.json.partial",
         *(f"adapter/{name}" for name in ADAPTER_FILES),
+        *(f"best/{name}" for name in ADAPTER_FILES),
         *(f"checkpoint-#/{name}" for name in CHECKPOINT_FILES),
     ),
     (("config.yaml", "pruning:"), ("log.jsonl", '"learning_rate"')),
@@ -99,6 +102,7 @@ COMPARISON = Kind(
 
 
 VISUALIZATION = Kind("visualization", ("libraries.log",), (("kept_00.png", "PNG"),))
+RATE = Kind("learning-rate sweep", ("lr_finder.json", "lr_finder.png", "libraries.log"))
 EXPORT = Kind("export", last="config.json")
 DEMO = Kind(
     "demo",

@@ -1,0 +1,149 @@
+"""The held-out slice of a recipe: which samples it has, and the loss on them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunetune.data_recipes import DataError, Formatter, RecipeData
+from prunetune.data_recipes.formatting import IGNORE_INDEX
+from prunetune.models.ranks import Ranks
+
+SummedLoss = Callable[[Mapping[str, Any]], Tensor]
+"""Returns the cross entropy of a formatter's batch, summed over its supervised tokens: one number on any device."""
+
+
+def split(data: RecipeData, number: int, seed: int) -> tuple[RecipeData, RecipeData]:
+    """Return what to train on and what to measure on, whole images at a time.
+
+    A recipe that holds samples out itself is trained on as it is, and ``number`` of what it holds out are measured on.
+    Of any other, ``number`` samples are drawn and taken from what is trained on.
+
+    Args:
+        data: the recipe's.
+        number: samples to measure on, at least; the last image is taken whole.
+        seed: of the draw.
+
+    Raises:
+        DataError: if nothing would be left to train on, or the recipe trains on an image that it holds out.
+    """
+    if data.held_out is not None and len(data.held_out):
+        _check_apart(data)
+        chosen = _drawn(data.held_out["image"], number, seed)
+        return data, _of(data, data.held_out, sorted(chosen), f"held out, {number} of seed {seed}")
+    chosen = _drawn(data.rows["image"], number, seed)
+    if len(chosen) >= len(data):
+        raise DataError(
+            f"train.held_out {number} takes all {len(data)} samples of recipe {data.name!r}, with the others of their "
+            "images, and none is left to train on; lower it"
+        )
+    rest = [index for index in range(len(data)) if index not in chosen]
+    drawn = f"{number} of seed {seed}"
+    return _of(data, data.rows, rest, f"without {drawn}"), _of(data, data.rows, sorted(chosen), drawn)
+
+
+def _drawn(images: Sequence[str | None], number: int, seed: int) -> set[int]:
+    """Return at least ``number`` rows, whole images at a time."""
+    groups: dict[str, list[int]] = {}
+    for index, image in enumerate(images):
+        # A sample without an image is a group of its own.
+        groups.setdefault(f"text {index}" if image is None else f"image {image}", []).append(index)
+    names = list(groups)
+    random.Random(f"held out {seed}").shuffle(names)
+    drawn: set[int] = set()
+    while names and len(drawn) < number:
+        drawn.update(groups[names.pop()])
+    return drawn
+
+
+def _of(data: RecipeData, rows: Any, indices: list[int], part: str) -> RecipeData:
+    digest = hashlib.sha256(f"{data.content_hash} {part}".encode()).hexdigest()
+    chosen = rows.select(indices) if len(indices) < len(rows) else rows
+    counts = dict(sorted(Counter(chosen["source"]).items()))
+    return replace(data, rows=chosen, content_hash=digest, counts=counts, held_out=None)
+
+
+def _check_apart(data: RecipeData) -> None:
+    """Check that no image is trained on and measured on; raises DataError."""
+    assert data.held_out is not None
+    trained = set(data.rows["image"])
+    both = sorted({image for image in data.held_out["image"] if image is not None and image in trained})
+    if both:
+        raise DataError(
+            f"recipe {data.name!r} holds out {len(both)} images that it also trains on, such as {both[0]}; a held-out "
+            "loss on them says nothing: take them out of one of the two"
+        )
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The mean loss over the supervised tokens of held-out samples; calling it is for all ranks at once.
+
+    What a batch holds does not depend on the number of ranks, and the batches' sums are added in one order, exactly:
+    the loss is the same over any number of ranks.
+
+    Attributes:
+        data: what is measured on.
+        formatter: turns samples into batches.
+        summed_loss: runs the model as training does.
+        ranks: this process among the others.
+        size: samples of a batch.
+    """
+
+    data: RecipeData
+    formatter: Formatter
+    summed_loss: SummedLoss
+    ranks: Ranks
+    size: int
+
+    def __call__(self, model: torch.nn.Module, device: torch.device) -> float:
+        """Return the loss, the same number on every rank.
+
+        Args:
+            model: is set to evaluation, and back to what it was.
+            device: of the sums, which is one that ranks can exchange.
+
+        Raises:
+            DataError: if no held-out sample has a supervised token.
+        """
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                sums, tokens = self._sums()
+        finally:
+            model.train(training)
+        told = torch.tensor([sums, tokens], dtype=torch.float64, device=device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(told)  # every number is one rank's own, and 0 on the others
+        sums, tokens = told.tolist()
+        if not sum(tokens):
+            raise DataError(
+                f"none of the {len(self.data)} held-out samples has an answer token left after train.max_length; "
+                "raise it"
+            )
+        return math.fsum(sums) / sum(tokens)
+
+    def _sums(self) -> tuple[list[float], list[float]]:
+        """Return summed loss and supervised tokens of each batch, 0 for those of other ranks."""
+        firsts = range(0, len(self.data), self.size)
+        sums, tokens = [0.0] * len(firsts), [0.0] * len(firsts)
+        # As often on every rank: under ZeRO-3 each of them waits for the others' weights.
+        for turn in range(math.ceil(len(firsts) / self.ranks.world)):
+            number = turn * self.ranks.world + self.ranks.rank
+            first = firsts[number] if number < len(firsts) else 0
+            samples = [self.data[index] for index in range(first, min(first + self.size, len(self.data)))]
+            batch = self.formatter.training_batch(samples)
+            supervised = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())  # the first token is predicted by none
+            loss = float(self.summed_loss(batch)) if supervised or self.ranks.world > 1 else 0.0
+            if number < len(firsts) and supervised:
+                sums[number], tokens[number] = loss, float(supervised)
+        return sums, tokens
