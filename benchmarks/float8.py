@@ -177,7 +177,7 @@ def llama(layers: int) -> LlamaModel:
     """Return Vicuna-7B's shape with random weights in bfloat16, made on the GPU."""
     config = LlamaConfig(
         vocab_size=32, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=32, use_cache=False, attn_implementation="sdpa",
+        num_key_value_heads=32, use_cache=False,
     )  # fmt: skip
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -190,29 +190,30 @@ def llama(layers: int) -> LlamaModel:
 
 def convert(model: LlamaModel, keep_transposed: bool) -> None:
     """Put every linear layer of a bare LLM into float8."""
-    for layer in model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, module in list(part.named_children()):
-                if isinstance(module, torch.nn.Linear):
-                    setattr(part, name, Float8Linear(module, keep_transposed=keep_transposed))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, Float8Linear(module, keep_transposed=keep_transposed))
 
 
-def step(model: LlamaModel, inputs: Tensor) -> Tensor:
-    """Return the gradient of the inputs."""
+def step(model: LlamaModel, inputs: Tensor, direction: Tensor) -> Tensor:
+    """Return the gradient of the inputs, of the outputs' product with a direction.
+
+    Their squares would not do: after the last norm their mean is 1 whatever the inputs are.
+    """
     inputs.grad = None
-    hidden = model(inputs_embeds=inputs).last_hidden_state
-    hidden.float().pow(2).mean().backward()
+    model(inputs_embeds=inputs).last_hidden_state.backward(direction)
     assert inputs.grad is not None
     return inputs.grad
 
 
-def timed(model: LlamaModel, inputs: Tensor, repeats: int = 7) -> tuple[float, float]:
+def timed(model: LlamaModel, inputs: Tensor, direction: Tensor, repeats: int = 7) -> tuple[float, float]:
     """Return median and spread of a step in seconds, after three that are not counted."""
     times = []
     for repeat in range(3 + repeats):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        step(model, inputs)
+        step(model, inputs, direction)
         torch.cuda.synchronize()
         if repeat >= 3:
             times.append(time.perf_counter() - began)
@@ -237,12 +238,14 @@ def speed(options: argparse.Namespace) -> None:
         for tokens in options.tokens:
             rows = max(1, tokens // LENGTH)
             generator = torch.Generator("cuda").manual_seed(1)
-            inputs = torch.randn(rows, LENGTH, 4096, generator=generator, device="cuda", dtype=torch.bfloat16)
+            shape = (rows, LENGTH, 4096)
+            inputs = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+            direction = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
             inputs.requires_grad_(True)
             torch.cuda.reset_peak_memory_stats()
             try:
-                gradient = step(model, inputs).float().cpu()
-                seconds, spread = timed(model, inputs)
+                gradient = step(model, inputs, direction).float().cpu()
+                seconds, spread = timed(model, inputs, direction)
             except torch.OutOfMemoryError:
                 print(f"| {name} | {rows * LENGTH} | out of memory |" + " |" * 6, flush=True)
                 continue

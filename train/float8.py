@@ -78,7 +78,7 @@ def round_rows(values: Tensor, factors: Tensor | None = None) -> tuple[Tensor, T
     if factors is not None:
         numbers = numbers * factors
     scales = numbers.abs().amax(dim=1, keepdim=True).clamp_min(LEAST) / LARGEST
-    return (numbers / scales).to(E4M3), scales
+    return (numbers / scales).to(E4M3).contiguous(), scales
 
 
 def product(
