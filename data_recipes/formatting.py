@@ -217,7 +217,7 @@ class Formatter:
         """Return what the chat template and the tokenizer make of each sample, with one place for its picture."""
         conversations = []
         for sample in samples:
-            conversations.append(_messages(sample, None if sample.image is None else PLACE))
+            conversations.append(conversation(sample, None if sample.image is None else PLACE))
         with readable_template():
             encoded = self._text_alone.apply_chat_template(
                 conversations,
@@ -274,7 +274,7 @@ class Formatter:
         return dict(encoded)
 
     def _conversations(self, samples: Sequence[Sample], opened: Sequence[Any]) -> list[list[dict[str, Any]]]:
-        return [_messages(sample, self._squared(image)) for sample, image in zip(samples, opened, strict=True)]
+        return [conversation(sample, self._squared(image)) for sample, image in zip(samples, opened, strict=True)]
 
     def _prefixes_and_suffixes(
         self,
@@ -353,7 +353,7 @@ class Formatter:
                 batch[name] = values[:, :limit]
 
 
-def _messages(sample: Sample, opened: Any) -> list[dict[str, Any]]:
+def conversation(sample: Sample, opened: Any) -> list[dict[str, Any]]:
     """Return a sample's conversation as chat templates read it.
 
     Args:
