@@ -90,7 +90,8 @@ class Pictures:
         made = self._processor(images=[[image] for image in images], return_tensors="pt")
         places = []
         for number in range(len(images)):
-            places.append(self._processor.replace_image_token(made, image_idx=number).count(self._processor.image_token))
+            written = self._processor.replace_image_token(made, image_idx=number)
+            places.append(written.count(self._processor.image_token))
         return dict(made), places
 
     def _writes_places_alone(self) -> bool:
@@ -137,14 +138,15 @@ def fast_pictures(processor: Any) -> FastPictures | None:
     It is tried on pictures of odd sizes, wide, high and square, smaller and larger than what the model sees; one bit of
     difference, and the processor stays in use.
     """
-    images = getattr(processor, "image_processor", None)
+    images: Any = getattr(processor, "image_processor", None)
     side = _side(images)
     if side is None:
         return None
     color = mean_color(processor)
     try:
         fast = FastPictures(side, int(images.resample), color, _table(images))
-        for number, (width, height) in enumerate(((2 * side + 3, side + 5), (side - 3, 2 * side + 1), (37, 23), (31, 31))):
+        odd = ((2 * side + 3, side + 5), (side - 3, 2 * side + 1), (37, 23), (31, 31))
+        for number, (width, height) in enumerate(odd):
             noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
             image = Image.fromarray(noise)
             expected = processor(images=[pad_to_square(image, color)], return_tensors="np")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -70,10 +71,12 @@ def missing_files(
             folder = folders[parent] = _listed(root / parent)
         if file in folder.links:
             links.append(reference)
-        elif file not in folder.names or (file in folder.folders and not or_folder):
-            # A file system that takes A for a, or two spellings of an accent for one, knows better than the listing.
-            if folder.state is None or not exists(reference):
-                missing.add(reference)
+            continue
+        if file in folder.names and (or_folder or file not in folder.folders):
+            continue
+        # A file system that takes A for a, or two spellings of an accent for one, knows better than the listing.
+        if folder.state is None or not exists(reference):
+            missing.add(reference)
     gone = {reference for reference in links if not exists(reference)}
     _keep(name, folders, sorted(missing), links)
     return missing | gone
@@ -110,7 +113,7 @@ def _state(path: Path) -> list[int] | None:
         return None
     except OSError:  # no name that a folder can have, or not to be passed through: asking for its files says which
         return []
-    return [status.st_ino, status.st_mtime_ns]
+    return [status.st_ino, status.st_mtime_ns] if stat.S_ISDIR(status.st_mode) else None
 
 
 def _kept(name: str, root: Path) -> dict[str, Any] | None:

@@ -202,7 +202,7 @@ def tolerated(recipes: float | None, asked: float | None) -> float:
 
 
 def _held_out(recipe: Recipe, images: pa.ChunkedArray, order: np.ndarray, seed: int) -> np.ndarray:
-    """Return which of ``order`` are held out: at least ``held_out``, whole images at a time, so that none is trained on.
+    """Return which of ``order`` are held out: at least ``held_out``, whole images, so that none is trained on.
 
     Raises:
         DataError: if nothing would be left.

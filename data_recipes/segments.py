@@ -207,11 +207,12 @@ def _prefix(normalizer: Any, pre_tokenizer: Any) -> Prefix | None:
     prepend = {"type": "Prepend", "prepend": SPACE}
     if pre_tokenizer is None and normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}:
         return "always"
-    if normalizer is None and pre_tokenizer is not None and pre_tokenizer["type"] == "Metaspace":
-        if pre_tokenizer["replacement"] == SPACE and not pre_tokenizer["split"]:
-            # "first" is the first piece of the text, and BOS comes before that.
-            return "unless space" if pre_tokenizer["prepend_scheme"] == "always" else "never"
-    return None
+    if normalizer is not None or pre_tokenizer is None or pre_tokenizer["type"] != "Metaspace":
+        return None
+    if pre_tokenizer["replacement"] != SPACE or pre_tokenizer["split"]:
+        return None
+    # "first" is the first piece of the text, and BOS comes before that.
+    return "unless space" if pre_tokenizer["prepend_scheme"] == "always" else "never"
 
 
 def _raw(tokenizer: Any) -> Tokenizer:
@@ -231,9 +232,9 @@ def first_difference(built: Row, expected: Row, tokenizer: Any) -> str | None:
             return f"token {number} is {names[0]} ({ours}), by the chat template it is {names[1]} ({theirs})"
     if len(built.ids) != len(expected.ids):
         return f"there are {len(built.ids)} tokens, by the chat template {len(expected.ids)}"
-    ours, theirs = np.asarray(built.labels(-100)), np.asarray(expected.labels(-100))
-    if not np.array_equal(ours, theirs):
-        number = int(np.flatnonzero(ours != theirs)[0])
+    differ = np.asarray(built.labels(-1)) != np.asarray(expected.labels(-1))
+    if differ.any():
+        number = int(np.flatnonzero(differ)[0])
         name = tokenizer.convert_ids_to_tokens(built.ids[number])
         return f"token {number}, {name!r}, is supervised by one of the two alone"
     return None

@@ -30,21 +30,18 @@ def for_text_alone(processor: Any) -> Any:
     return own
 
 
-def token_mask(offsets: np.ndarray, spans: Sequence[Sequence[int]]) -> np.ndarray:
+def token_mask(offsets: np.ndarray, spans: np.ndarray) -> np.ndarray:
     """Return which tokens overlap a span: bool (L,).
 
     Tokens at [[0, 3], [3, 5], [5, 9]] and the span [4, 6] give [False, True, True].
 
     Args:
         offsets: start and end of every token in the text, (L, 2).
-        spans: start and end of what is marked.
+        spans: start and end of what is marked, (S, 2).
     """
-    if not len(spans):
-        return np.zeros(len(offsets), dtype=bool)
-    marked = np.asarray(spans)
-    begins = offsets[:, :1] < marked[None, :, 1]  # (L, spans)
-    ends = offsets[:, 1:] > marked[None, :, 0]
-    return (begins & ends).any(axis=1)
+    begins = offsets[:, :1] < spans[None, :, 1]  # (L, S)
+    ends = offsets[:, 1:] > spans[None, :, 0]
+    return np.any(begins & ends, axis=1)
 
 
 def _accept(**inputs: Any) -> None:

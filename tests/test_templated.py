@@ -58,7 +58,10 @@ def test_every_shipped_templates_mask_is_transformers_own(name):
     assert "_adjust_assistant_masks_indices" not in vars(processor)
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9))), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9))))
+SPANS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)))
+
+
+@given(SPANS, SPANS)
 def test_a_token_is_marked_if_it_overlaps_a_span(offsets, spans):
-    found = token_mask(np.array(offsets, dtype=int).reshape(-1, 2), spans)
+    found = token_mask(np.array(offsets, dtype=int).reshape(-1, 2), np.array(spans, dtype=int).reshape(-1, 2))
     assert found.tolist() == [any(start < b and end > a for a, b in spans) for start, end in offsets]
