@@ -109,6 +109,18 @@ class TrainConfig(Section):
     trainable: list[str] | None = Field(
         None, description="modules that train; None is the family's projector. Anything else but the projector stops"
     )
+    held_out: int = Field(
+        0,
+        ge=0,
+        description="samples of whole images to measure a held-out loss on: of those that the recipe holds out, or else "
+        "drawn from it and not trained on; 0 measures none",
+    )
+    eval_steps: int = Field(
+        100, ge=1, description="optimizer steps between held-out losses; the first is before training, the last after"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many held-out losses in a row that are not the lowest; None never does"
+    )
     resume: Literal["auto", "never"] = Field("auto", description="go on from the last checkpoint in the output folder")
 
 

@@ -15,7 +15,15 @@ from prunetune.configs import ConfigError
 from prunetune.models import wrap_projector
 from prunetune.pruning.families import family_of
 from prunetune.train import float8
-from prunetune.train.float8 import Float8Linear, check_float8, float8_tensors, frozen_linears, round_rows, use_float8
+from prunetune.train.float8 import (
+    Float8Linear,
+    check_float8,
+    check_float8_device,
+    float8_tensors,
+    frozen_linears,
+    round_rows,
+    use_float8,
+)
 
 
 def e4m3_values():
@@ -206,7 +214,7 @@ def test_a_copy_of_a_converted_model_is_its_own(model):
 )
 def test_what_it_does_not_go_with(arguments, said):
     with pytest.raises(ConfigError, match=said) as raised:
-        check_float8(*arguments, device="cpu")
+        check_float8(*arguments)
     assert "\n" not in str(raised.value)
 
 
@@ -216,10 +224,11 @@ def test_a_device_without_float8_products_is_named(monkeypatch):
 
     monkeypatch.setattr(torch, "_scaled_mm", absent)
     with pytest.raises(ConfigError, match=r"this device \(cpu\) has no float8 products; .* set engine.float8 to false"):
-        check_float8(None, 2, "bfloat16", "cpu")
+        check_float8_device("cpu")
     monkeypatch.undo()
     if float8.has_float8_products("cpu"):
-        check_float8(None, 2, "bfloat16", "cpu")
+        check_float8_device("cpu")
+    check_float8(None, 2, "bfloat16")
 
 
 def test_a_side_that_the_hardware_does_not_take_is_named_before_anything_is_changed(model):

@@ -164,8 +164,10 @@ class Run:
         self.state = SimpleNamespace(global_step=begin, max_steps=steps, is_world_process_zero=True)
         self.callback = HeldOutCallback(
             lambda: self.losses[self.state.global_step],
-            lambda: {"w": torch.tensor([float(self.state.global_step)])},
-            lambda tensors, progress: self.written.update(tensor=tensors["w"].item(), step=progress.step),
+            SimpleNamespace(
+                tensors=lambda: {"w": torch.tensor([float(self.state.global_step)])},
+                write=lambda tensors, progress: self.written.update(tensor=tensors["w"].item(), step=progress.step),
+            ),
             lambda row, step: self.rows.append((step, row)),
             every,
             patience,

@@ -9,12 +9,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prunetune.configs import ConfigError
+from prunetune.configs import ConfigError, RecalibrateConfig
+from prunetune.data_recipes import RecipeData
+from prunetune.models import Arm, write_adapter
 from prunetune.train.callbacks import NothingToTrain
+from prunetune.train.record import run_record
+from prunetune.train.tracking import Tracker
+from prunetune.train.trainer import gathered_projector
 
 PROGRESS = "held_out.json"
 BEST = "held_out_best.safetensors"
@@ -81,6 +87,47 @@ class Progress:
         return progress
 
 
+@dataclass(frozen=True)
+class BestAdapter:
+    """The folder ``best/`` of a run: the adapter of the lowest held-out loss, whole or not at all.
+
+    Attributes:
+        config: the run's.
+        data: what it trains on.
+        held: what the loss is measured on.
+        arm: what is trained.
+        peft_model: the same, wrapped.
+        tracker: the run's, on rank 0.
+    """
+
+    config: RecalibrateConfig
+    data: RecipeData
+    held: RecipeData
+    arm: Arm
+    peft_model: PeftModel
+    tracker: Tracker | None
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return Path(self.config.output) / "best"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the projector as it is now; all ranks call this."""
+        return gathered_projector(self.peft_model)
+
+    def write(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+        """Write the adapter with its record, in place of an older one."""
+        record = run_record(self.config, self.data, self.arm, tensors, progress.step, self.tracker)
+        stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        record |= {"trained_in": self.config.model.dtype, "stored_in": stored, "held_out": self.record(progress)}
+        write_adapter(self.folder, tensors, self.peft_model, record)
+
+    def record(self, progress: Progress) -> dict[str, Any]:
+        """Return what records say of the held-out loss."""
+        return {"samples": len(self.held), "hash": self.held.content_hash, **progress.record()}
+
+
 class HeldOutCallback(TrainerCallback):
     """Measures the held-out loss before the first step, every ``every`` steps and after the last; all ranks call it.
 
@@ -88,9 +135,8 @@ class HeldOutCallback(TrainerCallback):
 
     Args:
         measure: returns the loss, the same on every rank.
-        projector: returns the trained tensors, on every rank.
-        write: writes the best adapter on rank 0, given its tensors and where the loss stands.
-        log: takes numbers and their step, on rank 0.
+        best: where the best adapter goes.
+        log: takes numbers and their step; None on the ranks that do not log.
         every: optimizer steps between evaluations.
         patience: evaluations without a lower loss after which training stops; None never stops it.
         progress: of the checkpoint that is gone on from.
@@ -102,14 +148,13 @@ class HeldOutCallback(TrainerCallback):
     def __init__(
         self,
         measure: Callable[[], float],
-        projector: Callable[[], Mapping[str, Tensor]],
-        write: Callable[[Mapping[str, Tensor], Progress], None],
-        log: Callable[[dict[str, Any], int], None],
+        best: BestAdapter,
+        log: Callable[[dict[str, Any], int], None] | None,
         every: int,
         patience: int | None,
         progress: Progress,
     ) -> None:
-        self.measure, self.projector, self.write, self.log = measure, projector, write, log
+        self.measure, self.best, self.log = measure, best, log
         self.every, self.patience, self.progress = every, patience, progress
         self.stopped_early = False
 
@@ -124,7 +169,7 @@ class HeldOutCallback(TrainerCallback):
             return
         # A killed run may have written one of a later step, which will come again.
         if state.is_world_process_zero and self.progress.tensors:
-            self.write(self.progress.tensors, self.progress)
+            self.best.write(self.progress.tensors, self.progress)
         if self._ran_out():
             self.stopped_early = True
             raise NothingToTrain
@@ -152,13 +197,24 @@ class HeldOutCallback(TrainerCallback):
                 "train.learning_rate, or use bfloat16 or float32"
             )
         is_best = self.progress.take(loss, step)
-        tensors = self.projector() if is_best else {}
+        tensors = self.best.tensors() if is_best else {}
         if not state.is_world_process_zero:
             return
         if is_best:
             self.progress.tensors = dict(tensors)
-            self.write(tensors, self.progress)
-        self.log({"held_out_loss": loss, "best_held_out_loss": self.progress.loss}, step)
+            self.best.write(tensors, self.progress)
+        if self.log is not None:
+            self.log({"held_out_loss": loss, "best_held_out_loss": self.progress.loss}, step)
+
+    def lines(self) -> list[str]:
+        """Return how it ended, for people."""
+        progress = self.progress
+        if progress.loss is None or progress.last is None:
+            return []
+        told = [f"lowest held-out loss {progress.loss:.4f} at step {progress.step}, the last {progress.last:.4f}"]
+        if self.stopped_early:
+            told.append(f"stopped early: the last {progress.since} were not lower (train.patience)")
+        return [*told, f"the adapter of step {progress.step}: {self.best.folder}"]
 
     def _ran_out(self) -> bool:
         return self.patience is not None and self.progress.since >= self.patience

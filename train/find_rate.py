@@ -26,7 +26,10 @@ from prunetune.data_recipes.formatting import IGNORE_INDEX
 from prunetune.models import Arm, wrap_projector
 from prunetune.outputs import RATE, OutputFolder, write_bytes, write_text
 from prunetune.screen import SCREEN
+from prunetune.train.engine.engine import Engine, head_of
+from prunetune.train.engine.lengths import prompt_prefix
 from prunetune.train.freeze import freeze_all_but_projector
+from prunetune.train.held_out import split
 
 SMOOTHING = 0.9
 """Share of the past in the smoothed loss."""
@@ -142,7 +145,6 @@ class Update:
         batches: yields the micro-batches of an update.
         summed_loss: see :data:`prunetune.train.held_out.SummedLoss`.
         config: of the run; read are weight decay, clipping and the kind of loss.
-        per_micro_batch: whether the loss is the mean of the micro-batches' means instead of the mean over all tokens.
     """
 
     def __init__(
@@ -151,14 +153,13 @@ class Update:
         batches: Iterator[list[dict[str, Any]]],
         summed_loss: Callable[[Mapping[str, Any]], Tensor],
         config: RecalibrateConfig,
-        per_micro_batch: bool = False,
     ) -> None:
         self.own = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # A small step is less than half the distance between two bfloat16 numbers: DeepSpeed trains float32 copies too.
         self.masters = [parameter.detach().float().clone() for parameter in self.own]
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=config.train.weight_decay)
         self.batches, self.summed_loss = batches, summed_loss
-        self.max_norm, self.per_micro_batch = config.train.max_grad_norm, per_micro_batch
+        self.max_norm, self.per_micro_batch = config.train.max_grad_norm, config.train.loss == "micro_batch_mean"
 
     def __call__(self, rate: float) -> float:
         """Take one update, and return its loss."""
@@ -273,19 +274,21 @@ def find_rate(config: RecalibrateConfig, folder: Path, lowest: float, highest: f
 def _swept(config: RecalibrateConfig, rates: Sequence[float]) -> tuple[Sweep, RecipeData]:
     set_seed(config.train.seed)
     data = load_recipe(config.data.recipe, **config.data.model_dump(exclude={"recipe"}))
+    if config.train.held_out:
+        data, _ = split(data, config.train.held_out, config.data.seed or 0)
     arm = Arm.load(config.model, config.pruning)
     peft_model = wrap_projector(arm.model, config.train.trainable)
     freeze_all_but_projector(peft_model)
     formatter = arm.formatter(data.images, config.train.max_length)
 
+    engine = Engine(arm.pruned, config.engine, prompt_prefix(arm, formatter, data))
+    head = head_of(arm.pruned, config.engine, partitioned=False)
+
     def summed_loss(batch: Mapping[str, Any]) -> Tensor:
-        batch = arm.place(dict(batch))
-        supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-        loss: Tensor = peft_model(**batch).loss * supervised
-        return loss
+        return engine.summed_loss(peft_model, arm.place(dict(batch)))
 
     arm.model.train()
-    with arm.pruned.attach():
+    with engine.attached(), engine.own_head(head):
         step = Update(peft_model, updates(data, formatter, config), summed_loss, config)
         found = sweep(counted(step, len(rates)), rates)
     if not found.points:

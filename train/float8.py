@@ -253,14 +253,13 @@ def float8_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def check_float8(quantization: str | None, stage: int, dtype: str, device: torch.device | str) -> None:
+def check_float8(quantization: str | None, stage: int, dtype: str) -> None:
     """Check that ``engine.float8`` goes with the rest of a run's options, before anything is loaded.
 
     Args:
         quantization: ``model.quantization``.
         stage: of ZeRO.
         dtype: ``model.dtype``.
-        device: what the run computes on.
 
     Raises:
         ConfigError: naming what it does not go with.
@@ -276,6 +275,10 @@ def check_float8(quantization: str | None, stage: int, dtype: str, device: torch
         )
     if dtype == "float16":
         raise ConfigError("engine.float8 computes in bfloat16, got model.dtype float16; set it to bfloat16")
+
+
+def check_float8_device(device: torch.device | str) -> None:
+    """Check that a device multiplies in float8; raises ConfigError. On a GPU this begins to use it."""
     if not has_float8_products(device):
         raise ConfigError(
             f"engine.float8: this device ({_device_name(device)}) has no float8 products; they need an NVIDIA GPU of "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections import Counter
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prunetune.data_recipes import DataError, Formatter, RecipeData
+from prunetune.data_recipes.content import content_hash
 from prunetune.data_recipes.formatting import IGNORE_INDEX
 from prunetune.models.ranks import Ranks
 
@@ -38,7 +38,7 @@ def split(data: RecipeData, number: int, seed: int) -> tuple[RecipeData, RecipeD
     if data.held_out is not None and len(data.held_out):
         _check_apart(data)
         chosen = _drawn(data.held_out["image"], number, seed)
-        return data, _of(data, data.held_out, sorted(chosen), f"held out, {number} of seed {seed}")
+        return data, _of(data, data.held_out, sorted(chosen))
     chosen = _drawn(data.rows["image"], number, seed)
     if len(chosen) >= len(data):
         raise DataError(
@@ -46,8 +46,7 @@ def split(data: RecipeData, number: int, seed: int) -> tuple[RecipeData, RecipeD
             "images, and none is left to train on; lower it"
         )
     rest = [index for index in range(len(data)) if index not in chosen]
-    drawn = f"{number} of seed {seed}"
-    return _of(data, data.rows, rest, f"without {drawn}"), _of(data, data.rows, sorted(chosen), drawn)
+    return _of(data, data.rows, rest), _of(data, data.rows, sorted(chosen))
 
 
 def _drawn(images: Sequence[str | None], number: int, seed: int) -> set[int]:
@@ -64,11 +63,10 @@ def _drawn(images: Sequence[str | None], number: int, seed: int) -> set[int]:
     return drawn
 
 
-def _of(data: RecipeData, rows: Any, indices: list[int], part: str) -> RecipeData:
-    digest = hashlib.sha256(f"{data.content_hash} {part}".encode()).hexdigest()
+def _of(data: RecipeData, rows: Any, indices: list[int]) -> RecipeData:
     chosen = rows.select(indices) if len(indices) < len(rows) else rows
     counts = dict(sorted(Counter(chosen["source"]).items()))
-    return replace(data, rows=chosen, content_hash=digest, counts=counts, held_out=None)
+    return replace(data, rows=chosen, content_hash=content_hash(chosen), counts=counts, held_out=None)
 
 
 def _check_apart(data: RecipeData) -> None:

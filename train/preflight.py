@@ -16,6 +16,7 @@ from prunetune.models import wrap_projector
 from prunetune.models.blueprint import check_model
 from prunetune.models.profile import resolved
 from prunetune.train.deepspeed_settings import zero_stage
+from prunetune.train.float8 import check_float8
 from prunetune.train.freeze import freeze_all_but_projector
 from prunetune.train.tracking import wandb_mode
 
@@ -31,6 +32,13 @@ def check_before_launch(config: RecalibrateConfig) -> None:
         raise ConfigError(
             f"model.quantization {config.model.quantization} can't be partitioned by ZeRO-3; set train.deepspeed to "
             "zero2, or leave the quantization out"
+        )
+    if config.engine.float8:
+        check_float8(config.model.quantization, zero_stage(config.train.deepspeed), config.model.dtype)
+    if config.train.patience is not None and not config.train.held_out:
+        raise ConfigError(
+            f"train.patience {config.train.patience} counts held-out losses, and with train.held_out 0 there are none; "
+            "set train.held_out to a number of samples, or leave patience out"
         )
     _check_device(config)
     _check_tracking(config.tracking)

@@ -20,12 +20,14 @@ from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_ya
 from prunetune.data_recipes import DataError, Formatter, RecipeData, load_recipe
 from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
+from prunetune.models.arm import default_device
 from prunetune.models.code import code_record
 from prunetune.models.profile import resolved
 from prunetune.models.ranks import Ranks, launched_ranks
 from prunetune.outputs import RECALIBRATION, OutputFolder, write_text, writing
 from prunetune.plugins import PluginError, plugin_records
 from prunetune.screen import SCREEN, say
+from prunetune.train.best import BestAdapter, HeldOutCallback, Progress
 from prunetune.train.callbacks import (
     CompleteCheckpointCallback,
     NothingToTrain,
@@ -48,7 +50,9 @@ from prunetune.train.deepspeed_settings import zero_stage
 from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.layout import Share, StepSampler
 from prunetune.train.engine.lengths import prompt_prefix, pruned_lengths
+from prunetune.train.float8 import check_float8_device, use_float8
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
+from prunetune.train.held_out import HeldOutLoss, split
 from prunetune.train.launchers import complete_environment
 from prunetune.train.preflight import check_before_launch
 from prunetune.train.record import run_record
@@ -75,6 +79,7 @@ class Run:
     Attributes:
         config: the run's.
         data: what it trains on.
+        held: what the held-out loss is measured on; None measures none.
         ranks: this process among the others.
         settings: what must not change between a run and its continuation.
         found: the checkpoint to go on from.
@@ -83,6 +88,7 @@ class Run:
 
     config: RecalibrateConfig
     data: RecipeData
+    held: RecipeData | None
     ranks: Ranks
     settings: dict[str, Any]
     found: Found
@@ -112,11 +118,13 @@ class Trained:
         step: the last one.
         stopped: whether a signal ended it; there is a checkpoint of that step.
         skipped: float16 steps that DeepSpeed left out because their gradients overflowed; None in other dtypes.
+        held_out: what the record says of the held-out loss; None if there is none.
     """
 
     step: int
     stopped: bool
     skipped: int | None
+    held_out: dict[str, Any] | None = None
 
 
 def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
@@ -145,6 +153,10 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     tracker = Tracker(config.tracking, run.output, config.model_dump(), run.first_step) if run.ranks.is_zero else None
     peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
+    if config.engine.float8:
+        rounded = use_float8(arm.model, device=default_device())
+        if run.ranks.is_zero:
+            say(f"float8    {rounded.line()}")
     trained = train(run, arm, peft_model, tracker, request or StopRequest(), made_with)
     if not trained.stopped:
         save(run, arm, peft_model, tracker, trained, made_with)
@@ -172,6 +184,11 @@ def start(config: RecalibrateConfig) -> Run:
         transformers_logging.set_verbosity_error()
     resolved(config.pruning).build()  # a wrong name or option stops here, before anything is loaded
     data = load_recipe(config.data.recipe, **config.data.model_dump(exclude={"recipe"}))
+    held = None
+    if config.train.held_out:
+        data, held = split(data, config.train.held_out, config.data.seed or 0)
+    if config.engine.float8:
+        check_float8_device(default_device())
     settings = _settings(config, data, ranks.world)
     output = Path(config.output)
     found, finished = Found(), None
@@ -183,7 +200,7 @@ def start(config: RecalibrateConfig) -> Run:
         set_aside(output)
     if config.train.resume == "auto" and finished is None and not config.overwrite:
         found = find_checkpoint(output, settings)
-    return Run(config, data, ranks, settings, found, finished)
+    return Run(config, data, held, ranks, settings, found, finished)
 
 
 def train(
@@ -210,6 +227,19 @@ def train(
         skips=(lambda: trainer.skipped_steps) if half else None,
     )
     stop = StopCallback(request, run.steps)
+    held = None
+    if run.held is not None:
+        best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker)
+        loss = HeldOutLoss(run.held, formatter, lambda batch: trainer.summed_loss(batch), run.ranks, config.batch_size)
+        held = HeldOutCallback(
+            lambda: loss(trainer.model_wrapped, trainer.args.device),
+            best,
+            tracker.log if tracker is not None else None,
+            config.eval_steps,
+            config.patience,
+            Progress.read(run.found.folder),
+        )
+    mark = CompleteCheckpointCallback(run.settings, made_with)
     trainer = RecalibrationTrainer(
         formatter,
         run.data,
@@ -218,7 +248,7 @@ def train(
         config.loss,
         model=peft_model,
         args=training_arguments(run.config, run.output, run.steps),
-        callbacks=[stop, numbers, CompleteCheckpointCallback(run.settings, made_with), KeepNewestCallback()],
+        callbacks=[*([held] if held is not None else []), stop, numbers, mark, KeepNewestCallback()],
     )
     run.ranks.check_same(plugin_records())
     _check_same_start(run)
@@ -233,7 +263,10 @@ def train(
         say(f"{lost} samples lost every answer token to max_length={config.max_length} and added no loss")
     if numbers.skipped and run.ranks.is_zero:
         say(f"{numbers.skipped} steps were skipped: their float16 gradients overflowed, and the loss scale was lowered")
-    return Trained(trainer.state.global_step, stop.stopped, numbers.skipped if half else None)
+    if held is not None and run.ranks.is_zero:
+        say("\n".join(held.lines()))
+    told = held.best.record(held.progress) if held is not None else None
+    return Trained(trainer.state.global_step, stop.stopped, numbers.skipped if half else None, told)
 
 
 def _sampler(run: Run, arm: Arm, formatter: Formatter, engine: Engine) -> StepSampler:
@@ -305,6 +338,8 @@ def save(
     record |= {"trained_in": run.config.model.dtype, "stored_in": stored}
     if trained.skipped is not None:
         record["skipped_steps"] = trained.skipped
+    if trained.held_out is not None:
+        record["held_out"] = trained.held_out
     write_adapter(run.output / "adapter", tensors, peft_model, record)
     mark_finished(run.output, trained.step, run.settings, made_with)
     say(f"recalibrated projector: {run.output / 'adapter'}")
@@ -373,6 +408,10 @@ def announce(run: Run, report: FrozenReport) -> None:
         f"DeepSpeed {deepspeed.__version__} {config.train.deepspeed}",
         *report.lines(),
     ]
+    if run.held is not None:
+        lines.insert(
+            3, f"          {len(run.held):,} samples are held out, {config.train.eval_steps} steps between losses"
+        )
     if data.missing:
         lines.insert(3, f"          {len(data.missing)} samples left out, their image is missing: {data.missing[:3]}")
     if data.broken:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from prunetune.pruning.hooks import is_partitioned
 from prunetune.train.deepspeed_settings import deepspeed_config
 from prunetune.train.engine.engine import Engine
 from prunetune.train.engine.layout import MicroBatch, StepSampler
+from prunetune.train.float8 import float8_tensors
 
 UNSUPERVISED = "unsupervised"
 """Goes with a batch: how many of its samples lost every answer token."""
@@ -116,6 +117,10 @@ class RecalibrationTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: Trainer's estimate knows neither pruning nor frozen weights."""
         return 0
+
+    def summed_loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the cross entropy of a formatter's batch, summed over its supervised tokens, on the wrapped model."""
+        return self.engine.summed_loss(self.model_wrapped, self._prepare_inputs(dict(batch)))
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward over an update's micro-batches on this rank, and return its part of the loss.
@@ -253,6 +258,7 @@ def frozen_tensors_hash(peft_model: PeftModel) -> str:
         if not parameter.requires_grad:
             with _whole([parameter]):
                 digest.update(tensor_hash({name: parameter}).encode())
+    digest.update(tensor_hash(float8_tensors(peft_model)).encode())
     return digest.hexdigest()
 
 
