@@ -112,8 +112,8 @@ class TrainConfig(Section):
     held_out: int = Field(
         0,
         ge=0,
-        description="samples of whole images to measure a held-out loss on: of those that the recipe holds out, or else "
-        "drawn from it and not trained on; 0 measures none",
+        description="samples of whole images to measure a held-out loss on: of those that the recipe holds out, or "
+        "else drawn from it and not trained on; 0 measures none",
     )
     eval_steps: int = Field(
         100, ge=1, description="optimizer steps between held-out losses; the first is before training, the last after"

@@ -410,7 +410,7 @@ def announce(run: Run, report: FrozenReport) -> None:
     ]
     if run.held is not None:
         lines.insert(
-            3, f"          {len(run.held):,} samples are held out, {config.train.eval_steps} steps between losses"
+            3, f"          {len(run.held):,} samples held out, a loss on them every {config.train.eval_steps} steps"
         )
     if data.missing:
         lines.insert(3, f"          {len(data.missing)} samples left out, their image is missing: {data.missing[:3]}")
