@@ -196,7 +196,7 @@ def train(
 ) -> Trained:
     """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
-    formatter = arm.formatter(run.data.images, config.max_length)
+    formatter = arm.formatter(run.data.images, config.max_length, raw_pixels=True)
     engine = Engine(arm.pruned, run.config.engine, prompt_prefix(arm, formatter, run.data))
     if run.config.engine.checkpointing is True:
         _checkpoint_language_model(arm)
