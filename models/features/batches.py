@@ -1,0 +1,69 @@
+"""Batches without pixels: a formatter whose images come from a feature cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from prunetune.data_recipes import Formatter, Sample
+from prunetune.models.arm import Arm
+from prunetune.models.features.store import FeatureStore
+
+
+class BlankImages:
+    """Opens a blank of each image's size, by which processors write as many placeholders; no file is read.
+
+    Args:
+        store: holds the sizes.
+    """
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.store = store
+        self.sizes: dict[str, tuple[int, int]] = {}
+
+    def exists(self, reference: str) -> bool:
+        """Return true: what has no features was told of before."""
+        return True
+
+    def open(self, reference: str, sample_id: str) -> Image.Image:
+        """Return a black image of the size that was set for the reference."""
+        return Image.new("RGB", self.sizes[reference])
+
+
+class FeatureFormatter:
+    """Turns samples into batches with ``stored`` in place of pixels, for `PrunedModel` and what it is attached to.
+
+    Args:
+        store: the features, checked for the arm.
+        arm: the model.
+        max_length: longest sequence in tokens, None for no limit.
+    """
+
+    def __init__(self, store: FeatureStore, arm: Arm, max_length: int | None = None) -> None:
+        self.store = store
+        self.images = BlankImages(store)
+        self.formatter: Formatter = arm.formatter(self.images, max_length)
+        family = arm.pruned.family
+        self._pixels = {*family.pixels.values(), *family.replaced}
+
+    def training_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Return what ``Formatter.training_batch`` does, without pixels."""
+        self._look_up(samples)
+        return self._with_features(self.formatter.training_batch(samples), samples)
+
+    def prompt_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Return what ``Formatter.prompt_batch`` does, without pixels."""
+        self._look_up(samples)
+        return self._with_features(self.formatter.prompt_batch(samples), samples)
+
+    def _look_up(self, samples: Sequence[Sample]) -> None:
+        # Of this batch alone, so that a worker does not gather the sizes of all images.
+        self.images.sizes = {
+            str(sample.image): self.store.size(sample) for sample in samples if sample.image is not None
+        }
+
+    def _with_features(self, batch: dict[str, Any], samples: Sequence[Sample]) -> dict[str, Any]:
+        kept = {name: value for name, value in batch.items() if name not in self._pixels}
+        return {**kept, "stored": self.store.batch(samples)}
