@@ -1,4 +1,4 @@
-"""Images that a feature cache holds: what one pruner and budget kept of them, to be projected as the projector is now."""
+"""Images of a feature cache: what one pruner and budget kept of them, to be projected as the projector is now."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prunetune.pruning.spec import PruningSpec
 
 @dataclass(frozen=True)
 class StoredImages:
-    """What stays of the images of a batch, in reading order, as :class:`~prunetune.models.features.FeatureStore` gives it.
+    """What stays of the images of a batch, in reading order; :class:`~prunetune.models.features.FeatureStore` gives it.
 
     Attributes:
         rows: (M, C) pre-projector features of the slots that stay, merged ones included, without row ends.

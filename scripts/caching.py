@@ -113,8 +113,8 @@ def data_of(settings: RecalibrateConfig | EvaluateConfig) -> FeatureData:
         return FeatureData(data.name, RecipeSamples(data), data.images)
     if len(settings.tasks) != 1:
         raise ConfigError(
-            f"features are made of one task's images, got {', '.join(settings.tasks)}: images of two may have one name; "
-            "run it once for each task, with a folder for each"
+            f"features are made of one task's images, got {', '.join(settings.tasks)}: images of two may have one "
+            "name; run it once for each task, with a folder for each"
         )
     (name,) = settings.tasks
     questions = get_task(name).open(task_folder(settings.data, name))

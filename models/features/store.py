@@ -125,8 +125,8 @@ class FeatureStore:
             name = differing(same[0], asked["choice"])[0]
             why = f" ({name} {_shown(same[0][name])} there, {_shown(asked['choice'][name])} here)"
         raise FeatureError(
-            f"{self.folder} holds what {there} keeps, not {told_choice(asked['choice'])}{why}; make the features for it "
-            "with `prunetune cache`"
+            f"{self.folder} holds what {there} keeps, not {told_choice(asked['choice'])}{why}; make the features for "
+            "it with `prunetune cache`"
         )
 
     def _check_projector(self, arm: Arm, trains: bool) -> None:
@@ -134,8 +134,8 @@ class FeatureStore:
         name = arm.spec.pruner
         if trains:
             raise FeatureError(
-                f"{name} chooses by the projector's output, which training changes, so what {self.folder} holds is what "
-                "it chose before; train without features, or with a method that chooses before the projector"
+                f"{name} chooses by the projector's output, which training changes, so what {self.folder} holds is "
+                "what it chose before; train without features, or with a method that chooses before the projector"
             )
         own = tensor_hash(projector_state(arm.model))
         if own != self.index["projector"]:
@@ -174,8 +174,8 @@ class FeatureStore:
         opened = data.images.open(str(sample.image), sample.id)
         if not isinstance(opened, Image.Image) or fingerprint(opened) != bytes(shard.array("fingerprints")[place]):
             raise FeatureError(
-                f"{self.folder} was made of other images: {sample.image!r} of sample {sample.id!r} has other pixels now; "
-                "make the features of this data"
+                f"{self.folder} was made of other images: {sample.image!r} of sample {sample.id!r} has other pixels "
+                "now; make the features of this data"
             )
 
     def batch(self, samples: Sequence[Sample], keep: Budget | None = None, arm: Arm | None = None) -> StoredImages:
