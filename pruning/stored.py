@@ -63,8 +63,7 @@ class StoredImages:
     def map(self, change: Callable[[Tensor], Tensor]) -> StoredImages:
         """Return the same images with every tensor changed."""
         newline = None if self.newline is None else change(self.newline)
-        changed = {name: change(getattr(self, name)) for name in ("rows", "stays", "ends")}
-        return replace(self, newline=newline, **changed)
+        return replace(self, rows=change(self.rows), stays=change(self.stays), ends=change(self.ends), newline=newline)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StoredImages:
         """Return the same images on another device."""

@@ -8,10 +8,8 @@ from typing import Any
 
 from prunetune.configs import ConfigError, EvaluateConfig, RecalibrateConfig, load_config
 from prunetune.configs.load import sets
-from prunetune.data_recipes import Sample, Turn, load_recipe
-from prunetune.data_recipes.images import limited
-from prunetune.evaluation.tasks import get_task
-from prunetune.evaluation.tasks.base import task_folder
+from prunetune.data_recipes import Sample, load_recipe
+from prunetune.evaluation.run.features import feature_data
 from prunetune.models import Arm
 from prunetune.models.features import FeatureData, make_features
 from prunetune.models.ranks import Ranks
@@ -84,8 +82,10 @@ def prunings_of(
     for spec in specs:
         found += [spec.model_copy(update={"keep": _budget(budget)}) for budget in budgets]
     for name in configs:
-        schema = EvaluateConfig if sets(name, "tasks") else RecalibrateConfig
-        found.append(load_config(schema, name).pruning)  # type: ignore[arg-type] # either has a pruning
+        if sets(name, "tasks"):
+            found.append(load_config(EvaluateConfig, name).pruning)
+        else:
+            found.append(load_config(RecalibrateConfig, name).pruning)
     for spec in found:
         spec.model_copy(update={"profile": None}).build()  # a wrong name stops here, before anything is loaded
     return found
@@ -102,26 +102,15 @@ def _budget(text: str) -> Budget:
 
 
 def data_of(settings: RecalibrateConfig | EvaluateConfig) -> FeatureData:
-    """Return the images of a configuration: its recipe's, or its task's.
+    """Return the images of a configuration: its recipe's, or its tasks'.
 
     Raises:
-        ConfigError: for several tasks, whose images have names of their own each.
         DataError, TaskError: if they can't be read.
     """
     if isinstance(settings, RecalibrateConfig):
         data = load_recipe(settings.data.recipe, **settings.data.model_dump(exclude={"recipe"}))
         return FeatureData(data.name, RecipeSamples(data), data.images)
-    if len(settings.tasks) != 1:
-        raise ConfigError(
-            f"features are made of one task's images, got {', '.join(settings.tasks)}: images of two may have one "
-            "name; run it once for each task, with a folder for each"
-        )
-    (name,) = settings.tasks
-    questions = get_task(name).open(task_folder(settings.data, name))
-    samples = []
-    for item in questions.items[: settings.limit]:
-        samples.append(Sample(item.id, item.source, item.image, (Turn(item.question, None),)))
-    return FeatureData(name, samples, limited(questions.open_images(), settings.max_pixels))
+    return feature_data(settings.tasks, settings.data, settings.limit, settings.max_pixels, None)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -39,10 +39,18 @@ class FeatureFormatter:
         store: the features, checked for the arm.
         arm: the model.
         max_length: longest sequence in tokens, None for no limit.
+        within: puts before an image's name what the features were made with it, such as its benchmark's.
     """
 
-    def __init__(self, store: FeatureStore, arm: Arm, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        store: FeatureStore,
+        arm: Arm,
+        max_length: int | None = None,
+        within: Callable[[Sample], Sample] | None = None,
+    ) -> None:
         self.store = store
+        self.within = within
         self.images = BlankImages(store)
         self.formatter: Formatter = arm.formatter(self.images, max_length)
         family = arm.pruned.family
@@ -50,20 +58,18 @@ class FeatureFormatter:
 
     def training_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return what ``Formatter.training_batch`` does, without pixels."""
-        self._look_up(samples)
-        return self._with_features(self.formatter.training_batch(samples), samples)
+        return self._made(self.formatter.training_batch, samples)
 
     def prompt_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return what ``Formatter.prompt_batch`` does, without pixels."""
-        self._look_up(samples)
-        return self._with_features(self.formatter.prompt_batch(samples), samples)
+        return self._made(self.formatter.prompt_batch, samples)
 
-    def _look_up(self, samples: Sequence[Sample]) -> None:
+    def _made(self, make: Callable[[Sequence[Sample]], dict[str, Any]], samples: Sequence[Sample]) -> dict[str, Any]:
+        if self.within is not None:
+            samples = [self.within(sample) for sample in samples]
         # Of this batch alone, so that a worker does not gather the sizes of all images.
-        self.images.sizes = {
-            str(sample.image): self.store.size(sample) for sample in samples if sample.image is not None
-        }
-
-    def _with_features(self, batch: dict[str, Any], samples: Sequence[Sample]) -> dict[str, Any]:
+        with_image = [sample for sample in samples if sample.image is not None]
+        self.images.sizes = {str(sample.image): self.store.size(sample) for sample in with_image}
+        batch = make(samples)
         kept = {name: value for name, value in batch.items() if name not in self._pixels}
         return {**kept, "stored": self.store.batch(samples)}

@@ -81,7 +81,8 @@ def embeddings_hash(pruned: PrunedModel) -> str | None:
     spaces = {signal_of(need).space for need in of_source(pruned.pruner.needs, "text")}
     if "llm" not in spaces:
         return None
-    return tensor_hash({"weight": pruned.model.get_input_embeddings().weight})
+    embeddings: Any = pruned.model.get_input_embeddings()
+    return tensor_hash({"weight": embeddings.weight})
 
 
 def _vision_config(model: nn.Module) -> dict[str, Any]:

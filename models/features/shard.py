@@ -158,9 +158,9 @@ class Shard:
         return np.frombuffer(stored.data, dtype=np.uint8).reshape(stored.shape[0], -1)
 
     @property
-    def dtype(self) -> str:
-        """The features' dtype as safetensors spells it."""
-        return self._tensors["rows"].dtype
+    def dtype(self) -> torch.dtype:
+        """The features' dtype."""
+        return _TORCH[self._tensors["rows"].dtype]
 
     def features(self, number: int) -> Any:
         """Return the features of an image as bytes (R, C * bytes per number); they are compared with their digest.
@@ -200,7 +200,7 @@ class Shard:
         stored = self._tensors.get("newline")
         if stored is None:
             return None
-        return torch.frombuffer(bytearray(stored.data), dtype=TORCH[stored.dtype])
+        return torch.frombuffer(bytearray(stored.data), dtype=_TORCH[stored.dtype])
 
     def check_all(self) -> None:
         """Compare the features of every image with their digest; raises FeatureError."""
@@ -208,9 +208,9 @@ class Shard:
             self.features(number)
 
 
-TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that a model runs in, as safetensors spells them."""
-_SPELLED = {dtype: name for name, dtype in TORCH.items()}
+_SPELLED = {dtype: name for name, dtype in _TORCH.items()}
 _SPELLED |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.float64: "F64"}
 _ANEW = "`prunetune cache` with the same configuration finds what is damaged and makes it anew"
 

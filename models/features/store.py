@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from prunetune.models.features.identity import choice_parts, differing, model_pa
 from prunetune.models.features.index import made_with, read_index
 from prunetune.models.features.keys import entries_of, fingerprint, key_of
 from prunetune.models.features.make import FeatureData
-from prunetune.models.features.shard import TORCH, Shard
+from prunetune.models.features.shard import Shard
 from prunetune.models.hashes import tensor_hash
 from prunetune.models.seal import SEAL, short
 from prunetune.pruning import Budget
@@ -190,41 +190,8 @@ class FeatureStore:
             FeatureError: for a sample whose image has no features, a damaged shard, a budget that was not stored.
         """
         choice = self._choice if keep is None or arm is None else self._choice_of(arm, keep)
-        rows: list[Any] = []
-        stays: list[Any] = []
-        ends: list[Any] = []
-        lengths, notes = [], []
-        newline = None
-        width = 0
-        first = 0  # of an image's slots among all that stay
-        for sample in samples:
-            if sample.image is None:
-                continue
-            shard, place = self._find(sample)
-            features = shard.features(place)
-            at, source = shard.kept(place, choice)
-            is_token = source >= 0
-            rows.append(features[source[is_token]])
-            ends.append(np.flatnonzero(~is_token) + first)
-            first += len(at)
-            lengths.append(int(shard.array("lengths")[place]))
-            own = np.zeros(lengths[-1], dtype=bool)
-            own[at] = True
-            stays.append(own)
-            notes.append(shard.notes(place, choice))
-            newline = shard.newline if newline is None else newline
-        dtype = TORCH[self._shard(0).dtype]
-        width = self._shard(0).rows.shape[1]
-        flat = np.concatenate([*rows, np.empty((0, width), dtype=np.uint8)])
-        return StoredImages(
-            rows=torch.from_numpy(flat).view(dtype),
-            stays=torch.from_numpy(np.concatenate([*stays, np.empty(0, dtype=bool)])),
-            lengths=tuple(lengths),
-            ends=torch.from_numpy(np.concatenate([*ends, np.empty(0, dtype=np.int64)])),
-            newline=newline,
-            choice=self.index["choices"][choice]["choice"],
-            notes=tuple(notes),
-        )
+        found = [self._find(sample) for sample in samples if sample.image is not None]
+        return stored_images(found, choice, self.index["choices"][choice]["choice"], self._shard(0))
 
     def size(self, sample: Sample) -> tuple[int, int]:
         """Return the width and height of a sample's image in pixels; raises FeatureError if it has no features."""
@@ -277,6 +244,51 @@ class FeatureStore:
     def __getstate__(self) -> dict[str, Any]:
         """Return what a data loading process that is spawned needs: it maps the files by itself."""
         return {**self.__dict__, "_shards": {}}
+
+
+def stored_images(
+    found: Sequence[tuple[Shard, int]], choice: int, about: Mapping[str, Any], like: Shard
+) -> StoredImages:
+    """Return what a choice keeps of some images of shards.
+
+    Args:
+        found: the shard of each image, and its number in it.
+        choice: the number of the choice.
+        about: its pruner and budget.
+        like: a shard with features of this dtype and width, for a batch without images.
+
+    Raises:
+        FeatureError: if a shard is damaged.
+    """
+    # Of no image at first, so that a batch of text alone has a width and a dtype.
+    rows: list[Any] = [like.rows[:0]]
+    stays: list[Any] = [np.zeros(0, dtype=bool)]
+    ends: list[Any] = [np.zeros(0, dtype=np.int64)]
+    lengths, notes = [], []
+    newline = None
+    first = 0  # of an image's slots among all that stay
+    for shard, number in found:
+        features = shard.features(number)
+        at, source = shard.kept(number, choice)
+        is_token = source >= 0
+        rows.append(features[source[is_token]])
+        ends.append(np.flatnonzero(~is_token) + first)
+        first += len(at)
+        lengths.append(int(shard.array("lengths")[number]))
+        own = np.zeros(lengths[-1], dtype=bool)
+        own[at] = True
+        stays.append(own)
+        notes.append(shard.notes(number, choice))
+        newline = shard.newline if newline is None else newline
+    return StoredImages(
+        rows=torch.from_numpy(np.concatenate(rows)).view(like.dtype),
+        stays=torch.from_numpy(np.concatenate(stays)),
+        lengths=tuple(lengths),
+        ends=torch.from_numpy(np.concatenate(ends)),
+        newline=newline,
+        choice=about,
+        notes=tuple(notes),
+    )
 
 
 def _shown(value: Any) -> str:
