@@ -53,8 +53,8 @@ class FeatureFormatter:
         self.within = within
         self.images = BlankImages(store)
         self.formatter: Formatter = arm.formatter(self.images, max_length)
-        family = arm.pruned.family
-        self._pixels = {*family.pixels.values(), *family.replaced}
+        # What else describes pixels stays, such as their grid: positions are made of it.
+        self._pixels = set(arm.pruned.family.pixels.values())
 
     def training_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return what ``Formatter.training_batch`` does, without pixels."""

@@ -56,7 +56,12 @@ class KeptSlots:
 
 
 def choose_before_projector(
-    pruned: PrunedModel, vision: Vision, instructions: Sequence[str], keep: Budget, names: Mapping[int, str]
+    pruned: PrunedModel,
+    vision: Vision,
+    instructions: Sequence[str],
+    rows: Sequence[int],
+    keep: Budget,
+    names: Mapping[int, str],
 ) -> tuple[Chosen, bool]:
     """Return what is kept, and whether that depends on the projector.
 
@@ -65,10 +70,10 @@ def choose_before_projector(
     """
     hidden = replace(vision, groups=tuple(replace(group, projected=None) for group in vision.groups))
     try:
-        return pruned.choose(hidden, instructions, keep=keep, names=names), False
+        return pruned.choose(hidden, instructions, rows, keep=keep, names=names), False
     # Of any kind: a method from outside may read the field itself. A mistake of the user's comes again below.
     except Exception:
-        return pruned.choose(vision, instructions, keep=keep, names=names), True
+        return pruned.choose(vision, instructions, rows, keep=keep, names=names), True
 
 
 def kept_slots(choice: Chosen, vision: Vision, pruner: str, newline: str, merges: bool) -> KeptSlots:
@@ -147,38 +152,63 @@ def _kept_image(
     return KeptImage(len(features), torch.cat(rows), choices)
 
 
+def joined(images: Sequence[KeptImage]) -> KeptImage:
+    """Return the tiles of one sample's image, each of which a family counts as an image, as one."""
+    if len(images) == 1:
+        return images[0]
+    slots, rows = 0, 0
+    parts: list[list[KeptOf]] = [[] for _ in images[0].choices]
+    for image in images:
+        for number, choice in enumerate(image.choices):
+            source = torch.where(choice.source < 0, -1, choice.source + rows)
+            parts[number].append(KeptOf(choice.at + slots, source, choice.notes))
+        slots += image.length
+        rows += len(image.rows)
+    choices = []
+    for own in parts:
+        at, source = torch.cat([part.at for part in own]), torch.cat([part.source for part in own])
+        choices.append(KeptOf(at, source, _means([part.notes for part in own])))
+    return KeptImage(slots, torch.cat([image.rows for image in images]), choices)
+
+
+def _means(notes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each note over the tiles that have it."""
+    values: dict[str, list[float]] = {}
+    for noted in notes:
+        for name, value in noted.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+
+
 def newline_of(vision: Vision) -> Tensor | None:
     """Return what stands in the row ends of a batch, (D,); None if there are none."""
     ends = torch.cat(vision.slots)[torch.cat(vision.origin) == NEWLINE]
     return ends[0].cpu() if len(ends) else None
 
 
-def check_can_be_stored(model: nn.Module, family: Family, visions: Mapping[str, Vision], samples: int) -> Vision:
+def check_can_be_stored(model: nn.Module, family: Family, visions: Mapping[str, Vision]) -> Vision:
     """Return the images of a batch, if slots are projections of single tokens, which alone can be stored before it.
 
     Args:
         model: the stock model.
         family: its family.
         visions: what it made of a batch.
-        samples: how many samples the batch has, each with one image.
 
     Raises:
         FeatureError: naming the family and why not.
     """
-    why = _why_not(model, family, visions, samples)
+    why = _why_not(model, family, visions)
     if why is not None:
         raise FeatureError(f"features of family {family.name!r} can't be stored: {why}; train without features")
     return visions["image"]
 
 
-def _why_not(model: nn.Module, family: Family, visions: Mapping[str, Vision], samples: int) -> str | None:
+def _why_not(model: nn.Module, family: Family, visions: Mapping[str, Vision]) -> str | None:
     if family.unproven:
         return "every run compares the model with the stock one first, which takes pixels"
     if set(visions) != {"image"}:
         return "those of videos are not, only of images"
     vision = visions["image"]
-    if len(vision.slots) != samples:
-        return f"its processor made {len(vision.slots)} images of {samples}"
     if vision.levels:
         return "it has deepstack levels"
     if vision.sources:

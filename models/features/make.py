@@ -22,9 +22,11 @@ from prunetune.models.errors import FeatureError
 from prunetune.models.features.identity import choice_parts, differing, model_parts
 from prunetune.models.features.index import INDEX, made_with, read_index, settings_of, write_index
 from prunetune.models.features.kept import (
+    KeptImage,
     KeptSlots,
     check_can_be_stored,
     choose_before_projector,
+    joined,
     kept_images,
     kept_slots,
     newline_of,
@@ -37,6 +39,7 @@ from prunetune.models.seal import seal_of
 from prunetune.outputs import OutputFolder
 from prunetune.plugins import plugin_records
 from prunetune.pruning import Budget, PruningSpec
+from prunetune.pruning.sequence import placeholders
 from prunetune.pruning.stored import told_choice
 from prunetune.screen import SCREEN, say
 
@@ -321,18 +324,25 @@ class _Encoder:
             inputs.pop(name, None)
         pruned = self.arm.pruned
         visions = pruned.encode(inputs, self.plan.needs)
-        vision = check_can_be_stored(self.arm.model, pruned.family, visions, len(samples))
-        names = {number: f"sample {sample.id!r}" for number, sample in enumerate(samples)}
+        vision = check_can_be_stored(self.arm.model, pruned.family, visions)
+        token = pruned.family.token_id(self.arm.model, "image")
+        rows = placeholders(inputs["input_ids"], token, vision.lengths)[1]
+        names = {number: f"sample {samples[row].id!r}" for number, row in enumerate(rows)}
         instructions = [instruction_of(sample) for _, sample in batch]
         choices: list[KeptSlots] = []
         reads_projector = []
         for arm, keep in self.plan.arms:
             own = arm.pruned
-            choice, by_projector = choose_before_projector(own, vision, instructions, keep, names)
+            choice, by_projector = choose_before_projector(own, vision, instructions, rows, keep, names)
             choices.append(kept_slots(choice, vision, own.spec.pruner, own.spec.newline, own.merges))
             reads_projector.append(by_projector)
+        # Where every tile counts as an image, a sample has several.
+        tiles: list[list[KeptImage]] = [[] for _ in batch]
+        for row, image in zip(rows, kept_images(vision, choices), strict=True):
+            tiles[row].append(image)
         entries = []
-        for (key, sample), kept in zip(batch, kept_images(vision, choices), strict=True):
+        for (key, sample), own_tiles in zip(batch, tiles, strict=True):
+            kept = joined(own_tiles)
             image_size, mark = self.images.seen[str(sample.image)]
             entries.append(Entry(key, image_size, mark, kept))
         self.images.seen.clear()

@@ -280,8 +280,11 @@ def stored_images(
         stays.append(own)
         notes.append(shard.notes(number, choice))
         newline = shard.newline if newline is None else newline
+    flat = np.concatenate(rows)
+    width = flat.shape[1] // like.dtype.itemsize
     return StoredImages(
-        rows=torch.from_numpy(np.concatenate(rows)).view(like.dtype),
+        # Of one dimension first: what has no rows can't be seen as another dtype.
+        rows=torch.from_numpy(flat.reshape(-1)).view(like.dtype).view(-1, width),
         stays=torch.from_numpy(np.concatenate(stays)),
         lengths=tuple(lengths),
         ends=torch.from_numpy(np.concatenate(ends)),
