@@ -225,6 +225,12 @@ class PrunedModel:
     def _prepare_stored(self, inputs: dict[str, Any], stored: StoredImages, padding_side: str, keep: Budget) -> Pruned:
         """Return inputs for the stock model with images of a feature cache."""
         check_choice_is(stored, self.spec, keep)
+        for modality, name in self.family.pixels.items():
+            if inputs.get(name) is not None and (modality != stored.modality or not stored.lengths):
+                raise PruningError(
+                    f"the batch holds {name!r} beside stored images, which would run unpruned; a batch has all its "
+                    "images from the feature cache, or none"
+                )
         if not stored.lengths:
             nothing = {}
             if self.model.training and torch.is_grad_enabled():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from prunetune.configs import ConfigError, EvaluateConfig, RecalibrateConfig, load_config
 from prunetune.configs.load import sets
-from prunetune.data_recipes import Sample, load_recipe
+from prunetune.data_recipes import load_recipe
 from prunetune.evaluation.run.features import feature_data
 from prunetune.models import Arm
 from prunetune.models.features import FeatureData, make_features
@@ -109,17 +107,5 @@ def data_of(settings: RecalibrateConfig | EvaluateConfig) -> FeatureData:
     """
     if isinstance(settings, RecalibrateConfig):
         data = load_recipe(settings.data.recipe, **settings.data.model_dump(exclude={"recipe"}))
-        return FeatureData(data.name, RecipeSamples(data), data.images)
+        return FeatureData.of_recipe(data)
     return feature_data(settings.tasks, settings.data, settings.limit, settings.max_pixels, None)
-
-
-@dataclass(frozen=True)
-class RecipeSamples:
-    """A recipe's samples one after another, as often as they are asked for; held-out ones follow the others."""
-
-    data: Any
-
-    def __iter__(self) -> Iterator[Sample]:
-        for rows in (self.data.rows, self.data.held_out):
-            if rows is not None:
-                yield from map(Sample.from_row, rows)

@@ -190,6 +190,21 @@ def test_the_rows_are_those_that_enter_the_projector(base, cache):
     assert stored.lengths == (144,) and store.placeholders(sample) == 144 and store.kept(sample) == 16
 
 
+def test_half_precision_is_stored_as_it_is(base, tmp_path):
+    """Made in the batches that are asked for, since in half precision a batch moves features by their last bits."""
+    arm = other(base, dtype="bfloat16")
+    samples = some_samples()[::2][:4]
+    store = FeatureStore.open(made(tmp_path / "cache", arm, CHOICES[:1], data(samples), 4), arm, data(samples))
+    cached = FeatureFormatter(store, arm).training_batch(samples)
+    assert cached["stored"].rows.dtype == torch.bfloat16
+    plain = arm.place(arm.formatter(SceneImages()).training_batch(samples))
+    with torch.no_grad():
+        loss, expected = (arm.pruned.forward(**batch).loss for batch in (cached, plain))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-2)
+    kept = [arm.pruned.prepare(batch).keep for batch in (cached, plain)]
+    assert torch.equal(*kept)
+
+
 def test_an_image_is_stored_once_and_a_question_each(cache, by_question):
     assert len(FeatureStore(cache)) == 5 and len(FeatureStore(by_question)) == 10
 
@@ -368,6 +383,15 @@ def test_stored_features_of_another_budget_are_refused_by_the_plug(base, cache):
     batch = FeatureFormatter(store, base).prompt_batch(some_samples()[:2])
     with pytest.raises(PruningError, match="keep is 16 there and 12 here"):
         base.pruned.prepare(batch, keep=12)
+
+
+def test_pixels_beside_stored_features_are_refused(base, cache):
+    """A batch whose images are all elsewhere would run unpruned."""
+    store = FeatureStore.open(cache, base)
+    samples = some_samples()
+    batch = base.formatter(SceneImages()).prompt_batch(samples[:1])
+    with pytest.raises(PruningError, match="holds 'pixel_values' beside stored images"):
+        base.pruned.prepare(batch, stored=store.batch(samples[-1:]))
 
 
 def contents(folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prunetune.data_recipes import Formatter, Sample, Turn
+from prunetune.data_recipes import Formatter, RecipeData, Sample, Turn
 from prunetune.errors import PrunetuneError
 from prunetune.models.adapter import projector_state
 from prunetune.models.arm import Arm
@@ -45,6 +45,7 @@ from prunetune.screen import SCREEN, say
 
 _SHARD_BYTES = 64 * 2**20
 _SHARDS = 64  # at least so many of a large data set: they are dealt to the ranks, and a killed run loses one of each
+_MOST_SHARDS = 512  # each is an open file of every process that reads, and most systems allow 1,024
 _PROBED = 8
 _MARGIN = 1.03  # methods whose budgets adapt to the image keep a little more or less than those that were probed
 
@@ -64,6 +65,27 @@ class FeatureData:
     name: str
     samples: Iterable[Sample]
     images: Any
+
+    @classmethod
+    def of_recipe(cls, data: RecipeData) -> FeatureData:
+        """Return the images of a recipe, those that it holds out included."""
+        return cls(data.name, _RecipeSamples(data), data.images)
+
+
+@dataclass(frozen=True)
+class _RecipeSamples:
+    """A recipe's samples one after another, as often as they are asked for; held-out ones follow the others."""
+
+    data: RecipeData
+
+    def __iter__(self) -> Iterator[Sample]:
+        for rows in (self.data.rows, self.data.held_out):
+            if rows is None:
+                continue
+            # Many at a time: a look-up of each row by itself takes ten times as long.
+            for many in rows.iter(batch_size=1000):
+                for values in zip(*many.values(), strict=True):
+                    yield Sample.from_row(dict(zip(many, values, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -173,6 +195,7 @@ def _begin(plan: _Plan, arm: Arm) -> dict[str, Any]:
     earlier = read_index(plan.folder) if (plan.folder / INDEX).is_file() else None
     if earlier is None:
         number = min(int(_SHARD_BYTES / probed), -(-len(plan.entries) // _SHARDS))
+        number = max(number, -(-len(plan.entries) // _MOST_SHARDS))
         # Whole batches, so that a shard's last one is as full as the others.
         number = max(1, number // plan.batch_size) * plan.batch_size
     else:
