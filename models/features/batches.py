@@ -64,6 +64,10 @@ class FeatureFormatter:
         """Return what ``Formatter.prompt_batch`` does, without pixels."""
         return self._made(self.formatter.prompt_batch, samples)
 
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch as it is: there are no pixels to make numbers of."""
+        return batch
+
     def _made(self, make: Callable[[Sequence[Sample]], dict[str, Any]], samples: Sequence[Sample]) -> dict[str, Any]:
         if self.within is not None:
             samples = [self.within(sample) for sample in samples]
