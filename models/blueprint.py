@@ -50,6 +50,39 @@ def check_model(config: ModelConfig, spec: PruningSpec) -> PreTrainedModel:
     return model
 
 
+SHAPES = Path(__file__).resolve().parent.parent / "configs" / "shapes"
+
+
+def model_without_weights(path: str, revision: str | None = None) -> PreTrainedModel:
+    """Return a model on the meta device, made of its ``config.json`` alone; no weight file is fetched or opened.
+
+    Of the models that shipped configurations name, the sizes ship as well (``configs/shapes/``): nothing is fetched.
+
+    Args:
+        path: folder or hub id.
+        revision: of a hub id.
+
+    Raises:
+        CheckpointError: if there is no configuration, or it is none of a vision-language model.
+    """
+    folder = shipped(path)
+    own = SHAPES / f"{path.replace('/', '--')}.json"
+    source = own if own.is_file() and revision is None and not Path(folder).is_dir() else folder
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(f"{path} holds no config.json, which says how large the model is; fetch it again")
+    try:
+        stock = AutoConfig.from_pretrained(source, revision=revision)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(stock)
+    # Anything from a wrong id to no network; the user's way out is the same.
+    except Exception as error:
+        raise CheckpointError(
+            f"model {path!r}: no config.json of a vision-language model could be read: {one_line(error)}; give the "
+            "folder of a checkpoint, of which the config.json is enough"
+        ) from error
+    return model
+
+
 def _check_budget(pruned: PrunedModel) -> None:
     """Check the budget where every image has as many visual tokens: then the shape of one encoded image says it.
 
