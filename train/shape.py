@@ -6,6 +6,7 @@ weight. Embeddings are looked up and cost none.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,10 +167,14 @@ def _parameters(model: nn.Module) -> int:
     return total
 
 
-def _layers(module: nn.Module) -> nn.ModuleList:
-    """Return the module list with most weights below a module: its layers."""
+def _layers(module: nn.Module, leave_out: Collection[int] = ()) -> nn.ModuleList:
+    """Return the module list with most weights below a module, its layers; what is left out has an id named here."""
+
+    def weights(part: nn.Module) -> int:
+        return sum(_weights(linear) for linear in _linears(part) if id(linear) not in leave_out)
+
     lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-    return max(lists, key=lambda part: sum(_weights(linear) for linear in _linears(part)), default=nn.ModuleList())
+    return max(lists, key=weights, default=nn.ModuleList())
 
 
 def _language(model: nn.Module, language_model: nn.Module) -> LanguageShape:
@@ -227,7 +232,7 @@ def _tower(model: nn.Module, family: Family, projectors: list[nn.Module]) -> Tow
         return None
     tower = parts[0]
     within = {id(part) for projector in projectors for part in projector.modules()}
-    layers = _layers(tower)
+    layers = _layers(tower, within)  # deepstack's mergers are a list as well
     linears = [part for part in _linears(layers) if id(part) not in within]
     if not linears:
         return None
