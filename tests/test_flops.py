@@ -3,6 +3,9 @@
 import pytest
 import torch
 from family_world import SHAPE, TEXT, lively
+from gemma_world import tiny_gemma3, tiny_paligemma
+from generic_world import tiny as tiny_generic
+from idefics_world import tiny_idefics
 from qwen_world import CLASSES, tiny_qwen
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,13 +33,22 @@ def tiny_llava(attention="eager"):
     return lively(lambda: LlavaForConditionalGeneration(config))
 
 
-MODELS = {"llava": tiny_llava, **{kind: lambda kind=kind: tiny_qwen(attention="eager", kind=kind) for kind in CLASSES}}
+MODELS = {
+    "llava": tiny_llava,
+    "gemma3": lambda: tiny_gemma3(attention="eager"),
+    "paligemma": lambda: tiny_paligemma(attention="eager"),
+    "idefics3": lambda: tiny_idefics("idefics3", attention="eager"),
+    "smolvlm": lambda: tiny_idefics("smolvlm", attention="eager"),
+    "mistral3": lambda: tiny_generic("mistral3").eval(),  # which no family covers but the generic one
+    **{kind: lambda kind=kind: tiny_qwen(attention="eager", kind=kind) for kind in CLASSES},
+}
 
 
 def both_ways(model, checkpointing):
     """Run the frozen LLM forward and backward to its inputs, as torch counts it."""
     model.requires_grad_(False)
-    language = model.model.language_model
+    language = getattr(model.model, family_of(model).language_model)
+    language.set_attn_implementation("eager")
     if checkpointing:
         language.gradient_checkpointing_enable({"use_reentrant": False})
         language.train()

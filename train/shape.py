@@ -23,8 +23,8 @@ class LanguageShape:
         hidden: width of the residual stream.
         layers: decoder layers.
         linear: weights of all linear layers of all decoder layers.
-        last_linear: those of each layer's last one, which recomputation stops before: a frozen linear layer saves
-            nothing for the backward pass but its weight, so nothing behind it asks for its output.
+        last_linear: those of each layer's last one, if recomputation stops before it: a frozen linear layer saves
+            nothing for the backward pass but its weight, and in most models nothing asks for its output.
         query: heads x their width.
         key: key and value heads x their width.
         heads: attention heads.
@@ -184,13 +184,15 @@ def _language(model: nn.Module, language_model: nn.Module) -> LanguageShape:
     width = getattr(config, "head_dim", None) or hidden // heads
     key = getattr(config, "num_key_value_heads", None) or heads
     last = [part for part in _linears(first) if part.out_features == hidden][-1]
+    # A norm behind it, as Gemma's layers have, needs its output.
+    behind = hasattr(first, "post_feedforward_layernorm")
     spread = [part for part in _linears(first) if part.out_features == config.intermediate_size]
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     return LanguageShape(
         hidden=hidden,
         layers=len(layers),
         linear=sum(_weights(part) for part in _linears(layers)),
-        last_linear=_weights(last) * len(layers),
+        last_linear=0 if behind else _weights(last) * len(layers),
         query=heads * width,
         key=key * width,
         heads=heads,
