@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from prunetune.configs import RecalibrateConfig, load_config
+from prunetune.models.blueprint import model_without_weights
 from prunetune.train.gpus import GPUS
 from prunetune.train.plan import Plan, budgets, duration, make_plan
 
@@ -30,7 +32,12 @@ def planned_files() -> list[Path]:
 def plans(file: Path) -> tuple[Plan, Plan]:
     """Return a configuration's plans on 8 A100 with 80 GB and on one H200."""
     config = load_config(RecalibrateConfig, file)
-    return make_plan(config, GPUS["a100-80"], 8), make_plan(config, GPUS["h200"], 1)
+    model = _model(config.model.path)
+    many = make_plan(config, GPUS["a100-80"], 8, model=model)
+    return many, make_plan(config, GPUS["h200"], 1, load=many.load, model=model)
+
+
+_model = cache(model_without_weights)
 
 
 def header_of(file: Path, many: Plan, one: Plan) -> str:

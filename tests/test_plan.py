@@ -1,6 +1,7 @@
-"""The plan of a recalibration: held against processors, saved tensors and known figures, and told in one line if wrong."""
+"""The plan of a recalibration, held against processors, saved tensors and known figures."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -9,15 +10,20 @@ from test_flops import tiny_llava
 
 from prunetune.cli import main
 from prunetune.configs import RecalibrateConfig, load_config
-from prunetune.models.blueprint import model_without_weights
+from prunetune.data_recipes import load_recipe
+from prunetune.models import blueprint
 from prunetune.pruning import PruningSpec
+from prunetune.scripts.planned import written
+from prunetune.train.flops import flops_of
 from prunetune.train.gpus import GPUS
 from prunetune.train.memory import GIB, layer_activations, memory_needs
-from prunetune.train.plan import make_plan
+from prunetune.train.plan import as_computed, prediction, samples_per_step
+from prunetune.train.plan import make_plan as plan_of
 from prunetune.train.shape import shape_of
 from prunetune.train.visual import Visual, visual_of
-from prunetune.train.workload import estimated_lengths, workload_of, workload_of_data
+from prunetune.train.workload import estimated_lengths, workload_of_data
 
+model_without_weights = cache(blueprint.model_without_weights)
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 TINY = "recalibrate/tiny_divprune_16"
 SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -96,10 +102,6 @@ def test_13b_in_bfloat16_fits_one_80_gb_card():
     assert needs.largest_token_budget(GPUS["a100-80"].memory) > 4096
 
 
-def real(path, **options):
-    return visual_of(model_without_weights(path), options.pop("height"), options.pop("width"))
-
-
 SIZES = [(480, 640), (640, 480), (375, 500), (1000, 300), (336, 336), (700, 700)]
 
 
@@ -119,8 +121,9 @@ def test_images_are_cut_up_as_processors_do_it(height, width):
     ours = visual_of(views, height, width)
     assert (ours.items, ours.tokens, ours.patches) == (crops, 576, 577)
 
-    (grid,) = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, size={"shortest_edge": 3136,
-                                       "longest_edge": 12845056})(picture, return_tensors="pt")["image_grid_thw"]  # fmt: skip
+    area = {"shortest_edge": 3136, "longest_edge": 12845056}
+    processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, size=area)
+    (grid,) = processor(picture, return_tensors="pt")["image_grid_thw"]
     ours = visual_of(model_without_weights("Qwen/Qwen2.5-VL-7B-Instruct"), height, width)
     assert (ours.items, ours.patches, ours.tokens) == (1, int(grid.prod()), int(grid.prod()) // 4)
 
@@ -146,6 +149,10 @@ def test_a_budget_is_of_an_item_or_of_the_image():
 
 def configured(*overrides):
     return load_config(RecalibrateConfig, "recalibrate/llava15_7b_prismprune_64", list(overrides))
+
+
+def make_plan(config, *arguments, **options):
+    return plan_of(config, *arguments, model=model_without_weights(config.model.path), **options)
 
 
 def test_the_shipped_7b_configuration_costs_the_known_figure():
@@ -184,14 +191,24 @@ def test_steps_and_shares_of_an_epoch_are_counted():
     )
 
 
-def test_data_that_is_here_is_counted_and_not_assumed(samples):
+def test_a_run_is_predicted_by_the_steps_that_are_left():
+    config = load_config(RecalibrateConfig, TINY)
+    model = model_without_weights(config.model.path)
+    data = load_recipe(config.data.recipe, max_samples=40)
+    lengths = [100] * 40
+    whole, half = (prediction(config, model, data, 2, GPUS["l4"], steps, lengths) for steps in (200, 100))
+    assert whole == pytest.approx(2 * half) and prediction(config, model, data, 2, None, 100, lengths) is None
+    load = workload_of_data(config, model, data, lengths)
+    cost = flops_of(shape_of(model), as_computed(config, load)).total / 40 * 100 * samples_per_step(config, 2)
+    assert half == pytest.approx(cost / 121e12 / 0.45 / 2)
+
+
+def test_data_that_is_here_is_counted_and_not_assumed():
     config = load_config(RecalibrateConfig, TINY, ["--data.max_samples", "40"])
     model = model_without_weights(config.model.path)
-    load = workload_of(config, model)
-    assert load.measured and load.samples == 40 and {source.visual for source in load.sources} == {16}
-    from prunetune.data_recipes import load_recipe
-
     data = load_recipe(config.data.recipe, max_samples=40)
+    load = workload_of_data(config, model, data)
+    assert load.measured and load.samples == 40 and {source.visual for source in load.sources} == {16}
     lengths = list(range(100, 140))
     load = workload_of_data(config, model, data, lengths)
     assert load.work.tokens == sum(lengths) + 16 * 40 and load.longest == 139 + 16
@@ -258,3 +275,9 @@ def test_a_config_file_is_enough_of_a_model(tmp_path):
     main(["plan", "--config", TINY, "--model.path", str(folder), "--data.max_samples", "8",
           "--write", str(tmp_path / "plan.json")])  # fmt: skip
     assert json.loads((tmp_path / "plan.json").read_text())["samples"] == 8
+
+
+def test_headers_and_the_page_hold_what_is_planned():
+    """Written by ``python -m prunetune.scripts.planned``."""
+    for file, text in written():
+        assert file.read_text() == text, file

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from prunetune.configs import ConfigError, RecalibrateConfig
+from prunetune.data_recipes import RecipeData
 from prunetune.models.blueprint import model_without_weights
 from prunetune.models.profile import resolved
 from prunetune.pruning.families import name_projector
@@ -16,13 +20,12 @@ from prunetune.train.flops import Flops, Work, flops_of
 from prunetune.train.gpus import GPUS, Gpu
 from prunetune.train.memory import GIB, MemoryNeeds, memory_needs
 from prunetune.train.shape import ModelShape, shape_of
-from prunetune.train.workload import PADDED, Workload, prefix_of, workload_of
+from prunetune.train.workload import PADDED, Workload, prefix_of, workload_of, workload_of_data
 
 MFU = 0.45
 """Assumed share of the peak."""
 FLOAT8_GAIN = 1.6
 """Assumed speed of frozen linear layers in float8, against bfloat16; their peak is twice as high."""
-IMAGES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,6 @@ class Plan:
     steps: int
     checkpointing: bool
     assumptions: list[str]
-
-    @property
-    def epochs(self) -> float:
-        """Passes over the data."""
-        per_step = samples_per_step(self.config, self.gpus)
-        return min(self.steps * per_step / self.load.samples, max(self.config.train.epochs, 0.0))
 
     @property
     def seconds(self) -> float:
@@ -154,7 +151,12 @@ class Plan:
 
 
 def make_plan(
-    config: RecalibrateConfig, gpu: Gpu, gpus: int = 8, mfu: float = MFU, load: Workload | None = None
+    config: RecalibrateConfig,
+    gpu: Gpu,
+    gpus: int = 8,
+    mfu: float = MFU,
+    load: Workload | None = None,
+    model: PreTrainedModel | None = None,
 ) -> Plan:
     """Return what a recalibration will cost on some GPUs; no weight is read.
 
@@ -164,6 +166,7 @@ def make_plan(
         gpus: how many.
         mfu: assumed share of their peak.
         load: what there is to process; None reads the data, or assumes what it can where that is not there.
+        model: the stock model, of which sizes alone are read; None makes it of its configuration.
 
     Raises:
         CheckpointError: without the model's configuration.
@@ -171,7 +174,8 @@ def make_plan(
         DataError, PruningError: for data or a budget that can't work.
     """
     config = config.model_copy(update={"pruning": resolved(config.pruning)})
-    model = model_without_weights(config.model.path, config.model.revision)
+    if model is None:
+        model = model_without_weights(config.model.path, config.model.revision)
     if config.model.projector is not None:
         name_projector(model, config.model.projector)
     shape = shape_of(model)
@@ -184,13 +188,45 @@ def make_plan(
     checkpointing = config.engine.checkpointing
     if checkpointing == "auto":
         checkpointing = needs.needs_checkpointing(at_once, gpu.memory)
-    share = min(steps * samples_per_step(config, gpus) / load.samples, config.train.epochs)
+    share = steps * samples_per_step(config, gpus) / load.samples
+    if config.train.max_steps < 0:  # else steps go on over the end of an epoch
+        share = min(share, config.train.epochs)
     work = as_computed(config, load).times(share)
     cost = flops_of(shape, work, bool(checkpointing), config.engine.stop_tower)
     assumptions = [*load.assumptions, f"MFU {mfu:.0%} of {gpu.bfloat16} TFLOP/s, data in time, no time for the ranks"]
     if config.engine.float8:
         assumptions.append(f"frozen linear layers {FLOAT8_GAIN} times as fast in float8")
     return Plan(config, shape, load, work, cost, needs, gpu, gpus, mfu, steps, bool(checkpointing), assumptions)
+
+
+def prediction(
+    config: RecalibrateConfig,
+    model: PreTrainedModel,
+    data: RecipeData,
+    ranks: int,
+    gpu: Gpu | None,
+    steps: int,
+    lengths: Sequence[int] | None = None,
+) -> float | None:
+    """Return the seconds that so many steps of a run are predicted to take, to be held against those that they took.
+
+    Args:
+        config: the recalibration's.
+        model: the stock model.
+        data: what it trains on.
+        ranks: devices.
+        gpu: which, see :func:`prunetune.train.gpus.gpu_of_device`; None, as on a CPU, is predicted nothing for.
+        steps: optimizer steps, which a resumed run has fewer of.
+        lengths: text tokens of every sample, without visual tokens; None counts or estimates them.
+
+    Raises:
+        ConfigError: for a token budget smaller than one sample.
+    """
+    if gpu is None:
+        return None
+    load = workload_of_data(config, model, data, lengths)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps})})
+    return make_plan(config, gpu, ranks, load=load, model=model).seconds
 
 
 def predicted_seconds(cost: Flops, peak: float, mfu: float = MFU, float8: bool = False) -> float:

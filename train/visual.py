@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
@@ -18,6 +19,8 @@ TILES = 12
 """InternVL's processor cuts an image into at most so many tiles, beside a view of the whole."""
 LONG_SIDE = 4
 """Idefics 3's processor makes so many tiles of an image's long side, beside a view of the whole."""
+
+_ENCODED: WeakKeyDictionary[Any, Visual] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ def visual_of(model: Any, height: int, width: int) -> Visual:
         short, long = sorted((height, width))
         tiles = LONG_SIDE * math.ceil(LONG_SIDE * short / long) + 1
         return Visual(tiles, (side // patch) ** 2 // config.scale_factor**2, (side // patch) ** 2, sized=True)
-    return _encoded(model, (side // patch) ** 2)
+    if model not in _ENCODED:  # a second of the meta device's time
+        _ENCODED[model] = _encoded(model, (side // patch) ** 2)
+    return _ENCODED[model]
 
 
 def _encoded(model: Any, patches: int) -> Visual:
