@@ -126,6 +126,8 @@ def test_the_7b_shape_costs_the_known_figures():
 def test_sequences_do_not_see_each_other():
     assert sequences([3, 4]) == sequence(3) + sequence(4) == Work(tokens=7, pairs=6 + 10)
     assert sequence(3).times(2) == sequences([3, 3])
+    behind = sequence(10) + Work(tokens=-4, pairs=-10)  # what a prefix of 4 tokens costs is left out
+    assert sequences([6], shared=4) == behind
 
 
 def test_a_window_bounds_what_attention_costs():

@@ -14,13 +14,13 @@ from prunetune.data_recipes import load_recipe
 from prunetune.models import blueprint
 from prunetune.pruning import PruningSpec
 from prunetune.scripts.planned import written
-from prunetune.train.flops import flops_of
+from prunetune.train.flops import Work, flops_of, image
 from prunetune.train.gpus import GPUS
 from prunetune.train.memory import GIB, layer_activations, memory_needs
 from prunetune.train.plan import as_computed, prediction, samples_per_step
 from prunetune.train.plan import make_plan as plan_of
 from prunetune.train.shape import shape_of
-from prunetune.train.visual import Visual, visual_of
+from prunetune.train.visual import Visual, tower_work, visual_of
 from prunetune.train.workload import estimated_lengths, workload_of_data
 
 model_without_weights = cache(blueprint.model_without_weights)
@@ -92,7 +92,7 @@ def test_memory_by_part_is_what_dtype_and_stage_say(shape):
     assert saved == shape.language.linear
     parts = plain.parts(1000, False)
     assert sum(parts.values()) == plain.needed(1000, False)
-    assert parts["logits"] == 1000 * 32064 * 10  # in half precision, in float32, and the gradient
+    assert parts["logits"] == 1000 * 32064 * 12  # twice in half precision, twice in float32
     everything = memory_needs(shape, "bfloat16", supervised_logits=False)
     assert everything.parts(5000, False)["logits"] == 5 * parts["logits"] > plain.parts(5000, False)["logits"]
 
@@ -138,6 +138,20 @@ def test_images_of_one_size_have_the_tokens_that_the_model_makes():
     assert visual_of(tiny_llava(), 200, 300) == Visual(1, 36, 37)
 
 
+def test_a_batch_has_the_tower_work_of_its_images():
+    assert tower_work(tiny_llava(), {"pixel_values": torch.zeros(3, 3, 24, 24)}) == image(37, 3)
+    qwen = model_without_weights("Qwen/Qwen2.5-VL-7B-Instruct")
+    grids = torch.tensor([[1, 8, 12], [1, 4, 4]])
+    batch = {"pixel_values": torch.zeros(112, 1176), "image_grid_thw": grids}
+    assert tower_work(qwen, batch) == image(96) + image(16)
+    views = model_without_weights("llava-hf/llava-v1.6-vicuna-7b-hf")
+    sizes = torch.tensor([[480, 640], [300, 900]])  # of the second one crop pads the batch
+    crops = [visual_of(views, *size).items for size in sizes.tolist()]
+    padded = {"pixel_values": torch.zeros(2, max(crops), 3, 336, 336), "image_sizes": sizes}
+    assert tower_work(views, padded) == image(577, sum(crops)) and min(crops) < max(crops)
+    assert tower_work(views, {"input_ids": sizes}) == Work()
+
+
 def test_a_budget_is_of_an_item_or_of_the_image():
     visual = Visual(5, 576, 577, row_ends=48, sized=True)
     assert visual.kept(PruningSpec("divprune", 128, newline="none")) == 640
@@ -145,6 +159,11 @@ def test_a_budget_is_of_an_item_or_of_the_image():
     assert visual.kept(PruningSpec("divprune", 128, scope="image", newline="none")) == 128
     assert visual.kept(PruningSpec("divprune", "50%", newline="none")) == 5 * 288
     assert visual.kept(PruningSpec("divprune", 600, newline="none", small_images="keep_all")) == 5 * 576
+
+
+@cache
+def tiny_data():
+    return load_recipe("tiny_world", max_samples=40)
 
 
 def configured(*overrides):
@@ -194,8 +213,7 @@ def test_steps_and_shares_of_an_epoch_are_counted():
 def test_a_run_is_predicted_by_the_steps_that_are_left():
     config = load_config(RecalibrateConfig, TINY)
     model = model_without_weights(config.model.path)
-    data = load_recipe(config.data.recipe, max_samples=40)
-    lengths = [100] * 40
+    data, lengths = tiny_data(), [100] * 40
     whole, half = (prediction(config, model, data, 2, GPUS["l4"], steps, lengths) for steps in (200, 100))
     assert whole == pytest.approx(2 * half) and prediction(config, model, data, 2, None, 100, lengths) is None
     load = workload_of_data(config, model, data, lengths)
@@ -206,7 +224,7 @@ def test_a_run_is_predicted_by_the_steps_that_are_left():
 def test_data_that_is_here_is_counted_and_not_assumed():
     config = load_config(RecalibrateConfig, TINY, ["--data.max_samples", "40"])
     model = model_without_weights(config.model.path)
-    data = load_recipe(config.data.recipe, max_samples=40)
+    data = tiny_data()
     load = workload_of_data(config, model, data)
     assert load.measured and load.samples == 40 and {source.visual for source in load.sources} == {16}
     lengths = list(range(100, 140))

@@ -100,12 +100,17 @@ def sequence(length: float) -> Work:
     return Work(tokens=length, pairs=length * (length + 1) / 2)
 
 
-def sequences(lengths: Iterable[float]) -> Work:
-    """Return the LLM's work of sequences that do not see each other."""
+def sequences(lengths: Iterable[float], shared: int = 0) -> Work:
+    """Return the LLM's work of sequences that do not see each other, without its logits.
+
+    Args:
+        lengths: of each, the shared prefix left out.
+        shared: tokens of a prefix whose keys and values are there, and which all of them see.
+    """
     tokens = pairs = 0.0
     for length in lengths:
         tokens += length
-        pairs += length * (length + 1) / 2
+        pairs += length * (length + 1) / 2 + length * shared
     return Work(tokens=tokens, pairs=pairs)
 
 

@@ -174,8 +174,8 @@ def memory_needs(
         per_token_passing=size * (6 * language.hidden + 3 * language.feed_forward) + 4 * language.hidden,
         per_visual=projector.width * size,
         per_item=per_item,
-        # Logits, their float32 copy, and its gradient.
-        per_logit=language.vocabulary * (size + 4 + 4),
+        # Logits, their float32 copy, its log-softmax, and the gradient in the model's dtype.
+        per_logit=language.vocabulary * (2 * size + 4 + 4),
         visual_share=visual_share,
         item_share=item_share,
         logit_share=logit_share,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +15,7 @@ from prunetune.pruning import PruningError, PruningSpec
 from prunetune.pruning.budget import resolve_budget
 from prunetune.pruning.families import family_of
 from prunetune.pruning.families.anyres import crops_of
+from prunetune.train.flops import Work, image
 
 TILES = 12
 """InternVL's processor cuts an image into at most so many tiles, beside a view of the whole."""
@@ -95,6 +97,30 @@ def visual_of(model: Any, height: int, width: int) -> Visual:
     if model not in _ENCODED:  # a second of the meta device's time
         _ENCODED[model] = _encoded(model, (side // patch) ** 2)
     return _ENCODED[model]
+
+
+def tower_work(model: Any, inputs: Mapping[str, Any]) -> Work:
+    """Return the tower's work of a batch, by the shapes of its pixels.
+
+    Args:
+        model: the stock model.
+        inputs: of a processor, still on the CPU: sizes of images are read from them.
+    """
+    work = Work()
+    for pixels, grids in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+        values = inputs.get(pixels)
+        if values is None:
+            continue
+        if values.ndim == 2:  # patches of all images behind one another
+            for frames, rows, columns in inputs[grids].tolist():
+                work += image(rows * columns, frames)
+            continue
+        items = math.prod(values.shape[:-3])
+        if values.ndim == 5 and pixels == "pixel_values" and getattr(model.config, "image_grid_pinpoints", None):
+            items = sum(crops_of(model, inputs["image_sizes"]))  # without those that pad a batch
+        patch = _side(model.config.vision_config.patch_size)
+        work += image(_patches(model, (values.shape[-2] // patch) * (values.shape[-1] // patch)), items)
+    return work
 
 
 def _encoded(model: Any, patches: int) -> Visual:

@@ -18,7 +18,7 @@ from prunetune.data_recipes.formats import LlavaJsonRecipe, Recipe
 from prunetune.data_recipes.recipe import read_recipe
 from prunetune.data_recipes.videos import VIDEO
 from prunetune.errors import PrunetuneError
-from prunetune.models.loading import load_processor
+from prunetune.models.loading import CheckpointError, load_processor
 from prunetune.pruning import PruningSpec
 from prunetune.train.flops import Work, sequences
 from prunetune.train.visual import Visual, visual_of
@@ -207,20 +207,15 @@ def _images(visual: Visual, images: int, spec: PruningSpec) -> Work:
 
 def _text_lengths(config: RecalibrateConfig, data: RecipeData, assumptions: list[str]) -> Any:
     """Return every sample's text tokens, counted where the tokenizer is there and estimated from words elsewhere."""
+    from prunetune.data_recipes.lengths import text_lengths
+
     try:
-        from prunetune.data_recipes.lengths import text_lengths
-    except ImportError:
-        text_lengths = None
-    if text_lengths is not None:
-        try:
-            processor = load_processor(config.model.path, config.model.revision)
-            formatter = Formatter(processor, data.images, config.model.template, config.model.square)
-            return text_lengths(data, formatter)
-        except PrunetuneError as error:
-            assumptions.append(f"text is not tokenised but estimated from its words ({error})")
-            return estimated_lengths(data)
-    assumptions.append("text is not tokenised but estimated from its words")
-    return estimated_lengths(data)
+        processor = load_processor(config.model.path, config.model.revision)
+        formatter = Formatter(processor, data.images, config.model.template, config.model.square)
+        return text_lengths(data, formatter)
+    except CheckpointError as error:  # its config.json alone may be here
+        assumptions.append(f"text is not tokenised but estimated from its words: {error}")
+        return estimated_lengths(data)
 
 
 def estimated_lengths(data: RecipeData) -> list[int]:
