@@ -6,6 +6,7 @@ if __name__ != "prunetune.configs":
 from prunetune.configs.load import ConfigError, load_config, to_yaml
 from prunetune.configs.schema import (
     DataConfig,
+    EngineConfig,
     EvaluateConfig,
     ModelConfig,
     RecalibrateConfig,
@@ -16,6 +17,7 @@ from prunetune.configs.schema import (
 __all__ = [
     "ConfigError",
     "DataConfig",
+    "EngineConfig",
     "EvaluateConfig",
     "ModelConfig",
     "RecalibrateConfig",

@@ -19,6 +19,9 @@ FOLDER = Path(__file__).parent
 _FLAGS = {"overwrite"}
 """What may be said without a value, as of commands that have no configuration."""
 
+_MOVED = {"train.packing": "engine.packing", "train.gradient_checkpointing": "engine.checkpointing"}
+"""Keys of former releases."""
+
 
 class ConfigError(PrunetuneError):
     """A configuration that can't be used; the message lists every error in it."""
@@ -180,6 +183,8 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
 def _explain(schema: type[BaseModel], detail: Any) -> str:
     path = [str(part) for part in detail["loc"]]
     key = ".".join(path)
+    if detail["type"] == "extra_forbidden" and key in _MOVED:
+        return f"  {key}: unknown key; it is {_MOVED[key]} now"
     if detail["type"] == "extra_forbidden":
         known = _fields(schema, path[:-1])
         hint = nearest(path[-1], known).removeprefix(", ") or f"known keys: {', '.join(known)}"

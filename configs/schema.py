@@ -79,8 +79,15 @@ class TrainConfig(Section):
     max_steps: int = Field(
         -1, ge=-1, description="stop after this many optimizer steps; -1 is no limit, 0 writes the projector as it is"
     )
-    batch_size: int = Field(16, ge=1, description="samples per device and step")
-    accumulation: int = Field(1, ge=1, description="steps whose gradients are added up before an update")
+    batch_size: int = Field(16, ge=1, description="samples per device; all devices' together make one micro-batch each")
+    accumulation: int = Field(
+        1, ge=1, description="micro-batches per device before an update, which sees batch_size x accumulation x devices"
+    )
+    loss: Literal["token_mean", "micro_batch_mean"] = Field(
+        "token_mean",
+        description="mean over all supervised tokens of an update, however they are laid out, or of the means of its "
+        "micro-batches, as LLaVA's own training and so the papers' recipe means it",
+    )
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of all steps in which the learning rate rises")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="course of the learning rate after the warm-up"
@@ -92,12 +99,9 @@ class TrainConfig(Section):
     sampling: Literal["shuffled", "length", "modality_length"] = Field(
         "shuffled", description="order of samples: random, or batches of similar length, of one modality (as LLaVA's)"
     )
-    packing: bool = Field(
-        False, description="put a device's batch into one row without padding; samples do not see each other"
-    )
-    deepspeed: str = Field("zero2", description="zero2, zero3, or the path of a DeepSpeed JSON")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute the LLM's activations; the tower is never touched"
+    deepspeed: str = Field(
+        "zero1",
+        description="zero1, zero2, zero3 (for models that do not fit one device), or the path of a DeepSpeed JSON",
     )
     save_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     log_steps: int = Field(1, ge=1, description="optimizer steps between rows of the log")
@@ -106,6 +110,38 @@ class TrainConfig(Section):
         None, description="modules that train; None is the family's projector. Anything else but the projector stops"
     )
     resume: Literal["auto", "never"] = Field("auto", description="go on from the last checkpoint in the output folder")
+
+
+class EngineConfig(Section):
+    """How a step is computed: no switch changes loss or gradient beyond rounding, each changes what they cost."""
+
+    token_budget: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens that a device takes at once, after pruning; the samples of an update are laid out by "
+        "it, over devices and micro-batches. None takes batch_size samples at once",
+    )
+    packing: bool | Literal["auto"] = Field(
+        "auto",
+        description="put a micro-batch into one row without padding, samples do not see each other; auto does where "
+        "the family's attention is causal alone",
+    )
+    supervised_logits: bool = Field(
+        True, description="compute logits and their loss at supervised positions only, in pieces"
+    )
+    shared_prefix: bool = Field(
+        True, description="compute what all prompts begin with once, as keys and values; where samples are packed"
+    )
+    project_kept: bool = Field(
+        True, description="project kept tokens only, where the method does not choose by the projector's output"
+    )
+    stop_tower: bool = Field(True, description="leave out vision layers behind the last one that anything reads")
+    checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="recompute the LLM's activations; auto does if they would not fit the device's memory"
+    )
+    float8: bool = Field(
+        False, description="compute the LLM's frozen linear layers in float8, on GPUs that can; evaluation never does"
+    )
 
 
 class TrackingConfig(Section):
@@ -142,6 +178,7 @@ class RecalibrateConfig(PluggedConfig):
     pruning: PruningSpec
     data: DataConfig
     train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
     output: str = Field(description="folder for the adapter, checkpoints, logs and the effective config")
     overwrite: bool = Field(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from prunetune.data_recipes.content import column
 from prunetune.data_recipes.images import ImageOpener
 from prunetune.data_recipes.llava_json import BrokenRecord, check_sources, read_llava
 from prunetune.data_recipes.parquet import ROW, ParquetImages, parquet_rows
@@ -22,7 +23,7 @@ from prunetune.reading import shown
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PARSER_VERSION = 2
+PARSER_VERSION = 3
 """Part of the cache's key: raise it when the same file is read into other rows."""
 MIX = "llava_v1_5_mix665k.json"
 
@@ -98,8 +99,15 @@ class LlavaJsonRecipe(Recipe):
         path = self.data_file(file, image_root)
         check_sources(self.sources or ())
         rows = _cached_rows(path, self.sources)
-        embedded = any(image is not None and image.startswith(ROW) for image in rows["image"])
+        embedded = _any_in_file(rows)
         return rows, ParquetImages(parquet_rows(path)) if embedded else FolderVisuals(image_root, self.video)
+
+
+def _any_in_file(rows: Dataset) -> bool:
+    """Return whether an image lies in the data file itself."""
+    import pyarrow.compute as pc  # takes a second, as `datasets` does
+
+    return bool(pc.any(pc.starts_with(column(rows, "image"), ROW)).as_py())
 
 
 def _cached_rows(path: Path, sources: list[str] | None) -> Dataset:

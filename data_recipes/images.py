@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import IO, Any, Protocol
 
 from PIL import Image
 
+from prunetune.data_recipes.presence import missing_files
 from prunetune.data_recipes.sample import DataError
 from prunetune.reading import one_line, shown
 
@@ -99,6 +101,14 @@ class FolderImages(StoredImages):
             return not leaves_root(reference) and (self.root / reference).is_file()
         except OSError as error:  # a name that no file can have, or a folder that may not be read
             raise DataError(f"image {shown(reference)} can't be looked up: {error.strerror}") from None
+
+    def missing(self, references: Sequence[str]) -> set[str]:
+        """Return which of the references, each given once, are not there; see :mod:`prunetune.data_recipes.presence`.
+
+        Raises:
+            DataError: as :meth:`exists` does.
+        """
+        return missing_files(self.root, references, self.exists)
 
     def open(self, reference: str, sample_id: str) -> Image.Image:
         """Return the decoded RGB image."""

@@ -231,7 +231,11 @@ def _turns(messages: list[Any], where: str, has_image: bool) -> Iterator[Turn]:
         placeholders += asked["value"].count(_IMAGE)
         if _IMAGE in answered["value"]:
             raise PlaceholderError(f"{where}: message {index + 1}, an answer, holds {_IMAGE}")
-        yield Turn(asked["value"].replace(_IMAGE, "").strip(), answered["value"].strip())
+        # As LLaVA does: the turn of the image is stripped, and no other; its chat template breaks the line.
+        question = asked["value"]
+        if _IMAGE in question:
+            question = question.replace(_IMAGE, "").strip()
+        yield Turn(question, answered["value"])
     if placeholders != int(has_image):
         raise PlaceholderError(f"{where}: {placeholders} {_IMAGE} placeholders, but {int(has_image)} image")
     if has_image and _IMAGE not in messages[first]["value"]:

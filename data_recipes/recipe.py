@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from pydantic import ValidationError
 
+from prunetune.data_recipes.content import column, content_hash
 from prunetune.data_recipes.formats import LlavaJsonRecipe, Recipe, format_of, recipe_folders
 from prunetune.data_recipes.images import ImageOpener, limited
 from prunetune.data_recipes.sample import DataError, Sample
 from prunetune.reading import read_yaml, shown
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 
@@ -30,7 +30,7 @@ class RecipeData:
         name: the recipe's name.
         rows: one row per sample, see ``Sample.to_row``.
         images: opens the samples' images.
-        content_hash: SHA-256 of all rows in order.
+        content_hash: SHA-256 of all rows in order, see :func:`prunetune.data_recipes.content.content_hash`.
         counts: samples per source.
         missing: samples left out because their image file is missing.
         held_out: rows set aside by the recipe, of the same kind.
@@ -140,35 +140,29 @@ def load_recipe(
     images = limited(images, max_pixels)
     rows, broken = _whole(rows, tolerated(recipe.max_broken, max_broken))
     rows, missing = _present(rows, images, tolerated(recipe.max_missing, max_missing))
-    order = _thinned(recipe, rows["source"], seed)
+    order = _thinned(recipe, column(rows, "source"), seed)
     held_out = None
     # Before the subset is drawn, so that a smaller subset holds out the same images.
     if recipe.held_out:
-        held = _held_out(recipe, rows["image"], order, seed)
-        held_out = rows.select(sorted(held))
-        order = [index for index in order if index not in held]
-    if not order:
+        held = _held_out(recipe, column(rows, "image"), order, seed)
+        held_out = rows.select(order[held])
+        order = order[~held]
+    if not len(order):
         raise DataError(f"recipe {recipe.name!r} leaves no sample to train on")
     if max_samples is not None and max_samples < len(order):
-        order = sorted(random.Random(seed).sample(order, max_samples))
+        order = np.sort(order[random.Random(seed).sample(range(len(order)), max_samples)])
     if len(order) < len(rows):  # a selection of everything would cost each look-up one more
         rows = rows.select(order)
-    content_hash, counts = _hash_and_counts(rows)
-    return RecipeData(recipe.name, rows, images, content_hash, counts, missing, held_out, broken)
+    return RecipeData(recipe.name, rows, images, content_hash(rows), _counts(rows), missing, held_out, broken)
 
 
-def _hash_and_counts(rows: Dataset) -> tuple[str, dict[str, int]]:
-    """Return a SHA-256 of all rows in order, and how many each source has; both in one pass over the rows."""
-    digest = hashlib.sha256()
-    counts = Counter[str]()
-    for row in rows:
-        # Sorted keys: the order of a file's columns is no part of the data.
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
-        counts[row["source"]] += 1
-    return digest.hexdigest(), dict(sorted(counts.items()))
+def _counts(rows: Dataset) -> dict[str, int]:
+    """Return how many samples each source has."""
+    found = column(rows, "source").value_counts().to_pylist()
+    return {pair["values"]: pair["counts"] for pair in sorted(found, key=lambda pair: str(pair["values"]))}
 
 
-def _thinned(recipe: Recipe, sources: list[str], seed: int) -> list[int]:
+def _thinned(recipe: Recipe, sources: pa.ChunkedArray, seed: int) -> np.ndarray:
     """Return the rows that weights and caps leave, in order.
 
     Of the sources ``[vg, gqa, vg, gqa]`` with the weight 0.5 for vg and no cap, one of the rows 0 and 2 is drawn, and
@@ -177,21 +171,27 @@ def _thinned(recipe: Recipe, sources: list[str], seed: int) -> list[int]:
     Raises:
         DataError: for a source that the data does not have.
     """
-    strange = (set(recipe.weights) | set(recipe.caps)) - set(sources)
+    codes, names = _codes(sources)
+    strange = (set(recipe.weights) | set(recipe.caps)) - set(names)
     if strange:
         raise DataError(f"recipe {recipe.name!r} weighs or caps {sorted(strange)}, which the data does not have")
-    rows_of: dict[str, list[int]] = {}
-    for index, source in enumerate(sources):
-        rows_of.setdefault(source, []).append(index)
-    kept: list[int] = []
-    for source, rows in rows_of.items():
+    kept = np.ones(len(codes), dtype=bool)
+    for code, source in enumerate(names):
+        rows = np.flatnonzero(codes == code)
         weighted = round(recipe.weights.get(source, 1.0) * len(rows))
         number = min(max(weighted, 1), recipe.caps.get(source, len(rows)))
         if number < len(rows):
             # A generator of each source's own: another source's weight leaves this draw as it was.
-            rows = random.Random(f"{source} {seed}").sample(rows, number)
-        kept += rows
-    return sorted(kept)
+            drawn = random.Random(f"{source} {seed}").sample(range(len(rows)), number)
+            kept[rows] = False
+            kept[rows[drawn]] = True
+    return np.flatnonzero(kept)
+
+
+def _codes(values: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """Return for each value which of the names it is; the names in the order of their first appearance."""
+    encoded = values.combine_chunks().dictionary_encode()
+    return encoded.indices.to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist()
 
 
 def tolerated(recipes: float | None, asked: float | None) -> float:
@@ -201,36 +201,37 @@ def tolerated(recipes: float | None, asked: float | None) -> float:
     return 0.01 if recipes is None else recipes
 
 
-def _held_out(recipe: Recipe, images: list[str | None], order: list[int], seed: int) -> set[int]:
-    """Return at least ``held_out`` of the rows in ``order``, whole images at a time, so that none is trained on.
+def _held_out(recipe: Recipe, images: pa.ChunkedArray, order: np.ndarray, seed: int) -> np.ndarray:
+    """Return which of ``order`` are held out: at least ``held_out``, whole images, so that none is trained on.
 
     Raises:
         DataError: if nothing would be left.
     """
-    groups: dict[str, list[int]] = {}
-    for index in order:
-        image = images[index] or f"text {index}"  # a sample without an image is a group of its own
-        groups.setdefault(image, []).append(index)
-    names = list(groups)
-    random.Random(f"held out {seed}").shuffle(names)
-    held: set[int] = set()
-    while names and len(held) < recipe.held_out:
-        held.update(groups[names.pop()])
-    if len(held) >= len(order):
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    chosen = images.combine_chunks().take(pa.array(order))
+    alone = pa.array([f"text {index}" for index in order])  # a sample without an image is a group of its own
+    named = pc.if_else(pc.fill_null(pc.not_equal(chosen, ""), False), chosen, alone)
+    codes, names = _codes(pa.chunked_array([named]))
+    groups = list(range(len(names)))
+    random.Random(f"held out {seed}").shuffle(groups)
+    groups.reverse()
+    held_in_all = np.cumsum(np.bincount(codes, minlength=len(names))[groups])
+    number = int(np.searchsorted(held_in_all, recipe.held_out)) + 1  # groups until there are enough
+    held = np.zeros(len(names), dtype=bool)
+    held[groups[:number]] = True
+    if held[codes].all():
         raise DataError(f"recipe {recipe.name!r} holds out {recipe.held_out} of only {len(order)} samples")
-    return held
+    return held[codes]
 
 
 def _whole(rows: Dataset, max_broken: float) -> tuple[Dataset, list[str]]:
     """Leave out the rows of records that are no conversation, and return what is wrong with each."""
     if "broken" not in rows.column_names:
         return rows, []
-    whole, broken = [], []
-    for index, fault in enumerate(rows["broken"]):
-        if fault is None:
-            whole.append(index)
-        else:
-            broken.append(fault)
+    faults = column(rows, "broken")
+    broken = faults.drop_null().to_pylist()
     if len(broken) > max_broken * len(rows):
         raise DataError(
             f"{len(broken)} of {len(rows)} records are no conversation ({'; '.join(broken[:3])}), more than "
@@ -239,23 +240,32 @@ def _whole(rows: Dataset, max_broken: float) -> tuple[Dataset, list[str]]:
         )
     rows = rows.remove_columns("broken")
     if broken:  # a selection costs every later look-up one more
-        rows = rows.select(whole)
+        rows = rows.select(np.flatnonzero(faults.is_null().to_numpy()))
     return rows, broken
 
 
 def _present(rows: Dataset, images: ImageOpener, max_missing: float) -> tuple[Dataset, list[str]]:
     """Leave out the rows whose image is not there, and return their references."""
-    there, missing = [], []
-    for index, image in enumerate(rows["image"]):
-        if image is None or images.exists(image):
-            there.append(index)
-        else:
-            missing.append(str(image))
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    named = column(rows, "image")
+    gone = _missing_of(images, named.unique().drop_null().to_pylist())
+    if not gone:
+        return rows, []
+    absent = pc.is_in(named, value_set=pa.array(sorted(gone), type=named.type))
+    missing = named.filter(absent).to_pylist()
     if len(missing) > max_missing * len(rows):
         raise DataError(
             f"{len(missing)} of {len(rows)} samples miss their image file ({', '.join(missing[:3])}, ...), more than "
             f"max_missing={max_missing:.2%} allows; check data.image_root or raise data.max_missing"
         )
-    if missing:  # a selection costs every later look-up one more
-        rows = rows.select(there)
-    return rows, missing
+    return rows.select(np.flatnonzero(~absent.to_numpy())), missing
+
+
+def _missing_of(images: ImageOpener, references: list[str]) -> set[str]:
+    """Return the references that are not there, from listings where the opener has folders to list."""
+    listed = getattr(images, "missing", None)
+    if listed is not None:
+        return set(listed(references))
+    return {reference for reference in references if not images.exists(reference)}

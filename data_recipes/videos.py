@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from prunetune.data_recipes.images import FolderImages, ImageOpener, StoredImages, TooLarge, check_inside, leaves_root
+from prunetune.data_recipes.presence import missing_files
 from prunetune.data_recipes.sample import DataError
 from prunetune.data_recipes.sampling import VideoSampling
 from prunetune.reading import one_line, shown
@@ -229,8 +230,20 @@ class FolderVisuals(FolderImages):
         """Return whether the file is there, or the folder of a video's frames."""
         if not reference.startswith(VIDEO):
             return super().exists(reference)
-        path = reference.removeprefix(VIDEO)
-        return super().exists(path) or (not leaves_root(path) and (self.root / path).is_dir())
+        return self._video_exists(reference.removeprefix(VIDEO))
+
+    def missing(self, references: Sequence[str]) -> set[str]:
+        """Return which of the references, each given once, are not there."""
+        images = [reference for reference in references if not reference.startswith(VIDEO)]
+        videos = [reference.removeprefix(VIDEO) for reference in references if reference.startswith(VIDEO)]
+        missing = super().missing(images)
+        if videos:
+            found = missing_files(self.root, videos, self._video_exists, or_folder=True)
+            missing |= {f"{VIDEO}{path}" for path in found}
+        return missing
+
+    def _video_exists(self, path: str) -> bool:
+        return FolderImages.exists(self, path) or (not leaves_root(path) and (self.root / path).is_dir())
 
     def open(self, reference: str, sample_id: str) -> Any:
         """Return the decoded RGB image, or the clip."""

@@ -240,16 +240,20 @@ class Arm:
         """The source of the chat template that prompts are made with."""
         return template_text(self.processor, self.base.config.template)
 
-    def formatter(self, images: ImageOpener, max_length: int | None = None) -> Formatter:
+    def formatter(self, images: ImageOpener, max_length: int | None = None, raw_pixels: bool = False) -> Formatter:
         """Return what turns samples into batches for this arm.
 
         Args:
             images: opens the samples' images.
             max_length: longest sequence in tokens, None for no limit.
+            raw_pixels: hand pictures over as uint8 where that is exact; ``finish`` of the formatter then belongs to
+                every batch, after it was moved and before its pixels are cast.
         """
         config = self.base.config
         read = instruction_text if self.pruned.reads_text else None
-        return Formatter(self.processor, images, config.template, config.square, max_length, instructions=read)
+        return Formatter(
+            self.processor, images, config.template, config.square, max_length, instructions=read, raw_pixels=raw_pixels
+        )
 
     def place(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return a batch on the arm's device, pixels in the model's dtype."""

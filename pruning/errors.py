@@ -5,3 +5,7 @@ from prunetune.errors import PrunetuneError
 
 class PruningError(PrunetuneError):
     """A pruner, a budget or an input that can't work; the message says what to change."""
+
+
+class Unprojected(PruningError):
+    """A method chooses by the projector's output, and only what it keeps was to be projected."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunetune.pruning.admission import admit, check_reads_no_tower
 from prunetune.pruning.budget import Budget, BudgetRule, check_budget
-from prunetune.pruning.errors import PruningError
+from prunetune.pruning.errors import PruningError, Unprojected
 from prunetune.pruning.families.base import PrunedOutput, family_of
 from prunetune.pruning.hooks import frozen_parts_at_rest, is_partitioned
 from prunetune.pruning.registry import merges, method_of
@@ -144,6 +144,7 @@ class PrunedModel:
         padding_side: str = "right",
         keep: Budget | None = None,
         vision: Mapping[str, Vision] | None = None,
+        project_kept: bool = False,
     ) -> Pruned:
         """Encode the images, prune, and return inputs for the stock model.
 
@@ -159,6 +160,8 @@ class PrunedModel:
             keep: the budget of this call; None is the specification's.
             vision: the images, if they were encoded before: pixels are not read then, and the projector is applied
                 to the stored features as it is now.
+            project_kept: apply the projector to kept tokens alone, which rounds as a smaller product does; for training
+                where :meth:`can_project_kept`.
 
         Raises:
             PruningError: if placeholders and images disagree, the mask is missing or the budget does not fit.
@@ -176,9 +179,12 @@ class PrunedModel:
         check_inputs(inputs, self.family)
         if self.family.unproven and vision is None:
             admit(self.model, self.family, inputs, self.position_policy)
-        visions, blanks = self._encode_with_blanks(inputs, vision)
+        with self.family.without_projector(self.model) if project_kept else nullcontext():
+            visions, blanks = self._encode_with_blanks(inputs, vision)
+        if project_kept:
+            visions = {modality: images.unprojected() for modality, images in visions.items()}
         if not visions:
-            return self._without_images(inputs, blanks)
+            return self._without_images(inputs, blanks, project_kept)
         check_aligned(inputs, self.family)
         ids = inputs["input_ids"]
         self._check_instructions(instructions, len(ids))
@@ -203,10 +209,24 @@ class PrunedModel:
             position_policy=self.position_policy,
             padding_side=padding_side,
             merges=self.merges,
+            project_kept=project_kept,
         )
         for modality, blank in blanks.items():
-            pruned.inputs["mm_encoder_outputs"][modality] = self._nothing_of(modality, blank)
+            pruned.inputs["mm_encoder_outputs"][modality] = self._nothing_of(modality, blank, project_kept)
         return replace(pruned, rows=rows_of)
+
+    def can_project_kept(self) -> bool:
+        """Return whether the projector may be left out while choosing: the method is asked about a dummy image."""
+        if not self.family.projects_tokens or self.sees_clips:
+            return False
+        with torch.no_grad(), self.family.without_projector(self.model):
+            visions = self.encode(self.family.blank(self.model))
+        try:
+            for vision in visions.values():
+                self._choose(vision.unprojected(), [""], [0], BudgetRule(1, "keep_all"), {})
+        except Unprojected:
+            return False
+        return True
 
     def _projected_now(self, visions: Mapping[str, Vision]) -> dict[str, Vision]:
         """Return stored images as the projector of now sees them: it may have been tuned since, or be in training."""
@@ -280,7 +300,7 @@ class PrunedModel:
             visions = self._projected_now(stored) | self.encode(blanks)
         return visions, {modality: visions.pop(modality) for modality in missing}
 
-    def _without_images(self, inputs: dict[str, Any], blanks: Mapping[str, Vision]) -> Pruned:
+    def _without_images(self, inputs: dict[str, Any], blanks: Mapping[str, Vision], project_kept: bool) -> Pruned:
         """Pass text through; in training it reaches the projector all the same."""
         keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
         for name in self.family.left_out():
@@ -292,17 +312,18 @@ class PrunedModel:
         if not blanks:
             return Pruned(inputs, keep)  # in inference there is no gradient to agree on
         blanks = self._read_for(blanks)
-        encoded = {modality: self._nothing_of(modality, blank) for modality, blank in blanks.items()}
+        encoded = {modality: self._nothing_of(modality, blank, project_kept) for modality, blank in blanks.items()}
         return Pruned({**inputs, "mm_encoder_outputs": encoded}, keep)
 
     def _read_for(self, blanks: Mapping[str, Vision]) -> dict[str, Vision]:
         """Return dummies with the text that the method reads."""
         return {modality: self.text.add(blank, self.pruner, [""], [0]) for modality, blank in blanks.items()}
 
-    def _nothing_of(self, modality: str, vision: Vision) -> PrunedOutput:
+    def _nothing_of(self, modality: str, vision: Vision, project_kept: bool = False) -> PrunedOutput:
         """Return zero tokens of a dummy, after all that is done with the tokens of an image."""
         features = vision.slots[0][:0]
-        if self.merges:
+        # As often as an image's own tokens are: under ZeRO-3 ranks call the projector in step.
+        for _ in range(self.merges + project_kept):
             nothing = vision.groups[0].features[0, :0]
             features = torch.cat([features, self.family.project(self.model, nothing)])
         levels = [[level[0][:0]] for level in vision.levels]
@@ -349,12 +370,20 @@ class PrunedModel:
         )
 
     @contextmanager
-    def attach(self, seen: Callable[[Pruned], None] | None = None, packed: bool = False) -> Iterator[PrunedModel]:
+    def attach(
+        self,
+        seen: Callable[[Pruned], None] | None = None,
+        packed: bool = False,
+        finish: Callable[[Pruned], dict[str, Any]] | None = None,
+        project_kept: bool = False,
+    ) -> Iterator[PrunedModel]:
         """While open, ``model(**processor_output)`` prunes by itself: for trainers that call the model.
 
         Args:
             seen: is called with every batch that was pruned.
             packed: whether a batch with labels, while training, goes to the model as one row without padding.
+            finish: returns what the model is called with; None calls it with the pruned inputs.
+            project_kept: as of :meth:`prepare`.
 
         Raises:
             PruningError: for packing with gaps between positions, which would be read as the ends of samples, and of a
@@ -371,9 +400,11 @@ class PrunedModel:
         def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
             if self._is_prepared(args, kwargs):
                 return None  # later steps of generate() call the model again
-            pruned = self.prepare(kwargs)
+            pruned = self.prepare(kwargs, project_kept=project_kept)
             if seen is not None:
                 seen(pruned)
+            if finish is not None:
+                return (), finish(pruned)
             if packed and self.model.training and kwargs.get("labels") is not None:
                 return (), pack(pruned.inputs)
             return (), pruned.inputs

@@ -218,6 +218,7 @@ def slot_features(
     merged: tuple[Int[Tensor, " M"], Float[Tensor, "M C"]] | None,
     project: Callable[[Tensor], Tensor],
     mixed: tuple[Int[Tensor, " M2"], Float[Tensor, "M2 D"]] | None = None,
+    project_kept: bool = False,
 ) -> Float[Tensor, "K D"]:
     """Return the features (K, D) of all staying slots.
 
@@ -231,8 +232,14 @@ def slot_features(
         merged: numbers (M,) and pre-projector features (M, C) of merged tokens; None for a method that never merges.
         project: from pre-projector features to the LLM's space.
         mixed: numbers (M2,) and features (M2, D) of tokens that were merged in the LLM's space.
+        project_kept: whether slots hold no projected tokens yet, and those of the slots that stay are projected here.
     """
     plain = torch.cat(vision.slots)[stays]  # (K, D)
+    if project_kept:
+        behind = torch.cat(vision.origin)[stays]  # (K,)
+        tokens = torch.cat([group.features.flatten(0, 1) for group in vision.groups])  # (T, C)
+        projected = project(tokens[behind.clamp(min=0)])
+        plain = torch.where((behind == NEWLINE)[:, None], plain, projected)
     if merged is None:
         return plain
     numbers, features = merged
@@ -262,6 +269,7 @@ def rewrite(
     position_policy: str,
     padding_side: str,
     merges: bool,
+    project_kept: bool = False,
 ) -> Pruned:
     """Shorten a batch to what was chosen, and put the kept features where the stock model takes them.
 
@@ -278,6 +286,7 @@ def rewrite(
         position_policy: "compact" or "original".
         padding_side: where the shortened rows are padded.
         merges: whether the method may return merged features.
+        project_kept: whether the images are not projected yet.
     """
     keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)  # (B, L)
     outputs: dict[str, PrunedOutput] = {}
@@ -291,7 +300,7 @@ def rewrite(
         merged, mixed = None, None
         if merges:
             merged, mixed = choice.merged_tokens(), choice.mixed_tokens()
-        features = slot_features(vision, stays, merged, partial(family.project, model), mixed)
+        features = slot_features(vision, stays, merged, partial(family.project, model), mixed, project_kept)
         levels = []
         for level in vision.levels:
             cut = torch.cat(level)[stays]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from prunetune.pruning.errors import PruningError
+from prunetune.pruning.errors import PruningError, Unprojected
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class VisualTokens:
         if signal == "features":
             return self.features
         value = self.projected if signal == "projected" else self.signals.get(signal)
+        if value is None and signal == "projected":
+            raise Unprojected("this pruner chooses by the projector's output; set engine.project_kept: false")
         if value is None:
             raise PruningError(f"this pruner reads `{signal}`, which was not computed; list it in the pruner's `needs`")
         return value

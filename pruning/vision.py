@@ -122,6 +122,10 @@ class Vision:
             levels = tuple(level.split(self.lengths) for level in made)
         return replace(self, groups=tuple(groups), slots=tuple(slots), levels=levels)
 
+    def unprojected(self) -> Vision:
+        """Return the same images without projected tokens, which nothing can be chosen by then."""
+        return replace(self, groups=tuple(replace(group, projected=None) for group in self.groups))
+
     def to(self, device: torch.device | str) -> Vision:
         """Return the same images on another device."""
         return self.map(lambda tensor: tensor.to(device))

@@ -27,7 +27,9 @@ from prunetune.scripts.launch import launch_line
 from prunetune.scripts.verify import verify
 from prunetune.train.callbacks import NumbersCallback, check_finite_weights
 from prunetune.train.checkpoints import Found, find_checkpoint, set_aside
+from prunetune.train.engine.layout import Share, StepSampler
 from prunetune.train.recalibrate import start, take_steps
+from prunetune.train.sampling import ShuffledSampler
 from prunetune.train.tracking import Tracker, wandb_mode
 from prunetune.train.trainer import RecalibrationTrainer, steps_in_total
 
@@ -108,7 +110,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_the_same_projector(whole, u
 
 
 def test_zero3_trains_and_resumes_to_the_same_projector_as_zero2(whole, untrained_folder, tmp_path):
-    output, options = tmp_path / "zero3", ("--train.deepspeed", "zero3", "--train.gradient_checkpointing", "true")
+    output, options = tmp_path / "zero3", ("--train.deepspeed", "zero3", "--engine.checkpointing", "true")
     run(untrained_folder, output, *options)
     assert losses(output) == pytest.approx(losses(whole[0]), rel=1e-4)
     adapter = output / "adapter" / "adapter_model.safetensors"
@@ -200,8 +202,9 @@ class _Stuck:
 def test_data_loading_processes_that_are_stuck_end_the_run_in_one_line(formatter, tmp_path, monkeypatch):
     monkeypatch.setattr("prunetune.train.trainer.PATIENCE", 1)
     options = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=1,
-                                dataloader_persistent_workers=True, remove_unused_columns=False)  # fmt: skip
-    trainer = RecalibrationTrainer(formatter, _Stuck(), model=torch.nn.Linear(1, 1), args=options)
+                                remove_unused_columns=False)  # fmt: skip
+    updates = StepSampler(ShuffledSampler(4, 0), Share(0, 1, 4, 1))
+    trainer = RecalibrationTrainer(formatter, _Stuck(), updates, None, model=torch.nn.Linear(1, 1), args=options)
     monkeypatch.setattr(trainer, "train", lambda **_: next(iter(trainer.get_train_dataloader())))
     with pytest.raises(DataError, match="gave no batch for .* at step 1; the last checkpoint in .* is untouched"):
         take_steps(trainer, None)

@@ -91,7 +91,7 @@ def test_text_merging_bf16_and_workers_agree_under_zero2_and_zero3(mixed_runs, u
 def test_grouped_sampling_resumes_into_its_second_epoch(untrained_folder, mixed_recipe, tmp_path):
     """16 samples on two ranks are 8 steps an epoch; the order of the second epoch is its own, and resuming finds it."""
     options = [*mixed_recipe, "--pruning.pruner", "divprune", "--train.sampling", "modality_length",
-               "--train.max_steps", "14", "--train.save_steps", "11", "--train.packing", "true"]  # fmt: skip
+               "--train.max_steps", "14", "--train.save_steps", "11", "--engine.packing", "true"]  # fmt: skip
     output = tmp_path / "grouped"
     run(untrained_folder, output, *options)
     whole, projector = losses(output), load_file(output / "adapter" / "adapter_model.safetensors")

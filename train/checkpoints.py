@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.configs import ConfigError
+from prunetune.data_recipes.content import is_older
 from prunetune.models.code import told
 from prunetune.outputs import write_text
 
@@ -42,7 +43,11 @@ class Mark:
 
     def changed_settings(self, settings: dict[str, Any]) -> list[str]:
         """Return the names of settings that are others now."""
-        return [key for key in settings if self.settings.get(key) != settings[key]]
+        changed = [key for key in settings if self.settings.get(key) != settings[key]]
+        if "data" in changed and is_older(self.settings.get("data")):
+            # Nobody can tell then whether the samples are the same: the older version also read them otherwise.
+            changed[changed.index("data")] = "data (an older version of prunetune read and hashed it)"
+        return changed
 
 
 class BrokenMark(Exception):

@@ -20,7 +20,13 @@ def deepspeed_file(name: str) -> Path:
     for path in (DEEPSPEED_FOLDER / f"{name}.json", Path(name)):
         if path.is_file():
             return path
-    raise ConfigError(f"train.deepspeed: {name!r} is neither zero2, zero3 nor the path of a DeepSpeed JSON")
+    raise ConfigError(f"train.deepspeed: {name!r} is neither zero1, zero2, zero3 nor the path of a DeepSpeed JSON")
+
+
+def zero_stage(name: str) -> int:
+    """Return the ZeRO stage of a shipped name or of a path."""
+    stage: int = deepspeed_config(name)["zero_optimization"].get("stage", 0)
+    return stage
 
 
 def deepspeed_config(name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from prunetune.data_recipes.sample import DataError
 from prunetune.models import wrap_projector
 from prunetune.models.blueprint import check_model
 from prunetune.models.profile import resolved
-from prunetune.train.deepspeed_settings import deepspeed_config
+from prunetune.train.deepspeed_settings import zero_stage
 from prunetune.train.freeze import freeze_all_but_projector
 from prunetune.train.tracking import wandb_mode
 
@@ -27,8 +27,7 @@ def check_before_launch(config: RecalibrateConfig) -> None:
         ConfigError, DataError, PruningError: for the first thing that can't work.
     """
     resolved(config.pruning).build()
-    stage = deepspeed_config(config.train.deepspeed).get("zero_optimization", {}).get("stage", 0)
-    if stage == 3 and config.model.quantization is not None:
+    if zero_stage(config.train.deepspeed) == 3 and config.model.quantization is not None:
         raise ConfigError(
             f"model.quantization {config.model.quantization} can't be partitioned by ZeRO-3; set train.deepspeed to "
             "zero2, or leave the quantization out"

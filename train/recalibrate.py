@@ -17,7 +17,7 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_yaml
-from prunetune.data_recipes import DataError, RecipeData, load_recipe
+from prunetune.data_recipes import DataError, Formatter, RecipeData, load_recipe
 from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
 from prunetune.models.code import code_record
@@ -44,6 +44,10 @@ from prunetune.train.checkpoints import (
     rename_damaged,
     set_aside,
 )
+from prunetune.train.deepspeed_settings import zero_stage
+from prunetune.train.engine.engine import Engine, head_of
+from prunetune.train.engine.layout import Share, StepSampler
+from prunetune.train.engine.lengths import prompt_prefix, pruned_lengths
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
 from prunetune.train.launchers import complete_environment
 from prunetune.train.preflight import check_before_launch
@@ -192,8 +196,13 @@ def train(
 ) -> Trained:
     """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
-    if config.gradient_checkpointing:
+    formatter = arm.formatter(run.data.images, config.max_length)
+    engine = Engine(arm.pruned, run.config.engine, prompt_prefix(arm, formatter, run.data))
+    if run.config.engine.checkpointing is True:
         _checkpoint_language_model(arm)
+    if run.ranks.is_zero:
+        say("\n".join(engine.lines()))
+    head = head_of(arm.pruned, run.config.engine, zero_stage(config.deepspeed) == 3)
     half = run.config.model.dtype == "float16"
     numbers = NumbersCallback(
         tracker,
@@ -202,9 +211,11 @@ def train(
     )
     stop = StopCallback(request, run.steps)
     trainer = RecalibrationTrainer(
-        arm.formatter(run.data.images, config.max_length),
+        formatter,
         run.data,
-        train_sampler(run.data, config.sampling, config.batch_size * run.ranks.world, config.seed),
+        _sampler(run, arm, formatter, engine),
+        engine,
+        config.loss,
         model=peft_model,
         args=training_arguments(run.config, run.output, run.steps),
         callbacks=[stop, numbers, CompleteCheckpointCallback(run.settings, made_with), KeepNewestCallback()],
@@ -213,7 +224,7 @@ def train(
     _check_same_start(run)
     before = frozen_tensors_hash(peft_model)
     drop_frozen_from_state_dict(peft_model)
-    with arm.pruned.attach(packed=config.packing):
+    with engine.attached(), engine.own_head(head):
         take_steps(trainer, run.found.folder)
     if frozen_tensors_hash(peft_model) != before:
         raise RuntimeError("a frozen weight changed during training; the adapter is not written. Please report this")
@@ -223,6 +234,23 @@ def train(
     if numbers.skipped and run.ranks.is_zero:
         say(f"{numbers.skipped} steps were skipped: their float16 gradients overflowed, and the loss scale was lowered")
     return Trained(trainer.state.global_step, stop.stopped, numbers.skipped if half else None)
+
+
+def _sampler(run: Run, arm: Arm, formatter: Formatter, engine: Engine) -> StepSampler:
+    """Return what each update holds on this rank."""
+    config, switches = run.config.train, run.config.engine
+    share = Share(
+        run.ranks.rank,
+        run.ranks.world,
+        config.batch_size,
+        config.accumulation,
+        switches.token_budget,
+        padded=not engine.choice.packing,
+    )
+    lengths = None
+    if switches.token_budget is not None:
+        lengths = pruned_lengths(run.data, formatter, arm.pruned, config.max_length, engine.shared)
+    return StepSampler(train_sampler(run.data, config.sampling, share.group, config.seed), share, lengths)
 
 
 def take_steps(trainer: RecalibrationTrainer, resume: Path | None) -> None:
@@ -317,6 +345,7 @@ def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[s
         "pruning": resolved(config.pruning).model_dump(),  # a profile that was written anew is another pruning
         "data": data.content_hash,
         "train": train,
+        "engine": config.engine.model_dump(),
         "ranks": world,
     }
 

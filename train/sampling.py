@@ -27,6 +27,30 @@ def approximate_lengths(data: RecipeData) -> list[int]:
     return lengths
 
 
+class ShuffledSampler(Sampler[int]):
+    """Every sample once per epoch in random order, which depends on seed and epoch alone.
+
+    Args:
+        number: of samples.
+        seed: of the order.
+
+    Attributes:
+        epoch: says which epoch begins, as of :class:`GroupedSampler`.
+    """
+
+    def __init__(self, number: int, seed: int) -> None:
+        self.number, self.seed = number, seed
+        self.epoch: Callable[[], int] = lambda: 0
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(self.number))
+        random.Random(f"{self.seed} {self.epoch()}").shuffle(order)
+        return iter(order)
+
+
 class GroupedSampler(Sampler[int]):
     """Every sample once per epoch, batches of similar length next to each other, batches in random order.
 
@@ -92,10 +116,10 @@ def _kind(image: str | None) -> int:
     return 1 if image.startswith(VIDEO) else 2
 
 
-def train_sampler(data: RecipeData, sampling: str, group: int, seed: int) -> GroupedSampler | None:
-    """Return the sampler of a configuration; None leaves shuffling to the trainer."""
+def train_sampler(data: RecipeData, sampling: str, group: int, seed: int) -> ShuffledSampler | GroupedSampler:
+    """Return the order of samples of a configuration, of which ``group`` make an update."""
     if sampling == "shuffled":
-        return None
+        return ShuffledSampler(len(data), seed)
     modality = None
     if sampling == "modality_length":
         modality = [_kind(image) for image in data.rows["image"]]

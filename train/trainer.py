@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from prunetune.configs import RecalibrateConfig, TrainConfig
@@ -22,14 +23,17 @@ from prunetune.data_recipes.formatting import IGNORE_INDEX
 from prunetune.models.hashes import tensor_hash
 from prunetune.pruning.hooks import is_partitioned
 from prunetune.train.deepspeed_settings import deepspeed_config
-from prunetune.train.sampling import GroupedSampler
+from prunetune.train.engine.engine import Engine
+from prunetune.train.engine.layout import MicroBatch, StepSampler
 
+UNSUPERVISED = "unsupervised"
+"""Goes with a batch: how many of its samples lost every answer token."""
 PATIENCE = 900
 """Seconds that a batch may take to be read; a data loading process that says nothing for so long is stuck."""
 
 
 class SampleDataset(Dataset):
-    """A recipe's samples as a map-style dataset; images are opened when a batch is built."""
+    """A recipe's samples, a micro-batch at a time; images are opened when a batch is built."""
 
     def __init__(self, data: RecipeData) -> None:
         self.data = data
@@ -37,51 +41,111 @@ class SampleDataset(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.data[index]
+    def __getitem__(self, batch: MicroBatch) -> tuple[list[Sample], bool]:
+        return [self.data[index] for index in batch.indices], batch.counts
+
+
+class StepCollator:
+    """Builds the batches of an update on one rank; the labels of a batch that does not count are taken away."""
+
+    def __init__(self, formatter: Formatter) -> None:
+        self.formatter = formatter
+
+    def __call__(self, batches: Sequence[tuple[list[Sample], bool]]) -> list[dict[str, Any]]:
+        """Return one model input per micro-batch, with the number of samples that lost every answer token."""
+        built = []
+        for samples, counts in batches:
+            batch = self.formatter.training_batch(samples)
+            supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).any(dim=1)  # the first token is predicted by none
+            batch[UNSUPERVISED] = int((~supervised).sum()) if counts else 0
+            if not counts:
+                batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+            built.append(batch)
+        return built
 
 
 class RecalibrationTrainer(Trainer):
-    """Hugging Face Trainer on a model whose forward pass is pruned: a `PrunedModel` is attached to it."""
+    """Hugging Face Trainer on a pruned model: what it calls a batch is all that a rank does for one update.
+
+    Args:
+        formatter: turns samples into batches.
+        data: what is trained on.
+        sampler: yields an update's micro-batches of this rank.
+        engine: runs a micro-batch.
+        loss: "token_mean" or "micro_batch_mean".
+        kwargs: Trainer's own.
+    """
 
     def __init__(
         self,
         formatter: Formatter,
         data: RecipeData,
-        sampler: GroupedSampler | None = None,
+        sampler: StepSampler,
+        engine: Engine,
+        loss: str = "token_mean",
         **kwargs: Any,
     ) -> None:
-        self.sampler = sampler
-        if sampler is not None:
-            # A sum of steps over steps per epoch: 1e-6 lifts 0.9999... over the epoch's end.
-            sampler.epoch = lambda: int((self.state.epoch or 0) + 1e-6)
+        self.sampler, self.engine, self.loss = sampler, engine, loss
+        order: Any = sampler.order
+        # A sum of steps over steps per epoch: 1e-6 lifts 0.9999... over the epoch's end.
+        order.epoch = lambda: int((self.state.epoch or 0) + 1e-6)
         self.unsupervised = 0
-        super().__init__(data_collator=formatter.training_batch, train_dataset=SampleDataset(data), **kwargs)
+        collator: Any = StepCollator(formatter)
+        super().__init__(data_collator=collator, train_dataset=SampleDataset(data), **kwargs)
         self.remove_callback(PrinterCallback)  # the progress bar and the log say it
-        self.model_accepts_loss_kwargs = False  # the stock loss is a mean over the batch's supervised tokens
 
-    def get_train_dataloader(self) -> Any:
-        """Return the stock data loader; one whose processes are stuck ends in an error instead of a wait for ever."""
-        loader = super().get_train_dataloader()
-        if self.args.dataloader_num_workers:
-            # Accelerate wraps the loader, and copies this to the one that goes on within an epoch.
-            getattr(loader, "base_dataloader", loader).timeout = PATIENCE
-        return loader
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of this rank's updates; one whose processes are stuck ends in an error, not in a wait."""
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type] # indexed by micro-batches
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            # Forked once and not in every epoch: a fork beside gloo's threads may leave a process that waits for a lock
+            # of a thread which it does not have (CPython 3.11).
+            persistent_workers=workers > 0,
+            pin_memory=self.args.dataloader_pin_memory,
+            timeout=PATIENCE if workers else 0,
+        )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the configured order; without one the trainer shuffles."""
-        return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """Return the next update; what it is divided by, the training step counts."""
+        return [next(epoch_iterator) for _ in range(num_batches)], None
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return the stock loss; a micro-batch whose answers were all truncated away has loss 0, not 0 / 0."""
-        supervised = (inputs["labels"][:, 1:] != IGNORE_INDEX).any(dim=1)  # the first token is predicted by none
-        self.unsupervised += int((~supervised).sum())
-        outputs = model(**inputs)
-        # The zero stays tied to the projector, so that every rank takes part in the reduction of gradients.
-        loss = outputs.loss if bool(supervised.any()) else outputs.logits.sum() * 0
-        return (loss, outputs) if return_outputs else loss
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: Trainer's estimate knows neither pruning nor frozen weights."""
+        return 0
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Run forward and backward over an update's micro-batches on this rank, and return its part of the loss.
+
+        With "token_mean" an update's loss is the mean over all its supervised tokens, over all ranks. The part of a
+        rank is multiplied by the number of ranks, since DeepSpeed takes the mean of their gradients.
+        """
+        model.train()
+        counts = [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in inputs]
+        scales = self._scales(counts)
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(inputs):
+            self.unsupervised += batch.pop(UNSUPERVISED)
+            last = number == len(inputs) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            loss = self.engine.summed_loss(model, self._prepare_inputs(batch)) * scales[number]
+            self.accelerator.backward(loss, scale_wrt_gas=False)
+            total += loss.detach()
+        return total
+
+    def _scales(self, counts: Sequence[int]) -> Tensor:
+        """Return what each micro-batch's summed loss is multiplied by; 0 where nothing is supervised, not 1 / 0."""
+        if self.loss == "micro_batch_mean":
+            return torch.tensor([1 / (count * len(counts)) if count else 0.0 for count in counts]).to(self.args.device)
+        tokens = torch.tensor([sum(counts)], dtype=torch.float64).to(self.args.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(tokens)
+        scale = self.args.world_size / tokens.clamp(min=1)
+        own = torch.tensor([float(count > 0) for count in counts], dtype=torch.float64).to(self.args.device)
+        return (own * scale).float()
 
     @property
     def skipped_steps(self) -> int:
@@ -104,8 +168,8 @@ def training_arguments(config: RecalibrateConfig, output: Path, total_steps: int
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu else None,
         deepspeed=deepspeed_config(train.deepspeed),
-        per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.accumulation,
+        per_device_train_batch_size=train.batch_size * train.accumulation,  # Trainer sees whole updates
+        gradient_accumulation_steps=1,
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         lr_scheduler_type=train.schedule,
@@ -122,9 +186,6 @@ def training_arguments(config: RecalibrateConfig, output: Path, total_steps: int
         save_steps=train.save_steps,
         save_total_limit=None,  # see prunetune.train.rotation
         dataloader_num_workers=train.workers,
-        # Forked once and not in every epoch: a fork beside gloo's threads may leave a process that waits for a lock of
-        # a thread which it does not have (CPython 3.11).
-        dataloader_persistent_workers=train.workers > 0,
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
         report_to=[],
@@ -142,10 +203,8 @@ def steps_in_total(train: TrainConfig, samples: int, world_size: int) -> int:
     """Return the number of optimizer steps of the whole run."""
     if train.max_steps >= 0:
         return train.max_steps
-    # Nothing is left out of an epoch, so each of these is rounded up.
-    per_rank = math.ceil(samples / world_size)
-    batches = math.ceil(per_rank / train.batch_size)
-    steps_per_epoch = math.ceil(batches / train.accumulation)
+    # Nothing is left out of an epoch, so its last update may be smaller.
+    steps_per_epoch = math.ceil(samples / (train.batch_size * train.accumulation * world_size))
     return max(1, math.ceil(train.epochs * steps_per_epoch))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from prunetune.plugins import import_folder, load_installed
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.hooks import stood_in
 from prunetune.pruning.vision import Vision
 
 
@@ -53,6 +55,8 @@ class Family(ABC):
         position_policies: those that make sense; the first is what ``position_policy: auto`` means.
         counts_rows_and_columns: whether positions have three parts (M-RoPE): time, row and column.
         tower_features: whether the features are the tower's, which enter the projector; else they have left it.
+        projects_tokens: whether the projector is one module that maps each token for itself, (..., C) to (..., D), and
+            every slot but row ends holds the projection of its token.
         unproven: whether a model is compared with the stock one on the first batch before anything is pruned.
         first_position: where plain positions begin; stock generation adds it by itself, so it is given them from 0.
     """
@@ -72,6 +76,7 @@ class Family(ABC):
     position_policies: ClassVar[tuple[str, ...]] = ("compact", "original")
     counts_rows_and_columns: ClassVar[bool] = False
     tower_features: ClassVar[bool] = True
+    projects_tokens: ClassVar[bool] = False
     unproven: ClassVar[bool] = False
     first_position: ClassVar[int] = 0
 
@@ -135,6 +140,18 @@ class Family(ABC):
         """Return pre-projector features (K, C), one per LLM token, in LLM space (K, D)."""
         base: Any = model.base_model
         return base.get_submodule(self.projectors[0])(features)
+
+    @contextmanager
+    def without_projector(self, model: nn.Module) -> Iterator[None]:
+        """While open, the projector gives zeros of the right shape; for families with ``projects_tokens``."""
+        base: Any = model.base_model
+        config: Any = model.config
+
+        def nothing(features: Tensor) -> Tensor:
+            return features.new_zeros(()).expand(*features.shape[:-1], config.text_config.hidden_size)
+
+        with stood_in(base.get_submodule(self.projectors[0]), nothing):
+            yield
 
     def project_level(self, model: nn.Module, level: int, features: Tensor) -> Tensor:
         """Return what enters a deepstack level's projector, (K, C), in LLM space (K, D)."""

@@ -20,6 +20,7 @@ class Llava(Family):
     name = "llava"
     model_types = ("llava",)
     unread: ClassVar[tuple[str, ...]] = ("token_type_ids", "mm_token_type_ids")
+    projects_tokens = True
 
     def signals(self, model: nn.Module) -> frozenset[str]:
         """Return what the tower offers."""

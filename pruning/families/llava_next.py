@@ -22,6 +22,7 @@ class LlavaNext(Family):
     name = "llava_next"
     model_types = ("llava_next",)
     unread = ("token_type_ids", "mm_token_type_ids")
+    projects_tokens = True
     item = "crop"
 
     def signals(self, model: nn.Module) -> frozenset[str]:

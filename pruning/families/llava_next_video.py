@@ -25,6 +25,7 @@ class LlavaNextVideo(LlavaNext):
 
     name = "llava_next_video"
     model_types = ("llava_next_video",)
+    projects_tokens = False
     pixels: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
     item = "crop or frame"
 

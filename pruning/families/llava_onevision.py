@@ -35,6 +35,7 @@ class LlavaOnevision(LlavaNext):
 
     name = "llava_onevision"
     model_types = ("llava_onevision",)
+    projects_tokens = False
     pixels: ClassVar[Mapping[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
     replaced = ("image_sizes", "image_sizes_videos", "batch_num_images")
     one_tensor = ("video",)

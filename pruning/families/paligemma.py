@@ -18,6 +18,7 @@ class PaliGemma(Llava):
 
     name = "paligemma"
     model_types = ("paligemma",)
+    projects_tokens = False
     aligned: ClassVar[Mapping[str, int]] = {"token_type_ids": 0}
     unread = ("mm_token_type_ids",)
     one_tensor = ("image",)

@@ -1,0 +1,240 @@
+"""Ids and labels of LLaVA's v1 prompt, built piece by piece: no template is rendered, and no mask is searched for.
+
+The pieces are those between special tokens: the head up to the picture, each round's question with its answer. A raw
+tokenizer, which adds and splits nothing by itself, encodes them; what the loaded one puts in front of a piece is put
+there by a rule that is read from its file. A text costs 0.26 ms this way, against 80 ms by template and search.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from prunetune.data_recipes.sample import Sample
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+SPACE = "▁"
+"""How Llama's tokenizer writes a space."""
+Prefix = Literal["always", "unless space", "never"]
+"""When the loaded tokenizer writes a space in front of a piece: always (files as published), not before a piece that
+begins with one, or never (tokenizers that transformers built anew)."""
+
+
+@dataclass
+class Row:
+    """One sample's tokens, with one place for its picture however many tokens that has.
+
+    Attributes:
+        ids: token ids.
+        spans: what is supervised, as [start, end) of ``ids``, in order.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+    def labels(self, ignore: int) -> list[int]:
+        """Return the ids that are supervised, and ``ignore`` in all other places."""
+        labels = [ignore] * len(self.ids)
+        for start, end in self.spans:
+            labels[start:end] = self.ids[start:end]
+        return labels
+
+    def expanded(self, token: int, places: int) -> Row:
+        """Return the row with ``places`` tokens for its picture; one without a picture as it is."""
+        if token not in self.ids:
+            return self
+        first = self.ids.index(token)
+        ids = [*self.ids[:first], *[token] * places, *self.ids[first + 1 :]]
+        spans = []
+        for start, end in self.spans:
+            moved = places - 1 if start > first else 0
+            spans.append((start + moved, end + moved))
+        return Row(ids, spans)
+
+
+class Segments:
+    """Builds rows of LLaVA's v1 prompt.
+
+    Args:
+        tokenizer: a Llama-type one, see :func:`segments_of`.
+        image: the token of a picture; None where the model has none.
+        prefix: what it puts in front of a piece.
+    """
+
+    def __init__(self, tokenizer: Any, image: str | None, prefix: Prefix) -> None:
+        self.prefix = prefix
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.image = None if image is None else tokenizer.convert_tokens_to_ids(image)
+        self.raw = _raw(tokenizer)
+        marks = [re.escape(token) for token in tokenizer.get_added_vocab()]
+        self._marked = re.compile("|".join(marks)) if marks else None
+        self._head = self._encoded([self._piece(f"{SYSTEM} USER: ")])[0]
+
+    def rows(self, samples: Sequence[Sample]) -> list[Row | None]:
+        """Return the row of each sample; None for one whose text holds a special token, which only a template splits.
+
+        The last turn may be a question without an answer: its row ends where the answer begins.
+        """
+        texts: list[str] = []
+        built = [self._takes(sample) for sample in samples]
+        for sample, taken in zip(samples, built, strict=True):
+            if taken:
+                texts += self._texts(sample)
+        encoded = iter(self._encoded(texts))
+        rows: list[Row | None] = []
+        for sample, taken in zip(samples, built, strict=True):
+            rows.append(self._row(sample, encoded) if taken else None)
+        return rows
+
+    def lengths(self, samples: Sequence[Sample]) -> list[int | None]:
+        """Return the tokens of each sample without its picture's, in half the time of :meth:`rows`."""
+        texts: list[str] = []
+        built = [self._takes(sample) for sample in samples]
+        for sample, taken in zip(samples, built, strict=True):
+            if taken:
+                texts += [round_ for round_, _ in self._rounds(sample)]
+        encoded = iter(self._encoded(texts))
+        lengths: list[int | None] = []
+        for sample, taken in zip(samples, built, strict=True):
+            if not taken:
+                lengths.append(None)
+                continue
+            length = 1 + (len(self._head) if sample.image is not None else 0)
+            for turn in sample.turns:
+                length += len(next(encoded)) + (turn.answer is not None)
+            lengths.append(length)
+        return lengths
+
+    def _takes(self, sample: Sample) -> bool:
+        if sample.image is not None and self.image is None:
+            return False
+        if any(turn.answer is None for turn in sample.turns[:-1]):
+            return False
+        if self._marked is None:
+            return True
+        text = "\n".join(f"{turn.question}\n{turn.answer}" for turn in sample.turns)
+        return self._marked.search(text) is None
+
+    def _rounds(self, sample: Sample) -> list[tuple[str, str]]:
+        """Return for each turn its piece, and the part of the piece up to the space before the answer."""
+        rounds = []
+        for number, turn in enumerate(sample.turns):
+            asked = f"USER: {turn.question} ASSISTANT:"
+            if number == 0 and sample.image is not None:
+                # LLaVA strips the turn of the picture, and so the line's end where nothing is asked; prompts keep it.
+                bare = not turn.question and turn.answer is not None
+                asked = " ASSISTANT:" if bare else f"\n{turn.question} ASSISTANT:"
+            elif number == 0:
+                asked = f"{SYSTEM} {asked}"
+            asked = self._piece(asked)
+            rounds.append((asked if turn.answer is None else f"{asked} {turn.answer}", f"{asked} "))
+        return rounds
+
+    def _texts(self, sample: Sample) -> list[str]:
+        texts = []
+        for turn, (piece, instruction) in zip(sample.turns, self._rounds(sample), strict=True):
+            texts.append(piece)
+            if turn.answer is not None:
+                texts.append(instruction)
+        return texts
+
+    def _row(self, sample: Sample, encoded: Any) -> Row | None:
+        ids = [self.bos]
+        spans = []
+        whole = True
+        if sample.image is not None:
+            ids += self._head
+            ids.append(self.image)
+        for turn in sample.turns:
+            piece = next(encoded)
+            start = len(ids)
+            ids += piece
+            if turn.answer is None:
+                continue
+            instruction = next(encoded)
+            # Its last token is the space, which the answer's first one may hold.
+            asked = len(instruction) - 1
+            whole = whole and piece[:asked] == instruction[:asked]
+            ids.append(self.eos)
+            spans.append((start + asked, len(ids)))
+        return Row(ids, spans) if whole else None
+
+    def _piece(self, text: str) -> str:
+        if self.prefix == "never" or (self.prefix == "unless space" and text.startswith((" ", SPACE))):
+            return text
+        return f"{SPACE}{text}"
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return [found.ids for found in self.raw.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def segments_of(tokenizer: Any, image: str | None) -> Segments | None:
+    """Return what builds rows with this tokenizer; None if it is not of Llama's kind.
+
+    Llama's kind is a BPE with byte fallback that writes spaces as "▁" and splits at special tokens alone, of which
+    none takes the spaces beside it.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        return None
+    file = json.loads(backend.to_str())
+    prefix = _prefix(file["normalizer"], file["pre_tokenizer"])
+    model = file["model"]
+    if prefix is None or model["type"] != "BPE" or not model.get("byte_fallback") or model.get("dropout"):
+        return None
+    special = {tokenizer.bos_token, tokenizer.eos_token, *([] if image is None else [image])}
+    for token in file["added_tokens"]:
+        if any(token[side] for side in ("lstrip", "rstrip", "single_word", "normalized")):
+            return None
+        special.discard(token["content"])
+    return None if special else Segments(tokenizer, image, prefix)
+
+
+def _prefix(normalizer: Any, pre_tokenizer: Any) -> Prefix | None:
+    """Return the rule of a tokenizer's file; None if it has another one."""
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    if pre_tokenizer is None and normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}:
+        return "always"
+    if normalizer is not None or pre_tokenizer is None or pre_tokenizer["type"] != "Metaspace":
+        return None
+    if pre_tokenizer["replacement"] != SPACE or pre_tokenizer["split"]:
+        return None
+    # "first" is the first piece of the text, and BOS comes before that.
+    return "unless space" if pre_tokenizer["prepend_scheme"] == "always" else "never"
+
+
+def _raw(tokenizer: Any) -> Tokenizer:
+    """Return the tokenizer without anything that adds or splits."""
+    file = json.loads(tokenizer.backend_tokenizer.to_str())
+    file["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    file |= {"pre_tokenizer": None, "post_processor": None, "truncation": None, "padding": None, "added_tokens": []}
+    return Tokenizer.from_str(json.dumps(file))
+
+
+def first_difference(built: Row, expected: Row, tokenizer: Any) -> str | None:
+    """Return in words where two rows of one sample differ first; None if they do not."""
+    pairs = zip(built.ids, expected.ids, strict=False)
+    for number, (ours, theirs) in enumerate(pairs):
+        if ours != theirs:
+            names = [repr(tokenizer.convert_ids_to_tokens(token)) for token in (ours, theirs)]
+            return f"token {number} is {names[0]} ({ours}), by the chat template it is {names[1]} ({theirs})"
+    if len(built.ids) != len(expected.ids):
+        return f"there are {len(built.ids)} tokens, by the chat template {len(expected.ids)}"
+    differ = np.asarray(built.labels(-1)) != np.asarray(expected.labels(-1))
+    if differ.any():
+        number = int(np.flatnonzero(differ)[0])
+        name = tokenizer.convert_ids_to_tokens(built.ids[number])
+        return f"token {number}, {name!r}, is supervised by one of the two alone"
+    return None
