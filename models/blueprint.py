@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from prunetune.assets import shipped
 from prunetune.configs import ModelConfig
 from prunetune.data_recipes.chat_templates import MODELS_OWN, check_marks, template_file, template_text
+from prunetune.data_recipes.formatting import Formatter
+from prunetune.data_recipes.images import ImageOpener
 from prunetune.models.loading import CheckpointError, checkpoint_folder, load_processor
 from prunetune.models.profile import resolved
 from prunetune.models.quantization import check_quantization
@@ -81,6 +83,27 @@ def model_without_weights(path: str, revision: str | None = None) -> PreTrainedM
             "folder of a checkpoint, of which the config.json is enough"
         ) from error
     return model
+
+
+def formatter_without_model(config: ModelConfig, images: ImageOpener) -> Formatter:
+    """Return what turns samples into batches for a model, of its tokenizer and processor alone.
+
+    Raises:
+        CheckpointError: if they are not there; of a hub id no weight file is fetched.
+        DataError: for a chat template that is not there.
+    """
+    folder = shipped(config.path)
+    try:
+        if Path(folder).is_dir():
+            processor = load_processor(config.path)
+        else:
+            processor = AutoProcessor.from_pretrained(config.path, revision=config.revision)
+    except CheckpointError:
+        raise
+    # Anything from a wrong id to no network; the user's way out is the same.
+    except Exception as error:
+        raise CheckpointError(f"the processor of {config.path!r} can't be read: {one_line(error)}") from error
+    return Formatter(processor, images, config.template, config.square)
 
 
 def _check_budget(pruned: PrunedModel) -> None:

@@ -1,15 +1,20 @@
 """A run's own numbers, by a clock that the test sets."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_flops import tiny_llava
 
+from prunetune.configs import TrackingConfig
+from prunetune.train.callbacks import NumbersCallback
 from prunetune.train.flops import flops_of, image, sequences
 from prunetune.train.gpus import GPUS, gpu_of_device
 from prunetune.train.numbers import RunNumbers, measured_peak, peak_memory
 from prunetune.train.shape import shape_of
+from prunetune.train.tracking import Tracker
 
 STATUS = Path("/proc/self/status")
 
@@ -87,6 +92,25 @@ def test_a_prediction_is_held_against_what_was_measured(clock):
     numbers.row()
     summary = numbers.summary()
     assert (summary["measured_seconds"], summary["predicted_seconds"], summary["prediction_error"]) == (50, 40, 0.25)
+
+
+def test_the_log_has_the_rows_and_the_summary_last(clock, tmp_path, capsys):
+    numbers = RunNumbers("cpu", predicted=8, clock=clock)
+    tracker = Tracker(TrackingConfig(), tmp_path, {})
+    callback = NumbersCallback(tracker, samples_per_step=2, measured=numbers)
+    arguments = SimpleNamespace(output_dir=str(tmp_path))
+    state = SimpleNamespace(global_step=0, max_steps=2, epoch=0.0)
+    callback.on_train_begin(arguments, state, None)
+    for state.global_step in (1, 2):
+        spend(numbers, clock, "data", 5)
+        numbers.add(2, 70, kept=[16, 16])
+        callback.on_log(arguments, state, None, {"loss": 1.0, "learning_rate": 0.1})
+    callback.on_train_end(arguments, state, None)
+    first, second, whole = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert first["tokens_per_second"] == second["tokens_per_second"] == 14 and first["loss"] == 1.0
+    assert (whole["step"], whole["run_tokens"], whole["run_prediction_error"]) == (2, 140, 0.25)
+    assert "measured: 10 s, 0.4 samples/s, 14 tokens/s, 100.0% waiting for data" in capsys.readouterr().out
+    NumbersCallback(None, samples_per_step=2).on_train_end(arguments, state, None)
 
 
 def test_a_run_without_images_has_no_kept_tokens(clock):

@@ -12,6 +12,7 @@ from prunetune.cli import main
 from prunetune.configs import RecalibrateConfig, load_config
 from prunetune.data_recipes import load_recipe
 from prunetune.models import blueprint
+from prunetune.models.blueprint import formatter_without_model
 from prunetune.pruning import PruningSpec
 from prunetune.scripts.planned import written
 from prunetune.train.flops import Work, flops_of, image
@@ -227,6 +228,11 @@ def test_data_that_is_here_is_counted_and_not_assumed():
     data = tiny_data()
     load = workload_of_data(config, model, data)
     assert load.measured and load.samples == 40 and {source.visual for source in load.sources} == {16}
+    # As the formatter makes them, but for the image's own tokens.
+    batch = formatter_without_model(config.model, data.images).training_batch([data[n] for n in range(40)])
+    text = int(batch["attention_mask"].sum()) - 144 * 40
+    assert load.work.tokens == text + 16 * 40
+    assert load.work.logits == pytest.approx(int((batch["labels"] >= 0).sum()), rel=0.5)
     lengths = list(range(100, 140))
     load = workload_of_data(config, model, data, lengths)
     assert load.work.tokens == sum(lengths) + 16 * 40 and load.longest == 139 + 16

@@ -15,8 +15,8 @@ GIB = 1024**3
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTISED = {"4bit": 0.516, "8bit": 1.0}
 """Bytes a weight of the LLM takes; NF4 with quantised constants has 0.127 bits of them a weight."""
-FLOAT8 = 2.0
-"""Bytes a weight of the LLM takes in float8: once for the forward pass and once transposed for the backward pass."""
+FLOAT8 = 1.0
+"""Bytes a weight of the LLM takes in float8; one layer's transposed copy, which the backward pass reads, passes by."""
 RUNTIME = int(1.5 * GIB)
 """What CUDA, its libraries and NCCL take beside tensors."""
 SPARE = 0.07

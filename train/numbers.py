@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -239,6 +239,20 @@ class RunNumbers:
         for name, took in since.phases.items():
             whole.phases[name] += took
         whole.kept += since.kept
+
+
+def in_a_line(summary: Mapping[str, Any]) -> str:
+    """Return the numbers of a whole run for people."""
+    parts = [
+        f"{summary['measured_seconds']:,.0f} s, {summary['samples_per_second']:,.1f} samples/s, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s"
+    ]
+    if "mfu" in summary:
+        parts.append(f"MFU {summary['mfu']:.1%}")
+    parts.append(f"{summary['data_wait']:.1%} waiting for data, {summary['memory_gib']:.1f} GiB at most")
+    if "prediction_error" in summary:
+        parts.append(f"predicted {summary['predicted_seconds']:,.0f} s, off by {summary['prediction_error']:+.0%}")
+    return f"measured: {', '.join(parts)}"
 
 
 def device_peak(device: torch.device) -> float | None:

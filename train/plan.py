@@ -15,7 +15,7 @@ from prunetune.data_recipes import RecipeData
 from prunetune.models.blueprint import model_without_weights
 from prunetune.models.profile import resolved
 from prunetune.pruning.families import name_projector
-from prunetune.train.deepspeed_settings import deepspeed_config
+from prunetune.train.deepspeed_settings import zero_stage
 from prunetune.train.flops import Flops, Work, flops_of
 from prunetune.train.gpus import GPUS, Gpu
 from prunetune.train.memory import GIB, MemoryNeeds, memory_needs
@@ -250,7 +250,6 @@ def needs_of(config: RecalibrateConfig, shape: ModelShape, load: Workload, ranks
         ConfigError: for a DeepSpeed JSON that can't be used.
     """
     engine = config.engine
-    stage = deepspeed_config(config.train.deepspeed).get("zero_optimization", {}).get("stage", 0)
     tokens = load.tokens * load.samples
     projected = load.work.projected if engine.project_kept else _all_visual(load)
     items = load.work.patches / max(load.visual.patches, 1)
@@ -260,7 +259,7 @@ def needs_of(config: RecalibrateConfig, shape: ModelShape, load: Workload, ranks
         config.model.dtype,
         quantization=config.model.quantization,
         float8=engine.float8,
-        stage=int(stage),
+        stage=zero_stage(config.train.deepspeed),
         ranks=ranks,
         visual_share=projected / tokens,
         item_share=items / tokens,

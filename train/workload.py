@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from prunetune.configs import ConfigError, RecalibrateConfig
-from prunetune.data_recipes import DataError, Formatter, RecipeData, load_recipe
+from prunetune.data_recipes import DataError, RecipeData, load_recipe
 from prunetune.data_recipes.formats import LlavaJsonRecipe, Recipe
+from prunetune.data_recipes.lengths import text_lengths
 from prunetune.data_recipes.recipe import read_recipe
 from prunetune.data_recipes.videos import VIDEO
 from prunetune.errors import PrunetuneError
-from prunetune.models.loading import CheckpointError, load_processor
+from prunetune.models import CheckpointError
+from prunetune.models.blueprint import formatter_without_model
 from prunetune.pruning import PruningSpec
 from prunetune.train.flops import Work, sequences
 from prunetune.train.visual import Visual, visual_of
@@ -207,12 +209,8 @@ def _images(visual: Visual, images: int, spec: PruningSpec) -> Work:
 
 def _text_lengths(config: RecalibrateConfig, data: RecipeData, assumptions: list[str]) -> Any:
     """Return every sample's text tokens, counted where the tokenizer is there and estimated from words elsewhere."""
-    from prunetune.data_recipes.lengths import text_lengths
-
     try:
-        processor = load_processor(config.model.path, config.model.revision)
-        formatter = Formatter(processor, data.images, config.model.template, config.model.square)
-        return text_lengths(data, formatter)
+        return text_lengths(data, formatter_without_model(config.model, data.images))
     except CheckpointError as error:  # its config.json alone may be here
         assumptions.append(f"text is not tokenised but estimated from its words: {error}")
         return estimated_lengths(data)
