@@ -94,7 +94,7 @@ def test_a_prediction_is_held_against_what_was_measured(clock):
     assert (summary["measured_seconds"], summary["predicted_seconds"], summary["prediction_error"]) == (50, 40, 0.25)
 
 
-def test_the_log_has_the_rows_and_the_summary_last(clock, tmp_path, capsys):
+def test_the_log_has_the_rows_and_a_file_the_whole_run(clock, tmp_path, capsys):
     numbers = RunNumbers("cpu", predicted=8, clock=clock)
     tracker = Tracker(TrackingConfig(), tmp_path, {})
     callback = NumbersCallback(tracker, samples_per_step=2, measured=numbers)
@@ -106,9 +106,10 @@ def test_the_log_has_the_rows_and_the_summary_last(clock, tmp_path, capsys):
         numbers.add(2, 70, kept=[16, 16])
         callback.on_log(arguments, state, None, {"loss": 1.0, "learning_rate": 0.1})
     callback.on_train_end(arguments, state, None)
-    first, second, whole = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    first, second = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    whole = json.loads((tmp_path / "numbers.json").read_text())
     assert first["tokens_per_second"] == second["tokens_per_second"] == 14 and first["loss"] == 1.0
-    assert (whole["step"], whole["run_tokens"], whole["run_prediction_error"]) == (2, 140, 0.25)
+    assert (whole["tokens"], whole["prediction_error"], whole["kept_mean"]) == (140, 0.25, 16)
     assert "measured: 10 s, 0.4 samples/s, 14 tokens/s, 100.0% waiting for data" in capsys.readouterr().out
     NumbersCallback(None, samples_per_step=2).on_train_end(arguments, state, None)
 

@@ -30,8 +30,8 @@ class NumbersCallback(TrainerCallback):
         tracker: the run's, on rank 0; the other ranks have none and only stop.
         samples_per_step: over all ranks.
         skips: returns how many steps DeepSpeed has skipped so far; None where it skips none on purpose.
-        measured: the run's own numbers, which every row gets and whose summary is the last; None measures nothing
-            beside speed.
+        measured: the run's own numbers, which every row gets and whose summary is told at the end; None measures
+            nothing beside speed.
 
     Attributes:
         skipped: steps without an update, those before a resumed checkpoint included.
@@ -127,14 +127,14 @@ class NumbersCallback(TrainerCallback):
         return self.skipped > before
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Close the bar, and log and say what the run measured of itself."""
+        """Close the bar, and say and keep what the run measured of itself."""
         if self.bar is not None:
             self.bar.close()
         if self.measured is None:
             return
         summary = self.measured.summary()
         if self.tracker is not None:
-            self.tracker.log({f"run_{name}": value for name, value in summary.items()}, step=state.global_step)
+            self.tracker.summarize("numbers", summary)
             say(in_a_line(summary))
 
 
