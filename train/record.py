@@ -70,6 +70,7 @@ def run_record(
             "first_broken": list(data.broken[:3]),
         },
         "train": train,
+        "engine": config.engine.model_dump(),
         "model": model,
         "step": step,
         "prunetune": code_record(),

@@ -99,6 +99,9 @@ COMPARISON = Kind(
 )
 
 
+FEATURES = Kind("feature cache", ("features.json", "features-#.safetensors", "libraries.log"), last="features.json")
+
+
 VISUALIZATION = Kind("visualization", ("libraries.log",), (("kept_00.png", "PNG"),))
 EXPORT = Kind("export", last="config.json")
 DEMO = Kind(
