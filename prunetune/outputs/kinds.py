@@ -82,6 +82,7 @@ RECALIBRATION = Kind(
     (
         *_TRACKED,
         "launch.log",
+        "numbers.json",
         "finished.json",
         "finished.json.partial",
         *(f"adapter/{name}" for name in ADAPTER_FILES),
