@@ -192,6 +192,11 @@ class RecalibrateConfig(PluggedConfig):
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
+    features: str | None = Field(
+        None,
+        description="folder of a feature cache made by `prunetune cache`, read in place of pixels, tower and pruner",
+        exclude_if=lambda features: features is None,  # records of runs without one stay, to the byte
+    )
     output: str = Field(description="folder for the adapter, checkpoints, logs and the effective config")
     overwrite: bool = Field(
         False,
@@ -226,6 +231,11 @@ class EvaluateConfig(PluggedConfig):
     )
     video: VideoSampling = VideoSampling()
     tracking: TrackingConfig = TrackingConfig()
+    features: str | None = Field(
+        None,
+        description="folder of a feature cache made by `prunetune cache`, read in place of pixels, tower and pruner",
+        exclude_if=lambda features: features is None,  # as of recalibrations
+    )
     output: str = Field(description="folder for results.jsonl, manifest.json and the effective config")
     overwrite: bool = Field(
         False,

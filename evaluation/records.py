@@ -193,6 +193,7 @@ class Manifest(_Record):
         batch_size: items per step, which moves scores in half precision.
         max_new_tokens: longest answer.
         image_processor: class of the image processor, since fast and slow ones differ in their last bits.
+        features: seal of the feature cache that was read in place of pixels; None, and not in the file, without one.
         video: which frames of videos were looked at; None, and not in the file, where no task has videos.
         device: name of the GPU, or the CPU's architecture.
         versions: of the libraries that compute.
@@ -221,6 +222,7 @@ class Manifest(_Record):
     batch_size: int
     max_new_tokens: int
     image_processor: str
+    features: str | None = None
     video: VideoSampling | None = None
     device: str
     versions: dict[str, str]
@@ -286,8 +288,9 @@ class Manifest(_Record):
         left_out = set() if self.complete else set(_OUTCOME)
         if not self.plugins:  # as of an arm of a version that knew none
             left_out.add("plugins")
-        if self.video is None:
-            left_out.add("video")
+        for name in ("features", "video"):
+            if getattr(self, name) is None:
+                left_out.add(name)
         if not self.notes:
             left_out.add("notes")
         values = self.model_dump(exclude=left_out)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from prunetune.pruning.fitting import unfitted
 from prunetune.pruning.registry import method_of
 from prunetune.pruning.text import instruction_text
 from prunetune.screen import say
+
+if TYPE_CHECKING:
+    from prunetune.models.features import FeatureFormatter
 
 
 @dataclass(frozen=True)
@@ -266,11 +269,13 @@ class Arm:
             placed[name] = value
         return placed
 
-    def answer(self, formatter: Formatter, samples: Sequence[Sample], max_new_tokens: int) -> list[Answer]:
+    def answer(
+        self, formatter: Formatter | FeatureFormatter, samples: Sequence[Sample], max_new_tokens: int
+    ) -> list[Answer]:
         """Return the greedy answers to one batch of samples, which are one question each.
 
         Args:
-            formatter: made by :meth:`formatter` for the samples' images.
+            formatter: made by :meth:`formatter` for the samples' images, or a ``FeatureFormatter`` of this arm.
             samples: the last turn of each is a question without an answer.
             max_new_tokens: longest answer in tokens.
         """

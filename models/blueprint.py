@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from prunetune.assets import shipped
 from prunetune.configs import ModelConfig
 from prunetune.data_recipes.chat_templates import MODELS_OWN, check_marks, template_file, template_text
+from prunetune.data_recipes.formatting import Formatter
+from prunetune.data_recipes.images import ImageOpener
 from prunetune.models.loading import CheckpointError, checkpoint_folder, load_processor
 from prunetune.models.profile import resolved
 from prunetune.models.quantization import check_quantization
@@ -48,6 +50,60 @@ def check_model(config: ModelConfig, spec: PruningSpec) -> PreTrainedModel:
         spec = spec.model_copy(update={"text_tower": shipped(spec.text_tower)})
     _check_budget(PrunedModel(model, spec, processor.tokenizer))
     return model
+
+
+SHAPES = Path(__file__).resolve().parent.parent / "configs" / "shapes"
+
+
+def model_without_weights(path: str, revision: str | None = None) -> PreTrainedModel:
+    """Return a model on the meta device, made of its ``config.json`` alone; no weight file is fetched or opened.
+
+    Of the models that shipped configurations name, the sizes ship as well (``configs/shapes/``): nothing is fetched.
+
+    Args:
+        path: folder or hub id.
+        revision: of a hub id.
+
+    Raises:
+        CheckpointError: if there is no configuration, or it is none of a vision-language model.
+    """
+    folder = shipped(path)
+    own = SHAPES / f"{path.replace('/', '--')}.json"
+    source = own if own.is_file() and revision is None and not Path(folder).is_dir() else folder
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(f"{path} holds no config.json, which says how large the model is; fetch it again")
+    try:
+        stock = AutoConfig.from_pretrained(source, revision=revision)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(stock)
+    # Anything from a wrong id to no network; the user's way out is the same.
+    except Exception as error:
+        raise CheckpointError(
+            f"model {path!r}: no config.json of a vision-language model could be read: {one_line(error)}; give the "
+            "folder of a checkpoint, of which the config.json is enough"
+        ) from error
+    return model
+
+
+def formatter_without_model(config: ModelConfig, images: ImageOpener) -> Formatter:
+    """Return what turns samples into batches for a model, of its tokenizer and processor alone.
+
+    Raises:
+        CheckpointError: if they are not there; of a hub id no weight file is fetched.
+        DataError: for a chat template that is not there.
+    """
+    folder = shipped(config.path)
+    try:
+        if Path(folder).is_dir():
+            processor = load_processor(config.path)
+        else:
+            processor = AutoProcessor.from_pretrained(config.path, revision=config.revision)
+    except CheckpointError:
+        raise
+    # Anything from a wrong id to no network; the user's way out is the same.
+    except Exception as error:
+        raise CheckpointError(f"the processor of {config.path!r} can't be read: {one_line(error)}") from error
+    return Formatter(processor, images, config.template, config.square)
 
 
 def _check_budget(pruned: PrunedModel) -> None:

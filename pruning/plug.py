@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from prunetune.pruning.select import candidates, check_poolable, check_signals, 
 from prunetune.pruning.sequence import pack, placeholders, shorten
 from prunetune.pruning.signals import of_source, signal_of
 from prunetune.pruning.spec import PruningSpec
+from prunetune.pruning.stored import StoredImages, check_choice_is
 from prunetune.pruning.text import TextReader
 from prunetune.pruning.vision import Vision
 
@@ -125,17 +127,22 @@ class PrunedModel:
             f"stand at the position of another; such an order needs position_policy: compact: {todo}"
         )
 
-    def encode(self, inputs: Mapping[str, Any]) -> dict[str, Vision]:
+    def encode(self, inputs: Mapping[str, Any], needs: frozenset[str] | None = None) -> dict[str, Vision]:
         """Run the model's own vision side and return the images and videos of a batch, by modality.
 
         The result is plain data: it can be stored and given to :meth:`prepare` later.
+
+        Args:
+            inputs: what the processor returned.
+            needs: the signals to read, for other pruners of the same model; None is what this one's pruner needs.
         """
+        needs = self.pruner.needs if needs is None else needs
         visions = {}
         inputs = self.family.renamed(inputs)
         with frozen_parts_at_rest(*self.family.frozen_parts(self.model)):
             for modality, name in self.family.pixels.items():
                 if name in inputs:
-                    visions[modality] = self.family.encode(self.model, inputs, modality, self.pruner.needs)
+                    visions[modality] = self.family.encode(self.model, inputs, modality, needs)
         return visions
 
     def prepare(
@@ -145,6 +152,7 @@ class PrunedModel:
         keep: Budget | None = None,
         vision: Mapping[str, Vision] | None = None,
         project_kept: bool = False,
+        stored: StoredImages | None = None,
     ) -> Pruned:
         """Encode the images, prune, and return inputs for the stock model.
 
@@ -155,18 +163,22 @@ class PrunedModel:
             inputs: what the processor returned, ``attention_mask`` (B, L) included; for methods that read the
                 instruction also ``instructions``, one text per row without any answer, for budgets per second
                 ``video_seconds``, how long each video is, and for messages ``sample_ids``, one name per row (a
-                ``Formatter`` adds them).
+                ``Formatter`` adds them). ``stored`` may be among them.
             padding_side: where the shortened rows are padded.
             keep: the budget of this call; None is the specification's.
             vision: the images, if they were encoded before: pixels are not read then, and the projector is applied
                 to the stored features as it is now.
             project_kept: apply the projector to kept tokens alone, which rounds as a smaller product does; for training
                 where :meth:`can_project_kept`.
+            stored: the images, if a feature cache holds what is kept of them: neither tower nor pruner runs then, and
+                no pixel is read. A batch of text alone has those of no image.
 
         Raises:
-            PruningError: if placeholders and images disagree, the mask is missing or the budget does not fit.
+            PruningError: if placeholders and images disagree, the mask is missing or the budget does not fit, or what
+                is stored was chosen by another pruner or budget.
         """
         inputs = self.family.renamed(inputs)
+        stored = inputs.pop("stored", stored)
         instructions = inputs.pop("instructions", ())
         sample_ids = inputs.pop("sample_ids", ())
         seconds = inputs.pop("video_seconds", ())
@@ -177,6 +189,8 @@ class PrunedModel:
                 "as several packed sequences; call the processor with padding=True"
             )
         check_inputs(inputs, self.family)
+        if stored is not None:
+            return self._prepare_stored(inputs, stored.to(self.model.device), padding_side, keep)
         if self.family.unproven and vision is None:
             admit(self.model, self.family, inputs, self.position_policy)
         with self.family.without_projector(self.model) if project_kept else nullcontext():
@@ -228,9 +242,69 @@ class PrunedModel:
             return False
         return True
 
+    def _prepare_stored(self, inputs: dict[str, Any], stored: StoredImages, padding_side: str, keep: Budget) -> Pruned:
+        """Return inputs for the stock model with images of a feature cache."""
+        check_choice_is(stored, self.spec, keep)
+        for modality, name in self.family.pixels.items():
+            if inputs.get(name) is not None and (modality != stored.modality or not stored.lengths):
+                raise PruningError(
+                    f"the batch holds {name!r} beside stored images, which would run unpruned; a batch has all its "
+                    "images from the feature cache, or none"
+                )
+        if not stored.lengths:
+            nothing = {}
+            if self.model.training and torch.is_grad_enabled():
+                # Called all the same, so that ranks agree on the projector's gradient, and under ZeRO-3 on its calls.
+                features = stored.features(partial(self.family.project, self.model))
+                nothing = {stored.modality: self.family.put_back([features], [], stored.modality)}
+            return replace(self._text_alone(inputs, nothing), stored=stored)
+        check_aligned(inputs, self.family)
+        token = self.family.token_id(self.model, stored.modality)
+        lengths = list(stored.lengths)
+        found, rows = placeholders(inputs["input_ids"], token, lengths, stored.modality)
+        pruned = rewrite(
+            self.model,
+            self.family,
+            inputs,
+            {},
+            {stored.modality: found},
+            newline=self.spec.newline,
+            position_policy=self.position_policy,
+            padding_side=padding_side,
+            merges=self.merges,
+            stored=stored,
+        )
+        return replace(pruned, rows={stored.modality: rows})
+
     def _projected_now(self, visions: Mapping[str, Vision]) -> dict[str, Vision]:
         """Return stored images as the projector of now sees them: it may have been tuned since, or be in training."""
         return {name: self.family.reproject(self.model, vision) for name, vision in visions.items()}
+
+    def choose(
+        self,
+        vision: Vision,
+        instructions: Sequence[str] = (),
+        rows: Sequence[int] | None = None,
+        keep: Budget | None = None,
+        names: Mapping[int, str] | None = None,
+    ) -> Chosen:
+        """Let the pruner choose from encoded images; :meth:`prepare` does it and rewrites the batch.
+
+        Args:
+            vision: of this model, with the signals that the pruner needs.
+            instructions: one text per row, for methods that read it.
+            rows: the row of each image; None is a row each.
+            keep: the budget; None is the specification's.
+            names: what to call an image in a message.
+
+        Raises:
+            PruningError: if the budget does not fit, or a text is missing.
+        """
+        rows = list(range(len(vision.slots))) if rows is None else list(rows)
+        self._check_instructions(instructions, max(rows, default=-1) + 1)
+        budget = self.spec.keep if keep is None else check_budget(keep)
+        rule = BudgetRule(budget, self.spec.small_images, self._unit())
+        return self._choose(vision, instructions, rows, rule, names or {})
 
     def _choose(
         self,
@@ -302,6 +376,12 @@ class PrunedModel:
 
     def _without_images(self, inputs: dict[str, Any], blanks: Mapping[str, Vision], project_kept: bool) -> Pruned:
         """Pass text through; in training it reaches the projector all the same."""
+        blanks = self._read_for(blanks)
+        encoded = {modality: self._nothing_of(modality, blank, project_kept) for modality, blank in blanks.items()}
+        return self._text_alone(inputs, encoded)
+
+    def _text_alone(self, inputs: dict[str, Any], encoded: Mapping[str, PrunedOutput]) -> Pruned:
+        """Pass text through, with no tokens that carry the projector's graph, if there are such."""
         keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
         for name in self.family.left_out():
             inputs.pop(name, None)
@@ -309,11 +389,9 @@ class PrunedModel:
         # Given to the model, since packing tells samples apart by them; it reads (B, L) of text alone as it is.
         if self.family.counts_rows_and_columns and (positions is None or positions.ndim != 2):
             inputs = shorten(inputs, keep, self.family.positions(self.model, inputs), "right")
-        if not blanks:
+        if not encoded:
             return Pruned(inputs, keep)  # in inference there is no gradient to agree on
-        blanks = self._read_for(blanks)
-        encoded = {modality: self._nothing_of(modality, blank, project_kept) for modality, blank in blanks.items()}
-        return Pruned({**inputs, "mm_encoder_outputs": encoded}, keep)
+        return Pruned({**inputs, "mm_encoder_outputs": dict(encoded)}, keep)
 
     def _read_for(self, blanks: Mapping[str, Vision]) -> dict[str, Vision]:
         """Return dummies with the text that the method reads."""

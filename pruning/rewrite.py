@@ -17,6 +17,7 @@ from prunetune.pruning.families.base import Family, PrunedOutput
 from prunetune.pruning.ops.precision import exact_float32
 from prunetune.pruning.select import Candidates
 from prunetune.pruning.sequence import shorten
+from prunetune.pruning.stored import StoredImages
 from prunetune.pruning.types import Selection
 from prunetune.pruning.vision import NEWLINE, Vision
 
@@ -124,6 +125,7 @@ class Pruned:
         chosen: what was kept of each modality: its images, the candidates and the selections.
         kept: for each modality how many visual tokens of each image reach the LLM, images in reading order.
         rows: for each modality the row of the batch that each image is in, in the same order.
+        stored: the images, where they came from a feature cache; ``chosen`` is empty then.
     """
 
     inputs: dict[str, Any]
@@ -131,6 +133,7 @@ class Pruned:
     chosen: Mapping[str, Chosen] = field(default_factory=dict)
     kept: Mapping[str, list[int]] = field(default_factory=dict)
     rows: Mapping[str, list[int]] = field(default_factory=dict)
+    stored: StoredImages | None = None
 
     @property
     def vision(self) -> dict[str, Vision]:
@@ -150,12 +153,18 @@ class Pruned:
             for selection in choice.selections:
                 for name, values in selection.notes.items():
                     noted.setdefault(name, []).append(values.float())
+        for own in self.stored.notes if self.stored is not None else ():
+            for name, value in own.items():
+                noted.setdefault(name, []).append(torch.tensor([value]))
         return {name: torch.cat(values) for name, values in noted.items()}
 
     @property
     def notes_per_image(self) -> dict[str, list[dict[str, float]]]:
         """For each modality what the method noted of each image by name, the mean over its items, in reading order."""
-        return {modality: choice.notes_per_image() for modality, choice in self.chosen.items()}
+        found = {modality: choice.notes_per_image() for modality, choice in self.chosen.items()}
+        if self.stored is not None:
+            found[self.stored.modality] = [dict(own) for own in self.stored.notes]
+        return found
 
     @property
     def selections(self) -> dict[str, list[Selection]]:
@@ -259,6 +268,44 @@ def slot_features(
     return torch.where(is_merged, projected[source.clamp(min=0)], plain)
 
 
+@dataclass(frozen=True)
+class Staying:
+    """What of one modality of a batch reaches the LLM.
+
+    Attributes:
+        slots: (S,) which slots of all images stay.
+        lengths: how many slots each image has.
+        features: (K, D) what stands in those that stay.
+        levels: for models with deepstack features, per level (K, D).
+    """
+
+    slots: Bool[Tensor, " S"]
+    lengths: list[int]
+    features: Float[Tensor, "K D"]
+    levels: Sequence[Float[Tensor, "K D"]] = ()
+
+
+def staying(
+    choice: Chosen, newline: str, merges: bool, project: Callable[[Tensor], Tensor], project_kept: bool = False
+) -> Staying:
+    """Return what of a choice reaches the LLM.
+
+    Args:
+        choice: of one modality.
+        newline: which row ends stay.
+        merges: whether the method may return merged features.
+        project: from pre-projector features to the LLM's space.
+        project_kept: whether the images are not projected yet.
+    """
+    vision = choice.vision
+    slots = staying_slots(vision, choice.kept_tokens(), newline)
+    merged, mixed = None, None
+    if merges:
+        merged, mixed = choice.merged_tokens(), choice.mixed_tokens()
+    features = slot_features(vision, slots, merged, project, mixed, project_kept)
+    return Staying(slots, vision.lengths, features, [torch.cat(level)[slots] for level in vision.levels])
+
+
 def rewrite(
     model: nn.Module,
     family: Family,
@@ -270,6 +317,7 @@ def rewrite(
     padding_side: str,
     merges: bool,
     project_kept: bool = False,
+    stored: StoredImages | None = None,
 ) -> Pruned:
     """Shorten a batch to what was chosen, and put the kept features where the stock model takes them.
 
@@ -287,25 +335,23 @@ def rewrite(
         padding_side: where the shortened rows are padded.
         merges: whether the method may return merged features.
         project_kept: whether the images are not projected yet.
+        stored: images of a feature cache, which were chosen before and are projected now.
     """
+    project = partial(family.project, model)
+    parts: dict[str, Staying] = {}
+    for modality, choice in chosen.items():
+        parts[modality] = staying(choice, newline, merges, project, project_kept)
+    if stored is not None:
+        parts[stored.modality] = Staying(stored.stays, list(stored.lengths), stored.features(project))
     keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)  # (B, L)
     outputs: dict[str, PrunedOutput] = {}
     counts: dict[str, list[int]] = {}
-    for modality, choice in chosen.items():
-        vision = choice.vision
-        stays = staying_slots(vision, choice.kept_tokens(), newline)
+    for modality, part in parts.items():
         row, column = placeholders_at[modality].unbind(dim=1)  # (S,) each
-        keep[row, column] = stays
-        counts[modality] = _per_image(stays, vision.lengths)
-        merged, mixed = None, None
-        if merges:
-            merged, mixed = choice.merged_tokens(), choice.mixed_tokens()
-        features = slot_features(vision, stays, merged, partial(family.project, model), mixed, project_kept)
-        levels = []
-        for level in vision.levels:
-            cut = torch.cat(level)[stays]
-            levels.append(list(cut.split(counts[modality])))
-        output = family.put_back(list(features.split(counts[modality])), levels, modality)
+        keep[row, column] = part.slots
+        counts[modality] = _per_image(part.slots, part.lengths)
+        levels = [list(level.split(counts[modality])) for level in part.levels]
+        output = family.put_back(list(part.features.split(counts[modality])), levels, modality)
         if isinstance(output.pooler_output, Tensor):
             output.pooler_output = in_blocks(output.pooler_output, counts[modality])
         outputs[modality] = output
@@ -316,7 +362,7 @@ def rewrite(
         result.pop(name, None)
     if outputs:
         result["mm_encoder_outputs"] = outputs
-    return Pruned(result, keep, dict(chosen), counts)
+    return Pruned(result, keep, dict(chosen), counts, stored=stored)
 
 
 def in_blocks(

@@ -33,10 +33,16 @@ def test_shipped_recalibrations_load_and_name_real_things(path):
     assert deepspeed_file(config.train.deepspeed).is_file()
     header = path.read_text().split("model:")[0]
     assert f"--config configs/recalibrate/{path.name}" in header and "Hardware:" in header and "Cost:" in header
+    if not path.stem.startswith("tiny"):
+        # What trains has 17 to 160 M weights, and every base fits one card with 80 GB in bfloat16.
+        assert config.train.deepspeed == "zero1" and config.train.loss == "token_mean"
+        engine = config.engine
+        assert engine.token_budget is not None and (engine.packing, engine.checkpointing) == ("auto", "auto")
+        assert f"prunetune plan --config recalibrate/{path.stem} " in header and "planned, not measured" in header
     if "llava1" in path.name:
         world = 8 * config.train.batch_size * config.train.accumulation
         assert world == 128 and config.train.learning_rate == 2e-5 and config.train.epochs == 1
-        budget = int(path.stem.rsplit("_", 1)[1])
+        budget = int(path.stem.removesuffix("_quick").rsplit("_", 1)[1])
         assert config.pruning.keep == (budget if "llava15" in path.name else budget // 5)
 
 
@@ -45,6 +51,17 @@ def test_every_published_budget_is_there():
     wanted = {f"llava15_{size}_prismprune_{keep}" for size in ("7b", "13b") for keep in (128, 64, 32)}
     wanted |= {f"llava16_{size}_prismprune_{keep}" for size in ("7b", "13b") for keep in (640, 320, 160)}
     assert wanted <= names
+
+
+def test_the_quick_configuration_differs_from_the_full_one_in_its_data_alone():
+    quick, full = (
+        load_config(RecalibrateConfig, f"recalibrate/llava15_7b_prismprune_64{end}") for end in ("_quick", "")
+    )
+    train = quick.train.model_copy(update={"save_steps": full.train.save_steps})
+    recipe = read_recipe(quick.data.recipe)
+    assert recipe.max_samples == 20_000 and getattr(recipe, "sources", None) == ["gqa"]
+    same = {"data": full.data, "train": train, "output": full.output}
+    assert quick.model_copy(update=same) == full and train == full.train
 
 
 OTHERS = {

@@ -218,7 +218,7 @@ def test_what_can_not_be_packed_says_so(model):
 def test_an_update_is_the_same_however_it_is_laid_out(untrained_folder, tmp_path):
     """16 samples an update: 1 x 16, 2 x 8 and 8 x 2, by budget, over 1 and 2 ranks, under ZeRO-1, 2 and 3."""
     layouts = {
-        1: {"1x16": ("16", "1", "zero1"), "8x2": ("2", "8", "zero2"), "even": ("4", "4", "zero1")},  # BUDGET
+        1: {"1x16": ("16", "1", "zero1"), "8x2": ("2", "8", "zero2"), "budget": ("16", "1", "zero1")},
         2: {"2x8": ("8", "1", "zero2"), "8x2": ("1", "8", "zero1"), "zero3": ("4", "2", "zero3")},
     }
     found = {}

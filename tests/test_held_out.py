@@ -36,6 +36,7 @@ def recipe(tmp_path, scenes=12, **more):
 def test_whole_images_are_taken_from_what_is_trained_on(tmp_path, number):
     data = recipe(tmp_path)
     train, held = split(data, number, seed=3)
+    assert list(train.held_out["id"]) == list(held.rows["id"])  # a feature cache is asked for both
     assert len(train) + len(held) == len(data) == 96
     assert len(held) == 8 * math.ceil(number / 8)  # a scene has eight questions
     assert not set(train.rows["image"]) & set(held.rows["image"])

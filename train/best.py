@@ -98,6 +98,7 @@ class BestAdapter:
         arm: what is trained.
         peft_model: the same, wrapped.
         tracker: the run's, on rank 0.
+        features: what the record says of the feature cache.
     """
 
     config: RecalibrateConfig
@@ -106,6 +107,7 @@ class BestAdapter:
     arm: Arm
     peft_model: PeftModel
     tracker: Tracker | None
+    features: Any = None
 
     @property
     def folder(self) -> Path:
@@ -120,7 +122,8 @@ class BestAdapter:
         """Write the adapter with its record, in place of an older one."""
         record = run_record(self.config, self.data, self.arm, tensors, progress.step, self.tracker)
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        record |= {"trained_in": self.config.model.dtype, "stored_in": stored, "held_out": self.record(progress)}
+        record |= {"trained_in": self.config.model.dtype, "stored_in": stored, "features": self.features}
+        record["held_out"] = self.record(progress)
         write_adapter(self.folder, tensors, self.peft_model, record)
 
     def record(self, progress: Progress) -> dict[str, Any]:

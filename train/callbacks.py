@@ -13,8 +13,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prunetune.configs import ConfigError
-from prunetune.screen import SCREEN
+from prunetune.screen import SCREEN, say
 from prunetune.train.checkpoints import COMPLETE, Mark, file_hashes
+from prunetune.train.numbers import RunNumbers, in_a_line
 from prunetune.train.stopping import StopRequest
 from prunetune.train.tracking import Tracker
 
@@ -29,13 +30,22 @@ class NumbersCallback(TrainerCallback):
         tracker: the run's, on rank 0; the other ranks have none and only stop.
         samples_per_step: over all ranks.
         skips: returns how many steps DeepSpeed has skipped so far; None where it skips none on purpose.
+        measured: the run's own numbers, which every row gets and whose summary is told at the end; None measures
+            nothing beside speed.
 
     Attributes:
         skipped: steps without an update, those before a resumed checkpoint included.
     """
 
-    def __init__(self, tracker: Tracker | None, samples_per_step: int, skips: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self,
+        tracker: Tracker | None,
+        samples_per_step: int,
+        skips: Callable[[], int] | None = None,
+        measured: RunNumbers | None = None,
+    ) -> None:
         self.tracker = tracker
+        self.measured = measured
         self.samples_per_step = samples_per_step
         self.skips = skips
         self.skipped = 0
@@ -102,6 +112,8 @@ class NumbersCallback(TrainerCallback):
         }
         if self.skips is not None:
             numbers["skipped_steps"] = self.skipped
+        if self.measured is not None:
+            numbers |= self.measured.row()
         if self.tracker is not None:
             self.tracker.log(numbers, step=state.global_step)
         if self.bar is not None:
@@ -115,9 +127,15 @@ class NumbersCallback(TrainerCallback):
         return self.skipped > before
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Close the bar."""
+        """Close the bar, and say and keep what the run measured of itself."""
         if self.bar is not None:
             self.bar.close()
+        if self.measured is None:
+            return
+        summary = self.measured.summary()
+        if self.tracker is not None:
+            self.tracker.summarize("numbers", summary)
+            say(in_a_line(summary))
 
 
 class NothingToTrain(Exception):

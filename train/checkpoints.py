@@ -233,7 +233,16 @@ def rename_damaged(found: Found) -> None:
 def set_aside(output: Path) -> None:
     """Move what an earlier run left in ``output`` below ``output/superseded-N``; nothing is deleted."""
     old: list[Path] = []
-    for name in ("checkpoint-*", "damaged-checkpoint-*", "log.jsonl", "wandb_id.txt", FINISHED, "adapter", "best"):
+    for name in (
+        "checkpoint-*",
+        "damaged-checkpoint-*",
+        "log.jsonl",
+        "numbers.json",
+        "wandb_id.txt",
+        FINISHED,
+        "adapter",
+        "best",
+    ):
         old += output.glob(name)
     if not old:
         return

@@ -15,6 +15,7 @@ from torch import Tensor
 from prunetune.data_recipes import DataError, Formatter, RecipeData
 from prunetune.data_recipes.content import content_hash
 from prunetune.data_recipes.formatting import IGNORE_INDEX
+from prunetune.models.features import FeatureFormatter
 from prunetune.models.ranks import Ranks
 
 SummedLoss = Callable[[Mapping[str, Any]], Tensor]
@@ -46,7 +47,8 @@ def split(data: RecipeData, number: int, seed: int) -> tuple[RecipeData, RecipeD
             "images, and none is left to train on; lower it"
         )
     rest = [index for index in range(len(data)) if index not in chosen]
-    return _of(data, data.rows, rest), _of(data, data.rows, sorted(chosen))
+    held = _of(data, data.rows, sorted(chosen))
+    return replace(_of(data, data.rows, rest), held_out=held.rows), held
 
 
 def _drawn(images: Sequence[str | None], number: int, seed: int) -> set[int]:
@@ -97,7 +99,7 @@ class HeldOutLoss:
     """
 
     data: RecipeData
-    formatter: Formatter
+    formatter: Formatter | FeatureFormatter
     summed_loss: SummedLoss
     ranks: Ranks
     size: int

@@ -22,6 +22,7 @@ from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
 from prunetune.models.arm import default_device
 from prunetune.models.code import code_record
+from prunetune.models.features import FeatureData, FeatureFormatter, FeatureStore
 from prunetune.models.profile import resolved
 from prunetune.models.ranks import Ranks, launched_ranks
 from prunetune.outputs import RECALIBRATION, OutputFolder, write_text, writing
@@ -146,18 +147,19 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     # The model is built before TrainingArguments: an active ZeRO-3 configuration would partition it while loading.
     # DeepSpeed takes plain weights to the GPU; quantised ones are made there.
     arm = Arm.load(config.model, config.pruning, device="cpu" if config.model.quantization is None else None)
-    made_with = _made_with(arm) if run.ranks.is_zero else {}
+    made_with = _made_with(run, arm) if run.ranks.is_zero else {}
     check_made_with(run.found, made_with)
     if run.ranks.is_zero and (changed := other_code(run.found, made_with)):
         say(changed)
     tracker = Tracker(config.tracking, run.output, config.model_dump(), run.first_step) if run.ranks.is_zero else None
+    formatter = _formatter(run, arm)
     peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
     if config.engine.float8:
         rounded = use_float8(arm.model, device=default_device())
         if run.ranks.is_zero:
             say(f"float8    {rounded.line()}")
-    trained = train(run, arm, peft_model, tracker, request or StopRequest(), made_with)
+    trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with)
     if not trained.stopped:
         save(run, arm, peft_model, tracker, trained, made_with)
     elif run.ranks.is_zero:
@@ -207,13 +209,13 @@ def train(
     run: Run,
     arm: Arm,
     peft_model: PeftModel,
+    formatter: Formatter | FeatureFormatter,
     tracker: Tracker | None,
     request: StopRequest,
     made_with: dict[str, Any],
 ) -> Trained:
     """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
-    formatter = arm.formatter(run.data.images, config.max_length)
     engine = Engine(arm.pruned, run.config.engine, prompt_prefix(arm, formatter, run.data))
     if run.config.engine.checkpointing is True:
         _checkpoint_language_model(arm)
@@ -229,7 +231,7 @@ def train(
     stop = StopCallback(request, run.steps)
     held = None
     if run.held is not None:
-        best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker)
+        best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker, made_with.get("features"))
         loss = HeldOutLoss(run.held, formatter, lambda batch: trainer.summed_loss(batch), run.ranks, config.batch_size)
         held = HeldOutCallback(
             lambda: loss(trainer.model_wrapped, trainer.args.device),
@@ -269,7 +271,20 @@ def train(
     return Trained(trainer.state.global_step, stop.stopped, numbers.skipped if half else None, told)
 
 
-def _sampler(run: Run, arm: Arm, formatter: Formatter, engine: Engine) -> StepSampler:
+def _formatter(run: Run, arm: Arm) -> Formatter | FeatureFormatter:
+    """Return what builds batches: of images, or of the features that a cache holds of them.
+
+    Raises:
+        FeatureError: for a cache of something else.
+    """
+    length = run.config.train.max_length
+    if run.config.features is None:
+        return arm.formatter(run.data.images, length, raw_pixels=True)
+    store = FeatureStore.open(run.config.features, arm, FeatureData.of_recipe(run.data), trains=True)
+    return FeatureFormatter(store, arm, length)
+
+
+def _sampler(run: Run, arm: Arm, formatter: Formatter | FeatureFormatter, engine: Engine) -> StepSampler:
     """Return what each update holds on this rank."""
     config, switches = run.config.train, run.config.engine
     share = Share(
@@ -335,7 +350,7 @@ def save(
     if stored != "float32":
         say(f"train.deepspeed {run.config.train.deepspeed} keeps no float32 weights: the adapter is stored in {stored}")
     record = run_record(run.config, run.data, arm, tensors, trained.step, tracker)
-    record |= {"trained_in": run.config.model.dtype, "stored_in": stored}
+    record |= {"trained_in": run.config.model.dtype, "stored_in": stored, "features": made_with["features"]}
     if trained.skipped is not None:
         record["skipped_steps"] = trained.skipped
     if trained.held_out is not None:
@@ -345,13 +360,14 @@ def save(
     say(f"recalibrated projector: {run.output / 'adapter'}")
 
 
-def _made_with(arm: Arm) -> dict[str, Any]:
+def _made_with(run: Run, arm: Arm) -> dict[str, Any]:
     """Return what else a run's numbers come from, as checkpoints hold it."""
     return {
         "base model": arm.base.hashes.frozen_hash,
         "original projector": arm.base.hashes.original_projector_hash,
         "tokenizer, processor or configuration": arm.base.settings_hash,
         "text tower": arm.text_tower_hash,
+        "features": None if run.config.features is None else FeatureStore(run.config.features).seal,
         "plug-ins": plugin_records(),
         CODE: code_record(),
     }

@@ -53,6 +53,12 @@ class Tracker:
         if self.run is not None:
             self.run.log({key: value for key, value in row.items() if key != "step"}, step=step)
 
+    def summarize(self, name: str, values: dict[str, Any]) -> None:
+        """Write numbers of the whole run to ``NAME.json`` beside the log, and into the W&B run's summary."""
+        write_text(self.path.parent / f"{name}.json", json.dumps(values, indent=2) + "\n")
+        if self.run is not None:
+            self.run.summary.update({f"{name}/{key}": value for key, value in values.items()})
+
     def log_table(self, name: str, columns: Sequence[str | int], rows: list[list[Any]]) -> None:
         """Send a table to W&B."""
         if self.run is not None:

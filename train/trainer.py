@@ -86,7 +86,7 @@ class RecalibrationTrainer(Trainer):
         loss: str = "token_mean",
         **kwargs: Any,
     ) -> None:
-        self.sampler, self.engine, self.loss = sampler, engine, loss
+        self.formatter, self.sampler, self.engine, self.loss = formatter, sampler, engine, loss
         order: Any = sampler.order
         # A sum of steps over steps per epoch: 1e-6 lifts 0.9999... over the epoch's end.
         order.epoch = lambda: int((self.state.epoch or 0) + 1e-6)
@@ -120,7 +120,7 @@ class RecalibrationTrainer(Trainer):
 
     def summed_loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the cross entropy of a formatter's batch, summed over its supervised tokens, on the wrapped model."""
-        return self.engine.summed_loss(self.model_wrapped, self._prepare_inputs(dict(batch)))
+        return self.engine.summed_loss(self.model_wrapped, self._placed(dict(batch)))
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward over an update's micro-batches on this rank, and return its part of the loss.
@@ -136,10 +136,18 @@ class RecalibrationTrainer(Trainer):
             self.unsupervised += batch.pop(UNSUPERVISED)
             last = number == len(inputs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
-            loss = self.engine.summed_loss(model, self._prepare_inputs(batch)) * scales[number]
+            loss = self.engine.summed_loss(model, self._placed(batch)) * scales[number]
             self.accelerator.backward(loss, scale_wrt_gas=False)
             total += loss.detach()
         return total
+
+    def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch on the device, pixels in the model's dtype: the numbers that evaluation gives it."""
+        inputs = self.formatter.finish(self._prepare_inputs(batch))
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                inputs[name] = value.to(self.engine.pruned.model.dtype)
+        return inputs
 
     def _scales(self, counts: Sequence[int]) -> Tensor:
         """Return what each micro-batch's summed loss is multiplied by; 0 where nothing is supervised, not 1 / 0."""

@@ -7,6 +7,7 @@ import math
 import platform
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from prunetune.configs import EvaluateConfig, to_yaml
-from prunetune.data_recipes import Formatter, Sample, Turn
+from prunetune.data_recipes import Formatter
 from prunetune.data_recipes.images import limited
 from prunetune.data_recipes.videos import sampled
 from prunetune.evaluation.errors import TaskError
@@ -31,11 +32,13 @@ from prunetune.evaluation.records import (
     results_hash,
     write_manifest,
 )
+from prunetune.evaluation.run.features import feature_data, sample_of, within
 from prunetune.evaluation.run.shards import Batches, gather, shard, start
 from prunetune.evaluation.tasks import Benchmark, Item, Scored, get_task
 from prunetune.evaluation.tasks.base import Questions, items_hash, task_folder
 from prunetune.models import Arm, read_record
 from prunetune.models.code import code_record
+from prunetune.models.features import FeatureFormatter, FeatureStore
 from prunetune.models.ranks import Ranks, join_ranks
 from prunetune.models.record import required
 from prunetune.outputs import EVALUATION, OutputFolder
@@ -101,7 +104,8 @@ def _fill(folder: OutputFolder, config: EvaluateConfig, arm: Arm | None, device:
     _check_takes_videos(arm, works)
     if ranks.is_zero:
         _say_seen(arm, config)
-    manifest = _manifest(config, works, arm)
+    store = _open_features(config, works, arm)
+    manifest = _manifest(config, works, arm, store)
     batches = _batches(works)
     # One rank writes what there is one of; the others wait below until it is there.
     if ranks.is_zero:
@@ -115,7 +119,7 @@ def _fill(folder: OutputFolder, config: EvaluateConfig, arm: Arm | None, device:
 
     began = time.monotonic()
     # Answering alone: loading and hashing would make a short run look slow.
-    _run(config, works, arm, done, ranks)
+    _run(config, works, arm, done, ranks, store)
     seconds = time.monotonic() - began
     ranks.wait()
     if ranks.is_zero:
@@ -185,7 +189,32 @@ def _check_takes_videos(arm: Arm, works: list[Work]) -> None:
         )
 
 
-def _run(config: EvaluateConfig, works: list[Work], arm: Arm, done: set[tuple[str, str]], ranks: Ranks) -> None:
+def _open_features(config: EvaluateConfig, works: list[Work], arm: Arm) -> FeatureStore | None:
+    """Return the feature cache that is read in place of pixels, checked for the arm and the items; None without one."""
+    if config.features is None:
+        return None
+    questions = {work.task.name: work.questions for work in works}
+    data = feature_data(config.tasks, config.data, config.limit, config.max_pixels, questions)
+    return FeatureStore.open(config.features, arm, data)
+
+
+def _formatter(
+    config: EvaluateConfig, work: Work, arm: Arm, store: FeatureStore | None
+) -> Formatter | FeatureFormatter:
+    """Return what turns a task's items into batches."""
+    if store is not None:
+        return FeatureFormatter(store, arm, within=partial(within, work.task.name))
+    return arm.formatter(sampled(limited(work.questions.open_images(), config.max_pixels), config.video))
+
+
+def _run(
+    config: EvaluateConfig,
+    works: list[Work],
+    arm: Arm,
+    done: set[tuple[str, str]],
+    ranks: Ranks,
+    store: FeatureStore | None,
+) -> None:
     """Answer this rank's batches that are not done yet."""
     todo = []
     for work in works:
@@ -204,25 +233,24 @@ def _run(config: EvaluateConfig, works: list[Work], arm: Arm, done: set[tuple[st
         mininterval=1.0,
         disable=not ranks.is_zero,
     )
-    formatters: dict[str, Formatter] = {}
+    formatters: dict[str, Formatter | FeatureFormatter] = {}
     with shard(output, ranks.rank, ranks.world).open("a", encoding="utf-8") as file, bar:
         for work, batch in todo:
             # Images are opened when the first batch needs them: a run that has nothing left to do needs none.
             if work.task.name not in formatters:
-                images = sampled(limited(work.questions.open_images(), config.max_pixels), config.video)
-                formatters[work.task.name] = arm.formatter(images)
+                formatters[work.task.name] = _formatter(config, work, arm, store)
             rows = _answers(arm, formatters[work.task.name], work.task, batch, config.max_new_tokens)
             file.write("".join(row.to_line() for row in rows))
             file.flush()  # killed later, this batch is not made again
             bar.update(len(batch))
 
 
-def _answers(arm: Arm, formatter: Formatter, task: Benchmark, batch: list[Item], max_new_tokens: int) -> list[Result]:
+def _answers(
+    arm: Arm, formatter: Formatter | FeatureFormatter, task: Benchmark, batch: list[Item], max_new_tokens: int
+) -> list[Result]:
     """Generate the answers of one batch and score them, once and for all."""
-    samples = []
     # No answer in the last turn: the prompt ends where the model is to go on.
-    for item in batch:
-        samples.append(Sample(item.id, item.source, item.image, (Turn(item.question, None),)))
+    samples = [sample_of(item) for item in batch]
     rows = []
     for item, answer in zip(batch, arm.answer(formatter, samples, max_new_tokens), strict=True):
         row = Result(
@@ -279,7 +307,7 @@ def _notes(rows: list[Result]) -> dict[str, dict[str, float]]:
     return means
 
 
-def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm) -> Manifest:
+def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm, store: FeatureStore | None) -> Manifest:
     """Return everything that decides an arm's numbers."""
     tasks = {}
     for work in works:
@@ -321,6 +349,7 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm) -> Manifest:
         max_new_tokens=config.max_new_tokens,
         # transformers has a slow and a fast one for many models, and takes one by what else is installed.
         image_processor=type(arm.processor.image_processor).__name__,
+        features=None if store is None else store.seal,
         video=config.video if any(work.task.video for work in works) else None,
         device=torch.cuda.get_device_name() if arm.device.type == "cuda" else platform.machine(),
         versions={name: version(name) for name in ("torch", "transformers")},

@@ -84,6 +84,7 @@ RECALIBRATION = Kind(
     (
         *_TRACKED,
         "launch.log",
+        "numbers.json",
         "finished.json",
         "finished.json.partial",
         *(f"adapter/{name}" for name in ADAPTER_FILES),
@@ -99,6 +100,9 @@ COMPARISON = Kind(
     (*_TRACKED, "table.md", "table.csv", "comparison.json", "plot.png"),
     (("table.csv", "tuned_minus_training_free"), ("table.md", "| arm |")),
 )
+
+
+FEATURES = Kind("feature cache", ("features.json", "features-#.safetensors", "libraries.log"), last="features.json")
 
 
 VISUALIZATION = Kind("visualization", ("libraries.log",), (("kept_00.png", "PNG"),))

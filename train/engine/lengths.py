@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from prunetune.configs import ConfigError
 from prunetune.data_recipes import Formatter, RecipeData
+from prunetune.data_recipes.lengths import text_lengths
 from prunetune.models import Arm
+from prunetune.models.features import FeatureFormatter, FeatureStore
 from prunetune.pruning import PrunedModel
 from prunetune.pruning.budget import resolve_budget
 from prunetune.train.engine.prefix import common_prefix
@@ -22,7 +24,7 @@ LOOKED_AT = 16
 """Samples that are read to learn what all prompts begin with."""
 
 
-def prompt_prefix(arm: Arm, formatter: Formatter, data: RecipeData) -> Int[Tensor, " P"]:
+def prompt_prefix(arm: Arm, formatter: Formatter | FeatureFormatter, data: RecipeData) -> Int[Tensor, " P"]:
     """Return what the prompts of a run begin with, (P,) ids, learnt from a few samples spread over the data.
 
     The same on every rank and after resuming; a micro-batch with a sample that begins otherwise shares nothing.
@@ -41,7 +43,7 @@ def prompt_prefix(arm: Arm, formatter: Formatter, data: RecipeData) -> Int[Tenso
 
 
 def pruned_lengths(
-    data: RecipeData, formatter: Formatter, pruned: PrunedModel, max_length: int | None, shared: int
+    data: RecipeData, formatter: Formatter | FeatureFormatter, pruned: PrunedModel, max_length: int | None, shared: int
 ) -> list[int]:
     """Return how many tokens of each sample run through the LLM.
 
@@ -58,16 +60,30 @@ def pruned_lengths(
     Raises:
         ConfigError: if the processor does not say how many placeholders an image gets.
     """
-    from prunetune.data_recipes.lengths import text_lengths
-
-    texts = text_lengths(data, formatter).tolist()
-    counted = Placeholders(formatter, data)
+    if isinstance(formatter, FeatureFormatter):
+        texts, visual = text_lengths(data, formatter.formatter), _stored(data, formatter.store)
+    else:
+        texts, visual = text_lengths(data, formatter), _estimated(data, formatter, pruned)
     lengths = []
-    for text, image in zip(texts, data.rows["image"], strict=True):
-        visual = 0 if image is None else counted.of(image)
-        whole = text + visual if max_length is None else min(text + visual, max_length)
-        lengths.append(max(1, whole - visual + kept_of(pruned, visual) - shared))
+    for text, (placeholders, kept) in zip(texts.tolist(), visual, strict=True):
+        whole = text + placeholders if max_length is None else min(text + placeholders, max_length)
+        lengths.append(max(1, whole - placeholders + kept - shared))
     return lengths
+
+
+def _stored(data: RecipeData, store: FeatureStore) -> Iterator[tuple[int, int]]:
+    """Yield each sample's placeholders, and how many of them stay, as a feature cache knows them."""
+    for index in range(len(data)):
+        sample = data[index]
+        yield store.placeholders(sample), store.kept(sample)
+
+
+def _estimated(data: RecipeData, formatter: Formatter, pruned: PrunedModel) -> Iterator[tuple[int, int]]:
+    """Yield each sample's placeholders, and how many of them the budget keeps."""
+    counted = Placeholders(formatter)
+    for image in data.rows["image"]:
+        placeholders = 0 if image is None else counted.of(image)
+        yield placeholders, kept_of(pruned, placeholders)
 
 
 def kept_of(pruned: PrunedModel, placeholders: int) -> int:
@@ -87,11 +103,10 @@ class Placeholders:
 
     Args:
         formatter: with the processor and the opener.
-        data: the samples, of which one is formatted where the processor does not say it.
     """
 
-    def __init__(self, formatter: Formatter, data: RecipeData) -> None:
-        self.formatter, self.data = formatter, data
+    def __init__(self, formatter: Formatter) -> None:
+        self.formatter = formatter
         self.of_size = cache(self._of_size)
         # Sizes as unlike as they come: a processor that makes equally much of all makes it of any.
         found = {self.of_size(size) for size in ((336, 336), (90, 640), (1200, 300), (777, 1024))}

@@ -1,0 +1,79 @@
+"""Batches without pixels: a formatter whose images come from a feature cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from PIL import Image
+
+from prunetune.data_recipes import Formatter, Sample
+from prunetune.models.arm import Arm
+from prunetune.models.features.store import FeatureStore
+
+
+class BlankImages:
+    """Opens a blank of each image's size, by which processors write as many placeholders; no file is read.
+
+    Args:
+        store: holds the sizes.
+    """
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.store = store
+        self.sizes: dict[str, tuple[int, int]] = {}
+
+    def exists(self, reference: str) -> bool:
+        """Return true: what has no features was told of before."""
+        return True
+
+    def open(self, reference: str, sample_id: str) -> Image.Image:
+        """Return a black image of the size that was set for the reference."""
+        return Image.new("RGB", self.sizes[reference])
+
+
+class FeatureFormatter:
+    """Turns samples into batches with ``stored`` in place of pixels, for `PrunedModel` and what it is attached to.
+
+    Args:
+        store: the features, checked for the arm.
+        arm: the model.
+        max_length: longest sequence in tokens, None for no limit.
+        within: puts before an image's name what the features were made with it, such as its benchmark's.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        arm: Arm,
+        max_length: int | None = None,
+        within: Callable[[Sample], Sample] | None = None,
+    ) -> None:
+        self.store = store
+        self.within = within
+        self.images = BlankImages(store)
+        self.formatter: Formatter = arm.formatter(self.images, max_length)
+        # What else describes pixels stays, such as their grid: positions are made of it.
+        self._pixels = set(arm.pruned.family.pixels.values())
+
+    def training_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Return what ``Formatter.training_batch`` does, without pixels."""
+        return self._made(self.formatter.training_batch, samples)
+
+    def prompt_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Return what ``Formatter.prompt_batch`` does, without pixels."""
+        return self._made(self.formatter.prompt_batch, samples)
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch as it is: there are no pixels to make numbers of."""
+        return batch
+
+    def _made(self, make: Callable[[Sequence[Sample]], dict[str, Any]], samples: Sequence[Sample]) -> dict[str, Any]:
+        if self.within is not None:
+            samples = [self.within(sample) for sample in samples]
+        # Of this batch alone, so that a worker does not gather the sizes of all images.
+        with_image = [sample for sample in samples if sample.image is not None]
+        self.images.sizes = {str(sample.image): self.store.size(sample) for sample in with_image}
+        batch = make(samples)
+        kept = {name: value for name, value in batch.items() if name not in self._pixels}
+        return {**kept, "stored": self.store.batch(samples)}
