@@ -123,12 +123,16 @@ class BestAdapter:
         record = run_record(self.config, self.data, self.arm, tensors, progress.step, self.tracker)
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         record |= {"trained_in": self.config.model.dtype, "stored_in": stored, "features": self.features}
-        record["held_out"] = self.record(progress)
+        # Of that step alone, so that the adapter is the same whenever it is written again.
+        record["held_out"] = self._slice() | {"best_loss": progress.loss, "best_step": progress.step}
         write_adapter(self.folder, tensors, self.peft_model, record)
 
     def record(self, progress: Progress) -> dict[str, Any]:
-        """Return what records say of the held-out loss."""
-        return {"samples": len(self.held), "hash": self.held.content_hash, **progress.record()}
+        """Return what the record of the last adapter says of the held-out loss."""
+        return self._slice() | progress.record()
+
+    def _slice(self) -> dict[str, Any]:
+        return {"samples": len(self.held), "hash": self.held.content_hash}
 
 
 class HeldOutCallback(TrainerCallback):
