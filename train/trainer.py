@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from prunetune.configs import RecalibrateConfig, TrainConfig
 from prunetune.data_recipes import Formatter, RecipeData, Sample
 from prunetune.data_recipes.formatting import IGNORE_INDEX
+from prunetune.models.features import FeatureFormatter
 from prunetune.models.hashes import tensor_hash
 from prunetune.pruning.hooks import is_partitioned
 from prunetune.train.deepspeed_settings import deepspeed_config
@@ -49,7 +50,7 @@ class SampleDataset(Dataset):
 class StepCollator:
     """Builds the batches of an update on one rank; the labels of a batch that does not count are taken away."""
 
-    def __init__(self, formatter: Formatter) -> None:
+    def __init__(self, formatter: Formatter | FeatureFormatter) -> None:
         self.formatter = formatter
 
     def __call__(self, batches: Sequence[tuple[list[Sample], bool]]) -> list[dict[str, Any]]:
@@ -79,7 +80,7 @@ class RecalibrationTrainer(Trainer):
 
     def __init__(
         self,
-        formatter: Formatter,
+        formatter: Formatter | FeatureFormatter,
         data: RecipeData,
         sampler: StepSampler,
         engine: Engine,
