@@ -53,12 +53,16 @@ from prunetune.train.engine.layout import Share, StepSampler
 from prunetune.train.engine.lengths import prompt_prefix, pruned_lengths
 from prunetune.train.float8 import check_float8_device, use_float8
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
+from prunetune.train.gpus import Gpu, gpu_of_device
 from prunetune.train.held_out import HeldOutLoss, split
 from prunetune.train.launchers import complete_environment
+from prunetune.train.numbers import RunNumbers
+from prunetune.train.plan import needs_of, prediction, tokens_at_once
 from prunetune.train.preflight import check_before_launch
 from prunetune.train.record import run_record
 from prunetune.train.rotation import KeepNewestCallback
 from prunetune.train.sampling import train_sampler
+from prunetune.train.shape import shape_of
 from prunetune.train.stopping import REQUEUE, StopRequest
 from prunetune.train.tracking import Tracker
 from prunetune.train.trainer import (
@@ -71,6 +75,7 @@ from prunetune.train.trainer import (
     training_arguments,
     use_plain_collectives_on_cpu,
 )
+from prunetune.train.workload import workload_of_data
 
 
 @dataclass(frozen=True)
@@ -217,16 +222,21 @@ def train(
     """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
     engine = Engine(arm.pruned, run.config.engine, prompt_prefix(arm, formatter, run.data))
-    if run.config.engine.checkpointing is True:
+    recomputes = run.config.engine.checkpointing
+    if recomputes == "auto":
+        recomputes = _asks_for_checkpointing(run, arm)
+    if recomputes:
         _checkpoint_language_model(arm)
     if run.ranks.is_zero:
-        say("\n".join(engine.lines()))
+        say("\n".join([*engine.lines(), f"          {'with' if recomputes else 'no'} gradient checkpointing"]))
     head = head_of(arm.pruned, run.config.engine, zero_stage(config.deepspeed) == 3)
     half = run.config.model.dtype == "float16"
+    engine.numbers = _run_numbers(run, arm)
     numbers = NumbersCallback(
         tracker,
         config.batch_size * config.accumulation * run.ranks.world,
         skips=(lambda: trainer.skipped_steps) if half else None,
+        measured=engine.numbers,
     )
     stop = StopCallback(request, run.steps)
     held = None
@@ -234,7 +244,7 @@ def train(
         best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker, made_with.get("features"))
         loss = HeldOutLoss(run.held, formatter, lambda batch: trainer.summed_loss(batch), run.ranks, config.batch_size)
         held = HeldOutCallback(
-            lambda: loss(trainer.model_wrapped, trainer.args.device),
+            lambda: trainer.held_out_loss(loss),
             best,
             tracker.log if tracker is not None else None,
             config.eval_steps,
@@ -280,7 +290,8 @@ def _formatter(run: Run, arm: Arm) -> Formatter | FeatureFormatter:
     length = run.config.train.max_length
     if run.config.features is None:
         return arm.formatter(run.data.images, length, raw_pixels=True)
-    store = FeatureStore.open(run.config.features, arm, FeatureData.of_recipe(run.data), trains=True)
+    data = FeatureData.of_recipe(run.data) if run.ranks.is_zero else None  # one rank looks for what is missing
+    store = FeatureStore.open(run.config.features, arm, data, trains=True)
     return FeatureFormatter(store, arm, length)
 
 
@@ -399,6 +410,29 @@ def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[s
         "engine": config.engine.model_dump(),
         "ranks": world,
     }
+
+
+def _gpu() -> Gpu | None:
+    """Return the GPU that this process trains on; None on a CPU, and for one that nothing is known of."""
+    return gpu_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def _run_numbers(run: Run, arm: Arm) -> RunNumbers:
+    """Return what measures the run, with the time that it is predicted to take."""
+    steps = run.steps - run.first_step
+    predicted = prediction(run.config, arm.model, run.data, run.ranks.world, _gpu(), steps)
+    stop = run.config.engine.stop_tower
+    return RunNumbers(default_device(), shape_of(arm.model), run.ranks.world, stop_tower=stop, predicted=predicted)
+
+
+def _asks_for_checkpointing(run: Run, arm: Arm) -> bool:
+    """Return whether the activations of a micro-batch would not fit the GPU; a CPU's memory is left to the user."""
+    if not torch.cuda.is_available():
+        return False
+    load = workload_of_data(run.config, arm.model, run.data)
+    needs = needs_of(run.config, shape_of(arm.model), load, run.ranks.world)
+    memory = torch.cuda.get_device_properties(default_device()).total_memory
+    return needs.needs_checkpointing(tokens_at_once(run.config, load), memory)
 
 
 def _checkpoint_language_model(arm: Arm) -> None:
