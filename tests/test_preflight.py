@@ -42,7 +42,7 @@ TINY = ["recalibrate", "--config", "recalibrate/tiny_divprune_16", "--model.path
     (["--model.path", "{tmp}/cut"], "model.safetensors can't be read"),
     (["--model.template", "vicuna_v2"], "unknown template 'vicuna_v2'"),
     (["--model.attention", "flash_attention_2"], "can't be loaded as it is configured"),
-    (["--train.deepspeed", "zero9"], "neither zero2, zero3 nor the path of a DeepSpeed JSON"),
+    (["--train.deepspeed", "zero9"], "neither zero1, zero2, zero3 nor the path of a DeepSpeed JSON"),
     (["--train.trainable", "[projectr]"], "no module is called 'projectr'"),
     (["--train.trainable", "[vision_tower]"], "the trainable set must be exactly the projector"),
     (["--train.epochs", ".inf"], "train.epochs: input should be a finite number, got inf"),

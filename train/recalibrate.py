@@ -160,10 +160,6 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     formatter = _formatter(run, arm)
     peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
-    if config.engine.float8:
-        rounded = use_float8(arm.model, device=default_device())
-        if run.ranks.is_zero:
-            say(f"float8    {rounded.line()}")
     trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with)
     if not trained.stopped:
         save(run, arm, peft_model, tracker, trained, made_with)
@@ -232,6 +228,10 @@ def train(
     head = head_of(arm.pruned, run.config.engine, zero_stage(config.deepspeed) == 3)
     half = run.config.model.dtype == "float16"
     engine.numbers = _run_numbers(run, arm)
+    if run.config.engine.float8:  # after the numbers have read the model's sizes off its layers
+        rounded = use_float8(arm.model, device=default_device())
+        if run.ranks.is_zero:
+            say(f"float8    {rounded.line()}")
     numbers = NumbersCallback(
         tracker,
         config.batch_size * config.accumulation * run.ranks.world,
