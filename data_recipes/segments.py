@@ -77,6 +77,7 @@ class Segments:
         self.raw = _raw(tokenizer)
         marks = [re.escape(token) for token in tokenizer.get_added_vocab()]
         self._marked = re.compile("|".join(marks)) if marks else None
+        self._words = _Words(self.raw) if _spaces_begin_words(self.raw.get_vocab()) else None
         self._head = self._encoded([self._piece(f"{SYSTEM} USER: ")])[0]
 
     def rows(self, samples: Sequence[Sample]) -> list[Row | None]:
@@ -96,22 +97,23 @@ class Segments:
         return rows
 
     def lengths(self, samples: Sequence[Sample]) -> list[int | None]:
-        """Return the tokens of each sample without its picture's, in half the time of :meth:`rows`."""
-        texts: list[str] = []
-        built = [self._takes(sample) for sample in samples]
-        for sample, taken in zip(samples, built, strict=True):
-            if taken:
-                texts += [round_ for round_, _ in self._rounds(sample)]
-        encoded = iter(self._encoded(texts))
+        """Return the tokens of each sample without its picture's, in a tenth of the time of :meth:`rows`.
+
+        None for a sample whose text holds a special token.
+        """
         lengths: list[int | None] = []
-        for sample, taken in zip(samples, built, strict=True):
-            if not taken:
+        for sample in samples:
+            if not self._takes(sample):
                 lengths.append(None)
                 continue
-            length = 1 + (len(self._head) if sample.image is not None else 0)
-            for turn in sample.turns:
-                length += len(next(encoded)) + (turn.answer is not None)
-            lengths.append(length)
+            pieces = [piece for piece, _ in self._rounds(sample)]
+            if self._words is None:
+                length = sum(len(ids) for ids in self._encoded(pieces))
+            else:
+                length = sum(self._words.tokens(piece) for piece in pieces)
+            ends = sum(turn.answer is not None for turn in sample.turns)
+            head = 0 if sample.image is None else len(self._head)
+            lengths.append(1 + head + length + ends)
         return lengths
 
     def _takes(self, sample: Sample) -> bool:
@@ -179,6 +181,27 @@ class Segments:
         return [found.ids for found in self.raw.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+class _Words(dict[str, int]):
+    """How many tokens a word has, with the spaces in front of it; one that is new is encoded."""
+
+    ONE = re.compile(f"[ {SPACE}]*[^ {SPACE}]+|[ {SPACE}]+")
+    MOST = 1_000_000  # of them together take 150 MB
+
+    def __init__(self, raw: Tokenizer) -> None:
+        super().__init__()
+        self._raw = raw
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= self.MOST:
+            self.clear()
+        number = self[word] = len(self._raw.encode_batch_fast([word], add_special_tokens=False)[0].ids)
+        return number
+
+    def tokens(self, text: str) -> int:
+        """Return how many tokens a text has."""
+        return sum(map(self.__getitem__, self.ONE.findall(text)))
+
+
 def segments_of(tokenizer: Any, image: str | None) -> Segments | None:
     """Return what builds rows with this tokenizer; None if it is not of Llama's kind.
 
@@ -221,6 +244,17 @@ def _raw(tokenizer: Any) -> Tokenizer:
     file["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     file |= {"pre_tokenizer": None, "post_processor": None, "truncation": None, "padding": None, "added_tokens": []}
     return Tokenizer.from_str(json.dumps(file))
+
+
+def _spaces_begin_words(vocabulary: Any) -> bool:
+    """Return whether no entry holds a space behind another character, and every byte has an entry.
+
+    Then no merge crosses from a word to the space behind it, nor is anything unknown that would be fused across: a
+    text has as many tokens as its words have one by one.
+    """
+    if any(f"<0x{byte:02X}>" not in vocabulary for byte in range(256)):
+        return False
+    return all(SPACE not in entry.lstrip(SPACE) for entry in vocabulary)
 
 
 def first_difference(built: Row, expected: Row, tokenizer: Any) -> str | None:

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from llama_tokenizers import FORMS, llava, tokenizer, trained
 from test_processors import MADE, SAMPLES, Pictures
 from test_segments import SAMPLES as CONVERSATIONS
@@ -11,6 +13,9 @@ from test_segments import Noise
 from prunetune.data_recipes import Formatter, RecipeData, Sample, Turn, lengths, store
 from prunetune.data_recipes.content import content_hash
 from prunetune.data_recipes.lengths import text_lengths
+from prunetune.data_recipes.segments import segments_of
+
+WORDS = tokenizer(trained())
 
 
 def recipe(samples, images):
@@ -79,3 +84,14 @@ def test_they_are_kept_by_content_template_and_tokenizer(monkeypatch, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 3 and calls
     file.write_bytes(file.read_bytes()[:-9])  # a disk that was full
     assert np.array_equal(text_lengths(data, formatter), first)
+
+
+@given(st.lists(st.text("  ▁ab é\n\tthe USER:12😀語", max_size=40), max_size=4))
+def test_words_have_as_many_tokens_one_by_one_as_together(texts):
+    segments = segments_of(WORDS, "<image>")
+    assert segments._words is not None
+    samples = [Sample("a", "x", None, tuple(Turn(text, text[::-1]) for text in texts or ["a"]))]
+    (row,), (length,) = segments.rows(samples), segments.lengths(samples)
+    assert length == len(row.ids)
+    segments._words = None  # as with a vocabulary whose entries hold spaces
+    assert segments.lengths(samples) == [length]

@@ -56,6 +56,8 @@ class NumbersCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock and the bar."""
         self.began, self.first_step = time.monotonic(), state.global_step
+        if self.measured is not None:
+            self.measured.begin()
         self.skipped = self.skips() if self.skips is not None else 0
         if self.tracker is not None:
             self.bar = tqdm(

@@ -119,6 +119,10 @@ class RunNumbers:
         self._unread: list[Tensor | Sequence[int]] = []  # kept tokens, maybe still on the device
         self._began = clock()
 
+    def begin(self) -> None:
+        """Begin to count here: what was done before the first step is no part of the run's speed."""
+        self._began = self.clock()
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what runs within; a phase within a phase is counted for itself alone.

@@ -20,6 +20,7 @@ from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_ya
 from prunetune.data_recipes import DataError, Formatter, RecipeData, load_recipe
 from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
+from prunetune.models.arm import default_device
 from prunetune.models.code import code_record
 from prunetune.models.features import FeatureData, FeatureFormatter, FeatureStore
 from prunetune.models.profile import resolved
@@ -50,11 +51,15 @@ from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.layout import Share, StepSampler
 from prunetune.train.engine.lengths import prompt_prefix, pruned_lengths
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
+from prunetune.train.gpus import Gpu, gpu_of_device
 from prunetune.train.launchers import complete_environment
+from prunetune.train.numbers import RunNumbers
+from prunetune.train.plan import needs_of, prediction, tokens_at_once
 from prunetune.train.preflight import check_before_launch
 from prunetune.train.record import run_record
 from prunetune.train.rotation import KeepNewestCallback
 from prunetune.train.sampling import train_sampler
+from prunetune.train.shape import shape_of
 from prunetune.train.stopping import REQUEUE, StopRequest
 from prunetune.train.tracking import Tracker
 from prunetune.train.trainer import (
@@ -67,6 +72,7 @@ from prunetune.train.trainer import (
     training_arguments,
     use_plain_collectives_on_cpu,
 )
+from prunetune.train.workload import workload_of_data
 
 
 @dataclass(frozen=True)
@@ -200,16 +206,21 @@ def train(
     """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
     engine = Engine(arm.pruned, run.config.engine, prompt_prefix(arm, formatter, run.data))
-    if run.config.engine.checkpointing is True:
+    recomputes = run.config.engine.checkpointing
+    if recomputes == "auto":
+        recomputes = _asks_for_checkpointing(run, arm)
+    if recomputes:
         _checkpoint_language_model(arm)
     if run.ranks.is_zero:
-        say("\n".join(engine.lines()))
+        say("\n".join([*engine.lines(), f"          {'with' if recomputes else 'no'} gradient checkpointing"]))
     head = head_of(arm.pruned, run.config.engine, zero_stage(config.deepspeed) == 3)
     half = run.config.model.dtype == "float16"
+    engine.numbers = _run_numbers(run, arm)
     numbers = NumbersCallback(
         tracker,
         config.batch_size * config.accumulation * run.ranks.world,
         skips=(lambda: trainer.skipped_steps) if half else None,
+        measured=engine.numbers,
     )
     stop = StopCallback(request, run.steps)
     trainer = RecalibrationTrainer(
@@ -247,7 +258,8 @@ def _formatter(run: Run, arm: Arm) -> Formatter | FeatureFormatter:
     length = run.config.train.max_length
     if run.config.features is None:
         return arm.formatter(run.data.images, length, raw_pixels=True)
-    store = FeatureStore.open(run.config.features, arm, FeatureData.of_recipe(run.data), trains=True)
+    data = FeatureData.of_recipe(run.data) if run.ranks.is_zero else None  # one rank looks for what is missing
+    store = FeatureStore.open(run.config.features, arm, data, trains=True)
     return FeatureFormatter(store, arm, length)
 
 
@@ -364,6 +376,29 @@ def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[s
         "engine": config.engine.model_dump(),
         "ranks": world,
     }
+
+
+def _gpu() -> Gpu | None:
+    """Return the GPU that this process trains on; None on a CPU, and for one that nothing is known of."""
+    return gpu_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def _run_numbers(run: Run, arm: Arm) -> RunNumbers:
+    """Return what measures the run, with the time that it is predicted to take."""
+    steps = run.steps - run.first_step
+    predicted = prediction(run.config, arm.model, run.data, run.ranks.world, _gpu(), steps)
+    stop = run.config.engine.stop_tower
+    return RunNumbers(default_device(), shape_of(arm.model), run.ranks.world, stop_tower=stop, predicted=predicted)
+
+
+def _asks_for_checkpointing(run: Run, arm: Arm) -> bool:
+    """Return whether the activations of a micro-batch would not fit the GPU; a CPU's memory is left to the user."""
+    if not torch.cuda.is_available():
+        return False
+    load = workload_of_data(run.config, arm.model, run.data)
+    needs = needs_of(run.config, shape_of(arm.model), load, run.ranks.world)
+    memory = torch.cuda.get_device_properties(default_device()).total_memory
+    return needs.needs_checkpointing(tokens_at_once(run.config, load), memory)
 
 
 def _checkpoint_language_model(arm: Arm) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from prunetune.configs import RecalibrateConfig, TrainConfig
 from prunetune.data_recipes import Formatter, RecipeData, Sample
 from prunetune.data_recipes.formatting import IGNORE_INDEX
+from prunetune.models.features import FeatureFormatter
 from prunetune.models.hashes import tensor_hash
 from prunetune.pruning.hooks import is_partitioned
 from prunetune.train.deepspeed_settings import deepspeed_config
 from prunetune.train.engine.engine import Engine
 from prunetune.train.engine.layout import MicroBatch, StepSampler
+from prunetune.train.visual import tower_work
 
 UNSUPERVISED = "unsupervised"
 """Goes with a batch: how many of its samples lost every answer token."""
@@ -48,7 +50,7 @@ class SampleDataset(Dataset):
 class StepCollator:
     """Builds the batches of an update on one rank; the labels of a batch that does not count are taken away."""
 
-    def __init__(self, formatter: Formatter) -> None:
+    def __init__(self, formatter: Formatter | FeatureFormatter) -> None:
         self.formatter = formatter
 
     def __call__(self, batches: Sequence[tuple[list[Sample], bool]]) -> list[dict[str, Any]]:
@@ -78,7 +80,7 @@ class RecalibrationTrainer(Trainer):
 
     def __init__(
         self,
-        formatter: Formatter,
+        formatter: Formatter | FeatureFormatter,
         data: RecipeData,
         sampler: StepSampler,
         engine: Engine,
@@ -111,7 +113,8 @@ class RecalibrationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
         """Return the next update; what it is divided by, the training step counts."""
-        return [next(epoch_iterator) for _ in range(num_batches)], None
+        with self._phase("data"):
+            return [next(epoch_iterator) for _ in range(num_batches)], None
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: Trainer's estimate knows neither pruning nor frozen weights."""
@@ -131,10 +134,17 @@ class RecalibrationTrainer(Trainer):
             self.unsupervised += batch.pop(UNSUPERVISED)
             last = number == len(inputs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
-            loss = self.engine.summed_loss(model, self._placed(batch)) * scales[number]
-            self.accelerator.backward(loss, scale_wrt_gas=False)
+            tower = tower_work(self.engine.pruned.model, batch)  # before sizes of images are on a device
+            loss = self.engine.summed_loss(model, self._placed(batch), tower) * scales[number]
+            # With the last micro-batch's backward pass DeepSpeed also updates the weights.
+            with self._phase("backward"):
+                self.accelerator.backward(loss, scale_wrt_gas=False)
             total += loss.detach()
         return total
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        numbers = self.engine.numbers if self.engine is not None else None
+        return nullcontext() if numbers is None else numbers.phase(name)
 
     def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return a batch on the device, pixels in the model's dtype: the numbers that evaluation gives it."""

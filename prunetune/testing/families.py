@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunetune.configs import EngineConfig
 from prunetune.models import load_projector, wrap_projector, write_adapter
 from prunetune.models.adapter import projector_state
 from prunetune.pruning import (
@@ -24,6 +25,8 @@ from prunetune.pruning import (
     registered_methods,
 )
 from prunetune.pruning.hooks import record_keywords, record_output
+from prunetune.train.engine.engine import Engine, head_of
+from prunetune.train.engine.prefix import common_prefix
 
 Batch = dict[str, Any]
 
@@ -32,6 +35,10 @@ SMALL_MODELS: Mapping[str, Mapping[str, Any]] = {
     "vscan": {"shallow_layer": 2},
 }
 """Options of methods that name a layer which small models do not have."""
+
+PLAIN_ENGINE = EngineConfig(
+    packing=False, supervised_logits=False, shared_prefix=False, project_kept=False, stop_tower=False
+)
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 both_sides = pytest.mark.parametrize("side", ["right", "left"])
@@ -411,6 +418,31 @@ class FamilyIdentity:
                 model(**self.asked(self.rows())).loss.backward()
             touched = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
             assert touched == set(projector), f"{name}: {sorted(touched ^ set(projector))}"
+
+    def test_the_engine_changes_neither_loss_nor_gradients(
+        self, model: Any, some_methods: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every saving at once, also with the few tokens that small prompts begin with, against none."""
+        monkeypatch.setattr("prunetune.train.engine.engine.SHORTEST", 1)
+        projector = self.train_projector(model)
+        batch = self.asked(self.rows())
+        plug = self.plug(model, "identity")
+        visual = [plug.family.token_id(model, modality) for modality in plug.family.pixels]
+        prefix = common_prefix(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), visual)
+        for name in some_methods:
+            pruned = self.plug(model, name)
+            found = []
+            for switches in (PLAIN_ENGINE, EngineConfig()):
+                model.zero_grad()
+                engine, head = Engine(pruned, switches, prefix), head_of(pruned, switches, partitioned=False)
+                with engine.attached(), engine.own_head(head):
+                    loss = engine.summed_loss(model, batch)
+                    loss.backward()
+                gradients = [parameter.grad for parameter in projector.values() if parameter.grad is not None]
+                found.append((loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
+            (loss, gradient), (other, others) = found
+            torch.testing.assert_close(other, loss, rtol=1e-5, atol=0, msg=name)
+            assert (others - gradient).norm() <= 1e-5 * gradient.norm(), name
 
     def test_text_alone_is_stock_with_a_gradient_of_zero(self, model: Any, some_methods: list[str]) -> None:
         rows = self.texts()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from prunetune.train.engine.head import FrozenHeadLoss, hidden_instead_of_logits
 from prunetune.train.engine.prefix import SHORTEST, begins_with, prefix_states
 from prunetune.train.engine.segments import Prefix, Segments, attending_by_segments, place
 from prunetune.train.engine.tower import stopped, unread_layers
+from prunetune.train.flops import Work, sequences
+from prunetune.train.numbers import RunNumbers
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Rows:
         positions: row and column of their logits among those that the model returns.
         tokens: tokens that went through the LLM, padding included.
         kept: visual tokens of each image that did.
+        work: what they ask of the LLM and the projector.
     """
 
     targets: Int[Tensor, " n"]
     positions: tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
     tokens: int
     kept: list[int]
+    work: Work
 
 
 class Engine:
@@ -67,6 +71,11 @@ class Engine:
         config: the switches.
         prefix: what the run's prompts begin with, (P,) ids; nothing or too little of it is not shared.
 
+    Attributes:
+        choice: what of the switches is on.
+        rows: of the last batch.
+        numbers: gets what every batch took and held; None counts nothing.
+
     Raises:
         PruningError: for packing that a family can't have.
     """
@@ -79,6 +88,8 @@ class Engine:
         shares = self.choice.packing and config.shared_prefix and prefix is not None and len(prefix) >= SHORTEST
         self.prefix_ids = prefix if shares else None
         self.rows: Rows | None = None
+        self.numbers: RunNumbers | None = None
+        self._choosing: AbstractContextManager[None] = nullcontext()
         self._prefix: Prefix | None = None
         self._head: nn.Linear | None = None
 
@@ -110,6 +121,8 @@ class Engine:
                 undo.enter_context(stopped(unread_layers(self.pruned)))
             if self.choice.packing:
                 undo.enter_context(attending_by_segments(self.language_model))
+            # Before the pruner's own hook, which ends with a call of _finish.
+            undo.callback(self.pruned.model.register_forward_pre_hook(lambda *_: self._begin_choosing()).remove)
             undo.enter_context(self.pruned.attach(finish=self._finish, project_kept=self.choice.project_kept))
             yield
         self._prefix = None
@@ -131,30 +144,51 @@ class Engine:
         finally:
             self._head = None
 
-    def summed_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Float[Tensor, ""]:
+    def summed_loss(self, model: nn.Module, inputs: Mapping[str, Any], tower: Work | None = None) -> Float[Tensor, ""]:
         """Return the cross entropy of a batch, summed over its supervised tokens, in float32.
 
         Args:
             model: what to call: the model itself, or what a trainer wrapped around it.
             inputs: a batch of the formatter, with labels.
+            tower: what its images ask of the tower, for the numbers.
         """
-        output = model(**inputs)
-        assert self.rows is not None  # set as the model is called
-        targets = self.rows.targets
-        wanted = output.logits[self.rows.positions]  # (n, V), or (n, D) of hidden states
-        if self._head is None or not len(targets):
-            return summed_loss(wanted, targets)
-        return FrozenHeadLoss.apply(wanted, self._head.weight, self._head.bias, targets)
+        with self._phase("forward"):
+            output = model(**inputs)
+            assert self.rows is not None  # set as the model is called
+            targets = self.rows.targets
+            wanted = output.logits[self.rows.positions]  # (n, V), or (n, D) of hidden states
+            if self._head is None or not len(targets):
+                loss = summed_loss(wanted, targets)
+            else:
+                loss = FrozenHeadLoss.apply(wanted, self._head.weight, self._head.bias, targets)
+        if self.numbers is not None:
+            work = self.rows.work + (tower or Work())
+            self.numbers.add(len(inputs["input_ids"]), self.rows.tokens, len(targets), work, self.rows.kept)
+        return loss
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.numbers is None else self.numbers.phase(name)
+
+    def _begin_choosing(self) -> None:
+        """Begin to time tower and pruner, which run within the model's call."""
+        self._choosing = self._phase("selection")
+        self._choosing.__enter__()
 
     def _finish(self, pruned: Pruned) -> dict[str, Any]:
         """Return what the model is called with, and keep what its loss is made of."""
         inputs = dict(pruned.inputs)
         labels = inputs.pop("labels")
         kept = [count for counts in pruned.kept.values() for count in counts]
-        arrange = self._packed if self.choice.packing else self._padded
-        inputs, targets, positions = arrange(inputs, labels)
-        self.rows = Rows(targets, positions, inputs["input_ids"].numel(), kept)
+        if self.choice.packing:
+            inputs, targets, positions, work = self._packed(inputs, labels)
+        else:
+            inputs, targets, positions = self._padded(inputs, labels)
+            rows, columns = inputs["input_ids"].shape
+            work = sequences([columns] * rows)
+        work += Work(logits=len(targets), projected=sum(kept))
+        self.rows = Rows(targets, positions, inputs["input_ids"].numel(), kept, work)
         inputs["use_cache"] = False
+        self._choosing.__exit__(None, None, None)
         return inputs
 
     def _padded(self, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor, tuple[Tensor, Tensor]]:
@@ -169,7 +203,9 @@ class Engine:
         row, column = wanted.nonzero(as_tuple=True)
         return inputs, targets, (row, column)
 
-    def _packed(self, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor, tuple[Tensor, Tensor]]:
+    def _packed(
+        self, inputs: dict[str, Any], labels: Tensor
+    ) -> tuple[dict[str, Any], Tensor, tuple[Tensor, Tensor], Work]:
         """Put the rows behind one another, each without the shared prefix."""
         mask = inputs.pop("attention_mask").bool()  # (B, L)
         ids, positions = inputs["input_ids"], inputs.get("position_ids")
@@ -183,15 +219,16 @@ class Engine:
         following = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE_INDEX)], dim=1)
         following = following[own]  # (T,)
         where = (following != IGNORE_INDEX).nonzero()[:, 0]  # (n,)
-        lengths = tuple(own.sum(dim=1).tolist())
-        place(Segments(lengths, prefix, ids.device))
+        segments = Segments(tuple(own.sum(dim=1).tolist()), prefix, ids.device)
+        place(segments)
         inputs["input_ids"] = ids[own][None]
         inputs["position_ids"] = positions[:, own][:, None] if positions.ndim == 3 else positions[own][None]
         targets = following[where]
         if self.choice.supervised_logits:
             inputs["logits_to_keep"] = where
             where = torch.arange(len(where), device=where.device)
-        return inputs, targets, (torch.zeros_like(where), where)
+        work = sequences(segments.lengths, segments.shift)
+        return inputs, targets, (torch.zeros_like(where), where), work
 
     def _shared_prefix(self, ids: Tensor, labels: Tensor) -> Prefix | None:
         """Return the run's prefix where every row begins with it, which is computed when it is first met."""
