@@ -73,7 +73,7 @@ class Files(StoredImages):
 def words_of(chance: random.Random) -> list[str]:
     """Return made-up words whose lengths are English's."""
     letters = "etaoinshrdlu" * 3 + string.ascii_lowercase
-    found = set()
+    found: set[str] = set()
     while len(found) < 5_000:
         found.add("".join(chance.choice(letters) for _ in range(chance.choice((2, 3, 3, 4, 4, 5, 6, 7, 8, 9)))))
     return sorted(found)
@@ -269,11 +269,11 @@ def write_world(folder: Path, rows: int) -> tuple[Path, Path]:
             names = folders[source]
             image = f"{names[number % len(names)]}/{number * 5 // 8}.jpg"  # several conversations share a picture
             (folder / image).touch()
-            messages = []
+            messages: list[dict[str, str]] = []
             for turn in turns:
                 messages += [{"from": "human", "value": turn.question}, {"from": "gpt", "value": turn.answer}]
             messages[0]["value"] = f"<image>\n{messages[0]['value']} {number}"
-            record = {"id": str(number), "image": image, "conversations": messages}
+            record: dict[str, Any] = {"id": str(number), "image": image, "conversations": messages}
             file.write(("[" if number == 0 else ",\n") + json.dumps(record))
         file.write("]")
     return folder / "mix.json", folder
