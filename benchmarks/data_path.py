@@ -269,7 +269,7 @@ def write_world(folder: Path, rows: int) -> tuple[Path, Path]:
             names = folders[source]
             image = f"{names[number % len(names)]}/{number * 5 // 8}.jpg"  # several conversations share a picture
             (folder / image).touch()
-            messages: list[dict[str, str]] = []
+            messages: list[dict[str, Any]] = []
             for turn in turns:
                 messages += [{"from": "human", "value": turn.question}, {"from": "gpt", "value": turn.answer}]
             messages[0]["value"] = f"<image>\n{messages[0]['value']} {number}"
