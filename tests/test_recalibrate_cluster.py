@@ -127,7 +127,7 @@ def test_torchrun_hands_sigterm_on(untrained_folder, tmp_path):
 
 
 def test_ranks_that_do_not_stop_in_time_are_ended(untrained_folder, tmp_path):
-    process = launched(prunetune(untrained_folder, tmp_path, "--grace", "0.5"))
+    process = launched(prunetune(untrained_folder, tmp_path, "--grace", "0.5", "--devices", "1"))
     processes = after_step(process, tmp_path, 1)
     ranks = [one for one in processes if "--marked" in one.cmdline()]
     for rank in ranks:
