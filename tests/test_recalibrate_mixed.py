@@ -99,7 +99,6 @@ def test_grouped_sampling_resumes_into_its_second_epoch(untrained_folder, mixed_
 
 
 def test_a_corrupt_picture_on_any_rank_stops_with_its_name(untrained_folder, mixed_recipe, tmp_path):
-    for number in (1, 3, 5, 7, 9):
-        (tmp_path / "images" / "vg" / f"{number}.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "vg" / "5.png").write_bytes(b"no picture")  # rank 1 meets it, and rank 0 waits for its peer
     printed = run(untrained_folder, tmp_path / "out", *mixed_recipe, status=1)
-    assert "error (rank " in printed and "can't be decoded" in printed and ".png" in printed
+    assert "error (rank 1)" in printed and "can't be decoded" in printed and "5.png" in printed
