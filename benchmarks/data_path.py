@@ -73,7 +73,7 @@ class Files(StoredImages):
 def words_of(chance: random.Random) -> list[str]:
     """Return made-up words whose lengths are English's."""
     letters = "etaoinshrdlu" * 3 + string.ascii_lowercase
-    found = set[str]()
+    found: set[str] = set()
     while len(found) < 5_000:
         found.add("".join(chance.choice(letters) for _ in range(chance.choice((2, 3, 3, 4, 4, 5, 6, 7, 8, 9)))))
     return sorted(found)

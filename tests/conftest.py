@@ -9,6 +9,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # DeepSpeed imports a compiler that nothing here uses, in every rank
 
 from pathlib import Path
 
@@ -33,6 +34,16 @@ GOLDEN_NEWER = ROOT.parent / "shared" / "golden2"
 
 
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+# Each of them is one worker's alone; begun last, it would leave the others with nothing to do.
+LONGEST = ("test_recalibrate_cluster", "test_layout", "test_recalibrate", "test_canaries", "test_recalibrate_mixed",
+           "test_plugins", "test_screen", "test_launched_selections", "test_tiny_vlm", "test_invariance")  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)

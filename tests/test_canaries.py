@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import pytest
 from conftest import ROOT
-from launches import arguments, environment
+from launches import arguments, environment, run_several
 
 from prunetune.cli import commands, main
 from prunetune.evaluation.records import read_results
@@ -417,17 +417,13 @@ def test_calibrate_writes_its_profile_whole_or_not_at_all(tmp_path, monkeypatch,
 
 
 def test_files_of_others_survive_recalibrations(untrained_folder, tmp_path):
-    """One launch: in a folder of others, once more in the same, over an earlier run, and with a backup in the way."""
+    """In a folder of others, once more in the same, over an earlier run, and with a backup in the way."""
     before = hashes(untrained_folder)
     put_canaries(tmp_path / "output")
     put_canaries(tmp_path)
     few = ("--train.max_steps", "3", "--train.save_steps", "1", "--data.max_samples", "24")
     base = arguments(untrained_folder, tmp_path / "output", *few)
-    (tmp_path / "runs.json").write_text(json.dumps([[*base, "--overwrite"], base, [*base, "--overwrite", "true"]]))
-    line = launching.launch_line(2, [str(tmp_path / "runs.json")])
-    line[line.index("--module") : line.index("--module") + 2] = ["tests/launched/several.py"]
-    done = subprocess.run(line, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    run_several([[*base, "--overwrite"], base, [*base, "--overwrite", "true"]])
     output = tmp_path / "output"
     assert canaries(output) == MINE and canaries(tmp_path) == MINE and hashes(untrained_folder) == before
     left = {path.name for path in output.glob("checkpoint-*")}

@@ -1,5 +1,7 @@
 """The demo: one model for all its arms."""
 
+import csv
+
 import pytest
 
 from prunetune.models import adapter, arm
@@ -36,6 +38,8 @@ def test_the_base_is_loaded_and_hashed_once(tmp_path, monkeypatch, capsys):
     by_the_stub = ["load_model", "base_hashes", "recalibrated"]
     assert events == ["load_model", "base_hashes", *by_the_stub]
     assert "gains +0.0" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "demo" / "comparison" / "table.csv").open()))
+    assert [row["arm"] for row in rows].count("dense") == 1 and len(rows) == 1 + 2 * 4 + 1
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):

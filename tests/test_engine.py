@@ -1,20 +1,17 @@
 """The engine: every saving leaves loss and gradient as they are; and how an update is laid out."""
 
 import json
-import subprocess
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from launches import arguments, environment, losses
+from launches import arguments, losses, run_several
 from safetensors.torch import load_file
 
 from prunetune.configs import ConfigError, EngineConfig
 from prunetune.data_recipes import Sample, Turn
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec
-from prunetune.scripts.launch import launch_line
 from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.head import FrozenHeadLoss, plain_head
 from prunetune.train.engine.layout import Share, by_budget, of_equal_number
@@ -230,11 +227,7 @@ def test_an_update_is_the_same_however_it_is_laid_out(untrained_folder, tmp_path
             layout = ("--train.batch_size", size, "--train.accumulation", accumulation, "--train.deepspeed", stage)
             lines.append(arguments(untrained_folder, output, *layout, *budget, "--train.max_steps", "3"))
             found[ranks, name] = output
-        (tmp_path / f"{ranks}.json").write_text(json.dumps(lines))
-        line = launch_line(ranks, [str(tmp_path / f"{ranks}.json")])
-        line[line.index("--module") : line.index("--module") + 2] = ["tests/launched/several.py"]
-        done = subprocess.run(line, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        run_several(lines, ranks)
     first, *others = found.values()
     norms = [
         [json.loads(row)["grad_norm"] for row in (run / "log.jsonl").read_text().splitlines()] for run in found.values()

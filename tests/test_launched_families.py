@@ -1,15 +1,14 @@
 """Two ranks under ZeRO-2 and ZeRO-3 train a projector as one process does, whatever each of them meets at a step."""
 
-import subprocess
 from functools import cache
 
 import pytest
 import torch
-from conftest import ROOT
+from launched import families
 from launched.families import FAMILIES, METHODS, RATE, batches, suite_of
+from launches import call
 
 from prunetune.models.adapter import projector_state
-from prunetune.scripts.launch import launch_environment, launch_line
 
 THERE = [family for family in FAMILIES if suite_of(family) is not None]
 
@@ -18,11 +17,7 @@ THERE = [family for family in FAMILIES if suite_of(family) is not None]
 def trained(request, tmp_path_factory):
     """All families in one launch: what each rank found."""
     file = tmp_path_factory.mktemp("families") / "found"
-    line = launch_line(2, [str(request.param), str(file), *THERE])
-    line[line.index("--module") : line.index("--module") + 2] = ["tests/launched/families.py"]
-    environment = launch_environment(2) | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, env=environment, cwd=ROOT, text=True, capture_output=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    call(families.main, request.param, file, THERE)
     return [torch.load(f"{file}.{rank}") for rank in (0, 1)]
 
 

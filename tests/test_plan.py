@@ -200,6 +200,13 @@ def test_every_switch_of_the_engine_costs_what_it_saves():
     )
 
 
+def test_a_feature_cache_leaves_the_tower_out():
+    plan = make_plan(configured(), GPUS["a100-80"])
+    cached = make_plan(configured("--features", "anywhere"), GPUS["a100-80"])
+    assert cached.cost.tower == 0 and cached.cost.total == plan.cost.total - plan.cost.tower
+    assert cached.needs.parts(1000, False)["tower"] == 0 < plan.needs.parts(1000, False)["tower"]
+
+
 def test_steps_and_shares_of_an_epoch_are_counted():
     assert make_plan(configured(), GPUS["h200"]).steps == 1411  # 180,510 / 128
     plan = make_plan(configured("--train.max_steps", "100"), GPUS["h200"])

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY_VLM
-from launches import environment
+from launches import FEW, call, environment
 from PIL import Image
 
 from prunetune import plugins
@@ -22,7 +22,7 @@ from prunetune.models.ranks import Ranks
 from prunetune.models.seal import sealed
 from prunetune.plugins import PluginError, load_plugins, plugin_records
 from prunetune.pruning import PruningError, build_pruner, registered_methods, registry
-from prunetune.scripts.launch import launch_line
+from prunetune.train import recalibrate
 
 EXAMPLES = ROOT / "docs" / "examples"
 
@@ -198,10 +198,9 @@ def test_the_examples_pass_their_own_tests(examples):
 def test_the_examples_pruner_is_recalibrated_on_two_ranks_and_evaluated(examples, monkeypatch, capsys):
     """From the folder of its own: nothing of ours was changed for it."""
     model = ["--model.path", str(TINY_VLM)]
-    few = ["--data.max_samples", "16", "--train.batch_size", "4", "--train.max_steps", "2"]
+    few = ["--data.recipe", str(FEW), "--data.max_samples", "16", "--train.batch_size", "4", "--train.max_steps", "2"]
     arguments = ["--config", "recalibrate_norm.yaml", *model, *few, "--output", "tuned"]
-    done = subprocess.run(launch_line(2, arguments), cwd=examples, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    call(recalibrate.main, arguments, cwd=examples)
     record = json.loads((examples / "tuned" / "adapter" / "prunetune.json").read_text())
     digest = hashlib.sha256((examples / "my_pruning" / "norm.py").read_bytes()).hexdigest()
     assert record["plugins"] == [{"name": "norm.py", "version": None, "sha256": digest}]

@@ -11,7 +11,8 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
-from launches import arguments, environment, losses
+from launched import half
+from launches import arguments, call, environment, losses, run, run_several
 from safetensors.torch import load_file, save_file
 
 from prunetune.train.launchers import free_port
@@ -66,7 +67,7 @@ def whole(untrained_folder, tmp_path_factory):
 
 def test_a_finished_run_stays_finished(whole, untrained_folder):
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file() and path.name != "launch.log"}
-    printed = ended(launched(prunetune(untrained_folder, whole)))
+    printed = run(untrained_folder, whole, *LONG)
     assert "this run has finished: step 30, adapter" in printed
     assert {path: path.read_bytes() for path in before} == before
 
@@ -126,7 +127,7 @@ def test_torchrun_hands_sigterm_on(untrained_folder, tmp_path):
 
 
 def test_ranks_that_do_not_stop_in_time_are_ended(untrained_folder, tmp_path):
-    process = launched(prunetune(untrained_folder, tmp_path, "--grace", "0.5"))
+    process = launched(prunetune(untrained_folder, tmp_path, "--grace", "0.5", "--devices", "1"))
     processes = after_step(process, tmp_path, 1)
     ranks = [one for one in processes if "--marked" in one.cmdline()]
     for rank in ranks:
@@ -148,10 +149,10 @@ def test_one_process_needs_no_launcher_and_notices_another_base(untrained_folder
     weights = load_file(base / "model.safetensors")
     name = next(name for name in sorted(weights) if "language_model" in name)
     save_file({**weights, name: weights[name] * 2}, base / "model.safetensors", {"format": "pt"})
-    printed = ended(launched(line), 1)
+    printed = run(base, output, *LONG, world=1, status=1)
     assert "was made with another base model than there is now" in printed
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    ended(launched(line))
+    run(base, output, *LONG, world=1)
     assert losses(output).keys() == set(range(1, 31))
 
 
@@ -166,9 +167,7 @@ def test_what_is_left_of_a_run_is_used_as_far_as_it_is_whole(whole, untrained_fo
     broken.write_bytes(broken.read_bytes()[:-10])
     runs = [arguments(untrained_folder, killed, *LONG), arguments(untrained_folder, damaged, *LONG),
             arguments(untrained_folder, none, *LONG, "--train.max_steps", "0")]  # fmt: skip
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    printed = ended(launched([*TORCHRUN, "--nproc_per_node", "2", "--master_port", str(free_port()),
-                              "tests/launched/several.py", str(tmp_path / "runs.json")]))  # fmt: skip
+    printed = run_several(runs)
     assert (killed / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()  # no further step
     assert f"{damaged / 'checkpoint-30'} is skipped and renamed: scheduler.pt is not what was written" in printed
     assert f"resuming from {damaged / 'checkpoint-22'}" in printed
@@ -192,9 +191,7 @@ def test_float16_goes_on_over_skipped_steps_until_the_scale_can_not_fall(untrain
         }))  # fmt: skip
         runs.append(arguments(untrained_folder, tmp_path / name, *LONG, "--model.dtype", "float16",
                               "--train.deepspeed", str(tmp_path / f"{name}.json")))  # fmt: skip
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "runs.json").write_text(json.dumps(runs))
-    printed = ended(launched([sys.executable, "tests/launched/half.py", str(tmp_path / "runs" / "runs.json")]), 1)
+    printed = call(half.main, runs, world=1, status=1)
     rows = [json.loads(line) for line in (tmp_path / "falls" / "log.jsonl").read_text().splitlines()]
     record = json.loads((tmp_path / "falls" / "adapter" / "prunetune.json").read_text())
     skipped = record["skipped_steps"]

@@ -7,6 +7,7 @@ import re
 
 import pytest
 from conftest import TINY_VLM
+from launches import FEW
 
 from prunetune.cli import main
 from prunetune.screen import BEGIN, END, SCREEN, LossyLog, libraries_in, say, show_and_log
@@ -62,7 +63,8 @@ def test_libraries_write_to_a_file_that_is_named_at_the_end(tmp_path, capfd):
 def test_a_recalibration_shows_its_story_and_its_errors_once(tmp_path, capfd):
     """Two ranks: what they say is on the screen once, everything of DeepSpeed, setuptools and W&B in the log."""
     arguments = ["recalibrate", "--config", "recalibrate/tiny_divprune_16", "--model.path", str(TINY_VLM)]
-    few = ["--data.max_samples", "16", "--train.batch_size", "4", "--output", str(tmp_path / "out")]
+    few = ["--data.recipe", str(FEW), "--data.max_samples", "16", "--train.batch_size", "4"]
+    few += ["--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as end:
         main([*arguments, *few])
     printed = capfd.readouterr()

@@ -1,5 +1,7 @@
 """Assistant masks at once: bit for bit those of transformers' own search, which is the oracle here."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from llama_tokenizers import llava, tokenizer, trained
 from test_processors import MADE, SAMPLES, Pictures
 
-from prunetune.data_recipes import Formatter
+from prunetune.data_recipes import Formatter, templated
 from prunetune.data_recipes.chat_templates import registered_templates
 from prunetune.data_recipes.templated import token_mask, with_fast_masks
 
@@ -40,6 +42,24 @@ def test_every_familys_batch_is_that_of_its_untouched_processor(family):
     assert set(batch) - {"sample_ids"} == set(expected) and (expected["labels"] != -100).any()
     for name, values in expected.items():
         assert torch.equal(batch[name], values), name
+
+
+def test_the_search_is_replaced_in_the_copy_alone(monkeypatch):
+    """Without this a transformers that asks another method would be slow, and nothing else would show it."""
+    calls = []
+    made = templated._marked
+    monkeypatch.setattr(templated, "_marked", lambda *given: calls.append(1) or made(*given))
+    formatter = Formatter(MADE["qwen2_vl"]()[0], Pictures())
+    formatter.training_batch(SAMPLES)
+    assert calls and "_adjust_assistant_masks_indices" not in vars(formatter.processor)
+
+
+def test_formatters_go_to_processes_that_load_data():
+    formatter = Formatter(llava(tokenizer(trained())), Pictures(), "vicuna_v1", "pad", raw_pixels=True)
+    before = formatter.training_batch(SAMPLES)
+    batch = pickle.loads(pickle.dumps(formatter)).training_batch(SAMPLES)
+    for name, values in before.items():
+        assert name == "sample_ids" or torch.equal(batch[name], values), name
 
 
 @pytest.mark.parametrize("name", [name for name in registered_templates() if name != "paligemma"])

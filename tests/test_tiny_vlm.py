@@ -35,8 +35,8 @@ def test_its_tokenizer_is_the_one_the_code_builds():
     (("--pruning.pruner", "divprune", "--pruning.keep", "16"), 50, 85),
 ])  # fmt: skip
 def test_it_sees_and_pruning_hurts(tmp_path, pruning, low, high):
-    """800 questions of untouched scenes; the bars the model was trained for."""
-    overrides = ["--model.path", str(TINY_VLM), "--limit", "800", "--output", str(tmp_path / "arm"), *pruning]
+    """400 questions of untouched scenes; the bars the model was trained for."""
+    overrides = ["--model.path", str(TINY_VLM), "--limit", "400", "--output", str(tmp_path / "arm"), *pruning]
     config = load_config(EvaluateConfig, ROOT / "configs" / "evaluate" / "tiny_dense.yaml", overrides)
     rows = read_results(evaluate(config))
     accuracy = 100 * sum(row.score for row in rows) / len(rows)

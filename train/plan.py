@@ -252,7 +252,7 @@ def needs_of(config: RecalibrateConfig, shape: ModelShape, load: Workload, ranks
     engine = config.engine
     tokens = load.tokens * load.samples
     projected = load.work.projected if engine.project_kept else _all_visual(load)
-    items = load.work.patches / max(load.visual.patches, 1)
+    items = load.work.patches / max(load.visual.patches, 1) if config.features is None else 0
     logits = load.work.logits / tokens if engine.supervised_logits else 1.0
     return memory_needs(
         shape,
@@ -283,6 +283,8 @@ def as_computed(config: RecalibrateConfig, load: Workload) -> Work:
         tokens, pairs = tokens * padded, pairs * padded**2
     projected = work.projected if engine.project_kept else _all_visual(load)
     logits = work.logits if engine.supervised_logits else tokens
+    if config.features is not None:  # the tower ran before, for the cache
+        return Work(tokens, pairs, logits, projected)
     return Work(tokens, pairs, logits, projected, work.patches, work.patch_pairs)
 
 

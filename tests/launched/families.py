@@ -1,12 +1,11 @@
 """Projectors of tiny models trained under DeepSpeed, where the ranks meet images, videos and text alone at once.
 
-Started by the DeepSpeed launcher with a stage, the file to write to, and names of :data:`FAMILIES`.
+Called in ranks with a stage, the file to write to, and names of :data:`FAMILIES`.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def batches(suite: Any, rank: int) -> list[dict]:
     return [suite.asked([row]) for row in steps]
 
 
-def main(stage: int, file: str, families: list[str]) -> None:
+def main(stage: int, file: Path, families: list[str]) -> None:
     """Train every family by every method, and write losses and projectors of all ranks."""
     import deepspeed
 
@@ -76,9 +75,3 @@ def main(stage: int, file: str, families: list[str]) -> None:
             engine.destroy()
     torch.save(found, f"{file}.{rank}")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    main(int(arguments[0]), arguments[1], arguments[2:])

@@ -1,13 +1,11 @@
 """A recalibration that writes, for every sample it meets, hashes of its features and of what each method keeps of it.
 
-Started by the DeepSpeed launcher with the arguments of a recalibration; PRUNETUNE_TEST_OUTPUT is the folder that each
-rank writes a file to, PRUNETUNE_TEST_CLIP the text tower.
+Called in ranks with the arguments of a recalibration, the folder that each rank writes a file to, and the text tower.
 """
 
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -48,10 +46,9 @@ def all_plugs(model, tokenizer, clip: str) -> dict[str, PrunedModel]:
     return {name: PrunedModel(model, spec, tokenizer) for name, spec in specs.items()}
 
 
-def main() -> None:
+def main(arguments: list[str], folder: Path, clip: str) -> None:
     """Recalibrate, listening to what goes into the model."""
-    output = Path(os.environ["PRUNETUNE_TEST_OUTPUT"]) / f"rank{os.environ['RANK']}.json"
-    clip = os.environ["PRUNETUNE_TEST_CLIP"]
+    output = folder / f"rank{os.environ['RANK']}.json"
     seen: dict[str, dict[str, str]] = {}
     load, prepare = recalibrate.Arm.load, PrunedModel.prepare
     plugs: dict[str, PrunedModel] = {}
@@ -69,8 +66,4 @@ def main() -> None:
 
     recalibrate.Arm.load = loading
     PrunedModel.prepare = preparing
-    recalibrate.main(sys.argv[1:])
-
-
-if __name__ == "__main__":
-    main()
+    recalibrate.main(arguments)
