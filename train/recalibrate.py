@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +12,18 @@ from typing import Any, NoReturn
 import deepspeed
 import torch
 from peft import PeftModel
-from transformers import set_seed
-from transformers.utils import logging as transformers_logging
 
 from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_yaml
-from prunetune.data_recipes import DataError, Formatter, RecipeData, load_recipe
+from prunetune.data_recipes import DataError, Formatter
 from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
-from prunetune.models.arm import default_device
 from prunetune.models.code import code_record
-from prunetune.models.features import FeatureData, FeatureFormatter, FeatureStore
+from prunetune.models.features import FeatureFormatter, FeatureStore
 from prunetune.models.profile import resolved
 from prunetune.models.ranks import Ranks, launched_ranks
 from prunetune.outputs import RECALIBRATION, OutputFolder, write_text, writing
 from prunetune.plugins import PluginError, plugin_records
 from prunetune.screen import SCREEN, say
-from prunetune.train.best import BestAdapter, HeldOutCallback, Progress
 from prunetune.train.callbacks import (
     CompleteCheckpointCallback,
     NothingToTrain,
@@ -38,31 +33,29 @@ from prunetune.train.callbacks import (
 )
 from prunetune.train.checkpoints import (
     CODE,
-    Found,
     check_made_with,
-    find_checkpoint,
-    finished_step,
     mark_finished,
     other_code,
     rename_damaged,
-    set_aside,
 )
 from prunetune.train.deepspeed_settings import zero_stage
 from prunetune.train.engine.engine import Engine, head_of
-from prunetune.train.engine.layout import Share, StepSampler
-from prunetune.train.engine.lengths import prompt_prefix, pruned_lengths
-from prunetune.train.float8 import check_float8_device, use_float8
+from prunetune.train.engine.lengths import prompt_prefix
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
-from prunetune.train.gpus import Gpu, gpu_of_device
-from prunetune.train.held_out import HeldOutLoss, split
 from prunetune.train.launchers import complete_environment
-from prunetune.train.numbers import RunNumbers
-from prunetune.train.plan import needs_of, prediction, tokens_at_once
+from prunetune.train.parts import (
+    checkpointing_of,
+    formatter_of,
+    held_out_of,
+    numbers_of,
+    round_frozen,
+    sampler_of,
+    told_of,
+)
 from prunetune.train.preflight import check_before_launch
 from prunetune.train.record import run_record
 from prunetune.train.rotation import KeepNewestCallback
-from prunetune.train.sampling import train_sampler
-from prunetune.train.shape import shape_of
+from prunetune.train.run import Run, start
 from prunetune.train.stopping import REQUEUE, StopRequest
 from prunetune.train.tracking import Tracker
 from prunetune.train.trainer import (
@@ -71,49 +64,8 @@ from prunetune.train.trainer import (
     drop_frozen_from_state_dict,
     frozen_tensors_hash,
     gathered_projector,
-    steps_in_total,
     training_arguments,
-    use_plain_collectives_on_cpu,
 )
-from prunetune.train.workload import workload_of_data
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a recalibration starts from.
-
-    Attributes:
-        config: the run's.
-        data: what it trains on.
-        held: what the held-out loss is measured on; None measures none.
-        ranks: this process among the others.
-        settings: what must not change between a run and its continuation.
-        found: the checkpoint to go on from.
-        finished: the last step of a run that has nothing left to do; None for any other.
-    """
-
-    config: RecalibrateConfig
-    data: RecipeData
-    held: RecipeData | None
-    ranks: Ranks
-    settings: dict[str, Any]
-    found: Found
-    finished: int | None
-
-    @property
-    def output(self) -> Path:
-        """The run's folder."""
-        return Path(self.config.output)
-
-    @property
-    def first_step(self) -> int:
-        """The step to go on from."""
-        return self.found.mark.step if self.found.mark is not None else 0
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps in all."""
-        return steps_in_total(self.config.train, len(self.data), self.ranks.world)
 
 
 @dataclass(frozen=True)
@@ -157,7 +109,7 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     if run.ranks.is_zero and (changed := other_code(run.found, made_with)):
         say(changed)
     tracker = Tracker(config.tracking, run.output, config.model_dump(), run.first_step) if run.ranks.is_zero else None
-    formatter = _formatter(run, arm)
+    formatter = formatter_of(run, arm)
     peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
     trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with)
@@ -173,39 +125,6 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     return None if trained.stopped else run.output / "adapter"
 
 
-def start(config: RecalibrateConfig) -> Run:
-    """Check the options, read the data, and look for a complete checkpoint to go on from.
-
-    Raises:
-        ConfigError, PruningError, DataError: for options or data that can't work; the same on every rank.
-    """
-    ranks = launched_ranks()
-    set_seed(config.train.seed)
-    use_plain_collectives_on_cpu()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' about one another
-    if not ranks.is_zero:
-        transformers_logging.set_verbosity_error()
-    resolved(config.pruning).build()  # a wrong name or option stops here, before anything is loaded
-    data = load_recipe(config.data.recipe, **config.data.model_dump(exclude={"recipe"}))
-    held = None
-    if config.train.held_out:
-        data, held = split(data, config.train.held_out, config.data.seed or 0)
-    if config.engine.float8:
-        check_float8_device(default_device())
-    settings = _settings(config, data, ranks.world)
-    output = Path(config.output)
-    found, finished = Found(), None
-    if config.overwrite:
-        pass  # rank 0 has deleted the checkpoints, or is about to
-    elif config.train.resume == "auto":
-        finished = finished_step(output, settings)
-    elif ranks.is_zero:
-        set_aside(output)
-    if config.train.resume == "auto" and finished is None and not config.overwrite:
-        found = find_checkpoint(output, settings)
-    return Run(config, data, held, ranks, settings, found, finished)
-
-
 def train(
     run: Run,
     arm: Arm,
@@ -218,20 +137,13 @@ def train(
     """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
     engine = Engine(arm.pruned, run.config.engine, prompt_prefix(arm, formatter, run.data))
-    recomputes = run.config.engine.checkpointing
-    if recomputes == "auto":
-        recomputes = _asks_for_checkpointing(run, arm)
-    if recomputes:
-        _checkpoint_language_model(arm)
+    recomputed = checkpointing_of(run, arm)
     if run.ranks.is_zero:
-        say("\n".join([*engine.lines(), f"          {'with' if recomputes else 'no'} gradient checkpointing"]))
+        say("\n".join([*engine.lines(), f"          {'with' if recomputed else 'no'} gradient checkpointing"]))
     head = head_of(arm.pruned, run.config.engine, zero_stage(config.deepspeed) == 3)
     half = run.config.model.dtype == "float16"
-    engine.numbers = _run_numbers(run, arm)
-    if run.config.engine.float8:  # after the numbers have read the model's sizes off its layers
-        rounded = use_float8(arm.model, device=default_device())
-        if run.ranks.is_zero:
-            say(f"float8    {rounded.line()}")
+    engine.numbers = numbers_of(run, arm)
+    round_frozen(run, arm)  # after the numbers have read the model's sizes off its layers
     numbers = NumbersCallback(
         tracker,
         config.batch_size * config.accumulation * run.ranks.world,
@@ -239,28 +151,17 @@ def train(
         measured=engine.numbers,
     )
     stop = StopCallback(request, run.steps)
-    held = None
-    if run.held is not None:
-        best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker, made_with.get("features"))
-        loss = HeldOutLoss(run.held, formatter, lambda batch: trainer.summed_loss(batch), run.ranks, config.batch_size)
-        held = HeldOutCallback(
-            lambda: trainer.held_out_loss(loss),
-            best,
-            tracker.log if tracker is not None else None,
-            config.eval_steps,
-            config.patience,
-            Progress.read(run.found.folder),
-        )
+    held = held_out_of(run, arm, peft_model, formatter, tracker, made_with, lambda: trainer)
     mark = CompleteCheckpointCallback(run.settings, made_with)
     trainer = RecalibrationTrainer(
         formatter,
         run.data,
-        _sampler(run, arm, formatter, engine),
+        sampler_of(run, arm, formatter, engine),
         engine,
         config.loss,
         model=peft_model,
         args=training_arguments(run.config, run.output, run.steps),
-        callbacks=[*([held] if held is not None else []), stop, numbers, mark, KeepNewestCallback()],
+        callbacks=[*held, stop, numbers, mark, KeepNewestCallback()],
     )
     run.ranks.check_same(plugin_records())
     _check_same_start(run)
@@ -275,41 +176,8 @@ def train(
         say(f"{lost} samples lost every answer token to max_length={config.max_length} and added no loss")
     if numbers.skipped and run.ranks.is_zero:
         say(f"{numbers.skipped} steps were skipped: their float16 gradients overflowed, and the loss scale was lowered")
-    if held is not None and run.ranks.is_zero:
-        say("\n".join(held.lines()))
-    told = held.best.record(held.progress) if held is not None else None
-    return Trained(trainer.state.global_step, stop.stopped, numbers.skipped if half else None, told)
-
-
-def _formatter(run: Run, arm: Arm) -> Formatter | FeatureFormatter:
-    """Return what builds batches: of images, or of the features that a cache holds of them.
-
-    Raises:
-        FeatureError: for a cache of something else.
-    """
-    length = run.config.train.max_length
-    if run.config.features is None:
-        return arm.formatter(run.data.images, length, raw_pixels=True)
-    data = FeatureData.of_recipe(run.data) if run.ranks.is_zero else None  # one rank looks for what is missing
-    store = FeatureStore.open(run.config.features, arm, data, trains=True)
-    return FeatureFormatter(store, arm, length)
-
-
-def _sampler(run: Run, arm: Arm, formatter: Formatter | FeatureFormatter, engine: Engine) -> StepSampler:
-    """Return what each update holds on this rank."""
-    config, switches = run.config.train, run.config.engine
-    share = Share(
-        run.ranks.rank,
-        run.ranks.world,
-        config.batch_size,
-        config.accumulation,
-        switches.token_budget,
-        padded=not engine.choice.packing,
-    )
-    lengths = None
-    if switches.token_budget is not None:
-        lengths = pruned_lengths(run.data, formatter, arm.pruned, config.max_length, engine.shared)
-    return StepSampler(train_sampler(run.data, config.sampling, share.group, config.seed), share, lengths)
+    skipped = numbers.skipped if half else None
+    return Trained(trainer.state.global_step, stop.stopped, skipped, told_of(run, held))
 
 
 def take_steps(trainer: RecalibrationTrainer, resume: Path | None) -> None:
@@ -397,49 +265,6 @@ def _check_same_start(run: Run) -> None:
             raise ConfigError(f"the ranks see other checkpoints in {run.output}: they would go on from steps {steps}")
     if run.ranks.is_zero:
         rename_damaged(run.found)
-
-
-def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[str, Any]:
-    """Return what must not change between a run and its continuation."""
-    train = config.train.model_dump(exclude={"save_steps", "log_steps", "workers", "resume"})
-    return {
-        "model": config.model.model_dump(),
-        "pruning": resolved(config.pruning).model_dump(),  # a profile that was written anew is another pruning
-        "data": data.content_hash,
-        "train": train,
-        "engine": config.engine.model_dump(),
-        "ranks": world,
-    }
-
-
-def _gpu() -> Gpu | None:
-    """Return the GPU that this process trains on; None on a CPU, and for one that nothing is known of."""
-    return gpu_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-
-
-def _run_numbers(run: Run, arm: Arm) -> RunNumbers:
-    """Return what measures the run, with the time that it is predicted to take."""
-    steps = run.steps - run.first_step
-    predicted = prediction(run.config, arm.model, run.data, run.ranks.world, _gpu(), steps)
-    stop = run.config.engine.stop_tower
-    return RunNumbers(default_device(), shape_of(arm.model), run.ranks.world, stop_tower=stop, predicted=predicted)
-
-
-def _asks_for_checkpointing(run: Run, arm: Arm) -> bool:
-    """Return whether the activations of a micro-batch would not fit the GPU; a CPU's memory is left to the user."""
-    if not torch.cuda.is_available():
-        return False
-    load = workload_of_data(run.config, arm.model, run.data)
-    needs = needs_of(run.config, shape_of(arm.model), load, run.ranks.world)
-    memory = torch.cuda.get_device_properties(default_device()).total_memory
-    return needs.needs_checkpointing(tokens_at_once(run.config, load), memory)
-
-
-def _checkpoint_language_model(arm: Arm) -> None:
-    """Recompute activations in the LLM only: Trainer's own flag would also pull the frozen tower into the graph."""
-    language_model = getattr(arm.model.base_model, arm.pruned.family.language_model)
-    language_model.activation_checkpointing_enable({"use_reentrant": False})
-    language_model.train()
 
 
 def announce(run: Run, report: FrozenReport) -> None:

@@ -1,0 +1,140 @@
+"""What a run is put together from: batches, their order, numbers, and what memory asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from prunetune.data_recipes import Formatter
+from prunetune.models import Arm
+from prunetune.models.arm import default_device
+from prunetune.models.features import FeatureData, FeatureFormatter, FeatureStore
+from prunetune.screen import say
+from prunetune.train.best import BestAdapter, HeldOutCallback, Progress
+from prunetune.train.engine.engine import Engine
+from prunetune.train.engine.layout import Share, StepSampler
+from prunetune.train.engine.lengths import pruned_lengths
+from prunetune.train.float8 import use_float8
+from prunetune.train.gpus import Gpu, gpu_of_device
+from prunetune.train.held_out import HeldOutLoss
+from prunetune.train.numbers import RunNumbers
+from prunetune.train.plan import needs_of, prediction, tokens_at_once
+from prunetune.train.run import Run
+from prunetune.train.sampling import train_sampler
+from prunetune.train.shape import shape_of
+from prunetune.train.tracking import Tracker
+from prunetune.train.trainer import RecalibrationTrainer
+from prunetune.train.workload import workload_of_data
+
+
+def formatter_of(run: Run, arm: Arm) -> Formatter | FeatureFormatter:
+    """Return what builds batches: of images, or of the features that a cache holds of them.
+
+    Raises:
+        FeatureError: for a cache of something else.
+    """
+    length = run.config.train.max_length
+    if run.config.features is None:
+        return arm.formatter(run.data.images, length, raw_pixels=True)
+    data = FeatureData.of_recipe(run.data) if run.ranks.is_zero else None  # one rank looks for what is missing
+    store = FeatureStore.open(run.config.features, arm, data, trains=True)
+    return FeatureFormatter(store, arm, length)
+
+
+def sampler_of(run: Run, arm: Arm, formatter: Formatter | FeatureFormatter, engine: Engine) -> StepSampler:
+    """Return what each update holds on this rank."""
+    config, switches = run.config.train, run.config.engine
+    share = Share(
+        run.ranks.rank,
+        run.ranks.world,
+        config.batch_size,
+        config.accumulation,
+        switches.token_budget,
+        padded=not engine.choice.packing,
+    )
+    lengths = None
+    if switches.token_budget is not None:
+        lengths = pruned_lengths(run.data, formatter, arm.pruned, config.max_length, engine.shared)
+    return StepSampler(train_sampler(run.data, config.sampling, share.group, config.seed), share, lengths)
+
+
+def _gpu() -> Gpu | None:
+    """Return the GPU that this process trains on; None on a CPU, and for one that nothing is known of."""
+    return gpu_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def numbers_of(run: Run, arm: Arm) -> RunNumbers:
+    """Return what measures the run, with the time that it is predicted to take."""
+    steps = run.steps - run.first_step
+    predicted = prediction(run.config, arm.model, run.data, run.ranks.world, _gpu(), steps)
+    stop = run.config.engine.stop_tower
+    return RunNumbers(default_device(), shape_of(arm.model), run.ranks.world, stop_tower=stop, predicted=predicted)
+
+
+def checkpointing_of(run: Run, arm: Arm) -> bool:
+    """Recompute the LLM's activations if that is asked for, or if memory asks for it, and return whether.
+
+    Of the LLM alone: Trainer's own flag would also pull the frozen tower into the graph.
+    """
+    asked = run.config.engine.checkpointing
+    if asked is False or (asked == "auto" and not _would_not_fit(run, arm)):
+        return False
+    language_model = getattr(arm.model.base_model, arm.pruned.family.language_model)
+    language_model.activation_checkpointing_enable({"use_reentrant": False})
+    language_model.train()
+    return True
+
+
+def _would_not_fit(run: Run, arm: Arm) -> bool:
+    """Return whether the activations of a micro-batch would not fit the GPU; a CPU's memory is left to the user."""
+    if not torch.cuda.is_available():
+        return False
+    load = workload_of_data(run.config, arm.model, run.data)
+    needs = needs_of(run.config, shape_of(arm.model), load, run.ranks.world)
+    memory = torch.cuda.get_device_properties(default_device()).total_memory
+    return needs.needs_checkpointing(tokens_at_once(run.config, load), memory)
+
+
+def held_out_of(
+    run: Run,
+    arm: Arm,
+    peft_model: PeftModel,
+    formatter: Formatter | FeatureFormatter,
+    tracker: Tracker | None,
+    made_with: dict[str, Any],
+    trainer: Callable[[], RecalibrationTrainer],
+) -> list[HeldOutCallback]:
+    """Return what measures the held-out loss and keeps the best adapter; nothing if no samples are held out."""
+    if run.held is None:
+        return []
+    config = run.config.train
+    best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker, made_with.get("features"))
+    loss = HeldOutLoss(run.held, formatter, lambda batch: trainer().summed_loss(batch), run.ranks, config.batch_size)
+    log = tracker.log if tracker is not None else None
+    progress = Progress.read(run.found.folder)
+
+    def measure() -> float:
+        return trainer().held_out_loss(loss)
+
+    return [HeldOutCallback(measure, best, log, config.eval_steps, config.patience, progress)]
+
+
+def told_of(run: Run, held: Sequence[HeldOutCallback]) -> dict[str, Any] | None:
+    """Say how the held-out loss ended, and return what the record says of it; None if there is none."""
+    for callback in held:
+        if run.ranks.is_zero:
+            say("\n".join(callback.lines()))
+        return callback.best.record(callback.progress)
+    return None
+
+
+def round_frozen(run: Run, arm: Arm) -> None:
+    """Put the LLM's frozen layers into float8, if that is asked for."""
+    if not run.config.engine.float8:
+        return
+    rounded = use_float8(arm.model, device=default_device())
+    if run.ranks.is_zero:
+        say(f"float8    {rounded.line()}")
