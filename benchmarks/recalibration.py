@@ -318,7 +318,8 @@ def main() -> None:  # noqa: PLR0915
         if way.float8:
             from prunetune.train.float8 import use_float8
 
-            use_float8(pruned.model, emulated=options.device == "cpu")  # the last way: nothing runs in bfloat16 after it
+            # The last way: nothing runs in bfloat16 after it.
+            use_float8(pruned.model, emulated=options.device == "cpu")
         return update(way, model, pruned, formatter if way.new_data else plain, part, prefix, options.device)
 
     for way in chosen:

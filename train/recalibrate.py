@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,10 +229,7 @@ def train(
     head = head_of(arm.pruned, run.config.engine, zero_stage(config.deepspeed) == 3)
     half = run.config.model.dtype == "float16"
     engine.numbers = _run_numbers(run, arm)
-    if run.config.engine.float8:  # after the numbers have read the model's sizes off its layers
-        rounded = use_float8(arm.model, device=default_device())
-        if run.ranks.is_zero:
-            say(f"float8    {rounded.line()}")
+    _round_frozen(run, arm)  # after the numbers have read the model's sizes off its layers
     numbers = NumbersCallback(
         tracker,
         config.batch_size * config.accumulation * run.ranks.world,
@@ -239,18 +237,7 @@ def train(
         measured=engine.numbers,
     )
     stop = StopCallback(request, run.steps)
-    held = None
-    if run.held is not None:
-        best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker, made_with.get("features"))
-        loss = HeldOutLoss(run.held, formatter, lambda batch: trainer.summed_loss(batch), run.ranks, config.batch_size)
-        held = HeldOutCallback(
-            lambda: trainer.held_out_loss(loss),
-            best,
-            tracker.log if tracker is not None else None,
-            config.eval_steps,
-            config.patience,
-            Progress.read(run.found.folder),
-        )
+    held = _held_out(run, arm, peft_model, formatter, tracker, made_with, lambda: trainer)
     mark = CompleteCheckpointCallback(run.settings, made_with)
     trainer = RecalibrationTrainer(
         formatter,
@@ -260,7 +247,7 @@ def train(
         config.loss,
         model=peft_model,
         args=training_arguments(run.config, run.output, run.steps),
-        callbacks=[*([held] if held is not None else []), stop, numbers, mark, KeepNewestCallback()],
+        callbacks=[*held, stop, numbers, mark, KeepNewestCallback()],
     )
     run.ranks.check_same(plugin_records())
     _check_same_start(run)
@@ -275,10 +262,50 @@ def train(
         say(f"{lost} samples lost every answer token to max_length={config.max_length} and added no loss")
     if numbers.skipped and run.ranks.is_zero:
         say(f"{numbers.skipped} steps were skipped: their float16 gradients overflowed, and the loss scale was lowered")
-    if held is not None and run.ranks.is_zero:
-        say("\n".join(held.lines()))
-    told = held.best.record(held.progress) if held is not None else None
-    return Trained(trainer.state.global_step, stop.stopped, numbers.skipped if half else None, told)
+    skipped = numbers.skipped if half else None
+    return Trained(trainer.state.global_step, stop.stopped, skipped, _told(run, held))
+
+
+def _held_out(
+    run: Run,
+    arm: Arm,
+    peft_model: PeftModel,
+    formatter: Formatter | FeatureFormatter,
+    tracker: Tracker | None,
+    made_with: dict[str, Any],
+    trainer: Callable[[], RecalibrationTrainer],
+) -> list[HeldOutCallback]:
+    """Return what measures the held-out loss and keeps the best adapter; nothing if no samples are held out."""
+    if run.held is None:
+        return []
+    config = run.config.train
+    best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker, made_with.get("features"))
+    loss = HeldOutLoss(run.held, formatter, lambda batch: trainer().summed_loss(batch), run.ranks, config.batch_size)
+    log = tracker.log if tracker is not None else None
+    progress = Progress.read(run.found.folder)
+
+    def measure() -> float:
+        return trainer().held_out_loss(loss)
+
+    return [HeldOutCallback(measure, best, log, config.eval_steps, config.patience, progress)]
+
+
+def _told(run: Run, held: Sequence[HeldOutCallback]) -> dict[str, Any] | None:
+    """Say how the held-out loss ended, and return what the record says of it; None if there is none."""
+    for callback in held:
+        if run.ranks.is_zero:
+            say("\n".join(callback.lines()))
+        return callback.best.record(callback.progress)
+    return None
+
+
+def _round_frozen(run: Run, arm: Arm) -> None:
+    """Put the LLM's frozen layers into float8, if that is asked for."""
+    if not run.config.engine.float8:
+        return
+    rounded = use_float8(arm.model, device=default_device())
+    if run.ranks.is_zero:
+        say(f"float8    {rounded.line()}")
 
 
 def _formatter(run: Run, arm: Arm) -> Formatter | FeatureFormatter:
