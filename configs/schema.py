@@ -112,14 +112,14 @@ class TrainConfig(Section):
     held_out: int = Field(
         0,
         ge=0,
-        description="samples of whole images to measure a held-out loss on: of those that the recipe holds out, or "
-        "else drawn from it and not trained on; 0 measures none",
+        description="samples of whole images that a loss is measured on: of those that the recipe holds out, or else "
+        "drawn from it and not trained on; 0 measures none",
     )
     eval_steps: int = Field(
-        100, ge=1, description="optimizer steps between held-out losses; the first is before training, the last after"
+        100, ge=1, description="optimizer steps between losses on held out samples, and one before and after training"
     )
     patience: int | None = Field(
-        None, ge=1, description="stop after so many held-out losses in a row that are not the lowest; None never does"
+        None, ge=1, description="stop after so many of these losses in a row that are not the lowest; None never does"
     )
     resume: Literal["auto", "never"] = Field("auto", description="go on from the last checkpoint in the output folder")
 
