@@ -44,6 +44,9 @@ from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.layout import by_budget
 from prunetune.train.engine.prefix import common_prefix
+from prunetune.train.flops import Work, flops_of, image, sequences
+from prunetune.train.numbers import device_peak
+from prunetune.train.shape import ModelShape, shape_of
 
 # hidden size, layers and heads of LLM and tower, and the LLM's inner width
 SHAPES = {
@@ -52,8 +55,9 @@ SHAPES = {
     "7b": ((4096, 32, 32, 11008), (1024, 24, 16, 4096)),
 }
 OFF = EngineConfig(packing=False, supervised_logits=False, shared_prefix=False, project_kept=False, stop_tower=False)
-FRAMES = 4
-"""Samples a device took at once before there was a budget."""
+AT_ONCE = 4
+"""Samples that a device takes at once where no budget says it."""
+RECIPES = {"vg_textvqa_gqa": 180_510, "quick": 20_000}
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Took:
     whole: float = 0.0
     loss: float = 0.0
     tokens: int = 0
+    supervised: int = 0
     memory: int = 0
 
     @property
@@ -116,7 +121,7 @@ def ways(budget: int, float8: bool) -> list[Way]:
     return found
 
 
-def model_of(shape: str, words: int, image: int, device: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+def model_of(shape: str, words: int, place: int, device: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     """Return a model with random weights; all but the projector are frozen."""
     (width, layers, heads, inner), (tower, tower_layers, tower_heads, tower_inner) = SHAPES[shape]
     config = LlavaConfig(
@@ -128,7 +133,7 @@ def model_of(shape: str, words: int, image: int, device: str, dtype: torch.dtype
             hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
             intermediate_size=inner, vocab_size=words, max_position_embeddings=4096,
         ),
-        image_token_index=image, vision_feature_layer=-2,
+        image_token_index=place, vision_feature_layer=-2,
     )  # fmt: skip
     torch.manual_seed(0)
     before = torch.get_default_dtype()
@@ -183,7 +188,7 @@ def parts_of(way: Way, samples: Sequence[Sample], lengths: Sequence[int]) -> lis
     """Return the update's micro-batches: by budget, or in the order of the data."""
     budget = None if way.engine is None else way.engine.token_budget
     if budget is None:
-        return [list(samples[first : first + FRAMES]) for first in range(0, len(samples), FRAMES)]
+        return [list(samples[first : first + AT_ONCE]) for first in range(0, len(samples), AT_ONCE)]
     (batches,) = by_budget(range(len(samples)), lengths, max(budget, *lengths), 1, padded=False)
     return [[samples[index] for index in batch.indices] for batch in batches]
 
@@ -238,7 +243,7 @@ def update(  # noqa: PLR0915 - what is timed stands in one place
         took.whole = clock.now() - begun
     clock.close()
     took.seconds |= clock.seconds
-    took.loss = float(summed) / supervised
+    took.loss, took.supervised = float(summed) / supervised, supervised
     took.memory = torch.cuda.max_memory_allocated() if device == "cuda" else _resident()
     return took
 
@@ -301,13 +306,14 @@ def main() -> None:  # noqa: PLR0915
     formatter = Formatter(processor, Files(jpegs(options.samples)), "vicuna_v1", "pad", raw_pixels=True)
     plain = Formatter(processor, formatter.images, "vicuna_v1", "pad")
     dtype = getattr(torch, options.dtype)
-    image: int = tokenizer.convert_tokens_to_ids("<image>")  # type: ignore[assignment] # one word has one id
-    model = model_of(options.shape, len(tokenizer), image, options.device, dtype)
+    place: int = tokenizer.convert_tokens_to_ids("<image>")  # type: ignore[assignment] # one word has one id
+    model = model_of(options.shape, len(tokenizer), place, options.device, dtype)
     pruned = PrunedModel(model, PruningSpec(options.pruner, options.keep), tokenizer)
     batch = formatter.training_batch(samples)
-    prefix = common_prefix(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), [image])
+    prefix = common_prefix(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), [place])
     lengths = (batch["attention_mask"].sum(dim=1) - 576 + options.keep).tolist()
 
+    shape = shape_of(model)  # before float8 replaces layers
     chosen = ways(options.budget, options.float8)
     if options.only:
         chosen = [chosen[number] for number in options.only]
@@ -333,13 +339,35 @@ def main() -> None:  # noqa: PLR0915
             took = run(way, parts_of(way, samples, lengths))
             if way.name not in best or took.whole < best[way.name].whole:
                 best[way.name] = took
-    lines = table(options, chosen, best, saved, sum(lengths) / len(lengths))
+    lines = table(options, chosen, best, saved, sum(lengths) / len(lengths), shape)
     print("\n".join(lines))
     if options.output is not None:
         options.output.write_text("\n".join(lines) + "\n")
 
 
-def table(options: Any, chosen: Sequence[Way], best: dict[str, Took], saved: dict[str, int], mean: float) -> list[str]:
+def _on_gpu(options: Any, took: Took, shape: ModelShape, mean: float) -> str:
+    """Return MFU, tokens a second and what whole recipes would take on this GPU."""
+    work = sequences([mean] * options.samples)
+    work += Work(projected=options.samples * options.keep, logits=took.supervised)
+    work += image(577, options.samples)
+    peak = device_peak(torch.device("cuda"))
+    mfu = "unknown" if peak is None else f"{flops_of(shape, work).model / took.whole / peak:.1%}"
+    minutes = {name: number * took.whole / options.samples / 60 for name, number in RECIPES.items()}
+    projected = ", ".join(f"{name} ({number:,} samples) {minutes[name]:.1f} min" for name, number in RECIPES.items())
+    memory = f"{took.memory / 2**30:.1f} GiB at most"
+    return (
+        f"MFU {mfu} of the bfloat16 peak, {took.tokens / took.whole:,.0f} tokens/s, {memory}. Projected: {projected}."
+    )
+
+
+def _times(yardstick: Took | None, took: Took) -> str:
+    """Return how many times as fast something is as a yardstick; nothing if that was not run."""
+    return "" if yardstick is None else f"{yardstick.whole / took.whole:.2f}"
+
+
+def table(
+    options: Any, chosen: Sequence[Way], best: dict[str, Took], saved: dict[str, int], mean: float, shape: ModelShape
+) -> list[str]:
     """Return the results as a Markdown table with the bars below it."""
     device = platform.processor() or platform.machine()
     if options.device == "cuda":
@@ -352,24 +380,25 @@ def table(options: Any, chosen: Sequence[Way], best: dict[str, Took], saved: dic
         "| way | s an update | samples/s | x stock | x earlier | LLM tokens | graph, MiB | rest | loss |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    first, second = best.get(chosen[0].name), best.get(chosen[min(1, len(chosen) - 1)].name)
-    assert first is not None and second is not None
+    yardsticks = [best.get(way.name) for way in ways(options.budget, options.float8)[:2]]
     for way in chosen:
         took = best[way.name]
+        faster = " | ".join(_times(yardstick, took) for yardstick in yardsticks)
         lines.append(
-            f"| {way.name} | {took.whole:.2f} | {options.samples / took.whole:.3f} | {first.whole / took.whole:.2f} | "
-            f"{second.whole / took.whole:.2f} | {took.tokens} | {saved[way.name] / 2**20:.0f} | {took.rest:.1%} | "
-            f"{took.loss:.6f} |"
+            f"| {way.name} | {took.whole:.2f} | {options.samples / took.whole:.3f} | {faster} | {took.tokens} | "
+            f"{saved[way.name] / 2**20:.0f} | {took.rest:.1%} | {took.loss:.6f} |"
         )
     last = best[chosen[-1].name]
+    if options.device == "cuda":
+        lines += ["", _on_gpu(options, last, shape, mean)]
     parts = ", ".join(f"{name} {took / last.whole:.1%}" for name, took in last.seconds.items())
     losses = [best[way.name].loss for way in chosen if way.engine is not None and not way.float8]
     spread = (max(losses) - min(losses)) / max(losses)
     lines += [
         "",
         f"Of the last way: {parts}. The losses of the pruned ways differ by {spread:.1e} of them.",
-        f"Bars: 4 x stock {first.whole / last.whole:.2f}, 2 x earlier {second.whole / last.whole:.2f}, "
-        f"rest at most 5 % {last.rest:.1%}.",
+        f"Bars: 4 x stock {_times(yardsticks[0], last)}, 2 x earlier {_times(yardsticks[1], last)}, rest at most 5 % "
+        f"{last.rest:.1%}.",
     ]
     return lines
 
