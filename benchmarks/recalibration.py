@@ -45,7 +45,7 @@ from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.layout import by_budget
 from prunetune.train.engine.prefix import common_prefix
 from prunetune.train.flops import Work, flops_of, image, sequences
-from prunetune.train.numbers import device_peak
+from prunetune.train.measured import device_peak
 from prunetune.train.shape import ModelShape, shape_of
 
 # hidden size, layers and heads of LLM and tower, and the LLM's inner width

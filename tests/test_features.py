@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import test_qwen2_5_vl
 import test_qwen3_vl
 import torch
 from conftest import ROOT, TINY_VLM, scene_sample
-from launches import environment
+from launches import arguments, environment, losses, run, run_several
 from PIL import Image
 
 from prunetune.cli import main
@@ -500,3 +501,25 @@ def test_two_ranks_write_the_same_bytes_as_one(tmp_path, capsys):
 def test_a_command_without_a_folder_says_what_to_give(capsys):
     with pytest.raises(SystemExit, match="give --features FOLDER"):
         main(ARGUMENTS)
+
+
+# ---- in a recalibration --------------------------------------------------------------------------------------------
+
+
+def test_a_recalibration_from_features_has_the_losses_of_one_from_pixels(untrained_folder, tmp_path):
+    """Two ranks, token budgets, text alone among the samples; and a cache of another budget is refused in one line."""
+    pruning = ("--pruning.pruner", "prismprune", "--pruning.keep", "16")
+    features = str(tmp_path / "features")
+    options = [*arguments(untrained_folder, tmp_path / "made", *pruning), "--features", features]
+    assert main(["cache", *options]) == 0
+    runs = []
+    for name, more in (("pixels", ()), ("features", ("--features", features))):
+        budget = ("--engine.token_budget", "200", "--train.max_steps", "4")
+        runs.append(arguments(untrained_folder, tmp_path / name, *pruning, *budget, *more))
+    run_several(runs)
+    assert losses(tmp_path / "features") == pytest.approx(losses(tmp_path / "pixels"), rel=1e-5)
+    record = json.loads((tmp_path / "features" / "adapter" / "prunetune.json").read_text())
+    assert record["features"] == FeatureStore(features).seal
+    printed = run(untrained_folder, tmp_path / "other", *pruning, "--pruning.keep", "8", "--features", features,
+                  world=1, status=1)  # fmt: skip
+    assert "error: " in printed and "keep" in printed and "Traceback" not in printed

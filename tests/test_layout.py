@@ -168,3 +168,9 @@ def test_an_editable_installation_is_found_from_anywhere(checkout, tmp_path):
     code = f"import site; site.addsitedir({str(site)!r}); import prunetune.evaluation as e, prunetune.names as n"
     found = python("-S", "-c", f"{code}; print(e.__file__, n.__file__)", cwd="/").stdout.split()
     assert [Path(file).relative_to(checkout).parts[0] for file in found] == ["evaluation", "prunetune"]
+
+
+def test_no_file_beside_the_documented_script_hides_a_module_of_python():
+    """``deepspeed train/recalibrate.py`` puts ``train/`` in front of everything: ``numbers.py`` there stops torch."""
+    hidden = {path.stem for path in (ROOT / "train").iterdir()} & set(sys.stdlib_module_names)
+    assert not hidden

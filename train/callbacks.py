@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from prunetune.configs import ConfigError
 from prunetune.screen import SCREEN, say
 from prunetune.train.checkpoints import COMPLETE, Mark, file_hashes
-from prunetune.train.numbers import RunNumbers, in_a_line
+from prunetune.train.measured import RunNumbers, in_a_line
 from prunetune.train.stopping import StopRequest
 from prunetune.train.tracking import Tracker
 

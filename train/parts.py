@@ -20,7 +20,7 @@ from prunetune.train.engine.lengths import pruned_lengths
 from prunetune.train.float8 import use_float8
 from prunetune.train.gpus import Gpu, gpu_of_device
 from prunetune.train.held_out import HeldOutLoss
-from prunetune.train.numbers import RunNumbers
+from prunetune.train.measured import RunNumbers
 from prunetune.train.plan import needs_of, prediction, tokens_at_once
 from prunetune.train.run import Run
 from prunetune.train.sampling import train_sampler

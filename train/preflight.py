@@ -28,6 +28,11 @@ def check_before_launch(config: RecalibrateConfig) -> None:
         ConfigError, DataError, PruningError: for the first thing that can't work.
     """
     resolved(config.pruning).build()
+    if config.engine.token_budget is not None and config.train.loss == "micro_batch_mean":
+        raise ConfigError(
+            "engine.token_budget lays samples out by their length, which would change a mean of micro-batches' means; "
+            "set train.loss to token_mean, or leave the budget out"
+        )
     if zero_stage(config.train.deepspeed) == 3 and config.model.quantization is not None:
         raise ConfigError(
             f"model.quantization {config.model.quantization} can't be partitioned by ZeRO-3; set train.deepspeed to "

@@ -21,7 +21,7 @@ from prunetune.train.engine.prefix import SHORTEST, begins_with, prefix_states
 from prunetune.train.engine.segments import Prefix, Segments, attending_by_segments, place
 from prunetune.train.engine.tower import stopped, unread_layers
 from prunetune.train.flops import Work, sequences
-from prunetune.train.numbers import RunNumbers
+from prunetune.train.measured import RunNumbers
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from prunetune.configs import TrackingConfig
 from prunetune.train.callbacks import NumbersCallback
 from prunetune.train.flops import flops_of, image, sequences
 from prunetune.train.gpus import GPUS, gpu_of_device
-from prunetune.train.numbers import RunNumbers, measured_peak, peak_memory
+from prunetune.train.measured import RunNumbers, measured_peak, peak_memory
 from prunetune.train.shape import shape_of
 from prunetune.train.tracking import Tracker
 
