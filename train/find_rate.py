@@ -70,9 +70,12 @@ class Sweep:
         """The rate at which the smoothed loss falls fastest over the rate's logarithm; None if it never falls."""
         losses = [point.smoothed for point in self.points]
         slopes = [after - before for before, after in zip(losses[:-2], losses[2:], strict=True)]
+        # The first means are of few losses, and jump: a tenth of the usual hundred says nothing of a slope.
+        first = min(round(1 / (1 - SMOOTHING)), len(slopes) // 4)
+        slopes = slopes[first:]
         if not slopes or min(slopes) >= 0:
             return None
-        return self.points[slopes.index(min(slopes)) + 1].rate
+        return self.points[first + slopes.index(min(slopes)) + 1].rate
 
     @property
     def valley(self) -> float | None:
