@@ -7,7 +7,7 @@ Samples, pictures and tokenizer are those of data_path.py: the shape of PrismPru
 Weights are random; the tower is in proportion to the LLM as CLIP's is to a 7B one. Ways, of which each adds to the
 one before it from the third on:
 
-* stock: the model as it is, all visual tokens, samples in random order, padded, the chat template and the processor;
+* stock: the model as it is, all visual tokens, 16 samples at once, padded, the chat template and the processor;
 * earlier: pruned, and otherwise what the shipped configurations asked for before there was an engine: activations
   recomputed, samples padded, the chat template and the processor;
 * then without recomputing, with the new data path, packed by token budget, and so on.
@@ -44,6 +44,7 @@ from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.layout import by_budget
 from prunetune.train.engine.prefix import common_prefix
+from prunetune.train.float8 import use_float8
 from prunetune.train.flops import Work, flops_of, image, sequences
 from prunetune.train.measured import device_peak
 from prunetune.train.shape import ModelShape, shape_of
@@ -55,7 +56,7 @@ SHAPES = {
     "7b": ((4096, 32, 32, 11008), (1024, 24, 16, 4096)),
 }
 OFF = EngineConfig(packing=False, supervised_logits=False, shared_prefix=False, project_kept=False, stop_tower=False)
-AT_ONCE = 4
+AT_ONCE = 16
 """Samples that a device takes at once where no budget says it."""
 RECIPES = {"vg_textvqa_gqa": 180_510, "quick": 20_000}
 
@@ -321,25 +322,28 @@ def main() -> None:  # noqa: PLR0915
     saved: dict[str, int] = {}
 
     def run(way: Way, part: list[list[Sample]]) -> Took:
-        if way.float8:
-            from prunetune.train.float8 import use_float8
-
-            use_float8(
-                pruned.model, emulated=options.device == "cpu"
-            )  # the last way: nothing runs in bfloat16 after it
         return update(way, model, pruned, formatter if way.new_data else plain, part, prefix, options.device)
 
-    for way in chosen:
-        with Saved() as held:
-            run(way, [parts_of(way, samples, lengths)[0]])  # warms up, and counts what one micro-batch holds
-        saved[way.name] = held.bytes
-    for _ in range(options.passes):
-        for way in chosen:
-            gc.collect()
-            took = run(way, parts_of(way, samples, lengths))
-            if way.name not in best or took.whole < best[way.name].whole:
-                best[way.name] = took
-    lines = table(options, chosen, best, saved, sum(lengths) / len(lengths), shape)
+    mean = sum(lengths) / len(lengths)
+
+    def measure(some: Sequence[Way]) -> list[str]:
+        for way in some:
+            with Saved() as held:
+                run(way, [parts_of(way, samples, lengths)[0]])  # warms up, and counts what one micro-batch holds
+            saved[way.name] = held.bytes
+        for _ in range(options.passes):
+            for way in some:
+                gc.collect()
+                took = run(way, parts_of(way, samples, lengths))
+                if way.name not in best or took.whole < best[way.name].whole:
+                    best[way.name] = took
+        return table(options, [way for way in chosen if way.name in best], best, saved, mean, shape)
+
+    lines = measure([way for way in chosen if not way.float8])
+    if options.float8:
+        print("\n".join(lines), flush=True)  # before anything can go wrong with the layers that are replaced now
+        use_float8(model, emulated=options.device == "cpu")
+        lines = measure([way for way in chosen if way.float8])
     print("\n".join(lines))
     if options.output is not None:
         options.output.write_text("\n".join(lines) + "\n")

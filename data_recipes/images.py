@@ -60,6 +60,22 @@ class StoredImages:
         except Exception as error:
             raise DataError(f"{what} can't be decoded ({one_line(error)}); replace the file") from error
 
+    def size_in(self, source: Path | IO[bytes], what: str) -> tuple[int, int]:
+        """Return width and height of an image, of which the head alone is read.
+
+        Args:
+            source: a file or its content.
+            what: the sample and the image, for messages.
+
+        Raises:
+            DataError: if it is none, or is not there.
+        """
+        try:
+            with Image.open(source) as image:
+                return image.size
+        except Exception as error:  # as in decode
+            raise DataError(f"{what} can't be read ({one_line(error)}); replace the file") from error
+
     def check_size(self, image: Image.Image, what: str) -> None:
         """Raise TooLarge for an image with more than ``max_pixels``."""
         pixels = image.width * image.height
@@ -109,6 +125,11 @@ class FolderImages(StoredImages):
             DataError: as :meth:`exists` does.
         """
         return missing_files(self.root, references, self.exists)
+
+    def size(self, reference: str, sample_id: str) -> tuple[int, int]:
+        """Return width and height, of which the file's head knows."""
+        check_inside(reference, f"sample {sample_id!r}")
+        return self.size_in(self.root / reference, f"sample {sample_id!r}: image {self.root / reference}")
 
     def open(self, reference: str, sample_id: str) -> Image.Image:
         """Return the decoded RGB image."""

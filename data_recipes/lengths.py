@@ -57,6 +57,38 @@ def text_lengths(data: RecipeData, formatter: Formatter) -> np.ndarray:
     return lengths
 
 
+def image_sizes(data: RecipeData) -> np.ndarray:
+    """Return width and height of every sample's image: int64 (n, 2), zeros where there is none.
+
+    Of a file its head alone is read, once for all samples about it. The result is kept beside the Arrow cache.
+
+    Raises:
+        DataError: naming the sample whose image can't be read.
+    """
+    root = getattr(data.images, "root", None)
+    key = json.dumps([FORMAT, data.content_hash, type(data.images).__name__, str(root)])
+    name = f"sizes-{hashlib.sha256(key.encode()).hexdigest()[:40]}.npy"
+    known = _load(name, len(data), 2)
+    if known is not None:
+        return known
+    images: Any = data.images
+    has_heads = hasattr(images, "size")  # an opener of somebody else's may open alone
+    found: dict[str, tuple[int, int]] = {}
+    sizes = np.zeros((len(data), 2), dtype=np.int64)
+    names = data.rows["id"]
+    for number, reference in enumerate(data.rows["image"]):
+        if reference is None or reference.startswith(VIDEO):
+            continue
+        if reference not in found:
+            what = reference, names[number]
+            found[reference] = images.size(*what) if has_heads else images.open(*what).size
+        sizes[number] = found[reference]
+    file = io.BytesIO()
+    np.save(file, sizes)
+    store.keep(name, file.getvalue())
+    return sizes
+
+
 def _samples(columns: dict[str, list[Any]]) -> list[Sample]:
     samples = []
     rows = zip(columns["id"], columns["source"], columns["image"], columns["turns"], strict=True)
@@ -173,7 +205,7 @@ def _key(data: RecipeData, formatter: Formatter) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
 
 
-def _load(name: str, number: int) -> np.ndarray | None:
+def _load(name: str, *shape: int) -> np.ndarray | None:
     content = store.load(name)
     if content is None:
         return None
@@ -181,4 +213,4 @@ def _load(name: str, number: int) -> np.ndarray | None:
         lengths = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, OSError, EOFError):  # cut short or edited: made anew
         return None
-    return lengths if lengths.shape == (number,) and lengths.dtype == np.int64 else None
+    return lengths if lengths.shape == shape and lengths.dtype == np.int64 else None

@@ -94,8 +94,15 @@ class ParquetImages(StoredImages):
         """Return whether the row is there."""
         return self._index(reference) is not None
 
+    def size(self, reference: str, sample_id: str) -> tuple[int, int]:
+        """Return width and height, of which the image's head knows."""
+        return self.size_in(self._content(reference, sample_id), f"sample {sample_id!r}: the image in {reference}")
+
     def open(self, reference: str, sample_id: str) -> Image.Image:
         """Return the decoded RGB image."""
+        return self.decode(self._content(reference, sample_id), f"sample {sample_id!r}: the image in {reference}")
+
+    def _content(self, reference: str, sample_id: str) -> io.BytesIO:
         index = self._index(reference)
         if index is None:
             raise DataError(f"sample {sample_id!r}: {reference!r} is no row of the data file")
@@ -103,4 +110,4 @@ class ParquetImages(StoredImages):
         content = cell.get("bytes") if isinstance(cell, dict) else None
         if not isinstance(content, bytes):
             raise DataError(f"sample {sample_id!r}: {reference} of the data file holds no image")
-        return self.decode(io.BytesIO(content), f"sample {sample_id!r}: the image in {reference}")
+        return io.BytesIO(content)

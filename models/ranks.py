@@ -98,6 +98,17 @@ def launched_ranks() -> Ranks:
     return Ranks(*(int(os.environ.get(name, alone)) for name, alone in names))
 
 
+@contextmanager
+def first_on_rank_zero(ranks: Ranks) -> Iterator[None]:
+    """Run what is within on rank 0 first, and then on the others, which find what it kept."""
+    together = ranks.world > 1 and torch.distributed.is_initialized()
+    if together and not ranks.is_zero:
+        torch.distributed.barrier()
+    yield
+    if together and ranks.is_zero:
+        torch.distributed.barrier()
+
+
 def join_ranks() -> Ranks:
     """Return this process's place, and meet the others over gloo."""
     ranks = launched_ranks()

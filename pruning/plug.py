@@ -21,7 +21,7 @@ from prunetune.pruning.hooks import frozen_parts_at_rest, is_partitioned
 from prunetune.pruning.registry import merges, method_of
 from prunetune.pruning.rewrite import Chosen, Pruned, check_aligned, check_inputs, rewrite
 from prunetune.pruning.select import candidates, check_poolable, check_signals, check_videos, choose, seconds_of
-from prunetune.pruning.sequence import pack, placeholders, shorten
+from prunetune.pruning.sequence import placeholders, shorten
 from prunetune.pruning.signals import of_source, signal_of
 from prunetune.pruning.spec import PruningSpec
 from prunetune.pruning.stored import StoredImages, check_choice_is
@@ -253,7 +253,7 @@ class PrunedModel:
                 )
         if not stored.lengths:
             nothing = {}
-            if self.model.training and torch.is_grad_enabled():
+            if (self.model.training and torch.is_grad_enabled()) or is_partitioned(self.model.parameters()):
                 # Called all the same, so that ranks agree on the projector's gradient, and under ZeRO-3 on its calls.
                 features = stored.features(partial(self.family.project, self.model))
                 nothing = {stored.modality: self.family.put_back([features], [], stored.modality)}
@@ -356,13 +356,14 @@ class PrunedModel:
         else:
             there = set(stored)
         missing: list[str] = []
-        if self.model.training and torch.is_grad_enabled():
-            partitioned = is_partitioned(self.model.parameters())
-            if partitioned and stored is not None:
-                raise PruningError(
-                    "stored images can't be trained on under ZeRO-3, since ranks that encode theirs call the tower and "
-                    "would wait for this one; give pixels instead of vision=, or train with train.deepspeed: zero2"
-                )
+        trains = self.model.training and torch.is_grad_enabled()
+        partitioned = is_partitioned(self.model.parameters())
+        if trains and partitioned and stored is not None:
+            raise PruningError(
+                "stored images can't be trained on under ZeRO-3, since ranks that encode theirs call the tower and "
+                "would wait for this one; give pixels instead of vision=, or train with train.deepspeed: zero2"
+            )
+        if trains or (partitioned and stored is None):  # also where ranks measure a held-out loss together
             wanted = list(self.family.pixels) if partitioned else ["image"] * (not there)
             missing = [modality for modality in wanted if modality not in there]
         blanks: dict[str, Any] = {}
@@ -451,7 +452,6 @@ class PrunedModel:
     def attach(
         self,
         seen: Callable[[Pruned], None] | None = None,
-        packed: bool = False,
         finish: Callable[[Pruned], dict[str, Any]] | None = None,
         project_kept: bool = False,
     ) -> Iterator[PrunedModel]:
@@ -459,21 +459,9 @@ class PrunedModel:
 
         Args:
             seen: is called with every batch that was pruned.
-            packed: whether a batch with labels, while training, goes to the model as one row without padding.
             finish: returns what the model is called with; None calls it with the pruned inputs.
             project_kept: as of :meth:`prepare`.
-
-        Raises:
-            PruningError: for packing with gaps between positions, which would be read as the ends of samples, and of a
-                family whose attention is not causal alone.
         """
-        if packed and self.family.aligned:
-            raise PruningError(
-                f"samples of family {self.family.name!r} can't be packed: by {', '.join(self.family.aligned)} tokens "
-                "would see those of another sample; leave packing off"
-            )
-        if packed and self.position_policy != "compact" and not self.family.counts_rows_and_columns:
-            raise PruningError("packing needs position_policy: compact; gaps between positions would end a sample")
 
         def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
             if self._is_prepared(args, kwargs):
@@ -483,8 +471,6 @@ class PrunedModel:
                 seen(pruned)
             if finish is not None:
                 return (), finish(pruned)
-            if packed and self.model.training and kwargs.get("labels") is not None:
-                return (), pack(pruned.inputs)
             return (), pruned.inputs
 
         handle = self.model.register_forward_pre_hook(hook, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""Rewriting a batch of sequences: find placeholders, drop positions, close the gaps, pad again, pack."""
+"""Rewriting a batch of sequences: find placeholders, drop positions, close the gaps, pad again."""
 
 from __future__ import annotations
 
@@ -149,30 +149,3 @@ def _staying_order(
 def counted(mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     """Return the positions of what a mask (B, L) shows: ``[[False, True, True]]`` gives ``[[0, 0, 1]]``."""
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def pack(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Put all rows of a right-padded batch behind one another in a single row, without padding.
-
-    Every sample's positions begin at 0 and there is no mask: transformers then keeps samples from seeing each other,
-    with a block mask or the kernel's variable lengths. The loss is that of the batch, a mean over the same tokens.
-    The rows ``[5, 6, 7]`` and ``[8, 9, 0]`` with one padding become ``[5, 6, 7, 8, 9]`` at ``[0, 1, 2, 0, 1]``.
-
-    Args:
-        inputs: model inputs with ``input_ids``, ``attention_mask`` and ``labels``, all (B, L), as :func:`shorten`
-            leaves them with compact positions, or with positions (4, B, L), of which each part is packed; everything
-            else passes.
-    """
-    result = dict(inputs)
-    mask = result.pop("attention_mask").bool()  # (B, L)
-    positions = result.get("position_ids")
-    if positions is not None and positions.ndim == 3:
-        result["position_ids"] = positions[:, mask][:, None]
-    else:
-        result["position_ids"] = counted(mask)[mask][None]
-    labels = result["labels"].clone()
-    labels[:, 0] = IGNORE_INDEX  # the token before it belongs to another sample
-    result["labels"] = labels[mask][None]
-    result["input_ids"] = result["input_ids"][mask][None]
-    result["use_cache"] = False  # with a cache the positions would not be read as several samples
-    return result

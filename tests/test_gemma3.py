@@ -6,11 +6,13 @@ from family_world import WITHOUT_CLS
 from gemma_world import IMAGE, ROWS, Row, tiny_gemma3
 from gemma_world import batch as world_batch
 
+from prunetune.configs import EngineConfig
 from prunetune.models import load_projector, wrap_projector, write_adapter
 from prunetune.models.adapter import projector_state
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec
 from prunetune.pruning.families import family_of
 from prunetune.testing import FamilyIdentity
+from prunetune.train.engine.engine import Engine
 from prunetune.train.freeze import freeze_all_but_projector
 
 KEEP = 5
@@ -86,8 +88,8 @@ def test_missing_token_types_are_named(model):
 
 
 def test_packing_is_refused(model):
-    with pytest.raises(PruningError, match="'gemma3' can't be packed"), plug(model).attach(packed=True):
-        pass
+    with pytest.raises(PruningError, match="'gemma3' can't be packed"):
+        Engine(plug(model), EngineConfig(packing=True))
 
 
 @torch.no_grad()

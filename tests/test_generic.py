@@ -54,6 +54,9 @@ class TestGlm4v(Generic):
     def test_ranks_without_an_image_encode_a_blank_of_every_modality(self):
         pytest.skip("no blank image can be made")
 
+    def test_the_engine_trains_on_text_alone(self):
+        pytest.skip("no blank image can be made")
+
 
 FAMILIES = base.registered_families
 TAKEN = ("gemma3", "internvl", "mistral3", "glm4v")

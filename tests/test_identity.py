@@ -284,43 +284,6 @@ def test_shorten_against_a_loop_over_rows(side, policy):
         assert result["position_ids"][row, here].tolist() == expected
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["divprune", "trim"])
-def test_packing_a_batch_into_one_row_changes_neither_loss_nor_gradients(
-    untrained_folder, processor, reading, samples, name, attention
-):
-    """Samples of different length and one without a picture, behind one another: none sees another."""
-    from transformers import LlavaForConditionalGeneration
-
-    text_only = Sample("t", "text", None, (Turn("what color is the red ring ?", "red"), Turn("where is it ?", "west")))
-    batch = reading.training_batch([samples[0], text_only, samples[1], samples[2]])
-    found = []
-    for packed in (False, True):
-        model = LlavaForConditionalGeneration.from_pretrained(untrained_folder, attn_implementation=attention)
-        model.requires_grad_(False)
-        model.model.multi_modal_projector.requires_grad_(True)
-        model.train()
-        pruned = PrunedModel(model, spec_of(name), processor.tokenizer)
-        seen = []
-        handle = model.register_forward_hook(lambda m, a, k, out, seen=seen: seen.append((k, out)), with_kwargs=True)
-        with pruned.attach(packed=packed):
-            loss = model(**batch).loss
-        loss.backward()
-        handle.remove()
-        mask = seen[0][0].get("attention_mask")
-        logits = seen[0][1].logits
-        logits = logits[0] if packed else logits[mask.bool()]
-        assert packed == (mask is None) and (logits.shape[0] == seen[0][0]["input_ids"].numel() or not packed)
-        found.append((loss.detach(), logits, model.model.multi_modal_projector.linear_1.weight.grad))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_packing_with_gaps_between_positions_is_refused(model):
-    with pytest.raises(PruningError, match="packing needs position_policy: compact"):
-        PrunedModel(model, PruningSpec("divprune", 16, position_policy="original")).attach(packed=True).__enter__()
-
-
 def test_inputs_that_follow_the_sequence_are_cut_with_it_or_named(model, formatter, samples, monkeypatch):
     """Gemma3 and PaliGemma build their masks from token types: left as long as before they would be wrong, silently."""
     batch = formatter.training_batch(samples)

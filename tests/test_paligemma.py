@@ -6,9 +6,11 @@ from family_world import WITHOUT_CLS
 from gemma_world import IMAGE, ROWS, tiny_paligemma
 from gemma_world import batch as world_batch
 
+from prunetune.configs import EngineConfig
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec
 from prunetune.pruning.families import family_of
 from prunetune.testing import FamilyIdentity
+from prunetune.train.engine.engine import Engine
 
 KEEP = 5
 
@@ -118,8 +120,8 @@ def test_missing_token_types_and_packing_are_refused(model):
     with pytest.raises(PruningError, match="'paligemma' reads 'token_type_ids'.*another attention mask") as error:
         plug(model).prepare(inputs)
     assert "\n" not in str(error.value)
-    with pytest.raises(PruningError, match="'paligemma' can't be packed"), plug(model).attach(packed=True):
-        pass
+    with pytest.raises(PruningError, match="'paligemma' can't be packed"):
+        Engine(plug(model), EngineConfig(packing=True))
 
 
 @torch.no_grad()

@@ -121,6 +121,7 @@ class RunNumbers:
 
     def begin(self) -> None:
         """Begin to count here: what was done before the first step is no part of the run's speed."""
+        self.since, self._timed, self._unread = Counted(), [], []
         self._began = self.clock()
 
     @contextmanager
@@ -156,7 +157,7 @@ class RunNumbers:
 
         Args:
             samples: in it.
-            tokens: of the LLM, after pruning, without padding.
+            tokens: of the LLM, after pruning, padding included where there is any.
             supervised: tokens with a loss.
             work: what it costs, for MFU; None counts the tokens' linear layers alone.
             kept: visual tokens kept of every image; a tensor may lie on the device, and is read when a row is logged.

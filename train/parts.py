@@ -12,10 +12,12 @@ from prunetune.data_recipes import Formatter
 from prunetune.models import Arm
 from prunetune.models.arm import default_device
 from prunetune.models.features import FeatureData, FeatureFormatter, FeatureStore
+from prunetune.models.ranks import first_on_rank_zero
+from prunetune.reading import one_line
 from prunetune.screen import say
 from prunetune.train.best import BestAdapter, HeldOutCallback, Progress
 from prunetune.train.engine.engine import Engine
-from prunetune.train.engine.layout import Share, StepSampler
+from prunetune.train.engine.layout import Share, StepSampler, check_budget
 from prunetune.train.engine.lengths import pruned_lengths
 from prunetune.train.float8 import use_float8
 from prunetune.train.gpus import Gpu, gpu_of_device
@@ -45,7 +47,11 @@ def formatter_of(run: Run, arm: Arm) -> Formatter | FeatureFormatter:
 
 
 def sampler_of(run: Run, arm: Arm, formatter: Formatter | FeatureFormatter, engine: Engine) -> StepSampler:
-    """Return what each update holds on this rank."""
+    """Return what each update holds on this rank.
+
+    Raises:
+        ConfigError: for a token budget that is smaller than the longest sample.
+    """
     config, switches = run.config.train, run.config.engine
     share = Share(
         run.ranks.rank,
@@ -57,7 +63,9 @@ def sampler_of(run: Run, arm: Arm, formatter: Formatter | FeatureFormatter, engi
     )
     lengths = None
     if switches.token_budget is not None:
-        lengths = pruned_lengths(run.data, formatter, arm.pruned, config.max_length, engine.shared)
+        with first_on_rank_zero(run.ranks):  # which keeps what it counts
+            lengths = pruned_lengths(run.data, formatter, arm.pruned, config.max_length)
+        check_budget(max(lengths), switches.token_budget)
     return StepSampler(train_sampler(run.data, config.sampling, share.group, config.seed), share, lengths)
 
 
@@ -68,10 +76,16 @@ def _gpu() -> Gpu | None:
 
 def numbers_of(run: Run, arm: Arm) -> RunNumbers:
     """Return what measures the run, with the time that it is predicted to take."""
-    steps = run.steps - run.first_step
-    predicted = prediction(run.config, arm.model, run.data, run.ranks.world, _gpu(), steps)
-    stop = run.config.engine.stop_tower
-    return RunNumbers(default_device(), shape_of(arm.model), run.ranks.world, stop_tower=stop, predicted=predicted)
+    steps, stop = run.steps - run.first_step, run.config.engine.stop_tower
+    shape, predicted = None, None
+    try:
+        shape = shape_of(arm.model)
+        predicted = prediction(run.config, arm.model, run.data, run.ranks.world, _gpu(), steps)
+    # Advice, for any model that can be trained: one that can't be counted has a run without a prediction.
+    except Exception as error:
+        if run.ranks.is_zero:
+            say(f"nothing is predicted of this run, and it goes on: {one_line(error)}")
+    return RunNumbers(default_device(), shape, run.ranks.world, stop_tower=stop, predicted=predicted)
 
 
 def checkpointing_of(run: Run, arm: Arm) -> bool:
@@ -95,7 +109,10 @@ def _would_not_fit(run: Run, arm: Arm) -> bool:
     load = workload_of_data(run.config, arm.model, run.data)
     needs = needs_of(run.config, shape_of(arm.model), load, run.ranks.world)
     memory = torch.cuda.get_device_properties(default_device()).total_memory
-    return needs.needs_checkpointing(tokens_at_once(run.config, load), memory)
+    tokens = tokens_at_once(run.config, load)
+    if run.config.engine.token_budget is None:  # the longest samples may meet in a micro-batch
+        tokens = max(tokens, run.config.train.batch_size * load.longest)
+    return needs.needs_checkpointing(tokens, memory)
 
 
 def held_out_of(

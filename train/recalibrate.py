@@ -153,6 +153,7 @@ def train(
     stop = StopCallback(request, run.steps)
     held = held_out_of(run, arm, peft_model, formatter, tracker, made_with, lambda: trainer)
     mark = CompleteCheckpointCallback(run.settings, made_with)
+    settings = training_arguments(run.config, run.output, run.steps)  # the ranks meet in it
     trainer = RecalibrationTrainer(
         formatter,
         run.data,
@@ -160,7 +161,7 @@ def train(
         engine,
         config.loss,
         model=peft_model,
-        args=training_arguments(run.config, run.output, run.steps),
+        args=settings,
         callbacks=[*held, stop, numbers, mark, KeepNewestCallback()],
     )
     run.ranks.check_same(plugin_records())

@@ -23,6 +23,7 @@ from prunetune.data_recipes.formatting import IGNORE_INDEX
 from prunetune.models.features import FeatureFormatter
 from prunetune.models.hashes import tensor_hash
 from prunetune.pruning.hooks import is_partitioned
+from prunetune.pruning.stored import StoredImages
 from prunetune.train.deepspeed_settings import deepspeed_config
 from prunetune.train.engine.engine import Engine
 from prunetune.train.engine.layout import MicroBatch, StepSampler
@@ -163,7 +164,12 @@ class RecalibrationTrainer(Trainer):
 
     def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return a batch on the device, pixels in the model's dtype: the numbers that evaluation gives it."""
-        inputs = self.formatter.finish(self._prepare_inputs(batch))
+        device = self.args.device
+        moved = {}
+        for name, value in batch.items():
+            # Not waited for: pinned memory is copied while the model runs.
+            moved[name] = value.to(device, non_blocking=True) if isinstance(value, (Tensor, StoredImages)) else value
+        inputs = self.formatter.finish(moved)
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 inputs[name] = value.to(self.engine.pruned.model.dtype)
@@ -171,14 +177,18 @@ class RecalibrationTrainer(Trainer):
 
     def _scales(self, counts: Sequence[int]) -> Tensor:
         """Return what each micro-batch's summed loss is multiplied by; 0 where nothing is supervised, not 1 / 0."""
+        # Of each mean its weight: all tokens weigh alike, or all micro-batches that have any.
         if self.loss == "micro_batch_mean":
-            return torch.tensor([1 / (count * len(counts)) if count else 0.0 for count in counts]).to(self.args.device)
-        tokens = torch.tensor([sum(counts)], dtype=torch.float64).to(self.args.device)
+            weights = [1 / count if count else 0.0 for count in counts]
+            number = sum(count > 0 for count in counts)
+        else:
+            weights = [float(count > 0) for count in counts]
+            number = sum(counts)
+        whole = torch.tensor([number], dtype=torch.float64).to(self.args.device)
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(tokens)
-        scale = self.args.world_size / tokens.clamp(min=1)
-        own = torch.tensor([float(count > 0) for count in counts], dtype=torch.float64).to(self.args.device)
-        return (own * scale).float()
+            torch.distributed.all_reduce(whole)
+        own = torch.tensor(weights, dtype=torch.float64).to(self.args.device)
+        return (own * self.args.world_size / whole.clamp(min=1)).float()
 
     @property
     def skipped_steps(self) -> int:

@@ -424,12 +424,18 @@ class FamilyIdentity:
     ) -> None:
         """Every saving at once, also with the few tokens that small prompts begin with, against none."""
         monkeypatch.setattr("prunetune.train.engine.engine.SHORTEST", 1)
+        self.check_engine(model, some_methods, self.asked(self.rows()))
+
+    def test_the_engine_trains_on_text_alone(self, model: Any, some_methods: list[str]) -> None:
+        self.check_engine(model, some_methods, self.asked(self.texts()))
+
+    def check_engine(self, model: Any, methods: list[str], batch: Batch) -> None:
+        """Compare loss and gradients of a batch with every saving and without any."""
         projector = self.train_projector(model)
-        batch = self.asked(self.rows())
-        plug = self.plug(model, "identity")
-        visual = [plug.family.token_id(model, modality) for modality in plug.family.pixels]
+        family = self.plug(model, "identity").family
+        visual = [family.token_id(model, modality) for modality in family.pixels]
         prefix = common_prefix(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), visual)
-        for name in some_methods:
+        for name in methods:
             pruned = self.plug(model, name)
             found = []
             for switches in (PLAIN_ENGINE, EngineConfig()):

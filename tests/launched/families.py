@@ -41,7 +41,9 @@ def main(stage: int, file: Path, families: list[str]) -> None:
     """Train every family by every method, and write losses and projectors of all ranks."""
     import deepspeed
 
+    from prunetune.configs import EngineConfig
     from prunetune.models import wrap_projector
+    from prunetune.train.engine.engine import Engine
     from prunetune.train.trainer import gathered_projector, use_plain_collectives_on_cpu
 
     use_plain_collectives_on_cpu()
@@ -64,10 +66,12 @@ def main(stage: int, file: Path, families: list[str]) -> None:
             trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
             engine, *_ = deepspeed.initialize(model=peft_model, optimizer=torch.optim.SGD(trained, RATE), config=config)
             losses = []
-            with pruned.attach():
+            switched = Engine(pruned, EngineConfig())
+            with switched.attached():
                 for inputs in batches(suite, rank):
                     suite.forget(model)
-                    loss = engine(**inputs).loss
+                    loss = switched.summed_loss(engine, inputs)
+                    loss = loss / max(1, len(switched.rows.targets))
                     engine.backward(loss)
                     engine.step()
                     losses.append(float(loss.detach()))

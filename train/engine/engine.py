@@ -18,7 +18,7 @@ from prunetune.pruning.rewrite import Pruned
 from prunetune.pruning.sequence import IGNORE_INDEX, counted
 from prunetune.train.engine.head import FrozenHeadLoss, hidden_instead_of_logits, plain_head, summed_loss
 from prunetune.train.engine.prefix import SHORTEST, begins_with, prefix_states
-from prunetune.train.engine.segments import Prefix, Segments, attending_by_segments, place
+from prunetune.train.engine.segments import Prefix, Segments, attending_by_segments, leak_between, place
 from prunetune.train.engine.tower import stopped, unread_layers
 from prunetune.train.flops import Work, sequences
 from prunetune.train.measured import RunNumbers
@@ -161,7 +161,7 @@ class Engine:
                 loss = summed_loss(wanted, targets)
             else:
                 loss = FrozenHeadLoss.apply(wanted, self._head.weight, self._head.bias, targets)
-        if self.numbers is not None:
+        if self.numbers is not None and len(targets):  # what does not count is run for nothing
             work = self.rows.work + (tower or Work())
             self.numbers.add(len(inputs["input_ids"]), self.rows.tokens, len(targets), work, self.rows.kept)
         return loss
@@ -232,11 +232,11 @@ class Engine:
 
     def _shared_prefix(self, ids: Tensor, labels: Tensor) -> Prefix | None:
         """Return the run's prefix where every row begins with it, which is computed when it is first met."""
-        if self.prefix_ids is None or not begins_with(ids, labels, self.prefix_ids):
+        if self.prefix_ids is None:
             return None
-        if self._prefix is None:
+        if self._prefix is None:  # with the first batch, whatever that is: under ZeRO-3 all ranks run the LLM in step
             self._prefix = prefix_states(self.language_model, self.prefix_ids)
-        return self._prefix
+        return self._prefix if begins_with(ids, labels, self.prefix_ids) else None
 
 
 def choose_switches(pruned: PrunedModel, config: EngineConfig) -> Choice:
@@ -248,6 +248,10 @@ def choose_switches(pruned: PrunedModel, config: EngineConfig) -> Choice:
     reasons: dict[str, str] = {}
     family = pruned.family
     packing = config.packing is not False
+    if packing and not family.aligned and (leak := leaks(pruned)):
+        if config.packing is True:
+            raise PruningError(f"samples of family {family.name!r} can't be packed: {leak}; leave engine.packing off")
+        packing, reasons["packing"] = False, leak
     if packing and family.aligned:
         reason = f"by {', '.join(family.aligned)} tokens of family {family.name!r} would see those of another sample"
         if config.packing is True:
@@ -261,6 +265,12 @@ def choose_switches(pruned: PrunedModel, config: EngineConfig) -> Choice:
     if config.project_kept and not kept:
         reasons["project_kept"] = f"{pruned.spec.pruner} chooses by the projector's output, or {family.name!r} pools it"
     return Choice(packing, supervised, kept, reasons)
+
+
+def leaks(pruned: PrunedModel) -> str | None:
+    """Return how samples in one row would see each other in a model; None if they do not."""
+    language_model = pruned.model.base_model.get_submodule(pruned.family.language_model)  # type: ignore[operator]
+    return leak_between(language_model)
 
 
 def head_of(pruned: PrunedModel, config: EngineConfig, partitioned: bool) -> nn.Linear | None:

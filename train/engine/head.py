@@ -35,7 +35,8 @@ class FrozenHeadLoss(torch.autograd.Function):
     ) -> Float[Tensor, ""]:
         """Return the sum over positions in float32."""
         total = wide(hidden.new_zeros(()))
-        gradient = torch.empty_like(hidden)
+        wanted_back = ctx.needs_input_grad[0]  # a held-out loss asks for none
+        gradient = torch.empty_like(hidden) if wanted_back else None
         for first in range(0, len(hidden), PIECE):
             piece = slice(first, first + PIECE)
             # As the head computes them, in its dtype, and only then in float32.
@@ -43,9 +44,12 @@ class FrozenHeadLoss(torch.autograd.Function):
             scores = functional.log_softmax(logits, dim=-1)
             wanted = targets[piece, None]
             total -= scores.gather(1, wanted).sum()
+            if gradient is None:
+                continue
             excess = scores.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=scores.dtype))
             gradient[piece] = excess.to(weight.dtype) @ weight
-        ctx.save_for_backward(gradient)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
         return total
 
     @staticmethod

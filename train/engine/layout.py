@@ -49,12 +49,7 @@ def by_budget(
     Raises:
         ConfigError: if one sample alone has more tokens.
     """
-    longest = max(lengths[index] for index in samples)
-    if longest > budget:
-        raise ConfigError(
-            f"engine.token_budget {budget} is less than one sample: the longest has {longest} tokens after pruning; "
-            f"raise it to at least {longest}, or lower train.max_length"
-        )
+    check_budget(max(lengths[index] for index in samples), budget)
     ordered = sorted(samples, key=lambda index: (-lengths[index], index))
     parts = _padded_parts(ordered, lengths, budget) if padded else _packed_parts(ordered, lengths, budget, ranks)
     while len(parts) % ranks:
@@ -66,6 +61,15 @@ def by_budget(
         row = parts[first : first + ranks]
         dealt += row if first // ranks % 2 == 0 else row[::-1]
     return _dealt(dealt, samples, ranks)
+
+
+def check_budget(longest: int, budget: int) -> None:
+    """Raise ConfigError if the longest sample has more tokens than a micro-batch may."""
+    if longest > budget:
+        raise ConfigError(
+            f"engine.token_budget {budget} is less than one sample: the longest has {longest} tokens after pruning; "
+            f"raise it to at least {longest}, or lower train.max_length"
+        )
 
 
 def _tokens(part: Sequence[int], lengths: Sequence[int], padded: bool) -> int:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from PIL import Image
 from torch import Tensor
 
 from prunetune.configs import ConfigError
 from prunetune.data_recipes import Formatter, RecipeData
-from prunetune.data_recipes.lengths import text_lengths
+from prunetune.data_recipes.lengths import image_sizes, text_lengths
+from prunetune.data_recipes.videos import VIDEO
 from prunetune.models import Arm
 from prunetune.models.features import FeatureFormatter, FeatureStore
 from prunetune.pruning import PrunedModel
-from prunetune.pruning.budget import resolve_budget
 from prunetune.train.engine.prefix import common_prefix
+from prunetune.train.visual import visual_of
 
 LOOKED_AT = 16
 """Samples that are read to learn what all prompts begin with."""
@@ -43,98 +43,54 @@ def prompt_prefix(arm: Arm, formatter: Formatter | FeatureFormatter, data: Recip
 
 
 def pruned_lengths(
-    data: RecipeData, formatter: Formatter | FeatureFormatter, pruned: PrunedModel, max_length: int | None, shared: int
+    data: RecipeData, formatter: Formatter | FeatureFormatter, pruned: PrunedModel, max_length: int | None
 ) -> list[int]:
-    """Return how many tokens of each sample run through the LLM.
+    """Return how many tokens of each sample run through the LLM, or a few more: never fewer, but for two cases.
 
-    Text is counted by the tokenizer, placeholders by the processor, and of those the budget keeps its part. A method
-    that gives images unlike budgets is taken at their mean, and a video at its longest clip.
+    Text is counted by the tokenizer, and images by their size, of which the heads of their files are read where it
+    matters. The shared prefix counts, since a micro-batch may share nothing. A method that gives images unlike budgets
+    is taken at their mean, and what a processor writes between tiles is not seen before an image is opened.
 
     Args:
         data: the samples.
         formatter: what turns them into batches.
         pruned: whose budget counts.
         max_length: longest sequence before pruning.
-        shared: tokens of the prefix, which is not run again for every sample.
 
     Raises:
-        ConfigError: if the processor does not say how many placeholders an image gets.
+        ConfigError: for videos, whose frames are not counted before they are opened.
     """
     if isinstance(formatter, FeatureFormatter):
-        texts, visual = text_lengths(data, formatter.formatter), _stored(data, formatter.store)
+        texts, kept = text_lengths(data, formatter.formatter), _stored(data, formatter.store)
     else:
-        texts, visual = text_lengths(data, formatter), _estimated(data, formatter, pruned)
-    lengths = []
-    for text, (placeholders, kept) in zip(texts.tolist(), visual, strict=True):
-        whole = text + placeholders if max_length is None else min(text + placeholders, max_length)
-        lengths.append(max(1, whole - placeholders + kept - shared))
-    return lengths
+        texts, kept = text_lengths(data, formatter), _estimated(data, formatter, pruned)
+    if max_length is not None:
+        texts = texts.clip(max=max_length)
+    return [int(text) + visual for text, visual in zip(texts, kept, strict=True)]
 
 
-def _stored(data: RecipeData, store: FeatureStore) -> Iterator[tuple[int, int]]:
-    """Yield each sample's placeholders, and how many of them stay, as a feature cache knows them."""
+def _stored(data: RecipeData, store: FeatureStore) -> Iterator[int]:
+    """Yield how many tokens of each sample's image stay, as a feature cache knows them."""
     for index in range(len(data)):
-        sample = data[index]
-        yield store.placeholders(sample), store.kept(sample)
+        yield store.kept(data[index])
 
 
-def _estimated(data: RecipeData, formatter: Formatter, pruned: PrunedModel) -> Iterator[tuple[int, int]]:
-    """Yield each sample's placeholders, and how many of them the budget keeps."""
-    counted = Placeholders(formatter)
-    for image in data.rows["image"]:
-        placeholders = 0 if image is None else counted.of(image)
-        yield placeholders, kept_of(pruned, placeholders)
+def _estimated(data: RecipeData, formatter: Formatter, pruned: PrunedModel) -> Iterator[int]:
+    """Yield how many tokens of each sample's image its size and the budget leave."""
+    references = data.rows["image"]
+    if any(reference is not None and reference.startswith(VIDEO) for reference in references):
+        raise ConfigError("engine.token_budget can't be kept with videos; leave it out, and set train.batch_size")
+    model: Any = pruned.model
 
+    @cache
+    def kept_of(width: int, height: int) -> int:
+        if formatter.square == "pad":
+            width = height = max(width, height)
+        return visual_of(model, height, width).kept(pruned.spec)
 
-def kept_of(pruned: PrunedModel, placeholders: int) -> int:
-    """Return how many of an image's placeholders its budget keeps."""
-    if not placeholders:
-        return 0
-    keep, item = pruned.spec.keep, placeholders
-    if pruned.family.item != "image":
-        vision: Any = pruned.model.config.vision_config  # type: ignore[union-attr]
-        item = min(placeholders, (vision.image_size // vision.patch_size) ** 2)
-    own = min(keep, item) if isinstance(keep, int) else resolve_budget(keep, item)
-    return -(-own * placeholders // item)
-
-
-class Placeholders:
-    """How many placeholders an image gets, without decoding it where its size does not matter.
-
-    Args:
-        formatter: with the processor and the opener.
-    """
-
-    def __init__(self, formatter: Formatter) -> None:
-        self.formatter = formatter
-        self.of_size = cache(self._of_size)
-        # Sizes as unlike as they come: a processor that makes equally much of all makes it of any.
-        found = {self.of_size(size) for size in ((336, 336), (90, 640), (1200, 300), (777, 1024))}
-        self.constant = found.pop() if len(found) == 1 else None
-
-    def of(self, reference: str) -> int:
-        """Return the placeholders of an image or video by its reference."""
-        if self.constant is not None:
-            return self.constant
-        size = getattr(self.formatter.images, "size", None)
-        if size is not None:
-            return self.of_size(size(reference))
-        opened = self.formatter.images.open(reference, reference)
-        if not isinstance(opened, Image.Image):
-            raise ConfigError("engine.token_budget can't be kept with videos; leave it out, and set train.batch_size")
-        return self.of_size(opened.size)
-
-    def _of_size(self, size: tuple[int, int]) -> int:
-        width, height = size
-        if self.formatter.square == "pad":
-            width = height = max(size)
-        processor: Any = self.formatter.processor
-        try:
-            tokens = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
-        except (AttributeError, NotImplementedError):
-            raise ConfigError(
-                f"engine.token_budget: {type(processor).__name__} does not say how many tokens an image of {width} x "
-                f"{height} gets; leave the budget out, and set train.batch_size"
-            ) from None
-        counts: Sequence[int] = tokens["num_image_tokens"]
-        return counts[0]
+    if not visual_of(model, 336, 336).sized:
+        same = kept_of(336, 336)
+        yield from (0 if reference is None else same for reference in references)
+        return
+    for reference, (width, height) in zip(references, image_sizes(data).tolist(), strict=True):
+        yield 0 if reference is None else kept_of(width, height)

@@ -86,6 +86,10 @@ def _ends(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
+class UnknownAttention(Exception):
+    """Attention that this module does not compute; the message says what it is."""
+
+
 class _Current:
     """The row that runs now; recomputed layers of its backward pass are of the same row."""
 
@@ -119,6 +123,8 @@ def segment_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "B T H d"], None]:
     """Return the attention output of a packed row, B = 1, of H query heads and G key heads; as transformers calls it.
@@ -127,11 +133,14 @@ def segment_attention(
     the sum of the squared lengths, where a mask over the whole row would cost the square of their sum.
 
     Raises:
-        RuntimeError: if nobody said where the samples are.
+        UnknownAttention: for attention that is more than softmax of scaled products.
+        RuntimeError: if nobody said where the samples are, or they are not those of this row.
     """
     segments = _Current.segments
-    if segments is None:
-        raise RuntimeError("attention by segments was asked for and no segments were placed; please report this")
+    if softcap is not None or s_aux is not None or (dropout and module.training):
+        raise UnknownAttention("its attention caps scores, has sinks or drops out")
+    if segments is None or sum(segments.lengths) != query.shape[2]:
+        raise RuntimeError("attention by segments was asked for, and the row's own were not placed; please report this")
     layer: Any = module.layer_idx
     if segments.prefix is not None:
         key = torch.cat([segments.prefix.keys[layer][None], key], dim=2)
@@ -139,6 +148,35 @@ def segment_attention(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _in_one_kernel(query, key, value, segments, scaling, sliding_window), None
     return _one_by_one(query, key, value, segments, scaling, sliding_window), None
+
+
+def leak_between(language_model: nn.Module) -> str | None:
+    """Return how samples in one row see each other in a language model; None if they do not.
+
+    Two rows differ in their first sample alone: what the second one becomes must be the same to the bit. It would not
+    be in layers that are no attention and run along the row, such as convolutions or state spaces.
+    """
+    model: Any = language_model
+    device = model.device
+    lengths = (5, 7)
+    ids = torch.arange(3, 3 + sum(lengths), device=device)[None]
+    other = ids.clone()
+    other[:, : lengths[0]] += 20
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), attending_by_segments(model):
+            found = []
+            for row in (ids, other):
+                place(Segments(lengths, None, device))
+                output = model(input_ids=row, position_ids=positions, use_cache=False)
+                found.append(output.last_hidden_state[:, lengths[0] :])
+    except UnknownAttention as error:
+        return str(error)
+    finally:
+        model.train(was_training)
+    return None if torch.equal(*found) else "layers of its LLM run along the row, over the ends of samples"
 
 
 def _one_by_one(
