@@ -15,6 +15,7 @@ from prunetune.cli import main
 from prunetune.configs import RecalibrateConfig, load_config
 from prunetune.outputs import OutputError
 from prunetune.train import find_rate as module
+from prunetune.train.engine.layout import Share
 from prunetune.train.find_rate import Point, Sweep, Update, exponential, find_rate, lines, longest_fall, sweep, updates
 
 
@@ -113,18 +114,19 @@ def test_an_update_over_micro_batches_is_that_over_the_whole_batch():
     assert reached[1] == pytest.approx(reached[0], rel=1e-6) and reached[2] == pytest.approx(reached[0], rel=1e-6)
 
 
-def test_an_update_has_the_samples_of_all_devices_and_every_sample_comes_once_an_epoch(tmp_path):
-    config = settings(tmp_path, "--devices", "2", "--train.accumulation", "2")
+def test_an_update_has_the_samples_of_all_devices_and_every_sample_comes_once_an_epoch():
+    share = Share(0, 1, 8, accumulation=2 * 2)  # of two devices, each of which adds up two
 
     class Formatter:
         def training_batch(self, samples):
             return samples
 
-    drawn = updates(list(range(70)), Formatter(), config)
+    drawn = updates(list(range(70)), Formatter(), share, None, 42)
     first = [next(drawn) for _ in range(4)]
-    assert [[len(batch) for batch in update] for update in first] == [[8, 8, 8, 8]] * 4
+    assert [[len(batch) for batch in update] for update in first] == [[8] * 4, [8] * 4, [6], [8] * 4]
     seen = [index for update in first for batch in update for index in batch]
     assert sorted(seen[:70]) == list(range(70)) and seen[:70] != list(range(70))
+    assert seen[70:] != seen[:32]  # the second epoch has an order of its own
 
 
 def test_the_tiny_vlm_twice_gives_the_same_numbers_and_the_run_is_untouched(tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import torch
 from conftest import TINY_VLM
 from launches import arguments, run
 from safetensors.torch import load_file
+from test_recalibrate_mixed import mixed_data
 
 from prunetune.cli import main
 from prunetune.configs import ConfigError, ModelConfig
@@ -91,3 +92,15 @@ def test_what_does_not_go_together_is_said_before_anything_is_launched(tmp_path,
     with pytest.raises((SystemExit, ConfigError)) as raised:
         main(["recalibrate", *arguments("assets/tiny_vlm", tmp_path / "o", *more)])
     assert said in str(raised.value) and "\n" not in str(raised.value) and not (tmp_path / "o").exists()
+
+
+def test_ranks_measure_text_alone_and_pictures_together_under_every_stage(untrained_folder, tmp_path):
+    """Batches of one: under ZeRO-3 a rank with text alone calls tower and projector as often as one with a picture."""
+    options = mixed_data(tmp_path)
+    found = []
+    for stage in ("zero2", "zero3"):
+        output = tmp_path / stage
+        held_out = ("--train.deepspeed", stage, "--train.held_out", "4", "--train.eval_steps", "2")
+        run(untrained_folder, output, *options, "--pruning.pruner", "downsample", *held_out)
+        found.append([row["held_out_loss"] for row in rows(output) if "held_out_loss" in row])
+    assert len(found[0]) > 1 and found[1] == pytest.approx(found[0], rel=1e-4)

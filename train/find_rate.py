@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,16 +19,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import set_seed
 
-from prunetune.configs import RecalibrateConfig
+from prunetune.configs import ConfigError, RecalibrateConfig
 from prunetune.data_recipes import Formatter, RecipeData, load_recipe
 from prunetune.data_recipes.formatting import IGNORE_INDEX
 from prunetune.models import Arm, wrap_projector
+from prunetune.models.features import FeatureFormatter
 from prunetune.outputs import RATE, OutputFolder, write_bytes, write_text
 from prunetune.screen import SCREEN
 from prunetune.train.engine.engine import Engine, head_of
-from prunetune.train.engine.lengths import prompt_prefix
+from prunetune.train.engine.layout import Share, StepSampler
+from prunetune.train.engine.lengths import prompt_prefix, pruned_lengths
+from prunetune.train.float8 import use_float8
 from prunetune.train.freeze import freeze_all_but_projector
 from prunetune.train.held_out import split
+from prunetune.train.parts import formatter_of, recompute
+from prunetune.train.sampling import ShuffledSampler
 
 SMOOTHING = 0.9
 """Share of the past in the smoothed loss."""
@@ -189,22 +193,25 @@ class Update:
         return total
 
 
-def updates(data: RecipeData, formatter: Formatter, config: RecalibrateConfig) -> Iterator[list[dict[str, Any]]]:
-    """Yield the micro-batches of one update after another, over all devices of the run, for ever."""
-    size = config.train.batch_size
-    number = config.train.accumulation * (config.devices or 1)
+def updates(
+    data: RecipeData, formatter: Formatter | FeatureFormatter, share: Share, lengths: Sequence[int] | None, seed: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the micro-batches of one update after another, over all devices of the run, for ever.
+
+    Args:
+        data: the samples.
+        formatter: what turns them into batches.
+        share: how an update is laid out, on one device.
+        lengths: tokens of every sample, where it is laid out by a budget.
+        seed: of the order.
+    """
     epoch = 0
-    order: list[int] = []
+    order = ShuffledSampler(len(data), seed)
+    order.epoch = lambda: epoch
     while True:
-        while len(order) < size * number:
-            more = list(range(len(data)))
-            random.Random(f"{config.train.seed} {epoch}").shuffle(more)
-            epoch, order = epoch + 1, order + more
-        chosen, order = order[: size * number], order[size * number :]
-        yield [
-            formatter.training_batch([data[index] for index in chosen[first : first + size]])
-            for first in range(0, len(chosen), size)
-        ]
+        for batches in StepSampler(order, share, lengths):
+            yield [formatter.training_batch([data[index] for index in batch.indices]) for batch in batches]
+        epoch += 1
 
 
 def to_json(found: Sweep, config: RecalibrateConfig, data: RecipeData) -> str:
@@ -279,20 +286,29 @@ def _swept(config: RecalibrateConfig, rates: Sequence[float]) -> tuple[Sweep, Re
     data = load_recipe(config.data.recipe, **config.data.model_dump(exclude={"recipe"}))
     if config.train.held_out:
         data, _ = split(data, config.train.held_out, config.data.seed or 0)
+    if config.model.dtype == "float16":
+        raise ConfigError("find-rate scales no float16 loss; sweep with --model.dtype bfloat16 or float32")
     arm = Arm.load(config.model, config.pruning)
+    formatter = formatter_of(config, arm, data)
     peft_model = wrap_projector(arm.model, config.train.trainable)
     freeze_all_but_projector(peft_model)
-    formatter = arm.formatter(data.images, config.train.max_length)
-
     engine = Engine(arm.pruned, config.engine, prompt_prefix(arm, formatter, data))
     head = head_of(arm.pruned, config.engine, partitioned=False)
+    if config.engine.float8:
+        use_float8(arm.model, device=arm.device)
+    if config.engine.checkpointing is True:
+        recompute(arm)
+    train, budget = config.train, config.engine.token_budget
+    devices = config.devices or 1
+    share = Share(0, 1, train.batch_size, train.accumulation * devices, budget, padded=not engine.choice.packing)
+    lengths = None if budget is None else pruned_lengths(data, formatter, arm.pruned, train.max_length)
 
     def summed_loss(batch: Mapping[str, Any]) -> Tensor:
-        return engine.summed_loss(peft_model, arm.place(dict(batch)))
+        return engine.summed_loss(peft_model, arm.place(formatter.finish(arm.place(dict(batch)))))
 
     arm.model.train()
     with engine.attached(), engine.own_head(head):
-        step = Update(peft_model, updates(data, formatter, config), summed_loss, config)
+        step = Update(peft_model, updates(data, formatter, share, lengths, train.seed), summed_loss, config)
         found = sweep(counted(step, len(rates)), rates)
     if not found.points:
         raise FloatingPointError(

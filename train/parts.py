@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from prunetune.data_recipes import Formatter
+from prunetune.configs import RecalibrateConfig
+from prunetune.data_recipes import Formatter, RecipeData
 from prunetune.models import Arm
 from prunetune.models.arm import default_device
 from prunetune.models.features import FeatureData, FeatureFormatter, FeatureStore
@@ -32,18 +33,23 @@ from prunetune.train.trainer import RecalibrationTrainer
 from prunetune.train.workload import workload_of_data
 
 
-def formatter_of(run: Run, arm: Arm) -> Formatter | FeatureFormatter:
+def formatter_of(config: RecalibrateConfig, arm: Arm, data: RecipeData | None) -> Formatter | FeatureFormatter:
     """Return what builds batches: of images, or of the features that a cache holds of them.
+
+    Args:
+        config: the run's.
+        arm: the model, before PEFT or DeepSpeed have it.
+        data: what it trains on; None where another rank looks whether a cache has all of it.
 
     Raises:
         FeatureError: for a cache of something else.
     """
-    length = run.config.train.max_length
-    if run.config.features is None:
-        return arm.formatter(run.data.images, length, raw_pixels=True)
-    data = FeatureData.of_recipe(run.data) if run.ranks.is_zero else None  # one rank looks for what is missing
-    store = FeatureStore.open(run.config.features, arm, data, trains=True)
-    return FeatureFormatter(store, arm, length)
+    length = config.train.max_length
+    if config.features is None:
+        assert data is not None
+        return arm.formatter(data.images, length, raw_pixels=True)
+    of_recipe = None if data is None else FeatureData.of_recipe(data)
+    return FeatureFormatter(FeatureStore.open(config.features, arm, of_recipe, trains=True), arm, length)
 
 
 def sampler_of(run: Run, arm: Arm, formatter: Formatter | FeatureFormatter, engine: Engine) -> StepSampler:
@@ -96,10 +102,15 @@ def checkpointing_of(run: Run, arm: Arm) -> bool:
     asked = run.config.engine.checkpointing
     if asked is False or (asked == "auto" and not _would_not_fit(run, arm)):
         return False
+    recompute(arm)
+    return True
+
+
+def recompute(arm: Arm) -> None:
+    """Recompute the LLM's activations in the backward pass."""
     language_model = getattr(arm.model.base_model, arm.pruned.family.language_model)
     language_model.activation_checkpointing_enable({"use_reentrant": False})
     language_model.train()
-    return True
 
 
 def _would_not_fit(run: Run, arm: Arm) -> bool:

@@ -109,7 +109,9 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     if run.ranks.is_zero and (changed := other_code(run.found, made_with)):
         say(changed)
     tracker = Tracker(config.tracking, run.output, config.model_dump(), run.first_step) if run.ranks.is_zero else None
-    formatter = formatter_of(run, arm)
+    # One rank looks whether a cache of features has all samples.
+    looked = run.data if run.config.features is None or run.ranks.is_zero else None
+    formatter = formatter_of(config, arm, looked)
     peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
     trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with)
