@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from prunetune.data_recipes.chat_templates import check_marks, template_text
-from prunetune.data_recipes.images import ImageOpener, pad_to_square
+from prunetune.data_recipes.images import Counted, ImageOpener, pad_to_square
 from prunetune.data_recipes.pixels import PIXELS, Pictures, look_up, mean_color
 from prunetune.data_recipes.sample import DataError, Sample
 from prunetune.data_recipes.segments import Row, Segments, first_difference, segments_of
@@ -148,6 +148,8 @@ class Formatter:
         of_samples = [(s, clip) for s, clip in zip(samples, opened, strict=True) if isinstance(clip, Clip)]
         by_segments: Sequence[bool] = [False] * len(samples)
         built = None if of_samples else self._by_rows(samples, opened, padding_side, answered)
+        if built is None:
+            opened = [image.blank() if isinstance(image, Counted) else image for image in opened]
         if built is not None:
             batch, by_segments = built
         elif self.takes_suffix:
@@ -173,7 +175,12 @@ class Formatter:
         for row, sample in zip(rows, samples, strict=True):
             if row.ids.count(token) != (sample.image is not None):  # the text itself has one; the processor says so
                 return None
-        batch, places = self.pictures.inputs([image for image in opened if image is not None], self.raw_pixels)
+        images = [image for image in opened if image is not None]
+        batch: dict[str, Any] = {}
+        if any(isinstance(image, Counted) for image in images):
+            places = [image.places for image in images]  # no pixels are asked for
+        else:
+            batch, places = self.pictures.inputs(images, self.raw_pixels)
         of_pictures = iter(places)
         whole = []
         for row, sample in zip(rows, samples, strict=True):
@@ -317,8 +324,8 @@ class Formatter:
             batch["assistant_masks"] = batch["token_type_ids"].clone()
         return batch
 
-    def _open(self, sample: Sample) -> Image.Image | Clip:
-        opened: Image.Image | Clip = self.images.open(str(sample.image), sample.id)
+    def _open(self, sample: Sample) -> Image.Image | Clip | Counted:
+        opened: Image.Image | Clip | Counted = self.images.open(str(sample.image), sample.id)
         if isinstance(opened, Clip) and getattr(self.processor, "video_processor", None) is None:
             raise DataError(
                 f"sample {sample.id!r} is about a video, and {type(self.processor).__name__} takes no videos; choose a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import IO, Any, Protocol
 
@@ -27,6 +28,23 @@ class ImageOpener(Protocol):
     def open(self, reference: str, sample_id: str) -> Any:
         """Return the RGB image, or the ``Clip`` of a video; raises DataError naming the sample if it can't."""
         ...
+
+
+@dataclass(frozen=True)
+class Counted:
+    """An image that is known already: only its size and its places in the text matter.
+
+    Attributes:
+        size: width and height.
+        places: how many places it gets.
+    """
+
+    size: tuple[int, int]
+    places: int
+
+    def blank(self) -> Image.Image:
+        """Return a black image of this size, for processors that count places themselves."""
+        return Image.new("RGB", self.size)
 
 
 class TooLarge(DataError):

@@ -5,31 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from PIL import Image
-
 from prunetune.data_recipes import Formatter, Sample
+from prunetune.data_recipes.images import Counted
 from prunetune.models.arm import Arm
 from prunetune.models.features.store import FeatureStore
 
 
-class BlankImages:
-    """Opens a blank of each image's size, by which processors write as many placeholders; no file is read.
+class KnownImages:
+    """Opens no file: of an image whose features are stored, size and number of placeholders are known."""
 
-    Args:
-        store: holds the sizes.
-    """
-
-    def __init__(self, store: FeatureStore) -> None:
-        self.store = store
-        self.sizes: dict[str, tuple[int, int]] = {}
+    def __init__(self) -> None:
+        self.known: dict[str, Counted] = {}
 
     def exists(self, reference: str) -> bool:
         """Return true: what has no features was told of before."""
         return True
 
-    def open(self, reference: str, sample_id: str) -> Image.Image:
-        """Return a black image of the size that was set for the reference."""
-        return Image.new("RGB", self.sizes[reference])
+    def open(self, reference: str, sample_id: str) -> Counted:
+        """Return what is known of an image of the batch."""
+        return self.known[reference]
 
 
 class FeatureFormatter:
@@ -51,7 +45,7 @@ class FeatureFormatter:
     ) -> None:
         self.store = store
         self.within = within
-        self.images = BlankImages(store)
+        self.images = KnownImages()
         self.formatter: Formatter = arm.formatter(self.images, max_length)
         # What else describes pixels stays, such as their grid: positions are made of it.
         self._pixels = set(arm.pruned.family.pixels.values())
@@ -71,9 +65,11 @@ class FeatureFormatter:
     def _made(self, make: Callable[[Sequence[Sample]], dict[str, Any]], samples: Sequence[Sample]) -> dict[str, Any]:
         if self.within is not None:
             samples = [self.within(sample) for sample in samples]
-        # Of this batch alone, so that a worker does not gather the sizes of all images.
-        with_image = [sample for sample in samples if sample.image is not None]
-        self.images.sizes = {str(sample.image): self.store.size(sample) for sample in with_image}
+        self.images.known = {}  # of this batch alone, so that a worker does not gather those of all images
+        for sample in samples:
+            if sample.image is not None:
+                known = Counted(self.store.size(sample), self.store.placeholders(sample))
+                self.images.known[str(sample.image)] = known
         batch = make(samples)
         kept = {name: value for name, value in batch.items() if name not in self._pixels}
         return {**kept, "stored": self.store.batch(samples)}
