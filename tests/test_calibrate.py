@@ -257,7 +257,7 @@ def test_a_profile_fills_in_what_options_leave_open(fitted_sign, tmp_path, capsy
 
 def test_a_recalibration_records_the_options_that_ran(fitted_sign, recipe, tmp_path):
     """And goes on only with the same ones: a profile that was written anew is another pruning."""
-    from prunetune.train.recalibrate import _settings
+    from prunetune.train.run import _settings
 
     copy = tmp_path / "profile.json"
     shutil.copy(fitted_sign, copy)

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import pytest
 from conftest import ROOT
-from launches import arguments, environment, run_several
+from launches import FEW, arguments, environment, run_several
 
 from prunetune.cli import commands, main
 from prunetune.evaluation.records import read_results
@@ -70,6 +70,9 @@ ELSEWHERE = {
     "calibrate": "writes one file, below",
     "configs copy": "writes one new file: test_cli.py",
     "recalibrate": "one launch, below",
+    "cache": "takes up what is there, below",
+    "find-rate": "below",
+    "plan": "writes one file, never over another's: test_plan.py",
 }
 
 
@@ -194,6 +197,25 @@ def test_files_of_others_survive_every_command(name, call, world, tmp_path):
     assert canaries(output) == MINE and logs_aside(hashes(output)) == {*first, *CANARIES}
     assert canaries(tmp_path) == MINE and hashes(world) == before
     assert {path.name for path in tmp_path.iterdir()} == {"own", "output", *(n.split("/")[0] for n in CANARIES)}
+
+
+@pytest.mark.parametrize("name", ["cache", "find-rate"])
+def test_files_of_others_survive_what_a_run_is_prepared_with(name, world, tmp_path):
+    line = [name, "--config", "recalibrate/tiny_divprune_16", "--model.path", str(world / "base"), *MODEL,
+            "--pruning.pruner", "prismprune", "--data.recipe", str(FEW), "--data.max_samples", "8",
+            "--output", str(tmp_path / "run")]  # fmt: skip
+    line += ["--features"] if name == "cache" else ["--steps", "3", "--train.batch_size", "4", "--to"]
+    put_canaries(tmp_path / "others")
+    with pytest.raises(SystemExit, match="is not empty and holds no"):
+        main([*line, str(tmp_path / "others")])
+    assert hashes(tmp_path / "others").keys() == set(CANARIES)
+    own = tmp_path / "own"
+    main([*line, str(own)])
+    written = logs_aside(hashes(own))
+    put_canaries(own)
+    main([*line, str(own)] if name == "cache" else [*line, str(own), "--overwrite"])
+    assert canaries(own) == MINE and logs_aside(hashes(own)) == {*written, *CANARIES}
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", WITH_A_FOLDER)

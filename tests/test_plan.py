@@ -312,3 +312,10 @@ def test_headers_and_the_page_hold_what_is_planned():
     """Written by ``python -m prunetune.scripts.planned``."""
     for file, text in written():
         assert file.read_text() == text, file
+
+
+def test_a_plan_is_written_over_nothing(tmp_path):
+    (tmp_path / "plan.json").write_text("mine")
+    with pytest.raises(SystemExit, match="is there already; a plan is never written over anything"):
+        main(["plan", "--config", "recalibrate/tiny_divprune_16", "--write", str(tmp_path / "plan.json")])
+    assert (tmp_path / "plan.json").read_text() == "mine"

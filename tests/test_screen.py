@@ -72,6 +72,7 @@ def test_a_recalibration_shows_its_story_and_its_errors_once(tmp_path, capfd):
     lines = [line for line in re.split(r"[\r\n]+", printed.out) if line]
     story = [line for line in lines if not line.startswith("recalibrate: ")]
     beginnings = ["model ", "pruning ", "data ", "ranks ", "[FROZEN]", "[FROZEN]", "[TRAINABLE]"]
+    beginnings += ["engine ", "          no project_kept: ", "          no gradient checkpointing", "measured: "]
     beginnings += ["recalibrated projector", "the libraries' messages"]
     assert len(story) == len(beginnings) and all(map(str.startswith, story, beginnings)), story
     assert any("2/2" in line and "samples/s" in line for line in lines)

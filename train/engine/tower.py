@@ -17,12 +17,14 @@ from prunetune.pruning.signals import of_source
 def unread_layers(pruned: PrunedModel) -> list[nn.Module]:
     """Return the vision layers whose output neither the projector nor the pruner reads; none where nobody knows."""
     config: Any = pruned.model.config
-    if not hasattr(pruned.model.base_model, "vision_tower") or not hasattr(config, "vision_config"):
+    # Of a family from outside, and of features of several layers, nobody knows here what is read.
+    if not hasattr(pruned.model.base_model, "vision_tower") or not hasattr(config, "vision_feature_select_strategy"):
+        return []
+    needs = pruned.pruner.needs
+    if not isinstance(config.vision_feature_layer, int) or of_source(needs, "head"):
         return []
     tower = tower_of(pruned.model)
-    needs = pruned.pruner.needs
-    several = not isinstance(getattr(config, "vision_feature_layer", -1), int)
-    if not tower.known or several or of_source(needs, "head"):
+    if not tower.known:
         return []
     read = [tower.index_of(need) for need in of_source(needs, "attention", "reader", "output")]
     return list(tower.layers)[max([tower.feature, *read]) + 1 :]
