@@ -1,20 +1,23 @@
 """The engine: every saving leaves loss and gradient as they are; and how an update is laid out."""
 
 import json
+import re
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from launches import arguments, losses, run_several
+from launches import FEW, arguments, losses, run, run_several
 from safetensors.torch import load_file
 
-from prunetune.configs import ConfigError, EngineConfig
-from prunetune.data_recipes import Sample, Turn
+from prunetune.configs import ConfigError, EngineConfig, ModelConfig
+from prunetune.data_recipes import Sample, Turn, load_recipe
+from prunetune.models import Arm
 from prunetune.pruning import PrunedModel, PruningError, PruningSpec
 from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.head import FrozenHeadLoss, plain_head
 from prunetune.train.engine.layout import Share, by_budget, of_equal_number
+from prunetune.train.engine.lengths import pruned_lengths
 from prunetune.train.engine.prefix import common_prefix
 from prunetune.train.engine.tower import unread_layers
 
@@ -207,6 +210,23 @@ def test_what_can_not_be_packed_says_so(model):
             Engine(pruned, EngineConfig(packing=True))
     finally:
         del pruned.family.aligned
+
+
+def test_lengths_before_a_run_are_those_of_its_pruned_rows(untrained_folder):
+    arm = Arm.load(ModelConfig(path=str(untrained_folder), dtype="float32"), PruningSpec("vispruner", 16), device="cpu")
+    data = load_recipe(str(FEW), max_samples=12)
+    formatter = arm.formatter(data.images)
+    lengths = pruned_lengths(data, formatter, arm.pruned, None)
+    for number, length in enumerate(lengths):
+        rows = arm.pruned.prepare(arm.place(formatter.training_batch([data[number]]))).inputs
+        assert int(rows["attention_mask"].sum()) == length
+    assert pruned_lengths(data, formatter, arm.pruned, 8) == [8 + 16] * 12  # never fewer than there may be
+
+
+def test_a_budget_that_no_update_could_keep_stops_before_the_first(untrained_folder, tmp_path):
+    printed = run(untrained_folder, tmp_path / "run", "--engine.token_budget", "20", world=1, status=1)
+    assert re.search("error: engine.token_budget 20 is less than one sample: the longest has [0-9]+ tokens", printed)
+    assert not (tmp_path / "run" / "adapter").exists() and not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 # ---- launched ------------------------------------------------------------------------------------------------------
