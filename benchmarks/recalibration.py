@@ -265,8 +265,9 @@ def _resident() -> int:
 class Saved:
     """Bytes that the graph of a step holds on to for its backward pass: what a device's peak grows by."""
 
-    def __init__(self) -> None:
-        self.bytes, self.seen = 0, set[int]()
+    def __init__(self, model: nn.Module) -> None:
+        # Weights are there in any case, also where a view of one is kept.
+        self.bytes, self.seen = 0, {weight.untyped_storage().data_ptr() for weight in model.parameters()}
 
     def __enter__(self) -> Saved:
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
@@ -278,7 +279,7 @@ class Saved:
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and storage.data_ptr() not in self.seen:
+        if storage.data_ptr() not in self.seen:
             self.seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return tensor
@@ -328,7 +329,7 @@ def main() -> None:  # noqa: PLR0915
 
     def measure(some: Sequence[Way]) -> list[str]:
         for way in some:
-            with Saved() as held:
+            with Saved(model) as held:
                 run(way, [parts_of(way, samples, lengths)[0]])  # warms up, and counts what one micro-batch holds
             saved[way.name] = held.bytes
         for _ in range(options.passes):
