@@ -35,6 +35,8 @@ COLUMNS = [
     ("images_and_placeholders_that_disagree_are_refused", "", "refusal"),
     ("images_from_disk_give_the_same_logits", "", "stored"),
     ("a_step_zero_adapter_is_training_free_and_a_tuned_one_differs_in_the_projector", "", "adapter"),
+    ("the_engine_changes_neither_loss_nor_gradients", "", "engine"),
+    ("the_engine_trains_on_text_alone", "", "engine, text"),
 ]
 
 HEAD = """# Model families, and what was checked of each
@@ -70,6 +72,7 @@ LEGEND = {
     "stored": "images written to disk and read again give the same logits, bit for bit",
     "adapter": "an untrained adapter is training-free bit for bit, and a tuned one changes the projector's tensors "
     "alone",
+    "engine": "every saving of the training engine at once leaves loss and gradients as they are, also of text alone",
 }
 
 
