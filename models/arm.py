@@ -33,6 +33,7 @@ from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.pruning.families import family_of, name_projector
 from prunetune.pruning.fitting import unfitted
 from prunetune.pruning.registry import method_of
+from prunetune.pruning.rewrite import gathered_notes
 from prunetune.pruning.text import instruction_text
 from prunetune.screen import say
 
@@ -296,17 +297,8 @@ class Arm:
             frames[row] = (*frames.get(row, ()), *counts)
         answers = []
         for row, (sample, text) in enumerate(zip(samples, texts, strict=True)):
-            answers.append(Answer(sample.id, text.strip(), kept[row], frames.get(row), _means(notes[row])))
+            answers.append(Answer(sample.id, text.strip(), kept[row], frames.get(row), gathered_notes(notes[row])))
         return answers
-
-
-def _means(notes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each note over the images of a sample that have it."""
-    values: dict[str, list[float]] = {}
-    for noted in notes:
-        for name, value in noted.items():
-            values.setdefault(name, []).append(value)
-    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
 def _say_another_dtype(adapter: str | Path, dtype: str) -> None:

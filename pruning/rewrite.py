@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,6 +20,20 @@ from prunetune.pruning.sequence import shorten
 from prunetune.pruning.stored import StoredImages
 from prunetune.pruning.types import Selection
 from prunetune.pruning.vision import NEWLINE, Vision
+
+
+def gathered_notes(notes: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each note over those that have it: of ``[{"a": 1.0}, {"a": 3.0, "b": 2.0}]`` 2.0 and 2.0."""
+    values: dict[str, list[float]] = {}
+    for noted in notes:
+        for name, value in noted.items():
+            values.setdefault(name, []).append(value)
+    return means(values)
+
+
+def means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the mean under each name."""
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
 @dataclass(frozen=True)
@@ -81,10 +95,7 @@ class Chosen:
         by_name: list[dict[str, list[float]]] = [{} for _ in self.vision.slots]
         for (image, name), value in zip(belongs, torch.cat(noted).tolist() if noted else (), strict=True):
             by_name[image].setdefault(name, []).append(value)
-        found = []
-        for own in by_name:
-            found.append({name: sum(values) / len(values) for name, values in own.items()})
-        return found
+        return [means(own) for own in by_name]
 
     def merged_tokens(self) -> tuple[Int[Tensor, " M"], Float[Tensor, "M C"]]:
         """Return where merged features stand and what they are: (M,) numbers and (M, C) pre-projector features."""
@@ -246,8 +257,7 @@ def slot_features(
     plain = torch.cat(vision.slots)[stays]  # (K, D)
     if project_kept:
         behind = torch.cat(vision.origin)[stays]  # (K,)
-        tokens = torch.cat([group.features.flatten(0, 1) for group in vision.groups])  # (T, C)
-        projected = project(tokens[behind.clamp(min=0)])
+        projected = project(vision.features()[behind.clamp(min=0)])
         plain = torch.where((behind == NEWLINE)[:, None], plain, projected)
     if merged is None:
         return plain

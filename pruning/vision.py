@@ -66,6 +66,10 @@ class Vision:
         # Only then do a budget per item and one per image differ.
         return any(len(set(owner)) < len(owner) for owner in self.owner)
 
+    def features(self) -> Float[Tensor, "T C"]:
+        """Return what enters the projector, (T, C), of the tokens of all groups by their numbers."""
+        return torch.cat([group.features.flatten(0, 1) for group in self.groups])
+
     def numbers(self) -> list[Int[Tensor, "_B _N"]]:
         """Return for each group the numbers (B, N) of its tokens.
 
@@ -107,7 +111,7 @@ class Vision:
                 levels as they are.
         """
         sizes = [group.features.shape[:2] for group in self.groups]
-        tokens = project(torch.cat([group.features.flatten(0, 1) for group in self.groups]))
+        tokens = project(self.features())
         parts = tokens.split([items * count for items, count in sizes])
         groups = []
         for group, part, size in zip(self.groups, parts, sizes, strict=True):

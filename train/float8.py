@@ -194,7 +194,7 @@ def frozen_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     Vision tower, projector, embeddings and output layer stay: what is chosen, what is tuned, and what answers are read
     from. So do layers of other kinds, such as a mixture's experts in one tensor.
     """
-    language_model = model.base_model.get_submodule(family_of(model).language_model)
+    language_model = family_of(model).llm(model)
     output = model.get_output_embeddings()
     kept = {id(output)}
     for projector in family_of(model).projectors:

@@ -129,7 +129,7 @@ def shape_of(model: nn.Module) -> ModelShape:
     return ModelShape(
         family=family.name,
         parameters=_parameters(model),
-        language=_language(model, getattr(base, family.language_model)),
+        language=_language(model, family.llm(model)),
         tower=_tower(model, family, projectors),
         projector=_projector(projectors),
     )

@@ -63,7 +63,7 @@ def tower_hash(pruned: PrunedModel) -> str:
     """
     model: Any = pruned.model
     elsewhere: set[int] = {id(tensor) for tensor in projector_state(model, keep_vars=True).values()}
-    parts: list[nn.Module] = [model.base_model.get_submodule(pruned.family.language_model)]
+    parts: list[nn.Module] = [pruned.family.llm(model)]
     head = model.get_output_embeddings()
     if head is not None:
         parts.append(head)

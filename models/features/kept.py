@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunetune.models.errors import FeatureError
 from prunetune.pruning import Family, PrunedModel, Vision
 from prunetune.pruning.budget import Budget
-from prunetune.pruning.rewrite import Chosen, slot_features, staying_slots
+from prunetune.pruning.rewrite import Chosen, gathered_notes, slot_features, staying_slots
 from prunetune.pruning.vision import NEWLINE
 
 
@@ -68,9 +68,8 @@ def choose_before_projector(
     The pruner is asked without the projected tokens first: what it can choose without them does not depend on them,
     whatever it says that it needs.
     """
-    hidden = replace(vision, groups=tuple(replace(group, projected=None) for group in vision.groups))
     try:
-        return pruned.choose(hidden, instructions, rows, keep=keep, names=names), False
+        return pruned.choose(vision.unprojected(), instructions, rows, keep=keep, names=names), False
     # Of any kind: a method from outside may read the field itself. A mistake of the user's comes again below.
     except Exception:
         return pruned.choose(vision, instructions, rows, keep=keep, names=names), True
@@ -167,17 +166,8 @@ def joined(images: Sequence[KeptImage]) -> KeptImage:
     choices = []
     for own in parts:
         at, source = torch.cat([part.at for part in own]), torch.cat([part.source for part in own])
-        choices.append(KeptOf(at, source, _means([part.notes for part in own])))
+        choices.append(KeptOf(at, source, gathered_notes(part.notes for part in own)))
     return KeptImage(slots, torch.cat([image.rows for image in images]), choices)
-
-
-def _means(notes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each note over the tiles that have it."""
-    values: dict[str, list[float]] = {}
-    for noted in notes:
-        for name, value in noted.items():
-            values.setdefault(name, []).append(value)
-    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
 def newline_of(vision: Vision) -> Tensor | None:
@@ -223,7 +213,7 @@ def _why_not_projected(model: nn.Module, family: Family, vision: Vision, most: i
     ends = slots[~is_token]
     if len(ends) and not torch.equal(ends, ends[:1].expand_as(ends)):
         return "its row ends differ"
-    tokens = torch.cat([group.features.flatten(0, 1) for group in vision.groups])[origin[is_token][:most]]
+    tokens = vision.features()[origin[is_token][:most]]
     projected, expected = family.project(model, tokens).float(), slots[is_token][:most].float()
     # Half precision rounds a product of other rows otherwise, by some of its last bits.
     tolerance = 1e-4 if slots.dtype == torch.float32 else 3e-2
@@ -234,7 +224,7 @@ def _why_not_projected(model: nn.Module, family: Family, vision: Vision, most: i
 
 def _before_projector(vision: Vision) -> Vision:
     """Return the same images with what enters the projector in their slots, and zeros in row ends."""
-    tokens = torch.cat([group.features.flatten(0, 1) for group in vision.groups])  # (T, C)
+    tokens = vision.features()  # (T, C)
     slots = []
     for origin in vision.origin:
         own = tokens[origin.clamp(min=0)]

@@ -245,7 +245,7 @@ class FamilyIdentity:
 
     def check_against_language_model(self, model: Any, pruned: PrunedModel, inputs: Batch, what: str) -> None:
         """Compare one row, without labels, with the language model alone on the embeddings of its kept rows."""
-        language_model = model.base_model.get_submodule(pruned.family.language_model)
+        language_model = pruned.family.llm(model)
         prepared = pruned.prepare(inputs)
         self.forget(model)
         stock = {name: value for name, value in inputs.items() if name != "instructions"}
@@ -432,8 +432,7 @@ class FamilyIdentity:
     def check_engine(self, model: Any, methods: list[str], batch: Batch) -> None:
         """Compare loss and gradients of a batch with every saving and without any."""
         projector = self.train_projector(model)
-        family = self.plug(model, "identity").family
-        visual = [family.token_id(model, modality) for modality in family.pixels]
+        visual = self.plug(model, "identity").family.token_ids(model)
         prefix = common_prefix(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), visual)
         for name in methods:
             pruned = self.plug(model, name)

@@ -117,6 +117,15 @@ class Family(ABC):
             layer = layer[-1]
         return count + 1 + layer if layer < 0 else layer
 
+    def llm(self, model: nn.Module) -> Any:
+        """Return the language model, without its head."""
+        base: Any = model.base_model
+        return base.get_submodule(self.language_model)
+
+    def token_ids(self, model: nn.Module) -> list[int]:
+        """Return the placeholders' token ids of all modalities."""
+        return [self.token_id(model, modality) for modality in self.pixels]
+
     def left_out(self) -> list[str]:
         """Return the inputs that the model does not read; what is cut with the sequence it does read."""
         return [name for name in self.unread if name not in self.aligned]

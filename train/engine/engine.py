@@ -84,7 +84,6 @@ class Engine:
         self.pruned = pruned
         self.config = config
         self.choice = choose_switches(pruned, config)
-        self.visual = [pruned.family.token_id(pruned.model, modality) for modality in pruned.family.pixels]
         shares = self.choice.packing and config.shared_prefix and prefix is not None and len(prefix) >= SHORTEST
         self.prefix_ids = prefix if shares else None
         self.rows: Rows | None = None
@@ -101,7 +100,7 @@ class Engine:
     @property
     def language_model(self) -> Any:
         """The LLM."""
-        return self.pruned.model.base_model.get_submodule(self.pruned.family.language_model)
+        return self.pruned.family.llm(self.pruned.model)
 
     def lines(self) -> list[str]:
         """Return what is switched on and what is not, for people."""
@@ -248,15 +247,10 @@ def choose_switches(pruned: PrunedModel, config: EngineConfig) -> Choice:
     reasons: dict[str, str] = {}
     family = pruned.family
     packing = config.packing is not False
-    if packing and not family.aligned and (leak := leaks(pruned)):
+    if packing and (leak := _leak(pruned)):
         if config.packing is True:
             raise PruningError(f"samples of family {family.name!r} can't be packed: {leak}; leave engine.packing off")
         packing, reasons["packing"] = False, leak
-    if packing and family.aligned:
-        reason = f"by {', '.join(family.aligned)} tokens of family {family.name!r} would see those of another sample"
-        if config.packing is True:
-            raise PruningError(f"samples of family {family.name!r} can't be packed: {reason}; leave engine.packing off")
-        packing, reasons["packing"] = False, reason
     supervised = config.supervised_logits
     if supervised and family.aligned:
         supervised = False
@@ -267,10 +261,12 @@ def choose_switches(pruned: PrunedModel, config: EngineConfig) -> Choice:
     return Choice(packing, supervised, kept, reasons)
 
 
-def leaks(pruned: PrunedModel) -> str | None:
+def _leak(pruned: PrunedModel) -> str | None:
     """Return how samples in one row would see each other in a model; None if they do not."""
-    language_model = pruned.model.base_model.get_submodule(pruned.family.language_model)  # type: ignore[operator]
-    return leak_between(language_model)
+    family = pruned.family
+    if family.aligned:
+        return f"by {', '.join(family.aligned)} tokens of family {family.name!r} would see those of another sample"
+    return leak_between(family.llm(pruned.model))
 
 
 def head_of(pruned: PrunedModel, config: EngineConfig, partitioned: bool) -> nn.Linear | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch.utils.data import Sampler
@@ -174,10 +174,6 @@ class Share:
         if self.budget is None or lengths is None:
             return of_equal_number(samples, self.size, self.ranks)[self.rank]
         return by_budget(samples, lengths, self.budget, self.ranks, self.padded)[self.rank]
-
-    def alone(self) -> Share:
-        """Return the share of a single process, for what every rank does by itself."""
-        return replace(self, rank=0, ranks=1)
 
 
 class StepSampler(Sampler[list[MicroBatch]]):

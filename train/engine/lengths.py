@@ -37,8 +37,7 @@ def prompt_prefix(arm: Arm, formatter: Formatter | FeatureFormatter, data: Recip
     length = min(batch["input_ids"].shape[1] for batch in batches)
     ids = torch.cat([batch["input_ids"][:, :length] for batch in batches])
     labels = torch.cat([batch["labels"][:, :length] for batch in batches])
-    family = arm.pruned.family
-    visual = [family.token_id(arm.model, modality) for modality in family.pixels]
+    visual = arm.pruned.family.token_ids(arm.model)
     return common_prefix(ids, labels, torch.ones_like(ids, dtype=torch.bool), visual)
 
 
