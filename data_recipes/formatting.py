@@ -430,6 +430,11 @@ def stackable(clips: Sequence[tuple[Sample, Clip]], processor: str) -> Iterator[
         ) from error
 
 
+def supervised(labels: Tensor) -> Tensor:
+    """Return which labels (B, L) a loss is made of, (B, L - 1): the first token of a row is predicted by none."""
+    return labels[:, 1:] != IGNORE_INDEX
+
+
 def check_supervision(tokenizer: Any, ids: Tensor, mask: Tensor, sample: Sample) -> None:
     """Check that the marked tokens of ``ids`` (L,) are the sample's answers, each followed by an end token.
 

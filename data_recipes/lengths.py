@@ -15,7 +15,7 @@ from PIL import Image
 from prunetune.data_recipes import store
 from prunetune.data_recipes.formatting import PLACE, Formatter, conversation, readable_template
 from prunetune.data_recipes.recipe import RecipeData
-from prunetune.data_recipes.sample import Sample, Turn
+from prunetune.data_recipes.sample import Sample, Turn, samples_of
 from prunetune.data_recipes.videos import VIDEO
 
 FORMAT = 1
@@ -45,15 +45,13 @@ def text_lengths(data: RecipeData, formatter: Formatter) -> np.ndarray:
     lengths = np.empty(len(data), dtype=np.int64)
     around = None
     for start in range(0, len(data), BATCH):
-        samples = _samples(data.rows[start : start + BATCH])
+        samples = samples_of(data.rows[start : start + BATCH])
         if around is None and any(_is_picture(sample) for sample in samples):
             around = _around_a_picture(formatter)
         found = _text_tokens(samples, formatter)
         with_picture = np.array([_is_picture(sample) for sample in samples])
         lengths[start : start + len(samples)] = found + with_picture * (around or 0)
-    file = io.BytesIO()
-    np.save(file, lengths)
-    store.keep(name, file.getvalue())
+    _keep(name, lengths)
     return lengths
 
 
@@ -83,18 +81,8 @@ def image_sizes(data: RecipeData) -> np.ndarray:
             what = reference, names[number]
             found[reference] = images.size(*what) if has_heads else images.open(*what).size
         sizes[number] = found[reference]
-    file = io.BytesIO()
-    np.save(file, sizes)
-    store.keep(name, file.getvalue())
+    _keep(name, sizes)
     return sizes
-
-
-def _samples(columns: dict[str, list[Any]]) -> list[Sample]:
-    samples = []
-    rows = zip(columns["id"], columns["source"], columns["image"], columns["turns"], strict=True)
-    for name, source, image, turns in rows:
-        samples.append(Sample(name, source, image, tuple(Turn(turn["question"], turn["answer"]) for turn in turns)))
-    return samples
 
 
 def _is_picture(sample: Sample) -> bool:
@@ -203,6 +191,12 @@ def _key(data: RecipeData, formatter: Formatter) -> str:
         words,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def _keep(name: str, numbers: np.ndarray) -> None:
+    file = io.BytesIO()
+    np.save(file, numbers)
+    store.keep(name, file.getvalue())
 
 
 def _load(name: str, *shape: int) -> np.ndarray | None:

@@ -153,10 +153,10 @@ def load_recipe(
         order = np.sort(order[random.Random(seed).sample(range(len(order)), max_samples)])
     if len(order) < len(rows):  # a selection of everything would cost each look-up one more
         rows = rows.select(order)
-    return RecipeData(recipe.name, rows, images, content_hash(rows), _counts(rows), missing, held_out, broken)
+    return RecipeData(recipe.name, rows, images, content_hash(rows), counts_of(rows), missing, held_out, broken)
 
 
-def _counts(rows: Dataset) -> dict[str, int]:
+def counts_of(rows: Dataset) -> dict[str, int]:
     """Return how many samples each source has."""
     found = column(rows, "source").value_counts().to_pylist()
     return {pair["values"]: pair["counts"] for pair in sorted(found, key=lambda pair: str(pair["values"]))}
@@ -208,21 +208,36 @@ def _held_out(recipe: Recipe, images: pa.ChunkedArray, order: np.ndarray, seed: 
         DataError: if nothing would be left.
     """
     import pyarrow as pa
+
+    held = whole_images(pa.chunked_array([images.combine_chunks().take(pa.array(order))]), recipe.held_out, seed)
+    if held.all():
+        raise DataError(f"recipe {recipe.name!r} holds out {recipe.held_out} of only {len(order)} samples")
+    return held
+
+
+def whole_images(images: pa.ChunkedArray, number: int, seed: int) -> np.ndarray:
+    """Return which samples are held out, boolean: at least ``number`` in all, whole images at a time.
+
+    Args:
+        images: the image of each sample.
+        number: of samples.
+        seed: of the draw.
+    """
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    chosen = images.combine_chunks().take(pa.array(order))
-    alone = pa.array([f"text {index}" for index in order])  # a sample without an image is a group of its own
+    chosen = images.combine_chunks()
+    # A sample without an image is a group of its own.
+    alone = pa.array([f"text {index}" for index in range(len(chosen))])
     named = pc.if_else(pc.fill_null(pc.not_equal(chosen, ""), False), chosen, alone)
     codes, names = _codes(pa.chunked_array([named]))
     groups = list(range(len(names)))
     random.Random(f"held out {seed}").shuffle(groups)
     groups.reverse()
     held_in_all = np.cumsum(np.bincount(codes, minlength=len(names))[groups])
-    number = int(np.searchsorted(held_in_all, recipe.held_out)) + 1  # groups until there are enough
+    enough = int(np.searchsorted(held_in_all, number)) + 1  # groups until there are enough
     held = np.zeros(len(names), dtype=bool)
-    held[groups[:number]] = True
-    if held[codes].all():
-        raise DataError(f"recipe {recipe.name!r} holds out {recipe.held_out} of only {len(order)} samples")
+    held[groups[:enough]] = True
     return held[codes]
 
 

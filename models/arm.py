@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,11 +34,16 @@ from prunetune.pruning.families import family_of, name_projector
 from prunetune.pruning.fitting import unfitted
 from prunetune.pruning.registry import method_of
 from prunetune.pruning.rewrite import gathered_notes
+from prunetune.pruning.stored import StoredImages
 from prunetune.pruning.text import instruction_text
 from prunetune.screen import say
 
 if TYPE_CHECKING:
     from prunetune.models.features import FeatureFormatter
+
+
+Finish = Callable[[dict[str, Any]], dict[str, Any]]
+"""Makes numbers of the pixels of a batch, where it is."""
 
 
 @dataclass(frozen=True)
@@ -259,16 +264,9 @@ class Arm:
             self.processor, images, config.template, config.square, max_length, instructions=read, raw_pixels=raw_pixels
         )
 
-    def place(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return a batch on the arm's device, pixels in the model's dtype."""
-        placed = {}
-        for name, value in batch.items():
-            if isinstance(value, Tensor):
-                value = value.to(self.device)
-                if value.is_floating_point():  # pixels; ids and masks keep their kind
-                    value = value.to(self.model.dtype)
-            placed[name] = value
-        return placed
+    def place(self, batch: Mapping[str, Any], finish: Finish | None = None) -> dict[str, Any]:
+        """Return a batch on the arm's device, pixels in the model's dtype, see :func:`placed`."""
+        return placed(batch, self.device, self.model.dtype, finish)
 
     def answer(
         self, formatter: Formatter | FeatureFormatter, samples: Sequence[Sample], max_new_tokens: int
@@ -299,6 +297,27 @@ class Arm:
         for row, (sample, text) in enumerate(zip(samples, texts, strict=True)):
             answers.append(Answer(sample.id, text.strip(), kept[row], frames.get(row), gathered_notes(notes[row])))
         return answers
+
+
+def placed(
+    batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype, finish: Finish | None = None
+) -> dict[str, Any]:
+    """Return a batch on a device, pixels in a dtype; ids and masks keep their kind.
+
+    Args:
+        batch: of a formatter.
+        device: where it goes. It is not waited for: pinned memory is copied while the model runs.
+        dtype: the model's.
+        finish: the formatter's, of batches that may hold pixels as bytes; None where none does.
+    """
+    moved = {}
+    for name, value in batch.items():
+        moved[name] = value.to(device, non_blocking=True) if isinstance(value, (Tensor, StoredImages)) else value
+    inputs = moved if finish is None else finish(moved)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            inputs[name] = value.to(dtype)
+    return inputs
 
 
 def _say_another_dtype(adapter: str | Path, dtype: str) -> None:

@@ -18,8 +18,9 @@ from prunetune.scripts.planned import written
 from prunetune.train.flops import Work, flops_of, image
 from prunetune.train.gpus import GPUS
 from prunetune.train.memory import GIB, layer_activations, memory_needs
-from prunetune.train.plan import as_computed, prediction, samples_per_step
+from prunetune.train.plan import as_computed, prediction
 from prunetune.train.plan import make_plan as plan_of
+from prunetune.train.sampling import samples_per_step
 from prunetune.train.shape import shape_of
 from prunetune.train.visual import Visual, tower_work, visual_of
 from prunetune.train.workload import estimated_lengths, workload_of_data
@@ -221,11 +222,10 @@ def test_steps_and_shares_of_an_epoch_are_counted():
 def test_a_run_is_predicted_by_the_steps_that_are_left():
     config = load_config(RecalibrateConfig, TINY)
     model = model_without_weights(config.model.path)
-    data, lengths = tiny_data(), [100] * 40
-    whole, half = (prediction(config, model, data, 2, GPUS["l4"], steps, lengths) for steps in (200, 100))
-    assert whole == pytest.approx(2 * half) and prediction(config, model, data, 2, None, 100, lengths) is None
-    load = workload_of_data(config, model, data, lengths)
-    cost = flops_of(shape_of(model), as_computed(config, load)).total / 40 * 100 * samples_per_step(config, 2)
+    load = workload_of_data(config, model, tiny_data(), [100] * 40)
+    whole, half = (prediction(config, model, load, 2, GPUS["l4"], steps) for steps in (200, 100))
+    assert whole == pytest.approx(2 * half) and prediction(config, model, load, 2, None, 100) is None
+    cost = flops_of(shape_of(model), as_computed(config, load)).total / 40 * 100 * samples_per_step(config.train, 2)
     assert half == pytest.approx(cost / 121e12 / 0.45 / 2)
 
 

@@ -29,9 +29,9 @@ from prunetune.train.callbacks import NumbersCallback, check_finite_weights
 from prunetune.train.checkpoints import Found, find_checkpoint, set_aside
 from prunetune.train.engine.layout import Share, StepSampler
 from prunetune.train.recalibrate import start, take_steps
-from prunetune.train.sampling import ShuffledSampler
+from prunetune.train.sampling import ShuffledSampler, steps_in_total
 from prunetune.train.tracking import Tracker, wandb_mode
-from prunetune.train.trainer import RecalibrationTrainer, steps_in_total
+from prunetune.train.trainer import RecalibrationTrainer
 
 
 @pytest.fixture(scope="module")

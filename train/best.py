@@ -98,7 +98,7 @@ class BestAdapter:
         arm: what is trained.
         peft_model: the same, wrapped.
         tracker: the run's, on rank 0.
-        features: what the record says of the feature cache.
+        features: the seal of the feature cache that it is trained from.
     """
 
     config: RecalibrateConfig
@@ -107,7 +107,7 @@ class BestAdapter:
     arm: Arm
     peft_model: PeftModel
     tracker: Tracker | None
-    features: Any = None
+    features: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -120,9 +120,7 @@ class BestAdapter:
 
     def write(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         """Write the adapter with its record, in place of an older one."""
-        record = run_record(self.config, self.data, self.arm, tensors, progress.step, self.tracker)
-        stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        record |= {"trained_in": self.config.model.dtype, "stored_in": stored, "features": self.features}
+        record = run_record(self.config, self.data, self.arm, tensors, progress.step, self.tracker, self.features)
         # Of that step alone, so that the adapter is the same whenever it is written again.
         record["held_out"] = self._slice() | {"best_loss": progress.loss, "best_step": progress.step}
         write_adapter(self.folder, tensors, self.peft_model, record)

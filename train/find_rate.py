@@ -21,19 +21,19 @@ from transformers import set_seed
 
 from prunetune.configs import ConfigError, RecalibrateConfig
 from prunetune.data_recipes import Formatter, RecipeData, load_recipe
-from prunetune.data_recipes.formatting import IGNORE_INDEX
+from prunetune.data_recipes.formatting import supervised
 from prunetune.models import Arm, wrap_projector
 from prunetune.models.features import FeatureFormatter
 from prunetune.outputs import RATE, OutputFolder, write_bytes, write_text
 from prunetune.screen import SCREEN
 from prunetune.train.engine.engine import Engine, head_of
-from prunetune.train.engine.layout import Share, StepSampler
+from prunetune.train.engine.layout import Share, StepSampler, loss_weights
 from prunetune.train.engine.lengths import prompt_prefix, pruned_lengths
 from prunetune.train.float8 import use_float8
 from prunetune.train.freeze import freeze_all_but_projector
 from prunetune.train.held_out import split
 from prunetune.train.parts import formatter_of, recompute
-from prunetune.train.sampling import ShuffledSampler
+from prunetune.train.sampling import ShuffledSampler, samples_per_step
 
 SMOOTHING = 0.9
 """Share of the past in the smoothed loss."""
@@ -166,18 +166,18 @@ class Update:
         self.masters = [parameter.detach().float().clone() for parameter in self.own]
         self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=config.train.weight_decay)
         self.batches, self.summed_loss = batches, summed_loss
-        self.max_norm, self.per_micro_batch = config.train.max_grad_norm, config.train.loss == "micro_batch_mean"
+        self.max_norm, self.loss = config.train.max_grad_norm, config.train.loss
 
     def __call__(self, rate: float) -> float:
         """Take one update, and return its loss."""
         micro_batches = next(self.batches)
-        counts = [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in micro_batches]
+        counts = [int(supervised(batch["labels"]).sum()) for batch in micro_batches]
         total = 0.0
-        for batch, count in zip(micro_batches, counts, strict=True):
-            if not count:
+        weights, number = loss_weights(counts, self.loss)
+        for batch, weight in zip(micro_batches, weights, strict=True):
+            if not weight:
                 continue
-            divisor = count * len(counts) if self.per_micro_batch else sum(counts)
-            loss = self.summed_loss(batch) / divisor
+            loss = self.summed_loss(batch) * (weight / number)
             loss.backward()
             total += float(loss.detach())
         for master, parameter in zip(self.masters, self.own, strict=True):
@@ -225,7 +225,7 @@ def to_json(found: Sweep, config: RecalibrateConfig, data: RecipeData) -> str:
         "configured": config.train.learning_rate,
         "recipe": data.name,
         "data_hash": data.content_hash,
-        "samples_per_update": config.train.batch_size * config.train.accumulation * (config.devices or 1),
+        "samples_per_update": samples_per_step(config.train, config.devices or 1),
         "seed": config.train.seed,
         "updates": [asdict(point) for point in found.points],
     }
@@ -304,7 +304,7 @@ def _swept(config: RecalibrateConfig, rates: Sequence[float]) -> tuple[Sweep, Re
     lengths = None if budget is None else pruned_lengths(data, formatter, arm.pruned, train.max_length)
 
     def summed_loss(batch: Mapping[str, Any]) -> Tensor:
-        return engine.summed_loss(peft_model, arm.place(formatter.finish(arm.place(dict(batch)))))
+        return engine.summed_loss(peft_model, arm.place(batch, formatter.finish))
 
     arm.model.train()
     with engine.attached(), engine.own_head(head):

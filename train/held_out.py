@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import random
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prunetune.data_recipes import DataError, Formatter, RecipeData
-from prunetune.data_recipes.content import content_hash
-from prunetune.data_recipes.formatting import IGNORE_INDEX
+from prunetune.data_recipes.content import column, content_hash
+from prunetune.data_recipes.formatting import supervised
+from prunetune.data_recipes.recipe import counts_of, whole_images
 from prunetune.models.features import FeatureFormatter
 from prunetune.models.ranks import Ranks
 
@@ -38,37 +38,21 @@ def split(data: RecipeData, number: int, seed: int) -> tuple[RecipeData, RecipeD
     """
     if data.held_out is not None and len(data.held_out):
         _check_apart(data)
-        chosen = _drawn(data.held_out["image"], number, seed)
-        return data, _of(data, data.held_out, sorted(chosen))
-    chosen = _drawn(data.rows["image"], number, seed)
-    if len(chosen) >= len(data):
+        chosen = whole_images(column(data.held_out, "image"), number, seed)
+        return data, _of(data, data.held_out, chosen)
+    chosen = whole_images(column(data.rows, "image"), number, seed)
+    if chosen.all():
         raise DataError(
             f"train.held_out {number} takes all {len(data)} samples of recipe {data.name!r}, with the others of their "
             "images, and none is left to train on; lower it"
         )
-    rest = [index for index in range(len(data)) if index not in chosen]
-    held = _of(data, data.rows, sorted(chosen))
-    return replace(_of(data, data.rows, rest), held_out=held.rows), held
+    held = _of(data, data.rows, chosen)
+    return replace(_of(data, data.rows, ~chosen), held_out=held.rows), held
 
 
-def _drawn(images: Sequence[str | None], number: int, seed: int) -> set[int]:
-    """Return at least ``number`` rows, whole images at a time."""
-    groups: dict[str, list[int]] = {}
-    for index, image in enumerate(images):
-        # A sample without an image is a group of its own.
-        groups.setdefault(f"text {index}" if image is None else f"image {image}", []).append(index)
-    names = list(groups)
-    random.Random(f"held out {seed}").shuffle(names)
-    drawn: set[int] = set()
-    while names and len(drawn) < number:
-        drawn.update(groups[names.pop()])
-    return drawn
-
-
-def _of(data: RecipeData, rows: Any, indices: list[int]) -> RecipeData:
-    chosen = rows.select(indices) if len(indices) < len(rows) else rows
-    counts = dict(sorted(Counter(chosen["source"]).items()))
-    return replace(data, rows=chosen, content_hash=content_hash(chosen), counts=counts, held_out=None)
+def _of(data: RecipeData, rows: Any, which: np.ndarray) -> RecipeData:
+    chosen = rows if which.all() else rows.select(np.flatnonzero(which))
+    return replace(data, rows=chosen, content_hash=content_hash(chosen), counts=counts_of(chosen), held_out=None)
 
 
 def _check_apart(data: RecipeData) -> None:
@@ -142,8 +126,8 @@ class HeldOutLoss:
             first = firsts[number] if number < len(firsts) else 0
             samples = [self.data[index] for index in range(first, min(first + self.size, len(self.data)))]
             batch = self.formatter.training_batch(samples)
-            supervised = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())  # the first token is predicted by none
-            loss = float(self.summed_loss(batch)) if supervised or self.ranks.world > 1 else 0.0
-            if number < len(firsts) and supervised:
-                sums[number], tokens[number] = loss, float(supervised)
+            targets = int(supervised(batch["labels"]).sum())
+            loss = float(self.summed_loss(batch)) if targets or self.ranks.world > 1 else 0.0
+            if number < len(firsts) and targets:
+                sums[number], tokens[number] = loss, float(targets)
         return sums, tokens

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,16 +22,16 @@ from prunetune.train.engine.engine import Engine
 from prunetune.train.engine.layout import Share, StepSampler, check_budget
 from prunetune.train.engine.lengths import pruned_lengths
 from prunetune.train.float8 import use_float8
-from prunetune.train.gpus import Gpu, gpu_of_device
+from prunetune.train.gpus import gpu_of_device
 from prunetune.train.held_out import HeldOutLoss
 from prunetune.train.measured import RunNumbers
 from prunetune.train.plan import needs_of, prediction, tokens_at_once
 from prunetune.train.run import Run
 from prunetune.train.sampling import train_sampler
-from prunetune.train.shape import shape_of
+from prunetune.train.shape import ModelShape, shape_of
 from prunetune.train.tracking import Tracker
 from prunetune.train.trainer import RecalibrationTrainer
-from prunetune.train.workload import workload_of_data
+from prunetune.train.workload import Workload, workload_of_data
 
 
 def formatter_of(config: RecalibrateConfig, arm: Arm, data: RecipeData | None) -> Formatter | FeatureFormatter:
@@ -75,32 +76,56 @@ def sampler_of(run: Run, arm: Arm, formatter: Formatter | FeatureFormatter, engi
     return StepSampler(train_sampler(run.data, config.sampling, share.group, config.seed), share, lengths)
 
 
-def _gpu() -> Gpu | None:
-    """Return the GPU that this process trains on; None on a CPU, and for one that nothing is known of."""
-    return gpu_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+@dataclass(frozen=True)
+class Expected:
+    """What can be told of a run before it starts.
+
+    Attributes:
+        shape: the model's sizes; None of a model that can't be counted.
+        load: what there is to process; None as well, and on a CPU, where nothing is made of it.
+    """
+
+    shape: ModelShape | None = None
+    load: Workload | None = None
 
 
-def numbers_of(run: Run, arm: Arm) -> RunNumbers:
-    """Return what measures the run, with the time that it is predicted to take."""
-    steps, stop = run.steps - run.first_step, run.config.engine.stop_tower
-    shape, predicted = None, None
+def expected_of(run: Run, arm: Arm) -> Expected:
+    """Return what can be told of a run; a model or data that can't be counted is said, and trained on all the same."""
     try:
         shape = shape_of(arm.model)
-        predicted = prediction(run.config, arm.model, run.data, run.ranks.world, _gpu(), steps)
-    # Advice, for any model that can be trained: one that can't be counted has a run without a prediction.
+        on_gpu = torch.cuda.is_available()
+        return Expected(shape, workload_of_data(run.config, arm.model, run.data) if on_gpu else None)
+    # Advice, for any model that can be trained, whatever its modules are.
     except Exception as error:
-        if run.ranks.is_zero:
-            say(f"nothing is predicted of this run, and it goes on: {one_line(error)}")
-    return RunNumbers(default_device(), shape, run.ranks.world, stop_tower=stop, predicted=predicted)
+        _say_unpredicted(run, error)
+        return Expected()
 
 
-def checkpointing_of(run: Run, arm: Arm) -> bool:
+def numbers_of(run: Run, arm: Arm, expected: Expected) -> RunNumbers:
+    """Return what measures the run, with the time that it is predicted to take."""
+    predicted = None
+    if expected.load is not None:
+        gpu, steps = gpu_of_device(torch.cuda.get_device_name()), run.steps - run.first_step
+        try:
+            predicted = prediction(run.config, arm.model, expected.load, run.ranks.world, gpu, steps)
+        except Exception as error:  # advice as well
+            _say_unpredicted(run, error)
+    stop = run.config.engine.stop_tower
+    return RunNumbers(default_device(), expected.shape, run.ranks.world, stop_tower=stop, predicted=predicted)
+
+
+def _say_unpredicted(run: Run, error: Exception) -> None:
+    if run.ranks.is_zero:
+        say(f"nothing is predicted of this run, and it goes on: {one_line(error)}")
+
+
+def checkpointing_of(run: Run, arm: Arm, expected: Expected) -> bool:
     """Recompute the LLM's activations if that is asked for, or if memory asks for it, and return whether.
 
     Of the LLM alone: Trainer's own flag would also pull the frozen tower into the graph.
     """
     asked = run.config.engine.checkpointing
-    if asked is False or (asked == "auto" and not _would_not_fit(run, arm)):
+    if asked is False or (asked == "auto" and not _would_not_fit(run, expected)):
         return False
     recompute(arm)
     return True
@@ -108,17 +133,17 @@ def checkpointing_of(run: Run, arm: Arm) -> bool:
 
 def recompute(arm: Arm) -> None:
     """Recompute the LLM's activations in the backward pass."""
-    language_model = getattr(arm.model.base_model, arm.pruned.family.language_model)
+    language_model = arm.pruned.family.llm(arm.model)
     language_model.activation_checkpointing_enable({"use_reentrant": False})
     language_model.train()
 
 
-def _would_not_fit(run: Run, arm: Arm) -> bool:
+def _would_not_fit(run: Run, expected: Expected) -> bool:
     """Return whether the activations of a micro-batch would not fit the GPU; a CPU's memory is left to the user."""
-    if not torch.cuda.is_available():
+    shape, load = expected.shape, expected.load
+    if shape is None or load is None:
         return False
-    load = workload_of_data(run.config, arm.model, run.data)
-    needs = needs_of(run.config, shape_of(arm.model), load, run.ranks.world)
+    needs = needs_of(run.config, shape, load, run.ranks.world)
     memory = torch.cuda.get_device_properties(default_device()).total_memory
     tokens = tokens_at_once(run.config, load)
     if run.config.engine.token_budget is None:  # the longest samples may meet in a micro-batch
@@ -134,10 +159,10 @@ def held_out_of(
     tracker: Tracker | None,
     made_with: dict[str, Any],
     trainer: Callable[[], RecalibrationTrainer],
-) -> list[HeldOutCallback]:
-    """Return what measures the held-out loss and keeps the best adapter; nothing if no samples are held out."""
+) -> HeldOutCallback | None:
+    """Return what measures the held-out loss and keeps the best adapter; None if no samples are held out."""
     if run.held is None:
-        return []
+        return None
     config = run.config.train
     best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker, made_with.get("features"))
     loss = HeldOutLoss(run.held, formatter, lambda batch: trainer().summed_loss(batch), run.ranks, config.batch_size)
@@ -147,16 +172,16 @@ def held_out_of(
     def measure() -> float:
         return trainer().held_out_loss(loss)
 
-    return [HeldOutCallback(measure, best, log, config.eval_steps, config.patience, progress)]
+    return HeldOutCallback(measure, best, log, config.eval_steps, config.patience, progress)
 
 
-def told_of(run: Run, held: Sequence[HeldOutCallback]) -> dict[str, Any] | None:
+def told_of(run: Run, held: HeldOutCallback | None) -> dict[str, Any] | None:
     """Say how the held-out loss ended, and return what the record says of it; None if there is none."""
-    for callback in held:
-        if run.ranks.is_zero:
-            say("\n".join(callback.lines()))
-        return callback.best.record(callback.progress)
-    return None
+    if held is None:
+        return None
+    if run.ranks.is_zero:
+        say("\n".join(held.lines()))
+    return held.best.record(held.progress)
 
 
 def round_frozen(run: Run, arm: Arm) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from prunetune.configs import ConfigError, RecalibrateConfig
-from prunetune.data_recipes import RecipeData
 from prunetune.models.blueprint import model_without_weights
 from prunetune.models.profile import resolved
 from prunetune.pruning.families import name_projector
@@ -19,8 +17,9 @@ from prunetune.train.deepspeed_settings import zero_stage
 from prunetune.train.flops import Flops, Work, flops_of
 from prunetune.train.gpus import GPUS, Gpu
 from prunetune.train.memory import GIB, MemoryNeeds, memory_needs
+from prunetune.train.sampling import samples_per_step, steps_in_total
 from prunetune.train.shape import ModelShape, shape_of
-from prunetune.train.workload import PADDED, Workload, prefix_of, workload_of, workload_of_data
+from prunetune.train.workload import PADDED, Workload, prefix_of, workload_of
 
 MFU = 0.45
 """Assumed share of the peak."""
@@ -182,13 +181,13 @@ def make_plan(
     if load is None:
         load = workload_of(config, model)
     check_budget_of_samples(config, load)
-    steps = steps_of(config, load.samples, gpus)
+    steps = steps_in_total(config.train, load.samples, gpus)
     needs = needs_of(config, shape, load, gpus)
     at_once = tokens_at_once(config, load)
     checkpointing = config.engine.checkpointing
     if checkpointing == "auto":
         checkpointing = needs.needs_checkpointing(at_once, gpu.memory)
-    share = steps * samples_per_step(config, gpus) / load.samples
+    share = steps * samples_per_step(config.train, gpus) / load.samples
     if config.train.max_steps < 0:  # else steps go on over the end of an epoch
         share = min(share, config.train.epochs)
     work = as_computed(config, load).times(share)
@@ -200,31 +199,23 @@ def make_plan(
 
 
 def prediction(
-    config: RecalibrateConfig,
-    model: PreTrainedModel,
-    data: RecipeData,
-    ranks: int,
-    gpu: Gpu | None,
-    steps: int,
-    lengths: Sequence[int] | None = None,
+    config: RecalibrateConfig, model: PreTrainedModel, load: Workload, ranks: int, gpu: Gpu | None, steps: int
 ) -> float | None:
     """Return the seconds that so many steps of a run are predicted to take, to be held against those that they took.
 
     Args:
         config: the recalibration's.
         model: the stock model.
-        data: what it trains on.
+        load: what there is to process.
         ranks: devices.
         gpu: which, see :func:`prunetune.train.gpus.gpu_of_device`; None, as on a CPU, is predicted nothing for.
         steps: optimizer steps, which a resumed run has fewer of.
-        lengths: text tokens of every sample, without visual tokens; None counts or estimates them.
 
     Raises:
         ConfigError: for a token budget smaller than one sample.
     """
     if gpu is None:
         return None
-    load = workload_of_data(config, model, data, lengths)
     config = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps})})
     return make_plan(config, gpu, ranks, load=load, model=model).seconds
 
@@ -309,18 +300,6 @@ def budgets(needs: MemoryNeeds, gpu: Gpu) -> dict[str, int]:
         "plain": needs.largest_token_budget(gpu.memory),
         "checkpointing": needs.largest_token_budget(gpu.memory, checkpointing=True),
     }
-
-
-def samples_per_step(config: RecalibrateConfig, gpus: int) -> int:
-    """Return the samples of one optimizer step over all devices."""
-    return config.train.batch_size * config.train.accumulation * gpus
-
-
-def steps_of(config: RecalibrateConfig, samples: int, gpus: int) -> int:
-    """Return the optimizer steps of the whole run."""
-    if config.train.max_steps >= 0:
-        return config.train.max_steps
-    return max(1, math.ceil(config.train.epochs * math.ceil(samples / samples_per_step(config, gpus))))
 
 
 def tokens_at_once(config: RecalibrateConfig, load: Workload) -> int:

@@ -45,6 +45,7 @@ from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
 from prunetune.train.launchers import complete_environment
 from prunetune.train.parts import (
     checkpointing_of,
+    expected_of,
     formatter_of,
     held_out_of,
     numbers_of,
@@ -56,6 +57,7 @@ from prunetune.train.preflight import check_before_launch
 from prunetune.train.record import run_record
 from prunetune.train.rotation import KeepNewestCallback
 from prunetune.train.run import Run, start
+from prunetune.train.sampling import samples_per_step
 from prunetune.train.stopping import REQUEUE, StopRequest
 from prunetune.train.tracking import Tracker
 from prunetune.train.trainer import (
@@ -139,16 +141,17 @@ def train(
     """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
     engine = Engine(arm.pruned, run.config.engine, prompt_prefix(arm, formatter, run.data))
-    recomputed = checkpointing_of(run, arm)
+    expected = expected_of(run, arm)
+    recomputed = checkpointing_of(run, arm, expected)
     if run.ranks.is_zero:
         say("\n".join([*engine.lines(), f"          {'with' if recomputed else 'no'} gradient checkpointing"]))
     head = head_of(arm.pruned, run.config.engine, zero_stage(config.deepspeed) == 3)
     half = run.config.model.dtype == "float16"
-    engine.numbers = numbers_of(run, arm)
+    engine.numbers = numbers_of(run, arm, expected)
     round_frozen(run, arm)  # after the numbers have read the model's sizes off its layers
     numbers = NumbersCallback(
         tracker,
-        config.batch_size * config.accumulation * run.ranks.world,
+        samples_per_step(config, run.ranks.world),
         skips=(lambda: trainer.skipped_steps) if half else None,
         measured=engine.numbers,
     )
@@ -164,7 +167,7 @@ def train(
         config.loss,
         model=peft_model,
         args=settings,
-        callbacks=[*held, stop, numbers, mark, KeepNewestCallback()],
+        callbacks=[*([] if held is None else [held]), stop, numbers, mark, KeepNewestCallback()],
     )
     run.ranks.check_same(plugin_records())
     _check_same_start(run)
@@ -228,11 +231,9 @@ def save(
     tensors = gathered_projector(peft_model)
     if not run.ranks.is_zero:
         return
-    stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    if stored != "float32":
+    record = run_record(run.config, run.data, arm, tensors, trained.step, tracker, made_with["features"])
+    if (stored := record["stored_in"]) != "float32":
         say(f"train.deepspeed {run.config.train.deepspeed} keeps no float32 weights: the adapter is stored in {stored}")
-    record = run_record(run.config, run.data, arm, tensors, trained.step, tracker)
-    record |= {"trained_in": run.config.model.dtype, "stored_in": stored, "features": made_with["features"]}
     if trained.skipped is not None:
         record["skipped_steps"] = trained.skipped
     if trained.held_out is not None:

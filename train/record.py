@@ -31,6 +31,7 @@ def run_record(
     tensors: Mapping[str, Tensor],
     step: int,
     tracker: Tracker | None,
+    features: str | None = None,
 ) -> dict[str, Any]:
     """Return the record: the base, the pruner, the data, the seed and how far training went.
 
@@ -44,6 +45,7 @@ def run_record(
         tensors: the trained projector.
         step: the last step's number.
         tracker: the run's, on rank 0.
+        features: the seal of the feature cache that it was trained from.
     """
     ran = config.pruning if arm.profile is None else arm.profile.fill(config.pruning)
     model, pruning, train = config.model.model_dump(), ran.model_dump(), config.train.model_dump()
@@ -77,4 +79,7 @@ def run_record(
         "plugins": plugin_records(),
         "versions": library_versions(),
         "wandb_run": tracker.run_id if tracker is not None else None,
+        "trained_in": config.model.dtype,
+        "stored_in": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+        "features": features,
     }

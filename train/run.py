@@ -18,7 +18,8 @@ from prunetune.models.ranks import Ranks, launched_ranks
 from prunetune.train.checkpoints import Found, find_checkpoint, finished_step, set_aside
 from prunetune.train.float8 import check_float8_device
 from prunetune.train.held_out import split
-from prunetune.train.trainer import steps_in_total, use_plain_collectives_on_cpu
+from prunetune.train.sampling import steps_in_total
+from prunetune.train.trainer import use_plain_collectives_on_cpu
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 
 from torch.utils.data import Sampler
 
+from prunetune.configs import TrainConfig
 from prunetune.data_recipes import RecipeData
 from prunetune.data_recipes.videos import VIDEO
 
@@ -14,6 +16,19 @@ MEGABATCH = 50
 """Batches that are sorted by length together: more make even batches, fewer keep the order random."""
 IMAGE_WORDS = 576
 """What an image counts in words; only the order matters, and every image has as many tokens."""
+
+
+def samples_per_step(train: TrainConfig, ranks: int) -> int:
+    """Return the samples of one optimizer step over all ranks."""
+    return train.batch_size * train.accumulation * ranks
+
+
+def steps_in_total(train: TrainConfig, samples: int, ranks: int) -> int:
+    """Return the number of optimizer steps of a whole run."""
+    if train.max_steps >= 0:
+        return train.max_steps
+    # Nothing is left out of an epoch, so its last update may be smaller.
+    return max(1, math.ceil(train.epochs * math.ceil(samples / samples_per_step(train, ranks))))
 
 
 def approximate_lengths(data: RecipeData) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,16 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from prunetune.configs import RecalibrateConfig, TrainConfig
+from prunetune.configs import RecalibrateConfig
 from prunetune.data_recipes import Formatter, RecipeData, Sample
-from prunetune.data_recipes.formatting import IGNORE_INDEX
+from prunetune.data_recipes.formatting import IGNORE_INDEX, supervised
+from prunetune.models.arm import placed
 from prunetune.models.features import FeatureFormatter
 from prunetune.models.hashes import tensor_hash
 from prunetune.pruning.hooks import is_partitioned
-from prunetune.pruning.stored import StoredImages
 from prunetune.train.deepspeed_settings import deepspeed_config
 from prunetune.train.engine.engine import Engine
-from prunetune.train.engine.layout import MicroBatch, StepSampler
+from prunetune.train.engine.layout import MicroBatch, StepSampler, loss_weights
 from prunetune.train.float8 import float8_tensors
 from prunetune.train.visual import tower_work
 
@@ -60,8 +59,7 @@ class StepCollator:
         built = []
         for samples, counts in batches:
             batch = self.formatter.training_batch(samples)
-            supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).any(dim=1)  # the first token is predicted by none
-            batch[UNSUPERVISED] = int((~supervised).sum()) if counts else 0
+            batch[UNSUPERVISED] = int((~supervised(batch["labels"]).any(dim=1)).sum()) if counts else 0
             if not counts:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
             built.append(batch)
@@ -124,7 +122,7 @@ class RecalibrationTrainer(Trainer):
 
     def summed_loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the cross entropy of a formatter's batch, summed over its supervised tokens, on the wrapped model."""
-        return self.engine.summed_loss(self.model_wrapped, self._placed(dict(batch)))
+        return self.engine.summed_loss(self.model_wrapped, self._placed(batch))
 
     def held_out_loss(self, measure: Callable[[Any, torch.device], float]) -> float:
         """Return what a held-out loss is now; of the run's numbers it is a phase, and none of its samples count."""
@@ -143,7 +141,7 @@ class RecalibrationTrainer(Trainer):
         rank is multiplied by the number of ranks, since DeepSpeed takes the mean of their gradients.
         """
         model.train()
-        counts = [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in inputs]
+        counts = [int(supervised(batch["labels"]).sum()) for batch in inputs]
         scales = self._scales(counts)
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(inputs):
@@ -162,28 +160,13 @@ class RecalibrationTrainer(Trainer):
         numbers = self.engine.numbers if self.engine is not None else None
         return nullcontext() if numbers is None else numbers.phase(name)
 
-    def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _placed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch on the device, pixels in the model's dtype: the numbers that evaluation gives it."""
-        device = self.args.device
-        moved = {}
-        for name, value in batch.items():
-            # Not waited for: pinned memory is copied while the model runs.
-            moved[name] = value.to(device, non_blocking=True) if isinstance(value, (Tensor, StoredImages)) else value
-        inputs = self.formatter.finish(moved)
-        for name, value in inputs.items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                inputs[name] = value.to(self.engine.pruned.model.dtype)
-        return inputs
+        return placed(batch, self.args.device, self.engine.pruned.model.dtype, self.formatter.finish)
 
     def _scales(self, counts: Sequence[int]) -> Tensor:
         """Return what each micro-batch's summed loss is multiplied by; 0 where nothing is supervised, not 1 / 0."""
-        # Of each mean its weight: all tokens weigh alike, or all micro-batches that have any.
-        if self.loss == "micro_batch_mean":
-            weights = [1 / count if count else 0.0 for count in counts]
-            number = sum(count > 0 for count in counts)
-        else:
-            weights = [float(count > 0) for count in counts]
-            number = sum(counts)
+        weights, number = loss_weights(counts, self.loss)
         whole = torch.tensor([number], dtype=torch.float64).to(self.args.device)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(whole)
@@ -240,15 +223,6 @@ def use_plain_collectives_on_cpu() -> None:
     """Keep DeepSpeed from compiling its shared-memory reduction on a CPU: gloo is enough, and needs no compiler."""
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def steps_in_total(train: TrainConfig, samples: int, world_size: int) -> int:
-    """Return the number of optimizer steps of the whole run."""
-    if train.max_steps >= 0:
-        return train.max_steps
-    # Nothing is left out of an epoch, so its last update may be smaller.
-    steps_per_epoch = math.ceil(samples / (train.batch_size * train.accumulation * world_size))
-    return max(1, math.ceil(train.epochs * steps_per_epoch))
 
 
 def gathered_projector(peft_model: PeftModel) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prunetune.data_recipes import Formatter, RecipeData, Sample, Turn
+from prunetune.data_recipes.sample import samples_of
 from prunetune.errors import PrunetuneError
 from prunetune.models.adapter import projector_state
 from prunetune.models.arm import Arm
@@ -82,10 +83,8 @@ class _RecipeSamples:
         for rows in (self.data.rows, self.data.held_out):
             if rows is None:
                 continue
-            # Many at a time: a look-up of each row by itself takes ten times as long.
             for many in rows.iter(batch_size=1000):
-                for values in zip(*many.values(), strict=True):
-                    yield Sample.from_row(dict(zip(many, values, strict=True)))
+                yield from samples_of(many)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from prunetune.configs.schema import EngineConfig
+from prunetune.data_recipes.formatting import supervised
 from prunetune.pruning import PrunedModel
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.rewrite import Pruned
@@ -191,7 +192,7 @@ class Engine:
         return inputs
 
     def _padded(self, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor, tuple[Tensor, Tensor]]:
-        wanted = labels[:, 1:] != IGNORE_INDEX  # (B, L - 1): the logits of a token are made of those before it
+        wanted = supervised(labels)  # (B, L - 1): the logits of a token are made of those before it
         if self.pruned.family.aligned:
             inputs["labels"] = labels  # the model reads from them that it trains
         targets = labels[:, 1:][wanted]
@@ -251,14 +252,14 @@ def choose_switches(pruned: PrunedModel, config: EngineConfig) -> Choice:
         if config.packing is True:
             raise PruningError(f"samples of family {family.name!r} can't be packed: {leak}; leave engine.packing off")
         packing, reasons["packing"] = False, leak
-    supervised = config.supervised_logits
-    if supervised and family.aligned:
-        supervised = False
+    logits = config.supervised_logits
+    if logits and family.aligned:
+        logits = False
         reasons["supervised_logits"] = f"family {family.name!r} reads the labels beside all logits"
     kept = config.project_kept and pruned.can_project_kept()
     if config.project_kept and not kept:
         reasons["project_kept"] = f"{pruned.spec.pruner} chooses by the projector's output, or {family.name!r} pools it"
-    return Choice(packing, supervised, kept, reasons)
+    return Choice(packing, logits, kept, reasons)
 
 
 def _leak(pruned: PrunedModel) -> str | None:

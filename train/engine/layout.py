@@ -132,6 +132,20 @@ def _dealt(parts: Sequence[Sequence[int]], samples: Sequence[int], ranks: int) -
     return shares
 
 
+def loss_weights(counts: Sequence[int], loss: str) -> tuple[list[float], int]:
+    """Return what each micro-batch's summed loss is multiplied by, and what their sum over all ranks is divided by.
+
+    All supervised tokens weigh alike with "token_mean", and with "micro_batch_mean" all micro-batches that have any.
+
+    Args:
+        counts: supervised tokens of each micro-batch.
+        loss: "token_mean" or "micro_batch_mean".
+    """
+    if loss == "micro_batch_mean":
+        return [1 / count if count else 0.0 for count in counts], sum(count > 0 for count in counts)
+    return [float(count > 0) for count in counts], sum(counts)
+
+
 class Order(Protocol):
     """Every sample once, in the order of an epoch."""
 
