@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -122,6 +122,98 @@ class TrainConfig(Section):
         None, ge=1, description="stop after so many of these losses in a row that are not the lowest; None never does"
     )
     resume: Literal["auto", "never"] = Field("auto", description="go on from the last checkpoint in the output folder")
+    start_from: str | None = Field(
+        None,
+        description="folder of an adapter whose projector training begins with; None begins with the base's",
+        exclude_if=lambda folder: folder is None,  # records of runs without these stay, to the byte
+    )
+    variant: Literal["full", "lora", "scaled"] = Field(
+        "full",
+        description="what trains: the whole projector, low-rank changes of its linear layers, or a scale and a bias of "
+        "its output that follow the budget (with elastic); all are stored as a whole projector",
+        exclude_if=lambda variant: variant == "full",
+    )
+    lora_rank: int = Field(
+        8, ge=1, description="rank of the changes of variant lora", exclude_if=lambda rank: rank == 8
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="keep a running mean of the projector's weights with this decay, and store it; None is the last",
+        exclude_if=lambda decay: decay is None,
+    )
+
+
+Term = Literal["ce", "gce", "kl", "hidden", "feature", "anchor"]
+
+
+class ObjectiveConfig(Section):
+    """What the projector is trained towards: a weighted sum of terms.
+
+    The teacher of kl, hidden and feature is the same model with all visual tokens and its original projector.
+    """
+
+    terms: dict[Term, float] = Field(
+        default_factory=lambda: {"ce": 1.0},
+        description="weight of each term: ce (cross entropy of the answers, as the papers), gce (generalised cross "
+        "entropy, which gives up on answers that can't be seen), kl (the teacher's distribution), hidden (the "
+        "teacher's hidden states at text positions behind the image), feature (the mean of the visual tokens that reach "
+        "the LLM), anchor (distance of the weights to the original projector's)",
+    )
+    gce_q: float = Field(0.7, gt=0, le=1, description="q of gce, (1 - p^q) / q; towards 0 it is ce")
+    kl_at: Literal["answers", "text"] = Field("answers", description="positions that kl compares")
+    temperature: float = Field(1.0, gt=0, description="both distributions of kl are softened by it")
+    hidden_layer: int | None = Field(
+        None,
+        ge=1,
+        description="LLM layer behind which hidden compares, from 1; None is the last one. Without ce, gce and kl no "
+        "later layer runs",
+    )
+    teacher: str | None = Field(
+        None,
+        description="folder of the teacher's outputs made by `prunetune teach`; None runs the teacher beside the model",
+    )
+
+    @field_validator("terms")
+    @classmethod
+    def _some_term(cls, terms: dict[str, float]) -> dict[str, float]:
+        if not any(weight > 0 for weight in terms.values()) or min(terms.values()) < 0:
+            raise ValueError("give at least one term a weight above 0, and none a weight below")
+        return terms
+
+
+class MixedPruner(Section):
+    """One of the methods that an elastic projector is trained for."""
+
+    pruner: str = Field(description="a name from `prunetune list pruners`")
+    options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
+    weight: float = Field(1.0, gt=0, description="how often it is drawn, against the others")
+
+
+class ElasticConfig(Section):
+    """Train one projector over many settings; `pruning` is the one it is stored for."""
+
+    pruners: list[MixedPruner] = Field(
+        default_factory=list, description="the methods; none is the one of `pruning` alone"
+    )
+    budgets: list[int | float | str] = Field(
+        default_factory=list,
+        description='budgets that are drawn alike, each as of pruning.keep: 64, 0.111 or "11.1%"; none trains for '
+        "the one of `pruning` alone, and nothing of this section counts",
+    )
+    dense: float = Field(0.25, ge=0, lt=1, description="share of the samples that keep all visual tokens")
+    draw: Literal["sample", "update"] = Field("sample", description="one setting a sample, or one for a whole update")
+    sandwich: bool = Field(
+        False,
+        description="of every update a quarter of the samples keeps all tokens and a quarter the smallest budget; "
+        "the rest is drawn",
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether there is anything to draw."""
+        return bool(self.budgets)
 
 
 class EngineConfig(Section):
@@ -189,6 +281,16 @@ class RecalibrateConfig(PluggedConfig):
     model: ModelConfig
     pruning: PruningSpec
     data: DataConfig
+    elastic: ElasticConfig = Field(
+        default_factory=ElasticConfig,
+        description="train over many pruners and budgets instead of the one of `pruning`",
+        exclude_if=lambda elastic: not elastic.on,  # records of runs without it stay, to the byte
+    )
+    objective: ObjectiveConfig = Field(
+        default_factory=ObjectiveConfig,
+        description="what is trained towards; the papers' cross entropy by default",
+        exclude_if=lambda objective: objective == ObjectiveConfig(),  # as above
+    )
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -49,6 +49,12 @@ class PruningSpec(BaseModel):
         "auto",
         description="positions of the kept tokens: numbered anew, as in the full sequence, or what suits the family",
     )
+    choose_with: Literal["tuned", "original"] = Field(
+        "tuned",
+        description="the projector by whose output methods choose that choose by it (divprune, fps, crisprune, "
+        "cdpruner, adaptive and trimtokenator do): the one that runs, or the base's. Train and evaluate with the same",
+        exclude_if=lambda which: which == "tuned",  # records of before this was a choice stay, to the byte
+    )
     newline: Literal["rows", "all", "none"] = Field(
         "rows",
         description="row-end tokens that stay, in families that have them: of rows with kept tokens, all or none",
