@@ -17,6 +17,7 @@ from prunetune.data_recipes.videos import VIDEO
 from prunetune.models import Arm
 from prunetune.models.features import FeatureFormatter, FeatureStore
 from prunetune.pruning import PrunedModel
+from prunetune.pruning.elastic import ElasticModel
 from prunetune.train.engine.prefix import common_prefix
 from prunetune.train.visual import visual_of
 
@@ -39,6 +40,14 @@ def prompt_prefix(arm: Arm, formatter: Formatter | FeatureFormatter, data: Recip
     labels = torch.cat([batch["labels"][:, :length] for batch in batches])
     visual = arm.pruned.family.token_ids(arm.model)
     return common_prefix(ids, labels, torch.ones_like(ids, dtype=torch.bool), visual)
+
+
+def lengths_of_settings(
+    data: RecipeData, formatter: Formatter | FeatureFormatter, pruned: PrunedModel, max_length: int | None
+) -> list[list[int]]:
+    """Return :func:`pruned_lengths` for every setting that a run draws from, or for its one setting."""
+    parts = pruned.parts if isinstance(pruned, ElasticModel) else [pruned]
+    return [pruned_lengths(data, formatter, part, max_length) for part in parts]
 
 
 def pruned_lengths(
