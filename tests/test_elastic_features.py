@@ -12,7 +12,7 @@ import test_llava_next
 import test_qwen2_5_vl
 import torch
 from conftest import TINY_VLM
-from launches import arguments
+from launches import arguments, losses, run_several
 from test_features import data, made, some_samples, two_steps, unshared
 
 from prunetune.cli import main
@@ -114,6 +114,53 @@ def test_every_sample_of_a_batch_may_have_a_setting_of_its_own(base, cache):
         batch = base.formatter(SceneImages()).training_batch(samples[:2])
         del batch["pixel_values"]
         base.pruned.prepare(batch, stored=store.batch(samples[:2], cells=[1, 0]))
+
+
+@pytest.mark.parametrize("choose_with", ["tuned", "original"])
+def test_an_elastic_batch_equals_the_one_from_pixels(base, tmp_path, choose_with):
+    """Each row in a setting of its own, two steps, so that the second chooses by a projector that has moved."""
+    settings = [setting.model_copy(update={"choose_with": choose_with}) for setting in SETTINGS]
+    first = settings[1]
+    kept = settings if choose_with == "original" else SETTINGS[:2] + SETTINGS[3:4]
+    folder = made(tmp_path / "cache", base.with_pruning(first), kept)
+    samples = some_samples()
+    groups = [samples[:6], [samples[-1], *samples[5:8]], samples[:6]]
+    cells = [[0, 1, 2, 3, 4, 5], [2, 2, 4, 1], [0, 1, 2, 3, 4, 5]]
+    plain, cached = (unshared(base, first).elastic(settings) for _ in range(2))
+    formatter = plain.formatter(SceneImages())
+    pixels = [{**formatter.training_batch(group), "cells": own} for group, own in zip(groups, cells, strict=True)]
+    expected = two_steps(plain, pixels)
+    without_pixels = FeatureFormatter(FeatureStore.open(folder, cached, data(), trains=True), cached)
+    batches = []
+    for group, own in zip(groups, cells, strict=True):
+        batches.append({**without_pixels.training_batch(group, own), "cells": own})
+    cached.model.base_model.vision_tower = None
+    losses, gradients, kept = two_steps(cached, batches)
+    for (keep, counts, notes), (keep2, counts2, notes2) in zip(kept, expected[2], strict=True):
+        assert torch.equal(keep, keep2) and counts == counts2 and notes == notes2
+    assert kept[0][1]["image"] == [144, 16, 16, 16, 16, 8]
+    assert losses == pytest.approx(expected[0], rel=0, abs=1e-6)
+    for own, other in zip(gradients, expected[1], strict=True):
+        for name in other:
+            torch.testing.assert_close(own[name], other[name], rtol=1e-5, atol=1e-6)
+    moved = not torch.equal(kept[0][0][2], kept[2][0][2])
+    assert moved == (choose_with == "tuned")  # divprune's row
+
+
+def test_choices_of_the_two_projectors_are_never_mixed(base, tmp_path):
+    original = ANEW[0].model_copy(update={"choose_with": "original"})
+    arm = base.with_pruning(original)
+    folder = made(tmp_path / "cache", arm, [original])
+    store = FeatureStore.open(folder, arm, trains=True)
+    there = r"holds what divprune 16 \(chosen with the original projector\) keeps"
+    with pytest.raises(PrunetuneError, match=there + r", not divprune 16 \(choose_with 'original' there, None here\)"):
+        FeatureStore.open(folder, base.with_pruning(ANEW[0]))
+    batch = FeatureFormatter(store, arm).training_batch(some_samples()[:2])
+    with pytest.raises(PruningError, match="choose_with is 'original' there and None here"):
+        base.with_pruning(ANEW[0]).pruned.prepare(batch)
+    tuned = made(tmp_path / "tuned", base, [ANEW[0]])
+    with pytest.raises(PrunetuneError, match="choose_with None there, 'original' here"):
+        FeatureStore.open(tuned, arm)
 
 
 def test_the_dense_model_reads_all_tokens_whatever_runs(base, cache, tmp_path):
@@ -223,3 +270,17 @@ def test_the_command_stores_every_setting_that_is_drawn(untrained_folder, tmp_pa
     with pytest.raises(SystemExit, match="crisprune chooses by the projector's output.* reads cls_attention"):
         more = ["--pruning.pruner", "crisprune", "--pruning.options", '{"text": "llm"}']
         main(["cache", *options, *more, "--features", str(tmp_path / "refused")])
+
+
+def test_an_elastic_recalibration_from_features_has_the_losses_of_one_from_pixels(untrained_folder, tmp_path):
+    """Two ranks and a token budget, so that lengths of every setting come from the cache."""
+    pruners = json.dumps([{"pruner": "prismprune"}, {"pruner": "divprune"}])
+    more = ("--pruning.pruner", "prismprune", "--elastic.budgets", "[8, 16]", "--elastic.pruners", pruners)
+    features = ("--features", str(tmp_path / "cache"))
+    main(["cache", *arguments(untrained_folder, tmp_path / "made", *more), *features])
+    runs = []
+    for name, own in (("pixels", ()), ("features", features)):
+        limits = ("--engine.token_budget", "400", "--train.max_steps", "3")
+        runs.append(arguments(untrained_folder, tmp_path / name, *more, *limits, *own))
+    run_several(runs)
+    assert losses(tmp_path / "features") == pytest.approx(losses(tmp_path / "pixels"), rel=1e-5)

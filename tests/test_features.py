@@ -97,7 +97,9 @@ def unshared(arm, spec):
     own = copy.deepcopy(arm.model)
     base = copy.copy(arm.base)
     base.model = own
-    return replace(arm.with_pruning(spec), base=base, pruned=type(arm.pruned)(own, spec, arm.processor.tokenizer))
+    arm = arm.with_pruning(spec)
+    pruned = type(arm.pruned)(own, spec, arm.processor.tokenizer, arm.pruned.original)
+    return replace(arm, base=base, pruned=pruned)
 
 
 def two_steps(arm, batches):

@@ -22,18 +22,20 @@ from transformers import set_seed
 from prunetune.configs import ConfigError, RecalibrateConfig
 from prunetune.data_recipes import Formatter, RecipeData, load_recipe
 from prunetune.data_recipes.formatting import supervised
-from prunetune.models import Arm, wrap_projector
+from prunetune.models import wrap_projector
 from prunetune.models.features import FeatureFormatter
 from prunetune.outputs import RATE, OutputFolder, write_bytes, write_text
 from prunetune.screen import SCREEN
+from prunetune.train.elastic import Draws
 from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.layout import Share, StepSampler, loss_weights
-from prunetune.train.engine.lengths import prompt_prefix, pruned_lengths
+from prunetune.train.engine.lengths import lengths_of_settings, prompt_prefix
 from prunetune.train.float8 import use_float8
 from prunetune.train.freeze import freeze_all_but_projector
 from prunetune.train.held_out import split
-from prunetune.train.parts import formatter_of, recompute
+from prunetune.train.parts import arm_of, draws_of, formatter_of, recompute
 from prunetune.train.sampling import ShuffledSampler, samples_per_step
+from prunetune.train.trainer import training_batch
 
 SMOOTHING = 0.9
 """Share of the past in the smoothed loss."""
@@ -194,7 +196,12 @@ class Update:
 
 
 def updates(
-    data: RecipeData, formatter: Formatter | FeatureFormatter, share: Share, lengths: Sequence[int] | None, seed: int
+    data: RecipeData,
+    formatter: Formatter | FeatureFormatter,
+    share: Share,
+    lengths: Sequence[Sequence[int]] | None,
+    seed: int,
+    draws: Draws | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the micro-batches of one update after another, over all devices of the run, for ever.
 
@@ -202,15 +209,19 @@ def updates(
         data: the samples.
         formatter: what turns them into batches.
         share: how an update is laid out, on one device.
-        lengths: tokens of every sample, where it is laid out by a budget.
+        lengths: for each setting tokens of every sample, where it is laid out by a budget.
         seed: of the order.
+        draws: says which setting each sample has, in a run over several.
     """
     epoch = 0
     order = ShuffledSampler(len(data), seed)
     order.epoch = lambda: epoch
     while True:
-        for batches in StepSampler(order, share, lengths):
-            yield [formatter.training_batch([data[index] for index in batch.indices]) for batch in batches]
+        for batches in StepSampler(order, share, lengths, draws):
+            built = []
+            for batch in batches:
+                built.append(training_batch(formatter, [data[index] for index in batch.indices], batch))
+            yield built
         epoch += 1
 
 
@@ -288,7 +299,7 @@ def _swept(config: RecalibrateConfig, rates: Sequence[float]) -> tuple[Sweep, Re
         data, _ = split(data, config.train.held_out, config.data.seed or 0)
     if config.model.dtype == "float16":
         raise ConfigError("find-rate scales no float16 loss; sweep with --model.dtype bfloat16 or float32")
-    arm = Arm.load(config.model, config.pruning)
+    arm = arm_of(config)
     formatter = formatter_of(config, arm, data)
     peft_model = wrap_projector(arm.model, config.train.trainable)
     freeze_all_but_projector(peft_model)
@@ -301,14 +312,16 @@ def _swept(config: RecalibrateConfig, rates: Sequence[float]) -> tuple[Sweep, Re
     train, budget = config.train, config.engine.token_budget
     devices = config.devices or 1
     share = Share(0, 1, train.batch_size, train.accumulation * devices, budget, padded=not engine.choice.packing)
-    lengths = None if budget is None else pruned_lengths(data, formatter, arm.pruned, train.max_length)
+    lengths = None if budget is None else lengths_of_settings(data, formatter, arm.pruned, train.max_length)
 
     def summed_loss(batch: Mapping[str, Any]) -> Tensor:
         return engine.summed_loss(peft_model, arm.place(batch, formatter.finish))
 
     arm.model.train()
     with engine.attached(), engine.own_head(head):
-        step = Update(peft_model, updates(data, formatter, share, lengths, train.seed), summed_loss, config)
+        step = Update(
+            peft_model, updates(data, formatter, share, lengths, train.seed, draws_of(config)), summed_loss, config
+        )
         found = sweep(counted(step, len(rates)), rates)
     if not found.points:
         raise FloatingPointError(

@@ -18,9 +18,10 @@ from prunetune.models.ranks import first_on_rank_zero
 from prunetune.reading import one_line
 from prunetune.screen import say
 from prunetune.train.best import BestAdapter, HeldOutCallback, Progress
+from prunetune.train.elastic import Draws, settings_of
 from prunetune.train.engine.engine import Engine
 from prunetune.train.engine.layout import Share, StepSampler, check_budget
-from prunetune.train.engine.lengths import pruned_lengths
+from prunetune.train.engine.lengths import lengths_of_settings
 from prunetune.train.float8 import use_float8
 from prunetune.train.gpus import gpu_of_device
 from prunetune.train.held_out import HeldOutLoss
@@ -32,6 +33,23 @@ from prunetune.train.shape import ModelShape, shape_of
 from prunetune.train.tracking import Tracker
 from prunetune.train.trainer import RecalibrationTrainer
 from prunetune.train.workload import Workload, workload_of_data
+
+
+def arm_of(config: RecalibrateConfig, device: str | None = None) -> Arm:
+    """Return the model with its pruner, or with all of those that it trains for.
+
+    Raises:
+        CheckpointError, ConfigError, PruningError: for a model, settings or options that can't work.
+    """
+    settings = settings_of(config.pruning, config.elastic)  # a wrong one stops here, before gigabytes are read
+    arm = Arm.load(config.model, config.pruning, device=device)
+    return arm.elastic([setting.spec for setting in settings]) if settings else arm
+
+
+def draws_of(config: RecalibrateConfig) -> Draws | None:
+    """Return how settings are drawn; None where there is one alone."""
+    settings = settings_of(config.pruning, config.elastic)
+    return Draws(settings, config.elastic, config.train.seed) if settings else None
 
 
 def formatter_of(config: RecalibrateConfig, arm: Arm, data: RecipeData | None) -> Formatter | FeatureFormatter:
@@ -71,9 +89,10 @@ def sampler_of(run: Run, arm: Arm, formatter: Formatter | FeatureFormatter, engi
     lengths = None
     if switches.token_budget is not None:
         with first_on_rank_zero(run.ranks):  # which keeps what it counts
-            lengths = pruned_lengths(run.data, formatter, arm.pruned, config.max_length)
-        check_budget(max(lengths), switches.token_budget)
-    return StepSampler(train_sampler(run.data, config.sampling, share.group, config.seed), share, lengths)
+            lengths = lengths_of_settings(run.data, formatter, arm.pruned, config.max_length)
+        check_budget(max(max(own) for own in lengths), switches.token_budget)
+    order = train_sampler(run.data, config.sampling, share.group, config.seed)
+    return StepSampler(order, share, lengths, draws_of(run.config))
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,13 @@ from prunetune.train.checkpoints import (
     rename_damaged,
 )
 from prunetune.train.deepspeed_settings import zero_stage
+from prunetune.train.elastic import settings_of, told
 from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.lengths import prompt_prefix
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
 from prunetune.train.launchers import complete_environment
 from prunetune.train.parts import (
+    arm_of,
     checkpointing_of,
     expected_of,
     formatter_of,
@@ -105,7 +107,7 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     config = run.config
     # The model is built before TrainingArguments: an active ZeRO-3 configuration would partition it while loading.
     # DeepSpeed takes plain weights to the GPU; quantised ones are made there.
-    arm = Arm.load(config.model, config.pruning, device="cpu" if config.model.quantization is None else None)
+    arm = arm_of(config, device="cpu" if config.model.quantization is None else None)
     made_with = _made_with(run, arm) if run.ranks.is_zero else {}
     check_made_with(run.found, made_with)
     if run.ranks.is_zero and (changed := other_code(run.found, made_with)):
@@ -287,6 +289,8 @@ def announce(run: Run, report: FrozenReport) -> None:
         f"DeepSpeed {deepspeed.__version__} {config.train.deepspeed}",
         *report.lines(),
     ]
+    if settings := settings_of(config.pruning, config.elastic):
+        lines.insert(2, f"elastic   {told(settings)}")
     if run.held is not None:
         lines.insert(
             3, f"          {len(run.held):,} samples held out, a loss on them every {config.train.eval_steps} steps"

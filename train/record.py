@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from prunetune.configs import RecalibrateConfig
+from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes import RecipeData
 from prunetune.models import Arm
 from prunetune.models.card import license_of
@@ -51,7 +52,13 @@ def run_record(
     model, pruning, train = config.model.model_dump(), ran.model_dump(), config.train.model_dump()
     for section, name in ((model, "path"), (model, "template"), (pruning, "text_tower"), (train, "deepspeed")):
         section[name] = portable(section[name])
+    more: dict[str, Any] = {}
+    if config.elastic.on:
+        more["elastic"] = config.elastic.model_dump()
+    if config.objective != ObjectiveConfig():
+        more["objective"] = config.objective.model_dump()
     return {
+        **more,
         "format": FORMAT,
         "base_model": model["path"],
         "base_revision": config.model.revision,

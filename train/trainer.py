@@ -44,8 +44,23 @@ class SampleDataset(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, batch: MicroBatch) -> tuple[list[Sample], bool]:
-        return [self.data[index] for index in batch.indices], batch.counts
+    def __getitem__(self, batch: MicroBatch) -> tuple[list[Sample], MicroBatch]:
+        return [self.data[index] for index in batch.indices], batch
+
+
+def training_batch(
+    formatter: Formatter | FeatureFormatter, samples: Sequence[Sample], taken: MicroBatch
+) -> dict[str, Any]:
+    """Return the model input of a micro-batch: with the setting of each sample, and without labels if none counts."""
+    if isinstance(formatter, FeatureFormatter):
+        batch = formatter.training_batch(samples, taken.cells)
+    else:
+        batch = formatter.training_batch(samples)
+    if taken.cells is not None:
+        batch["cells"] = list(taken.cells)
+    if not taken.counts:
+        batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+    return batch
 
 
 class StepCollator:
@@ -54,14 +69,12 @@ class StepCollator:
     def __init__(self, formatter: Formatter | FeatureFormatter) -> None:
         self.formatter = formatter
 
-    def __call__(self, batches: Sequence[tuple[list[Sample], bool]]) -> list[dict[str, Any]]:
+    def __call__(self, batches: Sequence[tuple[list[Sample], MicroBatch]]) -> list[dict[str, Any]]:
         """Return one model input per micro-batch, with the number of samples that lost every answer token."""
         built = []
-        for samples, counts in batches:
-            batch = self.formatter.training_batch(samples)
-            batch[UNSUPERVISED] = int((~supervised(batch["labels"]).any(dim=1)).sum()) if counts else 0
-            if not counts:
-                batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+        for samples, taken in batches:
+            batch = training_batch(self.formatter, samples, taken)
+            batch[UNSUPERVISED] = int((~supervised(batch["labels"]).any(dim=1)).sum()) if taken.counts else 0
             built.append(batch)
         return built
 

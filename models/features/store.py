@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from prunetune.models.hashes import tensor_hash
 from prunetune.models.seal import SEAL, short
 from prunetune.pruning import Budget, PruningSpec
 from prunetune.pruning.budget import BudgetRule
+from prunetune.pruning.elastic import ElasticModel
 from prunetune.pruning.stored import StoredImages, is_all_tokens, told_choice
 from prunetune.pruning.stored import differing as parts_that_differ
 
@@ -90,7 +91,8 @@ class FeatureStore:
             arm: the model with its pruner and budget.
             data: the samples that will be asked for; None leaves them unchecked until they are.
             trains: whether the projector will change.
-            settings: further pruners and budgets, which batches name by their number among these.
+            settings: further pruners and budgets, which batches name by their number among these; those of an elastic
+                arm are its own.
 
         Raises:
             FeatureError: if the features belong to another tower, pruner, budget, preprocessing, text tower or data,
@@ -124,8 +126,12 @@ class FeatureStore:
                 "for this one with `prunetune cache`, or train without features"
             )
         self._trains = trains
+        arms = [arm.with_pruning(setting) for setting in settings]
+        if isinstance(arm.pruned, ElasticModel):
+            arms = [replace(arm, pruned=part, spec=part.spec, profile=None) for part in arm.pruned.parts]
+            arm = arm.with_pruning(arm.spec)
         self._own = self._served(arm)
-        self._cells = tuple(self._served(arm.with_pruning(setting)) for setting in settings)
+        self._cells = tuple(self._served(own) for own in arms)
 
     def _told(self, parts: Sequence[str], now: dict[str, Any]) -> str:
         told = []
