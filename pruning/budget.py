@@ -122,6 +122,11 @@ def resolve_budget(keep: Budget, count: int) -> int:
     return wanted
 
 
+def keeps_all(keep: Budget) -> bool:
+    """Return whether a budget is all tokens of any item: ``"100%"`` and ``1.0`` are, and ``1`` is one token."""
+    return share_of(keep) == 1.0
+
+
 def share_of(keep: Budget) -> float | None:
     """Return a ratio or a percentage as a share, or None for a number of tokens and for what can't be read."""
     if isinstance(keep, str):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunetune.pruning.budget import BudgetRule
+from prunetune.pruning.budget import Budget, BudgetRule
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.plug import PrunedModel
 from prunetune.pruning.rewrite import Chosen
@@ -74,6 +74,15 @@ class ElasticModel(PrunedModel):
         for part in self._one_of_each():
             part._read_for(blanks)
         return dict(blanks)
+
+    def _settings_of(
+        self, rows: Sequence[int], keep: Budget, cells: Sequence[int] | None
+    ) -> list[tuple[PrunedModel, Budget]]:
+        """Return the part of each image's setting, and its budget."""
+        if cells is None:
+            return super()._settings_of(rows, keep, None)
+        own = [self.parts[cells[row]] for row in rows]
+        return [(part, part.spec.keep) for part in own]
 
     def _choose(
         self,

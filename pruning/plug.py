@@ -18,6 +18,7 @@ from prunetune.pruning.budget import Budget, BudgetRule, check_budget
 from prunetune.pruning.errors import PruningError, Unprojected
 from prunetune.pruning.families.base import PrunedOutput, family_of
 from prunetune.pruning.hooks import frozen_parts_at_rest, is_partitioned
+from prunetune.pruning.live import check_can_choose, chosen_anew, live_vision, why_not_live
 from prunetune.pruning.registry import merges, method_of
 from prunetune.pruning.rewrite import Chosen, Pruned, check_aligned, check_inputs, rewrite
 from prunetune.pruning.select import (
@@ -32,7 +33,7 @@ from prunetune.pruning.select import (
 from prunetune.pruning.sequence import placeholders, shorten
 from prunetune.pruning.signals import of_source, signal_of
 from prunetune.pruning.spec import PruningSpec
-from prunetune.pruning.stored import StoredImages, check_choice_is
+from prunetune.pruning.stored import StoredImages, another_choice, choice_of, is_all_tokens
 from prunetune.pruning.text import TextReader
 from prunetune.pruning.types import Selection
 from prunetune.pruning.vision import Vision
@@ -205,7 +206,8 @@ class PrunedModel:
             project_kept: apply the projector to kept tokens alone, which rounds as a smaller product does; for training
                 where :meth:`can_project_kept`.
             stored: the images, if a feature cache holds what is kept of them: neither tower nor pruner runs then, and
-                no pixel is read. A batch of text alone has those of no image.
+                no pixel is read. From images of which all tokens are stored a method that reads nothing of the tower
+                chooses now. A batch of text alone has those of no image.
 
         Raises:
             PruningError: if placeholders and images disagree, the mask is missing or the budget does not fit, or what
@@ -225,7 +227,8 @@ class PrunedModel:
             )
         check_inputs(inputs, self.family)
         if stored is not None:
-            return self._prepare_stored(inputs, stored.to(self.model.device), padding_side, keep)
+            here = stored.to(self.model.device)
+            return self._prepare_stored(inputs, here, padding_side, keep, instructions, sample_ids, cells)
         if self.family.unproven and vision is None:
             admit(self.model, self.family, inputs, self.position_policy)
         with self.family.without_projector(self.model) if project_kept else nullcontext():
@@ -268,18 +271,33 @@ class PrunedModel:
         """Return whether the projector may be left out while choosing: the method is asked about a dummy image."""
         if not self.family.projects_tokens or self.sees_clips:
             return False
-        with torch.no_grad(), self.family.without_projector(self.model):
-            visions = self.encode(self.family.blank(self.model))
+        with self.family.without_projector(self.model):
+            return not self.chooses_by_projector()
+
+    @torch.no_grad()
+    def chooses_by_projector(self) -> bool:
+        """Return whether the method reads the projector's output: it is asked about a dummy image without any."""
+        if self.spec.pruner == "identity":
+            return False
+        visions = self.encode(self.family.blank(self.model))
         try:
             for vision in visions.values():
                 self._choose(vision.unprojected(), [""], [0], BudgetRule(1, "keep_all"), {})
         except Unprojected:
-            return False
-        return True
+            return True
+        return False
 
-    def _prepare_stored(self, inputs: dict[str, Any], stored: StoredImages, padding_side: str, keep: Budget) -> Pruned:
+    def _prepare_stored(
+        self,
+        inputs: dict[str, Any],
+        stored: StoredImages,
+        padding_side: str,
+        keep: Budget,
+        instructions: Sequence[str],
+        sample_ids: Sequence[str],
+        cells: Sequence[int] | None,
+    ) -> Pruned:
         """Return inputs for the stock model with images of a feature cache."""
-        check_choice_is(stored, self.spec, keep)
         for modality, name in self.family.pixels.items():
             if inputs.get(name) is not None and (modality != stored.modality or not stored.lengths):
                 raise PruningError(
@@ -297,6 +315,14 @@ class PrunedModel:
         token = self.family.token_id(self.model, stored.modality)
         lengths = list(stored.lengths)
         found, rows = placeholders(inputs["input_ids"], token, lengths, stored.modality)
+        anew = self._chosen_anew(stored, self._settings_of(rows, keep, cells))
+        projected = stored.features(partial(self.family.project, self.model))
+        if anew:
+            all_tokens = stored.stays
+            for part, _, _ in anew:
+                part._check_instructions(instructions, len(inputs["input_ids"]))
+            stored = self._choose_anew(stored, projected, anew, rows, instructions, sample_ids)
+            projected = projected[stored.stays[all_tokens]]
         pruned = rewrite(
             self.model,
             self.family,
@@ -308,8 +334,73 @@ class PrunedModel:
             padding_side=padding_side,
             merges=self.merges,
             stored=stored,
+            projected=projected,
         )
         return replace(pruned, rows={stored.modality: rows})
+
+    def _settings_of(
+        self, rows: Sequence[int], keep: Budget, cells: Sequence[int] | None
+    ) -> list[tuple[PrunedModel, Budget]]:
+        """Return what prunes the images of these rows, and their budgets."""
+        if cells is not None:
+            raise _has_cells()
+        return [(self, keep)] * len(rows)
+
+    def _chosen_anew(
+        self, stored: StoredImages, settings: Sequence[tuple[PrunedModel, Budget]]
+    ) -> list[tuple[PrunedModel, Budget, list[int]]]:
+        """Return from which of the stored images a method chooses now, by method and budget.
+
+        Args:
+            stored: the images.
+            settings: for each image its pruned model and budget.
+
+        Raises:
+            PruningError: if an image was chosen from by another pruner or budget than its own.
+        """
+        asked: dict[tuple[int, str], dict[str, Any]] = {}
+        anew: dict[tuple[int, str], tuple[PrunedModel, Budget, list[int]]] = {}
+        for image, (choice, (part, keep)) in enumerate(zip(stored.choices, settings, strict=True)):
+            key = (id(part), repr(keep))  # 1 and 1.0 are one key, and two budgets
+            if key not in asked:
+                asked[key] = choice_of(part.spec, keep)
+            if choice == asked[key]:
+                continue
+            if not is_all_tokens(choice):
+                raise another_choice(choice, asked[key])
+            why = part.why_not_live()
+            if why is not None:
+                raise PruningError(f"{another_choice(choice, asked[key])}, since {why}")
+            anew.setdefault(key, (part, keep, []))[2].append(image)
+        check_can_choose(stored, [image for _, _, images in anew.values() for image in images])
+        return list(anew.values())
+
+    def why_not_live(self) -> str | None:
+        """Return why this method can't choose from images of which all tokens are stored; None if it can."""
+        return why_not_live(self.spec.pruner, self.pruner, self.merges, self.sees_clips)
+
+    def _choose_anew(
+        self,
+        stored: StoredImages,
+        projected: Tensor,
+        anew: Sequence[tuple[PrunedModel, Budget, list[int]]],
+        rows: list[int],
+        instructions: Sequence[str],
+        sample_ids: Sequence[str],
+    ) -> StoredImages:
+        """Return stored images after methods chose from some of them."""
+        chosen = []
+        for part, keep, images in anew:
+            if part.reads_text and is_partitioned(self.model.parameters()):
+                raise PruningError(
+                    f"{part.spec.pruner} reads the instruction when it chooses from stored features, and under ZeRO-3 "
+                    "ranks without such an image would not follow; set train.deepspeed: zero2, or run without features"
+                )
+            vision, rows_of = live_vision(stored, projected, images, rows)
+            names = {tile: f"sample {sample_ids[row]!r}" for tile, row in enumerate(rows_of)} if sample_ids else {}
+            rule = BudgetRule(keep, part.spec.small_images, part._unit())
+            chosen.append((images, part._choose(vision, instructions, rows_of, rule, names)))
+        return chosen_anew(stored, chosen)
 
     def _projected_now(self, visions: Mapping[str, Vision]) -> dict[str, Vision]:
         """Return stored images as the projector of now sees them: it may have been tuned since, or be in training."""
@@ -361,10 +452,7 @@ class PrunedModel:
             cells: the setting of each row, which a model of one setting has none of.
         """
         if cells is not None:
-            raise PruningError(
-                "the batch has `cells`, a setting for each row, and this model prunes all rows alike; give it to an "
-                "ElasticModel"
-            )
+            raise _has_cells()
         return self._choose_from(self._read(vision, instructions, rows), vision, rule, names)
 
     def _read(self, vision: Vision, instructions: Sequence[str], rows: Sequence[int]) -> Vision:
@@ -583,6 +671,13 @@ class PrunedModel:
         if has_pixels and later:
             raise PruningError("images in a later turn can't be pruned: the cache holds the turns before as they were")
         return bool(encoded) or later  # beyond the prefill there is nothing to prune, and nothing to send along
+
+
+def _has_cells() -> PruningError:
+    return PruningError(
+        "the batch has `cells`, a setting for each row, and this model prunes all rows alike; give it to an "
+        "ElasticModel"
+    )
 
 
 def _in_two_lists(found: Sequence[tuple[Candidates, Selection]]) -> tuple[list[Candidates], list[Selection]]:

@@ -52,7 +52,10 @@ def training_batch(
     formatter: Formatter | FeatureFormatter, samples: Sequence[Sample], taken: MicroBatch
 ) -> dict[str, Any]:
     """Return the model input of a micro-batch: with the setting of each sample, and without labels if none counts."""
-    batch = formatter.training_batch(samples)
+    if isinstance(formatter, FeatureFormatter):
+        batch = formatter.training_batch(samples, taken.cells)
+    else:
+        batch = formatter.training_batch(samples)
     if taken.cells is not None:
         batch["cells"] = list(taken.cells)
     if not taken.counts:
