@@ -120,6 +120,22 @@ def check_projector(record: Mapping[str, Any], folder: str | Path, found: str) -
         )
 
 
+def adapter_folder(path: str | Path) -> Path:
+    """Return the folder of an adapter, which may be named by the output of its recalibration.
+
+    Raises:
+        CheckpointError: if it holds none, its record was edited, or it is an export.
+    """
+    folder = Path(path)
+    if (folder / "adapter" / RECORD).is_file() and not (folder / RECORD).is_file():
+        folder = folder / "adapter"
+    if "export" in read_record(folder):
+        raise CheckpointError(
+            f"{folder} is an export, whose weights are merged; give the `adapter` folder that it was made of"
+        )
+    return folder
+
+
 def portable(path: str | None) -> str | None:
     """Return a hub id or a relative path as it is, and an absolute one as its last part, which says no machine's."""
     if path is None or not (PurePath(path).is_absolute() or PureWindowsPath(path).is_absolute()):

@@ -43,6 +43,7 @@ from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.lengths import prompt_prefix
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
 from prunetune.train.launchers import complete_environment
+from prunetune.train.masters import StartCallback
 from prunetune.train.parts import (
     checkpointing_of,
     expected_of,
@@ -116,7 +117,8 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     formatter = formatter_of(config, arm, looked)
     peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
-    trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with)
+    begins = [] if run.begins is None else [StartCallback(peft_model, run.begins.load(peft_model, arm.base.hashes))]
+    trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with, begins)
     if not trained.stopped:
         save(run, arm, peft_model, tracker, trained, made_with)
     elif run.ranks.is_zero:
@@ -137,6 +139,7 @@ def train(
     tracker: Tracker | None,
     request: StopRequest,
     made_with: dict[str, Any],
+    begins: list[StartCallback],
 ) -> Trained:
     """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
@@ -167,7 +170,7 @@ def train(
         config.loss,
         model=peft_model,
         args=settings,
-        callbacks=[*([] if held is None else [held]), stop, numbers, mark, KeepNewestCallback()],
+        callbacks=[*begins, *([] if held is None else [held]), stop, numbers, mark, KeepNewestCallback()],
     )
     run.ranks.check_same(plugin_records())
     _check_same_start(run)
@@ -231,7 +234,7 @@ def save(
     tensors = gathered_projector(peft_model)
     if not run.ranks.is_zero:
         return
-    record = run_record(run.config, run.data, arm, tensors, trained.step, tracker, made_with["features"])
+    record = run_record(run.config, run.data, arm, tensors, trained.step, tracker, made_with["features"], run.begins)
     if (stored := record["stored_in"]) != "float32":
         say(f"train.deepspeed {run.config.train.deepspeed} keeps no float32 weights: the adapter is stored in {stored}")
     if trained.skipped is not None:
@@ -287,6 +290,8 @@ def announce(run: Run, report: FrozenReport) -> None:
         f"DeepSpeed {deepspeed.__version__} {config.train.deepspeed}",
         *report.lines(),
     ]
+    if run.begins is not None:
+        lines.insert(1, f"begins    with the projector of {run.begins.line()}")
     if run.held is not None:
         lines.insert(
             3, f"          {len(run.held):,} samples held out, a loss on them every {config.train.eval_steps} steps"
