@@ -196,14 +196,14 @@ def projector_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tens
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], peft_model: PeftModel, record: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, Tensor], like: PeftModel | Path, record: Mapping[str, Any]
 ) -> None:
     """Write a stock-loadable PEFT adapter and ``prunetune.json``; the folder appears complete or not at all.
 
     Args:
         folder: destination; an older adapter there is replaced.
         tensors: the projector's weights by their name in the unwrapped model.
-        peft_model: supplies the adapter configuration.
+        like: supplies the adapter configuration: what was trained, or the folder of another adapter of the same base.
         record: what ``prunetune.json`` says of the run.
     """
     from safetensors.torch import save_file
@@ -216,7 +216,7 @@ def write_adapter(
     with replaced_folder(folder, ADAPTER_FILES, sign=RECORD) as partial:
         save_file(named, partial / _ADAPTER, metadata={"format": "pt"})
         # Stored in inference mode, as PEFT's own save does; the running model goes on training.
-        config = peft_model.peft_config["default"]
+        config = LoraConfig.from_pretrained(str(like)) if isinstance(like, Path) else like.peft_config["default"]
         config.inference_mode, training = True, config.inference_mode
         # PEFT has the folder that the weights were read from, which is one of this machine.
         config.base_model_name_or_path, base = record.get("base_model"), config.base_model_name_or_path

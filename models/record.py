@@ -24,7 +24,9 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("pruning", "model", "data", "train", "export", "prunetune", "versions"), dict),
     **dict.fromkeys(("plugins", "projectors"), list),
     **dict.fromkeys(("base_model", "base_revision", "frozen_hash", "original_projector_hash", "settings_hash"), str),
-    **dict.fromkeys(("text_tower_hash", "projector_hash", "license"), str),
+    **dict.fromkeys(("text_tower_hash", "projector_hash", "license", "from"), str),
+    "started_from": dict,
+    "strength": float,
 }
 ENTRY = "prunetune"
 """Of an export's config.json."""
