@@ -119,6 +119,12 @@ def _facts(record: Mapping[str, Any], pruning: Mapping[str, Any]) -> str:
     model = record.get("model") or {}
     if model.get("dtype"):
         lines.append(f"- dtype of the run: {model['dtype']}")
+    for source in record.get("soup") or []:
+        tuned = source.get("pruning") or {}
+        lines.append(
+            f"- {source.get('weight', 0):.1%} of it is the projector {short(source.get('projector_hash'))}, tuned for "
+            f"`{tuned.get('pruner', '?')}`, keep {tuned.get('keep', '?')}"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from prunetune.models.adapter import projector_state, read_projector
+from prunetune.models.adapter import check_finite, projector_state, read_projector, stored_projector
 from prunetune.models.arm import Base
+from prunetune.models.code import code_record
 from prunetune.models.errors import CheckpointError
 from prunetune.models.hashes import tensor_hash
-from prunetune.models.record import required
-from prunetune.models.seal import SEAL
+from prunetune.models.record import check_projector, read_record, required
+from prunetune.models.seal import CHAIN, SEAL, short
 
 _OF_TRAINING = ("held_out",)
 """What a record says of the trained weights alone, and of none that are made of them."""
@@ -95,3 +96,103 @@ def put_projector(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+
+
+_BASE = ("frozen_hash", "original_projector_hash", "settings_hash")
+_OF_FIRST = (
+    "base_model",
+    "base_revision",
+    "license",
+    *_BASE,
+    "projectors",
+    "text_tower_hash",
+    "pruning",
+    "profile",
+    "model",
+    "versions",
+    "trained_in",
+)
+
+
+def soup(adapters: Sequence[Path], weights: Sequence[float] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the mean of several projectors of one base, in float32, and its record.
+
+    Args:
+        adapters: their folders; what the mean says it is for, its pruning and its model, are the first one's.
+        weights: of each in the mean, of any sum; None weighs all alike.
+
+    Raises:
+        CheckpointError: if there are fewer than two, one is broken, they are of different bases, or a weight is
+            negative or all are 0.
+    """
+    shares = _shares(adapters, weights)
+    records, total = [], {}
+    for folder, share in zip(adapters, shares, strict=True):
+        record, tensors = _read(folder)
+        if records:
+            _check_alike(adapters[0], records[0], total, folder, record, tensors)
+        for name, tensor in tensors.items():
+            # In float64: three thirds of a weight are the weight again.
+            total[name] = total.get(name, 0) + share * tensor.double()
+        records.append(record)
+    mean = {name: tensor.float() for name, tensor in total.items()}
+    return mean, _soup_record(records, shares, mean)
+
+
+def _shares(adapters: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
+    if len(adapters) < 2:
+        raise CheckpointError(f"a mean is of two projectors at least, got {len(adapters)}")
+    weights = [1.0] * len(adapters) if weights is None else weights
+    if len(weights) != len(adapters):
+        raise CheckpointError(
+            f"there are {len(adapters)} adapters and {len(weights)} weights; give one weight for each"
+        )
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+        raise CheckpointError(f"weights are 0 or more, and one at least is more, got {', '.join(map(str, weights))}")
+    return [weight / sum(weights) for weight in weights]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return an adapter's record and tensors, as they were written and finite."""
+    record, tensors = read_record(folder), stored_projector(folder)
+    for name in _BASE[:2]:
+        required(record, name, folder)
+    check_projector(record, folder, tensor_hash(tensors))
+    check_finite(tensors, f"projector {folder}")
+    return record, tensors
+
+
+def _check_alike(
+    first: Path,
+    expected: Mapping[str, Any],
+    total: Mapping[str, Tensor],
+    folder: Path,
+    record: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    for name in _BASE:
+        if expected.get(name) != record.get(name):
+            raise CheckpointError(
+                f"{first} and {folder} are of different bases, whose projectors have no mean: {CHAIN[name]}: "
+                f"{short(expected.get(name))} and {short(record.get(name))}"
+            )
+    shapes = [{name: tuple(tensor.shape) for name, tensor in those.items()} for those in (total, tensors)]
+    if shapes[0] != shapes[1]:
+        raise CheckpointError(f"{first} and {folder} hold other tensors: {shapes[0]} and {shapes[1]}")
+
+
+def _soup_record(
+    records: Sequence[Mapping[str, Any]], shares: Sequence[float], mean: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    sources = []
+    for record, share in zip(records, shares, strict=True):
+        sources.append({"projector_hash": record["projector_hash"], "pruning": record.get("pruning"), "weight": share})
+    plugins = {plugin["name"]: plugin for record in records for plugin in record.get("plugins") or []}
+    return {
+        **{name: records[0].get(name) for name in _OF_FIRST},
+        "projector_hash": tensor_hash(mean),
+        "stored_in": "float32",
+        "soup": sources,
+        "prunetune": code_record(),
+        "plugins": list(plugins.values()),
+    }

@@ -22,7 +22,7 @@ _READ = (1, 2)
 # What is read of a record: a file of format 1 has no seal, and may hold anything.
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("pruning", "model", "data", "train", "export", "prunetune", "versions"), dict),
-    **dict.fromkeys(("plugins", "projectors"), list),
+    **dict.fromkeys(("plugins", "projectors", "soup"), list),
     **dict.fromkeys(("base_model", "base_revision", "frozen_hash", "original_projector_hash", "settings_hash"), str),
     **dict.fromkeys(("text_tower_hash", "projector_hash", "license", "from"), str),
     "started_from": dict,

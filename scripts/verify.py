@@ -130,8 +130,15 @@ def _artefact(folder: Path, base: str | None) -> list[Check]:
     checks += _base(record, where, revision, folder)
     checks.append(_check("text_tower_hash", lambda: _text_tower(record, where, revision)))
     checks += _code(record.get("prunetune"), record.get("plugins") or [])
-    checks.append(Check("data", None, f"{short((record.get('data') or {}).get('hash'))} is recorded; data is not read"))
+    checks.append(Check("data", None, _data(record)))
     return checks
+
+
+def _data(record: Mapping[str, Any]) -> str:
+    if record.get("soup"):
+        sources = ", ".join(short(source["projector_hash"]) for source in record["soup"])
+        return f"the sources' records name it: projectors {sources}"
+    return f"{short((record.get('data') or {}).get('hash'))} is recorded; data is not read"
 
 
 def _dial(folder: Path, base: str | None) -> list[Check]:

@@ -18,6 +18,7 @@ from prunetune.outputs.kinds import (
     FEATURES,
     RATE,
     RECALIBRATION,
+    SOUP,
     VISUALIZATION,
     Kind,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "RATE",
     "RECALIBRATION",
     "SHARED",
+    "SOUP",
     "VISUALIZATION",
     "Kind",
     "OutputError",
