@@ -130,9 +130,17 @@ def _facts(record: Mapping[str, Any], pruning: Mapping[str, Any]) -> str:
         lines.append(f"- data: recipe `{data.get('recipe')}`, {data.get('samples', 0):,} samples ({counts})")
     if record.get("step") is not None:
         lines.append(f"- steps: {record['step']:,}")
+    if record.get("strength") is not None:
+        lines.append(f"- strength {record['strength']:g} of the projector {short(record.get('from'))}; 0 is the base's")
     model = record.get("model") or {}
     if model.get("dtype"):
         lines.append(f"- dtype of the run: {model['dtype']}")
+    for source in record.get("soup") or []:
+        tuned = source.get("pruning") or {}
+        lines.append(
+            f"- {source.get('weight', 0):.1%} of it is the projector {short(source.get('projector_hash'))}, tuned for "
+            f"`{tuned.get('pruner', '?')}`, keep {tuned.get('keep', '?')}"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -19,6 +19,7 @@ from prunetune.data_recipes import RecipeData
 from prunetune.models import Arm, write_adapter
 from prunetune.train.callbacks import NothingToTrain
 from prunetune.train.record import run_record
+from prunetune.train.start_from import Start
 from prunetune.train.tracking import Tracker
 from prunetune.train.trainer import gathered_projector
 
@@ -99,6 +100,7 @@ class BestAdapter:
         peft_model: the same, wrapped.
         tracker: the run's, on rank 0.
         features: the seal of the feature cache that it is trained from.
+        begins: the adapter whose projector training began with.
     """
 
     config: RecalibrateConfig
@@ -108,6 +110,7 @@ class BestAdapter:
     peft_model: PeftModel
     tracker: Tracker | None
     features: str | None = None
+    begins: Start | None = None
 
     @property
     def folder(self) -> Path:
@@ -120,7 +123,9 @@ class BestAdapter:
 
     def write(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         """Write the adapter with its record, in place of an older one."""
-        record = run_record(self.config, self.data, self.arm, tensors, progress.step, self.tracker, self.features)
+        record = run_record(
+            self.config, self.data, self.arm, tensors, progress.step, self.tracker, self.features, self.begins
+        )
         # Of that step alone, so that the adapter is the same whenever it is written again.
         record["held_out"] = self._slice() | {"best_loss": progress.loss, "best_step": progress.step}
         write_adapter(self.folder, tensors, self.peft_model, record)

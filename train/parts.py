@@ -183,7 +183,8 @@ def held_out_of(
     if run.held is None:
         return None
     config = run.config.train
-    best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker, made_with.get("features"))
+    features = made_with.get("features")
+    best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker, features, run.begins)
     loss = HeldOutLoss(run.held, formatter, lambda batch: trainer().summed_loss(batch), run.ranks, config.batch_size)
     log = tracker.log if tracker is not None else None
     progress = Progress.read(run.found.folder)

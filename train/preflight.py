@@ -19,6 +19,7 @@ from prunetune.train.deepspeed_settings import zero_stage
 from prunetune.train.elastic import hardest_of_each, settings_of
 from prunetune.train.float8 import check_float8
 from prunetune.train.freeze import freeze_all_but_projector
+from prunetune.train.start_from import Start
 from prunetune.train.tracking import wandb_mode
 
 
@@ -47,6 +48,7 @@ def check_before_launch(config: RecalibrateConfig) -> None:
             f"train.patience {config.train.patience} counts held-out losses, and with train.held_out 0 there are none; "
             "set train.held_out to a number of samples, or leave patience out"
         )
+    Start.of(config.train.start_from)
     _check_device(config)
     _check_tracking(config.tracking)
     _check_data(config.data.recipe, config.data.file, config.data.image_root)

@@ -44,6 +44,7 @@ from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.lengths import prompt_prefix
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
 from prunetune.train.launchers import complete_environment
+from prunetune.train.masters import StartCallback
 from prunetune.train.parts import (
     arm_of,
     checkpointing_of,
@@ -118,7 +119,8 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     formatter = formatter_of(config, arm, looked)
     peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
-    trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with)
+    begins = [] if run.begins is None else [StartCallback(peft_model, run.begins.load(peft_model, arm.base.hashes))]
+    trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with, begins)
     if not trained.stopped:
         save(run, arm, peft_model, tracker, trained, made_with)
     elif run.ranks.is_zero:
@@ -139,6 +141,7 @@ def train(
     tracker: Tracker | None,
     request: StopRequest,
     made_with: dict[str, Any],
+    begins: list[StartCallback],
 ) -> Trained:
     """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
@@ -169,7 +172,7 @@ def train(
         config.loss,
         model=peft_model,
         args=settings,
-        callbacks=[*([] if held is None else [held]), stop, numbers, mark, KeepNewestCallback()],
+        callbacks=[*begins, *([] if held is None else [held]), stop, numbers, mark, KeepNewestCallback()],
     )
     run.ranks.check_same(plugin_records())
     _check_same_start(run)
@@ -233,7 +236,7 @@ def save(
     tensors = gathered_projector(peft_model)
     if not run.ranks.is_zero:
         return
-    record = run_record(run.config, run.data, arm, tensors, trained.step, tracker, made_with["features"])
+    record = run_record(run.config, run.data, arm, tensors, trained.step, tracker, made_with["features"], run.begins)
     if (stored := record["stored_in"]) != "float32":
         say(f"train.deepspeed {run.config.train.deepspeed} keeps no float32 weights: the adapter is stored in {stored}")
     if trained.skipped is not None:
@@ -281,24 +284,26 @@ def announce(run: Run, report: FrozenReport) -> None:
     # Without the word: who goes on with this file should not delete what there is.
     write_text(run.output / "config.yaml", to_yaml(config.model_copy(update={"overwrite": False})))
     sources = ", ".join(f"{name} {count:,}" for name, count in data.counts.items())
-    lines = [
-        f"model     {config.model.path} ({config.model.dtype})",
-        f"pruning   {config.pruning.pruner}, keep {config.pruning.keep} {resolved(config.pruning).options or ''}",
-        f"data      {data.name}: {len(data):,} samples ({sources})",
+    lines = [f"model     {config.model.path} ({config.model.dtype})"]
+    if run.begins is not None:
+        lines.append(f"begins    with the projector of {run.begins.line()}")
+    pruning = resolved(config.pruning)
+    lines.append(f"pruning   {pruning.pruner}, keep {pruning.keep} {pruning.options or ''}")
+    if settings := settings_of(config.pruning, config.elastic):
+        lines.append(f"elastic   {told(settings)}")
+    lines.append(f"data      {data.name}: {len(data):,} samples ({sources})")
+    if data.broken:
+        lines.append(f"          {len(data.broken)} records left out, they are no conversation: {data.broken[:3]}")
+    if data.missing:
+        lines.append(f"          {len(data.missing)} samples left out, their image is missing: {data.missing[:3]}")
+    if run.held is not None:
+        every = config.train.eval_steps
+        lines.append(f"          {len(run.held):,} samples held out, a loss on them every {every} steps")
+    lines += [
         f"ranks     {run.ranks.world}, {config.train.batch_size} samples each, "
         f"DeepSpeed {deepspeed.__version__} {config.train.deepspeed}",
         *report.lines(),
     ]
-    if settings := settings_of(config.pruning, config.elastic):
-        lines.insert(2, f"elastic   {told(settings)}")
-    if run.held is not None:
-        lines.insert(
-            3, f"          {len(run.held):,} samples held out, a loss on them every {config.train.eval_steps} steps"
-        )
-    if data.missing:
-        lines.insert(3, f"          {len(data.missing)} samples left out, their image is missing: {data.missing[:3]}")
-    if data.broken:
-        lines.insert(3, f"          {len(data.broken)} records left out, they are no conversation: {data.broken[:3]}")
     for folder, reason in run.found.damaged.items():
         lines.append(f"{folder} is skipped and renamed: {reason}")
     if run.found.folder is not None:
