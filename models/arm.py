@@ -160,7 +160,7 @@ class Arm:
     def _of(cls, base: Base, spec: PruningSpec, adapter: str | Path | None) -> Arm:
         if adapter is None:
             return cls._with(base, base.model, spec, None)
-        model = _with_own_projector(base.model)
+        model = with_own_projector(base.model)
         load_projector(model, adapter, base.hashes)
         _say_another_dtype(adapter, base.config.dtype)
         _say_another_quantization(adapter, base.config.quantization)
@@ -352,7 +352,7 @@ def _pruned(model: PreTrainedModel, spec: PruningSpec, processor: Any) -> Pruned
     return PrunedModel(model, spec, processor.tokenizer)
 
 
-def _with_own_projector(model: PreTrainedModel) -> PreTrainedModel:
+def with_own_projector(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of the modules that shares every tensor with ``model`` but the projector's."""
     own = {id(tensor) for tensor in projector_state(model, keep_vars=True).values()}
     # deepcopy takes what its memo holds as copied already: 30 arms of a 7B model hold its weights once.

@@ -179,6 +179,7 @@ class PrunedModel:
         """
         inputs = self.family.renamed(inputs)
         stored = inputs.pop("stored", stored)
+        vision = inputs.pop("vision", vision)
         instructions = inputs.pop("instructions", ())
         sample_ids = inputs.pop("sample_ids", ())
         seconds = inputs.pop("video_seconds", ())

@@ -99,6 +99,7 @@ class BestAdapter:
         peft_model: the same, wrapped.
         tracker: the run's, on rank 0.
         features: the seal of the feature cache that it is trained from.
+        loss: what the held-out loss is: the cross entropy of answers, ``ce``, or an objective without labels.
     """
 
     config: RecalibrateConfig
@@ -108,6 +109,7 @@ class BestAdapter:
     peft_model: PeftModel
     tracker: Tracker | None
     features: str | None = None
+    loss: str = "ce"
 
     @property
     def folder(self) -> Path:
@@ -130,7 +132,8 @@ class BestAdapter:
         return self._slice() | progress.record()
 
     def _slice(self) -> dict[str, Any]:
-        return {"samples": len(self.held), "hash": self.held.content_hash}
+        told = {"samples": len(self.held), "hash": self.held.content_hash}
+        return told if self.loss == "ce" else {**told, "loss": self.loss}  # records of answers stay, to the byte
 
 
 class HeldOutCallback(TrainerCallback):
@@ -216,7 +219,8 @@ class HeldOutCallback(TrainerCallback):
         progress = self.progress
         if progress.loss is None or progress.last is None:
             return []
-        told = [f"lowest held-out loss {progress.loss:.4f} at step {progress.step}, the last {progress.last:.4f}"]
+        what = "" if self.best.loss == "ce" else f" ({self.best.loss})"
+        told = [f"lowest held-out loss{what} {progress.loss:.4f} at step {progress.step}, the last {progress.last:.4f}"]
         if self.stopped_early:
             told.append(f"stopped early: the last {progress.since} were not lower (train.patience)")
         return [*told, f"the adapter of step {progress.step}: {self.best.folder}"]

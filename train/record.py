@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from prunetune.configs import RecalibrateConfig
+from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes import RecipeData
 from prunetune.models import Arm
 from prunetune.models.card import license_of
@@ -51,6 +52,10 @@ def run_record(
     model, pruning, train = config.model.model_dump(), ran.model_dump(), config.train.model_dump()
     for section, name in ((model, "path"), (model, "template"), (pruning, "text_tower"), (train, "deepspeed")):
         section[name] = portable(section[name])
+    # Records of the papers' objective stay, to the byte.
+    objective = {}
+    if config.objective != ObjectiveConfig():
+        objective = {"objective": config.objective.model_dump()}
     return {
         "format": FORMAT,
         "base_model": model["path"],
@@ -72,6 +77,7 @@ def run_record(
             "first_broken": list(data.broken[:3]),
         },
         "train": train,
+        **objective,
         "engine": config.engine.model_dump(),
         "model": model,
         "step": step,

@@ -11,6 +11,7 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from prunetune.configs import RecalibrateConfig
+from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes import RecipeData, load_recipe
 from prunetune.models.arm import default_device
 from prunetune.models.profile import resolved
@@ -96,7 +97,11 @@ def start(config: RecalibrateConfig) -> Run:
 def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[str, Any]:
     """Return what must not change between a run and its continuation."""
     train = config.train.model_dump(exclude={"save_steps", "log_steps", "workers", "resume"})
+    objective = {}
+    if config.objective != ObjectiveConfig():  # checkpoints of the papers' objective stay good
+        objective = {"objective": config.objective.model_dump()}
     return {
+        **objective,
         "model": config.model.model_dump(),
         "pruning": resolved(config.pruning).model_dump(),  # a profile that was written anew is another pruning
         "data": data.content_hash,
