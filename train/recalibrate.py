@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 
 from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_yaml
+from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes import DataError, Formatter
 from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
@@ -40,11 +41,12 @@ from prunetune.train.checkpoints import (
 )
 from prunetune.train.deepspeed_settings import zero_stage
 from prunetune.train.elastic import settings_of, told
-from prunetune.train.engine.engine import Engine, head_of
-from prunetune.train.engine.lengths import prompt_prefix
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
 from prunetune.train.launchers import complete_environment
 from prunetune.train.masters import StartCallback
+from prunetune.train.objectives.aim import Aim
+from prunetune.train.objectives.objective import Objective
+from prunetune.train.objectives.start import aim_of
 from prunetune.train.parts import (
     arm_of,
     checkpointing_of,
@@ -117,10 +119,12 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     # One rank looks whether a cache of features has all samples.
     looked = run.data if run.config.features is None or run.ranks.is_zero else None
     formatter = formatter_of(config, arm, looked)
+    # Before PEFT has the model: the teacher shares its weights, and has the original projector.
+    aim = aim_of(config, arm, formatter, run.data, zero_stage(config.train.deepspeed) == 3)
     peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
     begins = [] if run.begins is None else [StartCallback(peft_model, run.begins.load(peft_model, arm.base.hashes))]
-    trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with, begins)
+    trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with, aim, begins)
     if not trained.stopped:
         save(run, arm, peft_model, tracker, trained, made_with)
     elif run.ranks.is_zero:
@@ -141,16 +145,18 @@ def train(
     tracker: Tracker | None,
     request: StopRequest,
     made_with: dict[str, Any],
+    aim: Aim,
     begins: list[StartCallback],
 ) -> Trained:
     """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
-    engine = Engine(arm.pruned, run.config.engine, prompt_prefix(arm, formatter, run.data))
+    engine = aim.engine
     expected = expected_of(run, arm)
     recomputed = checkpointing_of(run, arm, expected)
     if run.ranks.is_zero:
         say("\n".join([*engine.lines(), f"          {'with' if recomputed else 'no'} gradient checkpointing"]))
-    head = head_of(arm.pruned, run.config.engine, zero_stage(config.deepspeed) == 3)
+    if aim.anchor is not None:
+        aim.anchor.hold(peft_model)
     half = run.config.model.dtype == "float16"
     engine.numbers = numbers_of(run, arm, expected)
     round_frozen(run, arm)  # after the numbers have read the model's sizes off its layers
@@ -161,14 +167,14 @@ def train(
         measured=engine.numbers,
     )
     stop = StopCallback(request, run.steps)
-    held = held_out_of(run, arm, peft_model, formatter, tracker, made_with, lambda: trainer)
+    held = held_out_of(run, arm, peft_model, formatter, tracker, made_with, aim, lambda: trainer)
     mark = CompleteCheckpointCallback(run.settings, made_with)
     settings = training_arguments(run.config, run.output, run.steps)  # the ranks meet in it
     trainer = RecalibrationTrainer(
         formatter,
         run.data,
         sampler_of(run, arm, formatter, engine),
-        engine,
+        aim,
         config.loss,
         model=peft_model,
         args=settings,
@@ -178,7 +184,7 @@ def train(
     _check_same_start(run)
     before = frozen_tensors_hash(peft_model)
     drop_frozen_from_state_dict(peft_model)
-    with engine.attached(), engine.own_head(head):
+    with aim.attached(settings.device):
         take_steps(trainer, run.found.folder)
     if frozen_tensors_hash(peft_model) != before:
         raise RuntimeError("a frozen weight changed during training; the adapter is not written. Please report this")
@@ -291,6 +297,8 @@ def announce(run: Run, report: FrozenReport) -> None:
     lines.append(f"pruning   {pruning.pruner}, keep {pruning.keep} {pruning.options or ''}")
     if settings := settings_of(config.pruning, config.elastic):
         lines.append(f"elastic   {told(settings)}")
+    if config.objective != ObjectiveConfig():
+        lines.append(f"towards   {Objective(config.objective).told()}")
     lines.append(f"data      {data.name}: {len(data):,} samples ({sources})")
     if data.broken:
         lines.append(f"          {len(data.broken)} records left out, they are no conversation: {data.broken[:3]}")
