@@ -215,6 +215,7 @@ class PrunedModel:
         """
         inputs = self.family.renamed(inputs)
         stored = inputs.pop("stored", stored)
+        vision = inputs.pop("vision", vision)
         instructions = inputs.pop("instructions", ())
         cells = inputs.pop("cells", None)
         sample_ids = inputs.pop("sample_ids", ())

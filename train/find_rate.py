@@ -21,18 +21,18 @@ from transformers import set_seed
 
 from prunetune.configs import ConfigError, RecalibrateConfig
 from prunetune.data_recipes import Formatter, RecipeData, load_recipe
-from prunetune.data_recipes.formatting import supervised
 from prunetune.models import wrap_projector
 from prunetune.models.features import FeatureFormatter
 from prunetune.outputs import RATE, OutputFolder, write_bytes, write_text
 from prunetune.screen import SCREEN
 from prunetune.train.elastic import Draws
-from prunetune.train.engine.engine import Engine, head_of
-from prunetune.train.engine.layout import Share, StepSampler, loss_weights
-from prunetune.train.engine.lengths import lengths_of_settings, prompt_prefix
+from prunetune.train.engine.layout import Share, StepSampler
+from prunetune.train.engine.lengths import lengths_of_settings
 from prunetune.train.float8 import use_float8
 from prunetune.train.freeze import freeze_all_but_projector
-from prunetune.train.held_out import split
+from prunetune.train.held_out import split, supervised_tokens
+from prunetune.train.objectives.aim import scales_of
+from prunetune.train.objectives.start import aim_of, check_objective
 from prunetune.train.parts import arm_of, draws_of, formatter_of, recompute
 from prunetune.train.sampling import ShuffledSampler, samples_per_step
 from prunetune.train.trainer import training_batch
@@ -154,6 +154,7 @@ class Update:
         batches: yields the micro-batches of an update.
         summed_loss: see :data:`prunetune.train.held_out.SummedLoss`.
         config: of the run; read are weight decay, clipping and the kind of loss.
+        units: counts the units of a micro-batch, given whether it is the first of its update.
     """
 
     def __init__(
@@ -162,7 +163,9 @@ class Update:
         batches: Iterator[list[dict[str, Any]]],
         summed_loss: Callable[[Mapping[str, Any]], Tensor],
         config: RecalibrateConfig,
+        units: Callable[[Mapping[str, Any], bool], Mapping[str, int]] | None = None,
     ) -> None:
+        self.units = units or (lambda batch, first: {"answers": supervised_tokens(batch)[0]})
         self.own = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # A small step is less than half the distance between two bfloat16 numbers: DeepSpeed trains float32 copies too.
         self.masters = [parameter.detach().float().clone() for parameter in self.own]
@@ -173,13 +176,15 @@ class Update:
     def __call__(self, rate: float) -> float:
         """Take one update, and return its loss."""
         micro_batches = next(self.batches)
-        counts = [int(supervised(batch["labels"]).sum()) for batch in micro_batches]
         total = 0.0
-        weights, number = loss_weights(counts, self.loss)
-        for batch, weight in zip(micro_batches, weights, strict=True):
-            if not weight:
+        units = [self.units(batch, number == 0) for number, batch in enumerate(micro_batches)]
+        weights, numbers = scales_of(units, self.loss)
+        for batch, own in zip(micro_batches, weights, strict=True):
+            if not any(own):
                 continue
-            loss = self.summed_loss(batch) * (weight / number)
+            sums = self.summed_loss(batch).reshape(-1)
+            scales = [weight / max(number, 1) for weight, number in zip(own, numbers, strict=True)]
+            loss = (sums * torch.tensor(scales).to(sums)).sum()
             loss.backward()
             total += float(loss.detach())
         for master, parameter in zip(self.masters, self.own, strict=True):
@@ -301,10 +306,13 @@ def _swept(config: RecalibrateConfig, rates: Sequence[float]) -> tuple[Sweep, Re
         raise ConfigError("find-rate scales no float16 loss; sweep with --model.dtype bfloat16 or float32")
     arm = arm_of(config)
     formatter = formatter_of(config, arm, data)
+    check_objective(config)
+    aim = aim_of(config, arm, formatter, data)
+    engine = aim.engine
     peft_model = wrap_projector(arm.model, config.train.trainable)
     freeze_all_but_projector(peft_model)
-    engine = Engine(arm.pruned, config.engine, prompt_prefix(arm, formatter, data))
-    head = head_of(arm.pruned, config.engine, partitioned=False)
+    if aim.anchor is not None:
+        aim.anchor.hold(peft_model)
     if config.engine.float8:
         use_float8(arm.model, device=arm.device)
     if config.engine.checkpointing is True:
@@ -315,13 +323,13 @@ def _swept(config: RecalibrateConfig, rates: Sequence[float]) -> tuple[Sweep, Re
     lengths = None if budget is None else lengths_of_settings(data, formatter, arm.pruned, train.max_length)
 
     def summed_loss(batch: Mapping[str, Any]) -> Tensor:
-        return engine.summed_loss(peft_model, arm.place(batch, formatter.finish))
+        found = aim.losses(peft_model, arm.place(batch, formatter.finish)).units
+        return torch.stack([found[unit] for unit in aim.objective.units])
 
     arm.model.train()
-    with engine.attached(), engine.own_head(head):
-        step = Update(
-            peft_model, updates(data, formatter, share, lengths, train.seed, draws_of(config)), summed_loss, config
-        )
+    with aim.attached(arm.device):
+        batches = updates(data, formatter, share, lengths, train.seed, draws_of(config))
+        step = Update(peft_model, batches, summed_loss, config, aim.units)
         found = sweep(counted(step, len(rates)), rates)
     if not found.points:
         raise FloatingPointError(

@@ -26,6 +26,7 @@ from prunetune.train.float8 import use_float8
 from prunetune.train.gpus import gpu_of_device
 from prunetune.train.held_out import HeldOutLoss
 from prunetune.train.measured import RunNumbers
+from prunetune.train.objectives.aim import Aim
 from prunetune.train.plan import needs_of, prediction, tokens_at_once
 from prunetune.train.run import Run
 from prunetune.train.sampling import train_sampler
@@ -177,14 +178,32 @@ def held_out_of(
     formatter: Formatter | FeatureFormatter,
     tracker: Tracker | None,
     made_with: dict[str, Any],
+    aim: Aim,
     trainer: Callable[[], RecalibrationTrainer],
 ) -> HeldOutCallback | None:
     """Return what measures the held-out loss and keeps the best adapter; None if no samples are held out."""
     if run.held is None:
         return None
     config = run.config.train
-    best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker, made_with.get("features"))
-    loss = HeldOutLoss(run.held, formatter, lambda batch: trainer().summed_loss(batch), run.ranks, config.batch_size)
+    best = BestAdapter(
+        run.config,
+        run.data,
+        run.held,
+        arm,
+        peft_model,
+        tracker,
+        made_with.get("features"),
+        run.begins,
+        aim.held_out_told(),
+    )
+    loss = HeldOutLoss(
+        run.held,
+        formatter,
+        lambda batch: trainer().held_out_sums(batch),
+        run.ranks,
+        config.batch_size,
+        aim.held_out_counts,
+    )
     log = tracker.log if tracker is not None else None
     progress = Progress.read(run.found.folder)
 

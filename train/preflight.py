@@ -19,6 +19,8 @@ from prunetune.train.deepspeed_settings import zero_stage
 from prunetune.train.elastic import hardest_of_each, settings_of
 from prunetune.train.float8 import check_float8
 from prunetune.train.freeze import freeze_all_but_projector
+from prunetune.train.objectives.start import check_objective
+from prunetune.train.start_from import Start
 from prunetune.train.tracking import wandb_mode
 
 
@@ -35,6 +37,7 @@ def check_before_launch(config: RecalibrateConfig) -> None:
             "engine.token_budget lays samples out by their length, which would change a mean of micro-batches' means; "
             "set train.loss to token_mean, or leave the budget out"
         )
+    check_objective(config)
     if zero_stage(config.train.deepspeed) == 3 and config.model.quantization is not None:
         raise ConfigError(
             f"model.quantization {config.model.quantization} can't be partitioned by ZeRO-3; set train.deepspeed to "
@@ -47,6 +50,7 @@ def check_before_launch(config: RecalibrateConfig) -> None:
             f"train.patience {config.train.patience} counts held-out losses, and with train.held_out 0 there are none; "
             "set train.held_out to a number of samples, or leave patience out"
         )
+    Start.of(config.train.start_from)
     _check_device(config)
     _check_tracking(config.tracking)
     _check_data(config.data.recipe, config.data.file, config.data.image_root)

@@ -17,6 +17,7 @@ from prunetune.models.code import code_record
 from prunetune.models.hashes import tensor_hash
 from prunetune.models.record import FORMAT, portable
 from prunetune.plugins import plugin_records
+from prunetune.train.start_from import Start
 from prunetune.train.tracking import Tracker
 
 
@@ -33,6 +34,7 @@ def run_record(
     step: int,
     tracker: Tracker | None,
     features: str | None = None,
+    begins: Start | None = None,
 ) -> dict[str, Any]:
     """Return the record: the base, the pruner, the data, the seed and how far training went.
 
@@ -47,18 +49,13 @@ def run_record(
         step: the last step's number.
         tracker: the run's, on rank 0.
         features: the seal of the feature cache that it was trained from.
+        begins: the adapter whose projector training began with; None began with the base's.
     """
     ran = config.pruning if arm.profile is None else arm.profile.fill(config.pruning)
     model, pruning, train = config.model.model_dump(), ran.model_dump(), config.train.model_dump()
     for section, name in ((model, "path"), (model, "template"), (pruning, "text_tower"), (train, "deepspeed")):
         section[name] = portable(section[name])
-    more: dict[str, Any] = {}
-    if config.elastic.on:
-        more["elastic"] = config.elastic.model_dump()
-    if config.objective != ObjectiveConfig():
-        more["objective"] = config.objective.model_dump()
-    return {
-        **more,
+    record: dict[str, Any] = {
         "format": FORMAT,
         "base_model": model["path"],
         "base_revision": config.model.revision,
@@ -90,3 +87,12 @@ def run_record(
         "stored_in": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
         "features": features,
     }
+    # Named where they are used alone: records of other runs stay, to the byte.
+    if config.elastic.on:
+        record["elastic"] = config.elastic.model_dump()
+    if config.objective != ObjectiveConfig():
+        record["objective"] = config.objective.model_dump()
+    if begins is not None:
+        train["start_from"] = portable(begins.adapter)
+        record["started_from"] = begins.record()
+    return record

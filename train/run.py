@@ -21,6 +21,7 @@ from prunetune.train.elastic import settings_of
 from prunetune.train.float8 import check_float8_device
 from prunetune.train.held_out import split
 from prunetune.train.sampling import steps_in_total
+from prunetune.train.start_from import Start
 from prunetune.train.trainer import use_plain_collectives_on_cpu
 
 
@@ -36,6 +37,7 @@ class Run:
         settings: what must not change between a run and its continuation.
         found: the checkpoint to go on from.
         finished: the last step of a run that has nothing left to do; None for any other.
+        begins: the adapter whose projector training begins with; None begins with the base's.
     """
 
     config: RecalibrateConfig
@@ -45,6 +47,7 @@ class Run:
     settings: dict[str, Any]
     found: Found
     finished: int | None
+    begins: Start | None = None
 
     @property
     def output(self) -> Path:
@@ -82,7 +85,8 @@ def start(config: RecalibrateConfig) -> Run:
         data, held = split(data, config.train.held_out, config.data.seed or 0)
     if config.engine.float8:
         check_float8_device(default_device())
-    settings = _settings(config, data, ranks.world)
+    begins = Start.of(config.train.start_from)
+    settings = _settings(config, data, ranks.world, begins)
     output = Path(config.output)
     found, finished = Found(), None
     if config.overwrite:
@@ -93,13 +97,13 @@ def start(config: RecalibrateConfig) -> Run:
         set_aside(output)
     if config.train.resume == "auto" and finished is None and not config.overwrite:
         found = find_checkpoint(output, settings)
-    return Run(config, data, held, ranks, settings, found, finished)
+    return Run(config, data, held, ranks, settings, found, finished, begins)
 
 
-def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[str, Any]:
+def _settings(config: RecalibrateConfig, data: RecipeData, world: int, begins: Start | None = None) -> dict[str, Any]:
     """Return what must not change between a run and its continuation."""
-    train = config.train.model_dump(exclude={"save_steps", "log_steps", "workers", "resume"})
-    settings = {
+    train = config.train.model_dump(exclude={"save_steps", "log_steps", "workers", "resume", "start_from"})
+    settings: dict[str, Any] = {
         "model": config.model.model_dump(),
         "pruning": resolved(config.pruning).model_dump(),  # a profile that was written anew is another pruning
         "data": data.content_hash,
@@ -108,6 +112,8 @@ def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[s
         "ranks": world,
     }
     # Named where they are used alone: checkpoints of before there were any stay usable.
+    if begins is not None:
+        settings["train.start_from"] = begins.projector_hash  # wherever the folder is
     if config.elastic.on:
         settings["elastic"] = config.elastic.model_dump()
     if config.objective != ObjectiveConfig():

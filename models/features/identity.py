@@ -82,7 +82,7 @@ def tower_hash(pruned: PrunedModel) -> str:
 
 def embeddings_hash(pruned: PrunedModel) -> str | None:
     """Return a SHA-256 of the LLM's token embeddings, where the pruner compares visual tokens with them; else None."""
-    spaces = {signal_of(need).space for need in of_source(pruned.pruner.needs, "text")}
+    spaces = {signal_of(need).space for need in of_source(pruned.needs, "text")}
     if "llm" not in spaces:
         return None
     embeddings: Any = pruned.model.get_input_embeddings()

@@ -112,7 +112,7 @@ class _Plan:
     @property
     def needs(self) -> frozenset[str]:
         """All signals that any of the pruners reads."""
-        return frozenset(need for arm, _ in self.arms for need in arm.pruned.pruner.needs)
+        return frozenset(need for arm, _ in self.arms for need in arm.pruned.needs)
 
     @property
     def has_all_tokens(self) -> bool:
