@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from prunetune.models.ranks import first_on_rank_zero
 from prunetune.reading import one_line
 from prunetune.screen import say
 from prunetune.train.best import BestAdapter, HeldOutCallback, Progress
+from prunetune.train.ema import RunningMean
 from prunetune.train.engine.engine import Engine
 from prunetune.train.engine.layout import Share, StepSampler, check_budget
 from prunetune.train.engine.lengths import pruned_lengths
@@ -159,19 +161,24 @@ def held_out_of(
     tracker: Tracker | None,
     made_with: dict[str, Any],
     trainer: Callable[[], RecalibrationTrainer],
+    mean: RunningMean | None,
 ) -> HeldOutCallback | None:
-    """Return what measures the held-out loss and keeps the best adapter; None if no samples are held out."""
+    """Return what measures the held-out loss and keeps the best adapter; None if no samples are held out.
+
+    With a running mean of the weights both are the mean's.
+    """
     if run.held is None:
         return None
     config = run.config.train
     features = made_with.get("features")
-    best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker, features, run.begins)
+    best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker, features, run.begins, mean)
     loss = HeldOutLoss(run.held, formatter, lambda batch: trainer().summed_loss(batch), run.ranks, config.batch_size)
     log = tracker.log if tracker is not None else None
     progress = Progress.read(run.found.folder)
 
     def measure() -> float:
-        return trainer().held_out_loss(loss)
+        with nullcontext() if mean is None else mean.in_place():
+            return trainer().held_out_loss(loss)
 
     return HeldOutCallback(measure, best, log, config.eval_steps, config.patience, progress)
 
