@@ -102,6 +102,7 @@ class BestAdapter:
         tracker: the run's, on rank 0.
         features: the seal of the feature cache that it is trained from.
         begins: the adapter whose projector training began with.
+        loss: what the held-out loss is: the cross entropy of answers, ``ce``, or an objective without labels.
         mean: the running mean of the weights, which is measured and stored in their place; None if none is kept.
     """
 
@@ -113,6 +114,7 @@ class BestAdapter:
     tracker: Tracker | None
     features: str | None = None
     begins: Start | None = None
+    loss: str = "ce"
     mean: RunningMean | None = None
 
     @property
@@ -138,7 +140,8 @@ class BestAdapter:
         return self._slice() | progress.record()
 
     def _slice(self) -> dict[str, Any]:
-        return {"samples": len(self.held), "hash": self.held.content_hash}
+        told = {"samples": len(self.held), "hash": self.held.content_hash}
+        return told if self.loss == "ce" else {**told, "loss": self.loss}  # records of answers stay, to the byte
 
 
 class HeldOutCallback(TrainerCallback):
@@ -224,7 +227,8 @@ class HeldOutCallback(TrainerCallback):
         progress = self.progress
         if progress.loss is None or progress.last is None:
             return []
-        told = [f"lowest held-out loss {progress.loss:.4f} at step {progress.step}, the last {progress.last:.4f}"]
+        what = "" if self.best.loss == "ce" else f" ({self.best.loss})"
+        told = [f"lowest held-out loss{what} {progress.loss:.4f} at step {progress.step}, the last {progress.last:.4f}"]
         if self.stopped_early:
             told.append(f"stopped early: the last {progress.since} were not lower (train.patience)")
         return [*told, f"the adapter of step {progress.step}: {self.best.folder}"]

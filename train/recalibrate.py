@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_yaml
+from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes import DataError, Formatter
 from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
@@ -40,13 +41,16 @@ from prunetune.train.checkpoints import (
     rename_damaged,
 )
 from prunetune.train.deepspeed_settings import zero_stage
+from prunetune.train.elastic import settings_of, told
 from prunetune.train.ema import MeanCallback, RunningMean
-from prunetune.train.engine.engine import Engine, head_of
-from prunetune.train.engine.lengths import prompt_prefix
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
 from prunetune.train.launchers import complete_environment
 from prunetune.train.masters import StartCallback, gathered_projector
+from prunetune.train.objectives.aim import Aim
+from prunetune.train.objectives.objective import Objective
+from prunetune.train.objectives.start import aim_of
 from prunetune.train.parts import (
+    arm_of,
     checkpointing_of,
     expected_of,
     formatter_of,
@@ -134,7 +138,7 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     config = run.config
     # The model is built before TrainingArguments: an active ZeRO-3 configuration would partition it while loading.
     # DeepSpeed takes plain weights to the GPU; quantised ones are made there.
-    arm = Arm.load(config.model, config.pruning, device="cpu" if config.model.quantization is None else None)
+    arm = arm_of(config, device="cpu" if config.model.quantization is None else None)
     made_with = _made_with(run, arm) if run.ranks.is_zero else {}
     check_made_with(run.found, made_with)
     if run.ranks.is_zero and (changed := other_code(run.found, made_with)):
@@ -143,10 +147,12 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     # One rank looks whether a cache of features has all samples.
     looked = run.data if run.config.features is None or run.ranks.is_zero else None
     formatter = formatter_of(config, arm, looked)
+    # Before PEFT has the model: the teacher shares its weights, and has the original projector.
+    aim = aim_of(config, arm, formatter, run.data, zero_stage(config.train.deepspeed) == 3)
     peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
     weights = Weights.of(run, arm, peft_model)
-    trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with, weights)
+    trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with, aim, weights)
     if not trained.stopped:
         save(run, arm, peft_model, tracker, trained, made_with, weights.mean)
     elif run.ranks.is_zero:
@@ -167,16 +173,18 @@ def train(
     tracker: Tracker | None,
     request: StopRequest,
     made_with: dict[str, Any],
+    aim: Aim,
     weights: Weights,
 ) -> Trained:
     """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
-    engine = Engine(arm.pruned, run.config.engine, prompt_prefix(arm, formatter, run.data))
+    engine = aim.engine
     expected = expected_of(run, arm)
     recomputed = checkpointing_of(run, arm, expected)
     if run.ranks.is_zero:
         say("\n".join([*engine.lines(), f"          {'with' if recomputed else 'no'} gradient checkpointing"]))
-    head = head_of(arm.pruned, run.config.engine, zero_stage(config.deepspeed) == 3)
+    if aim.anchor is not None:
+        aim.anchor.hold(peft_model)
     half = run.config.model.dtype == "float16"
     engine.numbers = numbers_of(run, arm, expected)
     round_frozen(run, arm)  # after the numbers have read the model's sizes off its layers
@@ -187,14 +195,14 @@ def train(
         measured=engine.numbers,
     )
     stop = StopCallback(request, run.steps)
-    held = held_out_of(run, arm, peft_model, formatter, tracker, made_with, lambda: trainer, weights.mean)
+    held = held_out_of(run, arm, peft_model, formatter, tracker, made_with, aim, lambda: trainer, weights.mean)
     mark = CompleteCheckpointCallback(run.settings, made_with)
     settings = training_arguments(run.config, run.output, run.steps)  # the ranks meet in it
     trainer = RecalibrationTrainer(
         formatter,
         run.data,
         sampler_of(run, arm, formatter, engine),
-        engine,
+        aim,
         config.loss,
         model=peft_model,
         args=settings,
@@ -204,7 +212,7 @@ def train(
     _check_same_start(run)
     before = frozen_tensors_hash(peft_model)
     drop_frozen_from_state_dict(peft_model)
-    with engine.attached(), engine.own_head(head):
+    with aim.attached(settings.device):
         take_steps(trainer, run.found.folder)
     if frozen_tensors_hash(peft_model) != before:
         raise RuntimeError("a frozen weight changed during training; the adapter is not written. Please report this")
@@ -311,24 +319,28 @@ def announce(run: Run, report: FrozenReport) -> None:
     # Without the word: who goes on with this file should not delete what there is.
     write_text(run.output / "config.yaml", to_yaml(config.model_copy(update={"overwrite": False})))
     sources = ", ".join(f"{name} {count:,}" for name, count in data.counts.items())
-    lines = [
-        f"model     {config.model.path} ({config.model.dtype})",
-        f"pruning   {config.pruning.pruner}, keep {config.pruning.keep} {resolved(config.pruning).options or ''}",
-        f"data      {data.name}: {len(data):,} samples ({sources})",
+    lines = [f"model     {config.model.path} ({config.model.dtype})"]
+    if run.begins is not None:
+        lines.append(f"begins    with the projector of {run.begins.line()}")
+    pruning = resolved(config.pruning)
+    lines.append(f"pruning   {pruning.pruner}, keep {pruning.keep} {pruning.options or ''}")
+    if settings := settings_of(config.pruning, config.elastic):
+        lines.append(f"elastic   {told(settings)}")
+    if config.objective != ObjectiveConfig():
+        lines.append(f"towards   {Objective(config.objective).told()}")
+    lines.append(f"data      {data.name}: {len(data):,} samples ({sources})")
+    if data.broken:
+        lines.append(f"          {len(data.broken)} records left out, they are no conversation: {data.broken[:3]}")
+    if data.missing:
+        lines.append(f"          {len(data.missing)} samples left out, their image is missing: {data.missing[:3]}")
+    if run.held is not None:
+        every = config.train.eval_steps
+        lines.append(f"          {len(run.held):,} samples held out, a loss on them every {every} steps")
+    lines += [
         f"ranks     {run.ranks.world}, {config.train.batch_size} samples each, "
         f"DeepSpeed {deepspeed.__version__} {config.train.deepspeed}",
         *report.lines(),
     ]
-    if run.begins is not None:
-        lines.insert(1, f"begins    with the projector of {run.begins.line()}")
-    if run.held is not None:
-        lines.insert(
-            3, f"          {len(run.held):,} samples held out, a loss on them every {config.train.eval_steps} steps"
-        )
-    if data.missing:
-        lines.insert(3, f"          {len(data.missing)} samples left out, their image is missing: {data.missing[:3]}")
-    if data.broken:
-        lines.insert(3, f"          {len(data.broken)} records left out, they are no conversation: {data.broken[:3]}")
     for folder, reason in run.found.damaged.items():
         lines.append(f"{folder} is skipped and renamed: {reason}")
     if run.found.folder is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from prunetune.configs import RecalibrateConfig
+from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes import RecipeData
 from prunetune.models import Arm
 from prunetune.models.card import license_of
@@ -86,7 +87,12 @@ def run_record(
         "stored_in": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
         "features": features,
     }
-    if begins is not None:  # records of other runs stay, to the byte
+    # Named where they are used alone: records of other runs stay, to the byte.
+    if config.elastic.on:
+        record["elastic"] = config.elastic.model_dump()
+    if config.objective != ObjectiveConfig():
+        record["objective"] = config.objective.model_dump()
+    if begins is not None:
         train["start_from"] = portable(begins.adapter)
         record["started_from"] = begins.record()
     if config.train.ema is not None:

@@ -11,11 +11,13 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from prunetune.configs import RecalibrateConfig
+from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes import RecipeData, load_recipe
 from prunetune.models.arm import default_device
 from prunetune.models.profile import resolved
 from prunetune.models.ranks import Ranks, launched_ranks
 from prunetune.train.checkpoints import Found, find_checkpoint, finished_step, set_aside
+from prunetune.train.elastic import settings_of
 from prunetune.train.float8 import check_float8_device
 from prunetune.train.held_out import split
 from prunetune.train.sampling import steps_in_total
@@ -75,6 +77,7 @@ def start(config: RecalibrateConfig) -> Run:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' about one another
     if not ranks.is_zero:
         transformers_logging.set_verbosity_error()
+    settings_of(config.pruning, config.elastic)
     resolved(config.pruning).build()  # a wrong name or option stops here, before anything is loaded
     data = load_recipe(config.data.recipe, **config.data.model_dump(exclude={"recipe"}))
     held = None
@@ -100,12 +103,19 @@ def start(config: RecalibrateConfig) -> Run:
 def _settings(config: RecalibrateConfig, data: RecipeData, world: int, begins: Start | None = None) -> dict[str, Any]:
     """Return what must not change between a run and its continuation."""
     train = config.train.model_dump(exclude={"save_steps", "log_steps", "workers", "resume", "start_from"})
-    return {
+    settings: dict[str, Any] = {
         "model": config.model.model_dump(),
         "pruning": resolved(config.pruning).model_dump(),  # a profile that was written anew is another pruning
         "data": data.content_hash,
         "train": train,
         "engine": config.engine.model_dump(),
         "ranks": world,
-        "train.start_from": None if begins is None else begins.projector_hash,  # wherever the folder is
     }
+    # Named where they are used alone: checkpoints of before there were any stay usable.
+    if begins is not None:
+        settings["train.start_from"] = begins.projector_hash  # wherever the folder is
+    if config.elastic.on:
+        settings["elastic"] = config.elastic.model_dump()
+    if config.objective != ObjectiveConfig():
+        settings["objective"] = config.objective.model_dump()
+    return settings
