@@ -18,10 +18,11 @@ from prunetune.configs import ConfigError, RecalibrateConfig
 from prunetune.data_recipes import RecipeData
 from prunetune.models import Arm, write_adapter
 from prunetune.train.callbacks import NothingToTrain
+from prunetune.train.ema import RunningMean
+from prunetune.train.masters import gathered_projector
 from prunetune.train.record import run_record
 from prunetune.train.start_from import Start
 from prunetune.train.tracking import Tracker
-from prunetune.train.trainer import gathered_projector
 
 PROGRESS = "held_out.json"
 BEST = "held_out_best.safetensors"
@@ -102,6 +103,7 @@ class BestAdapter:
         features: the seal of the feature cache that it is trained from.
         begins: the adapter whose projector training began with.
         loss: what the held-out loss is: the cross entropy of answers, ``ce``, or an objective without labels.
+        mean: the running mean of the weights, which is measured and stored in their place; None if none is kept.
     """
 
     config: RecalibrateConfig
@@ -113,6 +115,7 @@ class BestAdapter:
     features: str | None = None
     begins: Start | None = None
     loss: str = "ce"
+    mean: RunningMean | None = None
 
     @property
     def folder(self) -> Path:
@@ -121,7 +124,7 @@ class BestAdapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the projector as it is now; all ranks call this."""
-        return gathered_projector(self.peft_model)
+        return gathered_projector(self.peft_model) if self.mean is None else self.mean.projector()
 
     def write(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         """Write the adapter with its record, in place of an older one."""

@@ -217,7 +217,11 @@ class CompleteCheckpointCallback(TrainerCallback):
 
 def _written_by_all(folder: Path) -> set[str]:
     """Return every file that some rank sees in a folder, which is at least what it wrote itself."""
-    mine = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    mine = set()
+    for path in folder.rglob("*"):
+        # Of a file that another rank is writing, safetensors shows a hidden one that is gone a moment later.
+        if path.is_file() and not path.name.startswith("."):
+            mine.add(path.relative_to(folder).as_posix())
     if not torch.distributed.is_initialized():
         return mine
     found: list[Any] = [None] * torch.distributed.get_world_size()

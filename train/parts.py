@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from prunetune.reading import one_line
 from prunetune.screen import say
 from prunetune.train.best import BestAdapter, HeldOutCallback, Progress
 from prunetune.train.elastic import Draws, settings_of
+from prunetune.train.ema import RunningMean
 from prunetune.train.engine.engine import Engine
 from prunetune.train.engine.layout import Share, StepSampler, check_budget
 from prunetune.train.engine.lengths import lengths_of_settings
@@ -180,8 +182,12 @@ def held_out_of(
     made_with: dict[str, Any],
     aim: Aim,
     trainer: Callable[[], RecalibrationTrainer],
+    mean: RunningMean | None,
 ) -> HeldOutCallback | None:
-    """Return what measures the held-out loss and keeps the best adapter; None if no samples are held out."""
+    """Return what measures the held-out loss and keeps the best adapter; None if no samples are held out.
+
+    With a running mean of the weights both are the mean's.
+    """
     if run.held is None:
         return None
     config = run.config.train
@@ -195,6 +201,7 @@ def held_out_of(
         made_with.get("features"),
         run.begins,
         aim.held_out_told(),
+        mean,
     )
     loss = HeldOutLoss(
         run.held,
@@ -208,7 +215,8 @@ def held_out_of(
     progress = Progress.read(run.found.folder)
 
     def measure() -> float:
-        return trainer().held_out_loss(loss)
+        with nullcontext() if mean is None else mean.in_place():
+            return trainer().held_out_loss(loss)
 
     return HeldOutCallback(measure, best, log, config.eval_steps, config.patience, progress)
 

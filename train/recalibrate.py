@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import deepspeed
 import torch
 from peft import PeftModel
+from transformers import TrainerCallback
 
 from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_yaml
 from prunetune.configs.schema import ObjectiveConfig
@@ -41,9 +42,10 @@ from prunetune.train.checkpoints import (
 )
 from prunetune.train.deepspeed_settings import zero_stage
 from prunetune.train.elastic import settings_of, told
+from prunetune.train.ema import MeanCallback, RunningMean
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
 from prunetune.train.launchers import complete_environment
-from prunetune.train.masters import StartCallback
+from prunetune.train.masters import StartCallback, gathered_projector
 from prunetune.train.objectives.aim import Aim
 from prunetune.train.objectives.objective import Objective
 from prunetune.train.objectives.start import aim_of
@@ -70,7 +72,6 @@ from prunetune.train.trainer import (
     RecalibrationTrainer,
     drop_frozen_from_state_dict,
     frozen_tensors_hash,
-    gathered_projector,
     training_arguments,
 )
 
@@ -90,6 +91,33 @@ class Trained:
     stopped: bool
     skipped: int | None
     held_out: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a run begins with and keeps of the weights beside training them.
+
+    Attributes:
+        begin: gives them all digits of an adapter's; None where training begins with the base's.
+        mean: their running mean; None keeps none.
+    """
+
+    begin: StartCallback | None
+    mean: RunningMean | None
+
+    @classmethod
+    def of(cls, run: Run, arm: Arm, peft_model: PeftModel) -> Weights:
+        """Put what training begins with into the model, before DeepSpeed has it."""
+        begin = None
+        if run.begins is not None:
+            begin = StartCallback(peft_model, run.begins.load(peft_model, arm.base.hashes))
+        decay = run.config.train.ema
+        return cls(begin, None if decay is None else RunningMean(peft_model, decay))
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Return what has to come before anything looks at the weights."""
+        mean = None if self.mean is None else MeanCallback(self.mean)
+        return [callback for callback in (self.begin, mean) if callback is not None]
 
 
 def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
@@ -123,10 +151,10 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     aim = aim_of(config, arm, formatter, run.data, zero_stage(config.train.deepspeed) == 3)
     peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
-    begins = [] if run.begins is None else [StartCallback(peft_model, run.begins.load(peft_model, arm.base.hashes))]
-    trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with, aim, begins)
+    weights = Weights.of(run, arm, peft_model)
+    trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with, aim, weights)
     if not trained.stopped:
-        save(run, arm, peft_model, tracker, trained, made_with)
+        save(run, arm, peft_model, tracker, trained, made_with, weights.mean)
     elif run.ranks.is_zero:
         say(f"stopped by a signal after step {trained.step} of {run.steps}; the same command goes on from there")
     if tracker is not None:
@@ -146,7 +174,7 @@ def train(
     request: StopRequest,
     made_with: dict[str, Any],
     aim: Aim,
-    begins: list[StartCallback],
+    weights: Weights,
 ) -> Trained:
     """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
@@ -167,7 +195,7 @@ def train(
         measured=engine.numbers,
     )
     stop = StopCallback(request, run.steps)
-    held = held_out_of(run, arm, peft_model, formatter, tracker, made_with, aim, lambda: trainer)
+    held = held_out_of(run, arm, peft_model, formatter, tracker, made_with, aim, lambda: trainer, weights.mean)
     mark = CompleteCheckpointCallback(run.settings, made_with)
     settings = training_arguments(run.config, run.output, run.steps)  # the ranks meet in it
     trainer = RecalibrationTrainer(
@@ -178,7 +206,7 @@ def train(
         config.loss,
         model=peft_model,
         args=settings,
-        callbacks=[*begins, *([] if held is None else [held]), stop, numbers, mark, KeepNewestCallback()],
+        callbacks=[*weights.callbacks(), *([] if held is None else [held]), stop, numbers, mark, KeepNewestCallback()],
     )
     run.ranks.check_same(plugin_records())
     _check_same_start(run)
@@ -236,10 +264,11 @@ def save(
     tracker: Tracker | None,
     trained: Trained,
     made_with: dict[str, Any],
+    mean: RunningMean | None = None,
 ) -> None:
     """Write the adapter with its record, and say that the run has finished."""
     check_finite_weights(peft_model)
-    tensors = gathered_projector(peft_model)
+    tensors = gathered_projector(peft_model) if mean is None else mean.projector()
     if not run.ranks.is_zero:
         return
     record = run_record(run.config, run.data, arm, tensors, trained.step, tracker, made_with["features"], run.begins)

@@ -95,4 +95,6 @@ def run_record(
     if begins is not None:
         train["start_from"] = portable(begins.adapter)
         record["started_from"] = begins.record()
+    if config.train.ema is not None:
+        record["running_mean"] = config.train.ema
     return record

@@ -10,7 +10,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -22,10 +21,11 @@ from prunetune.data_recipes.formatting import IGNORE_INDEX, supervised
 from prunetune.models.arm import placed
 from prunetune.models.features import FeatureFormatter
 from prunetune.models.hashes import tensor_hash
-from prunetune.pruning.hooks import is_partitioned
 from prunetune.train.deepspeed_settings import deepspeed_config
 from prunetune.train.engine.layout import MicroBatch, StepSampler
 from prunetune.train.float8 import float8_tensors
+from prunetune.train.masters import gathered_projector as gathered_projector
+from prunetune.train.masters import whole
 from prunetune.train.objectives.aim import Aim, scales_of
 from prunetune.train.visual import tower_work
 
@@ -262,40 +262,6 @@ def use_plain_collectives_on_cpu() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def gathered_projector(peft_model: PeftModel) -> dict[str, Tensor]:
-    """Return the trained tensors by their name in the unwrapped model, on every rank, also under ZeRO-3.
-
-    They are DeepSpeed's float32 weights, of which a half-precision model runs with a rounded copy: most of a small
-    step is less than half the distance between two bfloat16 numbers. Where DeepSpeed keeps none, they are the model's.
-
-    Raises:
-        RuntimeError: if the rounded ones are not what the model ran with.
-    """
-    trained = {}
-    for name, parameter in peft_model.get_base_model().named_parameters():
-        if parameter.requires_grad:
-            trained[name.replace(".modules_to_save.default", "")] = parameter
-    with _whole(list(trained.values())):
-        # Cloned: under ZeRO-3 the whole ones are gone when the context closes.
-        ran_with = {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
-    tensors = {}
-    for name, parameter in trained.items():
-        tensors[name] = _in_float32(name, parameter, ran_with[name])
-    return tensors
-
-
-def _in_float32(name: str, parameter: torch.nn.Parameter, ran_with: Tensor) -> Tensor:
-    if ran_with.dtype == torch.float32:
-        return ran_with
-    master = safe_get_full_fp32_param(parameter)  # all ranks call this: each holds a piece
-    if master is None:
-        return ran_with
-    master = master.detach().cpu().clone()
-    if not torch.equal(master.to(ran_with.dtype), ran_with):
-        raise RuntimeError(f"{name}: DeepSpeed's float32 weights are not those the model ran with. Please report this")
-    return master
-
-
 def frozen_tensors_hash(peft_model: PeftModel) -> str:
     """Return a SHA-256 of every frozen tensor in memory, which training must not change; all ranks call this.
 
@@ -305,7 +271,7 @@ def frozen_tensors_hash(peft_model: PeftModel) -> str:
     # One tensor at a time: under ZeRO-3 all of them together would not fit one GPU.
     for name, parameter in sorted(peft_model.get_base_model().named_parameters()):
         if not parameter.requires_grad:
-            with _whole([parameter]):
+            with whole([parameter]):
                 digest.update(tensor_hash({name: parameter}).encode())
     digest.update(tensor_hash(float8_tensors(peft_model)).encode())
     return digest.hexdigest()
@@ -320,10 +286,3 @@ def drop_frozen_from_state_dict(peft_model: PeftModel) -> None:
                 state.pop(prefix + name, None)
 
     peft_model.register_state_dict_post_hook(hook)
-
-
-def _whole(parameters: list[Any]) -> Any:
-    """Return a context in which parameters that ZeRO-3 holds in pieces are whole on every rank."""
-    if not is_partitioned(parameters):
-        return nullcontext()
-    return deepspeed.zero.GatheredParameters(parameters)

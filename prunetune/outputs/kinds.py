@@ -58,6 +58,7 @@ CHECKPOINT_FILES = (
     "adapter_*",
     "complete.json",
     "complete.json.partial",
+    "ema.safetensors",
     "global_step#/*.pt",
     "held_out.json",
     "held_out_best.safetensors",
