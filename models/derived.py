@@ -126,7 +126,8 @@ def soup(adapters: Sequence[Path], weights: Sequence[float] | None = None) -> tu
             negative or all are 0.
     """
     shares = _shares(adapters, weights)
-    records, total = [], {}
+    records: list[dict[str, Any]] = []
+    total: dict[str, Tensor] = {}
     for folder, share in zip(adapters, shares, strict=True):
         record, tensors = _read(folder)
         if records:
