@@ -127,10 +127,10 @@ class TrainConfig(Section):
         description="folder of an adapter whose projector training begins with; None begins with the base's",
         exclude_if=lambda folder: folder is None,  # records of runs without these stay, to the byte
     )
-    variant: Literal["full", "lora", "scaled"] = Field(
+    variant: Literal["full", "lora"] = Field(
         "full",
-        description="what trains: the whole projector, low-rank changes of its linear layers, or a scale and a bias of "
-        "its output that follow the budget (with elastic); all are stored as a whole projector",
+        description="what trains: the whole projector, or low-rank changes of its linear layers; both are stored as a "
+        "whole projector",
         exclude_if=lambda variant: variant == "full",
     )
     lora_rank: int = Field(

@@ -62,6 +62,39 @@ def wrap_projector(model: nn.Module, modules: list[str] | None = None) -> PeftMo
     return get_peft_model(model, config)
 
 
+def wrap_low_rank(model: nn.Module, rank: int) -> PeftModel:
+    """Return the model under PEFT with a low-rank change beside each linear layer of the projector to train.
+
+    Each is ``B A`` with rank ``rank`` and ``B`` zero at first, so that the projector begins as it is.
+
+    Raises:
+        CheckpointError: if the projector has no linear layers.
+    """
+    family = family_of(model)
+    prefixes = tuple(f"model.{name}" for name in family.projectors)
+    linears = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (name in prefixes or name.startswith(tuple(f"{p}." for p in prefixes))):
+            linears.append(name)
+    if not linears:
+        raise CheckpointError(
+            f"train.variant lora changes linear layers, and the projector of family {family.name!r} "
+            f"({', '.join(family.projectors)}) has none; set train.variant to full"
+        )
+    # Of the model's dtype, as the projector itself when it trains: DeepSpeed has the float32 ones.
+    config = LoraConfig(target_modules=linears, r=rank, lora_alpha=rank, lora_dropout=0.0)
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def low_rank_scales(peft_model: PeftModel) -> dict[str, float]:
+    """Return the layers with a low-rank change, by name in the unwrapped model, and what ``B A`` is multiplied by."""
+    scales = {}
+    for name, module in peft_model.get_base_model().named_modules():
+        if "default" in getattr(module, "lora_A", {}):
+            scales[name] = float(module.scaling["default"])  # type: ignore[index, union-attr]
+    return scales
+
+
 def _with_forward(model: nn.Module, projectors: tuple[str, ...]) -> list[str]:
     """Return the projector's modules that are called: of a list of modules, such as deepstack mergers, its entries."""
     names = []
@@ -115,13 +148,17 @@ def start_projector(peft_model: PeftModel, adapter: str | Path, base: BaseHashes
 
 
 def unwrapped_projector(peft_model: PeftModel) -> dict[str, Tensor]:
-    """Return the projector's parameters that run under PEFT, by their name in the unwrapped model."""
+    """Return the projector's parameters that run under PEFT, by their name in the unwrapped model.
+
+    Of low-rank changes it is what they are added to.
+    """
     model = peft_model.get_base_model()
     prefixes = tuple(f"model.{name}." for name in family_of(model).projectors)
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        if ".original_module." not in name and name.startswith(prefixes):
-            found[name.replace(".modules_to_save.default", "")] = parameter
+        if ".original_module." in name or ".lora_" in name or not name.startswith(prefixes):
+            continue
+        found[name.replace(".modules_to_save.default", "").replace(".base_layer.", ".")] = parameter
     return found
 
 
@@ -216,7 +253,7 @@ def write_adapter(
     with replaced_folder(folder, ADAPTER_FILES, sign=RECORD) as partial:
         save_file(named, partial / _ADAPTER, metadata={"format": "pt"})
         # Stored in inference mode, as PEFT's own save does; the running model goes on training.
-        config = LoraConfig.from_pretrained(str(like)) if isinstance(like, Path) else like.peft_config["default"]
+        config = LoraConfig.from_pretrained(str(like)) if isinstance(like, Path) else _stored_config(like)
         config.inference_mode, training = True, config.inference_mode
         # PEFT has the folder that the weights were read from, which is one of this machine.
         config.base_model_name_or_path, base = record.get("base_model"), config.base_model_name_or_path
@@ -224,6 +261,16 @@ def write_adapter(
         config.inference_mode, config.base_model_name_or_path = training, base
         (partial / RECORD).write_text(text_of(record))
         (partial / CARD).write_text(adapter_card(record))
+
+
+def _stored_config(peft_model: PeftModel) -> LoraConfig:
+    """Return the adapter configuration of whole projectors, whatever of them is trained."""
+    own: LoraConfig = peft_model.peft_config["default"]  # type: ignore[assignment]
+    if not low_rank_scales(peft_model):
+        return own
+    model = peft_model.get_base_model()
+    whole = _with_forward(model, family_of(model).projectors)
+    return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=whole, auto_mapping=own.auto_mapping)
 
 
 def export_merged(

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from prunetune.configs import ConfigError
 from prunetune.reading import one_line
-from prunetune.train.masters import float32_weight, trained_parameters, whole
+from prunetune.train.masters import float32_weight, projector_of, trained_parameters, whole
 
 MEAN = "ema.safetensors"
 """In a checkpoint: the mean as it was then."""
@@ -76,8 +76,8 @@ class RunningMean:
         save_file({name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}, checkpoint / MEAN)
 
     def projector(self) -> dict[str, Tensor]:
-        """Return the projector that it is, by the names of the unwrapped model."""
-        return {name: tensor.cpu().clone() for name, tensor in self.tensors.items()}
+        """Return the projector that it is, by the names of the unwrapped model; all ranks call this."""
+        return projector_of(self.peft_model, {name: tensor.cpu().clone() for name, tensor in self.tensors.items()})
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

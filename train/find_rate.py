@@ -21,7 +21,6 @@ from transformers import set_seed
 
 from prunetune.configs import ConfigError, RecalibrateConfig
 from prunetune.data_recipes import Formatter, RecipeData, load_recipe
-from prunetune.models import wrap_projector
 from prunetune.models.features import FeatureFormatter
 from prunetune.outputs import RATE, OutputFolder, write_bytes, write_text
 from prunetune.screen import SCREEN
@@ -29,7 +28,7 @@ from prunetune.train.elastic import Draws
 from prunetune.train.engine.layout import Share, StepSampler
 from prunetune.train.engine.lengths import lengths_of_settings
 from prunetune.train.float8 import use_float8
-from prunetune.train.freeze import freeze_all_but_projector
+from prunetune.train.freeze import freeze_all_but_projector, wrapped
 from prunetune.train.held_out import split, supervised_tokens
 from prunetune.train.objectives.aim import scales_of
 from prunetune.train.objectives.start import aim_of, check_objective
@@ -309,7 +308,7 @@ def _swept(config: RecalibrateConfig, rates: Sequence[float]) -> tuple[Sweep, Re
     check_objective(config)
     aim = aim_of(config, arm, formatter, data)
     engine = aim.engine
-    peft_model = wrap_projector(arm.model, config.train.trainable)
+    peft_model = wrapped(arm.model, config.train)
     freeze_all_but_projector(peft_model)
     if aim.anchor is not None:
         aim.anchor.hold(peft_model)

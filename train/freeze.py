@@ -1,4 +1,4 @@
-"""The explicit freeze step: say what trains, and stop unless it is exactly the projector."""
+"""The explicit freeze step: what trains by the configuration, said, and stopped unless it is exactly the projector."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from peft import PeftModel
 from torch import Tensor, nn
 
+from prunetune.configs import ConfigError, TrainConfig
+from prunetune.models.adapter import wrap_low_rank, wrap_projector
 from prunetune.models.loading import CheckpointError
 from prunetune.pruning.families import family_of
 
@@ -28,6 +30,22 @@ class FrozenReport:
         return lines
 
 
+def wrapped(model: nn.Module, config: TrainConfig) -> PeftModel:
+    """Return the model under PEFT with what ``train.variant`` says to train.
+
+    Raises:
+        ConfigError, CheckpointError: if the projector has none of it.
+    """
+    if config.variant == "full":
+        return wrap_projector(model, config.trainable)
+    if config.trainable is not None:
+        raise ConfigError(
+            f"train.variant {config.variant} changes the projector's linear layers, and train.trainable names modules; "
+            "leave one of the two out"
+        )
+    return wrap_low_rank(model, config.lora_rank)
+
+
 def parameter_count(parameter: Tensor) -> int:
     """Return a parameter's size, also when DeepSpeed ZeRO-3 holds it in pieces."""
     # There the parameter itself has no elements; DeepSpeed notes how many it would have.
@@ -35,7 +53,7 @@ def parameter_count(parameter: Tensor) -> int:
 
 
 def freeze_all_but_projector(peft_model: PeftModel) -> FrozenReport:
-    """Check that the projector, the whole projector and nothing else trains.
+    """Check that the projector, the whole projector and nothing else trains, or low-rank changes of it alone.
 
     Raises:
         CheckpointError: if the trainable set is empty or differs from the projector, naming the difference.
@@ -48,13 +66,15 @@ def freeze_all_but_projector(peft_model: PeftModel) -> FrozenReport:
     for name, parameter in model.named_parameters():
         module, is_projector = _module_of(name, projectors)
         in_copy = ".modules_to_save.default." in name  # PEFT trains a copy and leaves the original beside it
-        if in_copy and is_projector:
+        low_rank = ".lora_" in name
+        if (in_copy or low_rank) and is_projector:
             expected.add(name)
         if parameter.requires_grad:
             actual.add(name)
         if ".original_module." in name or (in_copy and not parameter.requires_grad):
             continue  # neither is a part of the model that runs
         group = trainable if parameter.requires_grad else modules
+        module += " (low-rank)" if low_rank else ""
         group[module] = group.get(module, 0) + parameter_count(parameter)
     if not actual:
         raise CheckpointError(

@@ -13,11 +13,39 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prunetune.models.adapter import unwrapped_projector
+from prunetune.models.adapter import low_rank_scales, unwrapped_projector
 from prunetune.pruning.hooks import is_partitioned
 
 
 def gathered_projector(peft_model: PeftModel) -> dict[str, Tensor]:
+    """Return the projector as it is trained by its names in the unwrapped model, on every rank, also under ZeRO-3.
+
+    Raises:
+        RuntimeError: as :func:`gathered_weights` does.
+    """
+    return projector_of(peft_model, gathered_weights(peft_model))
+
+
+def projector_of(peft_model: PeftModel, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the whole projector that trained weights make: they are it, or are added to it; all ranks call this.
+
+    Args:
+        peft_model: what is trained.
+        trained: its trained weights, by the names of :func:`trained_parameters`, on the CPU.
+    """
+    scales = low_rank_scales(peft_model)
+    if not scales:
+        return dict(trained)
+    own = unwrapped_projector(peft_model)
+    with whole(list(own.values())):
+        tensors = {name: parameter.detach().cpu().float().clone() for name, parameter in own.items()}
+    for name, scale in scales.items():
+        down, up = (trained[f"{name}.lora_{part}.default.weight"].float() for part in "AB")
+        tensors[f"{name}.weight"] += scale * (up @ down)
+    return tensors
+
+
+def gathered_weights(peft_model: PeftModel) -> dict[str, Tensor]:
     """Return the trained tensors by their name in the unwrapped model, on every rank, also under ZeRO-3.
 
     They are DeepSpeed's float32 weights, of which a half-precision model runs with a rounded copy: most of a small

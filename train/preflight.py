@@ -12,13 +12,12 @@ from prunetune.data_recipes.formats import LlavaJsonRecipe
 from prunetune.data_recipes.llava_json import check_sources, read_records
 from prunetune.data_recipes.recipe import read_recipe
 from prunetune.data_recipes.sample import DataError
-from prunetune.models import wrap_projector
 from prunetune.models.blueprint import check_model
 from prunetune.models.profile import resolved
 from prunetune.train.deepspeed_settings import zero_stage
 from prunetune.train.elastic import hardest_of_each, settings_of
 from prunetune.train.float8 import check_float8
-from prunetune.train.freeze import freeze_all_but_projector
+from prunetune.train.freeze import freeze_all_but_projector, wrapped
 from prunetune.train.objectives.start import check_objective
 from prunetune.train.start_from import Start
 from prunetune.train.tracking import wandb_mode
@@ -57,7 +56,7 @@ def check_before_launch(config: RecalibrateConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the libraries' about one another
         model = check_model(config.model, config.pruning, hardest_of_each(settings))
-        freeze_all_but_projector(wrap_projector(model, config.train.trainable))
+        freeze_all_but_projector(wrapped(model, config.train))
 
 
 def _check_device(config: RecalibrateConfig) -> None:

@@ -18,7 +18,7 @@ from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_ya
 from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes import DataError, Formatter
 from prunetune.errors import PrunetuneError
-from prunetune.models import Arm, wrap_projector, write_adapter
+from prunetune.models import Arm, write_adapter
 from prunetune.models.code import code_record
 from prunetune.models.features import FeatureFormatter, FeatureStore
 from prunetune.models.profile import resolved
@@ -43,7 +43,7 @@ from prunetune.train.checkpoints import (
 from prunetune.train.deepspeed_settings import zero_stage
 from prunetune.train.elastic import settings_of, told
 from prunetune.train.ema import MeanCallback, RunningMean
-from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
+from prunetune.train.freeze import FrozenReport, freeze_all_but_projector, wrapped
 from prunetune.train.launchers import complete_environment
 from prunetune.train.masters import StartCallback, gathered_projector
 from prunetune.train.objectives.aim import Aim
@@ -149,7 +149,7 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     formatter = formatter_of(config, arm, looked)
     # Before PEFT has the model: the teacher shares its weights, and has the original projector.
     aim = aim_of(config, arm, formatter, run.data, zero_stage(config.train.deepspeed) == 3)
-    peft_model = wrap_projector(arm.model, config.train.trainable)
+    peft_model = wrapped(arm.model, config.train)
     announce(run, freeze_all_but_projector(peft_model))
     weights = Weights.of(run, arm, peft_model)
     trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with, aim, weights)
