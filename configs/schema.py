@@ -158,7 +158,7 @@ class ObjectiveConfig(Section):
         default_factory=lambda: {"ce": 1.0},
         description="weight of each term: ce (cross entropy of the answers, as the papers), gce (generalised cross "
         "entropy, which gives up on answers that can't be seen), kl (the teacher's distribution), hidden (the "
-        "teacher's hidden states at text positions behind the image), feature (the mean of the visual tokens that reach "
+        "teacher's hidden states at text positions behind the image), feature (the mean of the visual tokens before "
         "the LLM), anchor (distance of the weights to the original projector's)",
     )
     gce_q: float = Field(0.7, gt=0, le=1, description="q of gce, (1 - p^q) / q; towards 0 it is ce")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,9 @@ from prunetune.models.card import license_of
 from prunetune.models.code import code_record
 from prunetune.models.hashes import tensor_hash
 from prunetune.models.record import FORMAT, portable
+from prunetune.models.seal import SEAL
 from prunetune.plugins import plugin_records
+from prunetune.train.objectives.stored import read_index
 from prunetune.train.tracking import Tracker
 
 
@@ -53,9 +56,12 @@ def run_record(
     for section, name in ((model, "path"), (model, "template"), (pruning, "text_tower"), (train, "deepspeed")):
         section[name] = portable(section[name])
     # Records of the papers' objective stay, to the byte.
-    objective = {}
+    objective: dict[str, Any] = {}
     if config.objective != ObjectiveConfig():
         objective = {"objective": config.objective.model_dump()}
+        if config.objective.teacher is not None:
+            objective["objective"]["teacher"] = portable(config.objective.teacher)
+            objective["teacher"] = read_index(Path(config.objective.teacher))[SEAL]
     return {
         "format": FORMAT,
         "base_model": model["path"],

@@ -17,6 +17,7 @@ from prunetune.outputs.kinds import (
     FEATURES,
     RATE,
     RECALIBRATION,
+    TEACHER,
     VISUALIZATION,
     Kind,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "RATE",
     "RECALIBRATION",
     "SHARED",
+    "TEACHER",
     "VISUALIZATION",
     "Kind",
     "OutputError",

@@ -25,7 +25,6 @@ from prunetune.train.engine.tower import stopped, unread_layers
 from prunetune.train.flops import Work, sequences
 from prunetune.train.measured import RunNumbers
 
-
 Places = tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
 """Rows and columns."""
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from prunetune.configs.schema import EngineConfig
 from prunetune.models import Arm
-from prunetune.models.arm import with_own_projector
-from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.head import Scores
 from prunetune.train.engine.reading import Reads
@@ -39,8 +37,8 @@ class LiveScores:
 class LiveTeacher:
     """Runs the teacher on every batch, without a gradient, before the model itself.
 
-    It shares every tensor with the model but the projector, so it is to be made before PEFT or DeepSpeed have the model,
-    and before another projector is put into it; float8 layers, which replace the model's own, leave it as it is.
+    It shares every tensor with the model but the projector, so it is to be made before PEFT or DeepSpeed have the
+    model, and before another projector is put into it; float8 layers, which replace the model's own, leave it as it is.
 
     Args:
         arm: the model with the original projector.
@@ -50,8 +48,8 @@ class LiveTeacher:
     """
 
     def __init__(self, arm: Arm, config: EngineConfig, reads: Reads, prefix: Int[Tensor, " P"] | None = None) -> None:
-        self.model = with_own_projector(arm.model).eval().requires_grad_(False)
-        pruned = PrunedModel(self.model, PruningSpec(), arm.processor.tokenizer)
+        pruned = arm.untouched().pruned
+        self.model = pruned.model.eval().requires_grad_(False)
         switches = config.model_copy(update={"project_kept": False})  # all of them are
         self.engine = Engine(pruned, switches, prefix, reads)
         self._head = head_of(pruned, config, partitioned=False)

@@ -41,8 +41,8 @@ def gce(logits: Float[Tensor, "n V"], targets: Int[Tensor, " n"], q: float) -> F
 def kl(logits: Float[Tensor, "n V"], teacher: Float[Tensor, "n V"], temperature: float = 1.0) -> Float[Tensor, ""]:
     """Return T^2 times the sum of KL(teacher || student), of distributions softened by the temperature T.
 
-    With t and s the softmax of teacher's and student's logits over T, a position adds T^2 sum_v t_v (log t_v - log s_v);
-    T^2 keeps the size of the gradient (Hinton et al. 2015).
+    With t and s the softmax of teacher's and student's logits over T, a position adds
+    T^2 sum_v t_v (log t_v - log s_v); T^2 keeps the size of the gradient (Hinton et al. 2015).
     """
     student = functional.log_softmax(wide(logits) / temperature, dim=-1)
     taught = functional.log_softmax(wide(teacher) / temperature, dim=-1)
