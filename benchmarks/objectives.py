@@ -114,9 +114,8 @@ def main() -> None:
                 if turn:  # the first is for what is only set up
                     times[name].append(took)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    print(
-        f"tiny VLM, {BATCH} samples, divprune at {options.keep} of 144 tokens, one core: ce {1e3 * medians['ce']:.0f} ms"
-    )
+    told = f"{BATCH} samples, divprune at {options.keep} of 144 tokens, one core"
+    print(f"tiny VLM, {told}: ce {1e3 * medians['ce']:.0f} ms")
     print("| objective | step, relative to ce |\n| --- | ---: |")
     for name, median in medians.items():
         print(f"| {name} | {median / medians['ce']:.2f} |")

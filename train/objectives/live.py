@@ -57,7 +57,9 @@ class LiveTeacher:
     @contextmanager
     def attached(self, device: torch.device | str) -> Iterator[None]:
         """While open, the teacher can be asked; what of it is its own is moved to a device."""
-        self.model.to(device)  # type: ignore[arg-type] # a string is as good as a device
+        # Quantised weights are where they belong, and do not move.
+        if any(tensor.device != torch.device(device) for tensor in [*self.model.parameters(), *self.model.buffers()]):
+            self.model.to(device)  # type: ignore[arg-type] # a string is as good as a device
         with self.engine.attached(), self.engine.own_head(self._head):
             yield
 

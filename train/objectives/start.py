@@ -67,8 +67,8 @@ def check_objective(config: RecalibrateConfig) -> None:
         return
     if objective.teacher_reads is not None and config.objective.teacher is None:
         raise ConfigError(
-            f"objective.terms {objective.told()} run the teacher beside the model, and ZeRO-3 holds the weights that they "
-            "share in pieces; set objective.teacher to outputs of `prunetune teach`, or train.deepspeed to zero2"
+            f"objective.terms {objective.told()} run the teacher beside the model, and ZeRO-3 holds the weights "
+            "they share in pieces; set objective.teacher to outputs of `prunetune teach`, or train.deepspeed to zero2"
         )
     if "anchor" in objective.weights:
         raise ConfigError(

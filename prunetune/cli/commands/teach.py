@@ -2,6 +2,7 @@
 
 import click
 
+from prunetune.cli.options import at_least_one
 from prunetune.cli.schema import SchemaCommand, config_option
 from prunetune.configs import RecalibrateConfig
 from prunetune.screen import libraries_in
@@ -34,9 +35,11 @@ command = SchemaCommand(
     callback=run,
     params=[
         config_option(required=True),
-        click.Option(["--top"], type=click.IntRange(min=1), default=32, help="likeliest words stored of a position"),
+        click.Option(
+            ["--top"], type=int, callback=at_least_one, default=32, help="likeliest words stored of a position"
+        ),
         click.Option(["--hidden"], is_flag=True, help="store hidden states at text positions, in float16"),
-        click.Option(["--batch-size"], type=click.IntRange(min=1), default=16, help="samples at once"),
+        click.Option(["--batch-size"], type=int, callback=at_least_one, default=16, help="samples at once"),
     ],
     help=run.__doc__,
 )
