@@ -20,6 +20,7 @@ from prunetune.outputs.kinds import (
     RATE,
     RECALIBRATION,
     SOUP,
+    TEACHER,
     VISUALIZATION,
     Kind,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "RECALIBRATION",
     "SHARED",
     "SOUP",
+    "TEACHER",
     "VISUALIZATION",
     "Kind",
     "OutputError",

@@ -106,6 +106,9 @@ COMPARISON = Kind(
 FEATURES = Kind("feature cache", ("features.json", "features-#.safetensors", "libraries.log"), last="features.json")
 
 
+TEACHER = Kind("teacher", ("teacher.json", "teacher-#.safetensors", "libraries.log"), last="teacher.json")
+
+
 VISUALIZATION = Kind("visualization", ("libraries.log",), (("kept_00.png", "PNG"),))
 ANSWERS = Kind("figure of answers", ("answers.png",))
 RATE = Kind("learning-rate sweep", ("lr_finder.json", "lr_finder.png", "libraries.log"))
