@@ -71,8 +71,8 @@ def steps(folder: Path, count: int, pruner: str, stored: PruningSpec) -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     for part in ("step", "batch"):
         without, with_it = medians[f"{part} pixels"], medians[f"{part} features"]
-        print(f"tiny VLM, {pruner} 16, {part} of {BATCH}: {1e3 * without:.0f} ms from pixels, {1e3 * with_it:.0f} ms from features, "
-              f"{without / with_it:.2f} x")  # fmt: skip
+        print(f"tiny VLM, {pruner} 16, {part} of {BATCH}: {1e3 * without:.0f} ms from pixels, "
+              f"{1e3 * with_it:.0f} ms from features, {without / with_it:.2f} x")  # fmt: skip
 
 
 def step(arm: Arm, batch: dict[str, Any]) -> None:
@@ -111,7 +111,8 @@ def reading(
     shard = Shard(path)
     each = path.stat().st_size / images
     print(f"LLaVA-1.5, K = {keep}{' of all tokens' * all_tokens}: {each / 1024:.1f} KiB an image, "
-          f"{rows.nbytes / 1024:.0f} of them features; written at {path.stat().st_size / writing / 1e6:.0f} MB/s")  # fmt: skip
+          f"{rows.nbytes / 1024:.0f} of them features; "
+          f"written at {path.stat().st_size / writing / 1e6:.0f} MB/s")  # fmt: skip
     draw = random.Random(0)
     batches = [[(shard, draw.randrange(images)) for _ in range(16)] for _ in range(100)]
     taken = seconds(lambda: [stored_images(batch, [0] * len(batch), [{}], shard) for batch in batches])

@@ -37,6 +37,7 @@ ANEW = [
     PruningSpec("fps", "10%"),
     PruningSpec("crisprune", 16, TEXT_ALONE),  # reads the question
     PruningSpec("trimtokenator", 12),
+    PruningSpec("cdpruner", 16, text_tower=str(TINY_VLM / "clip")),
 ]
 
 
@@ -145,6 +146,19 @@ def test_an_elastic_batch_equals_the_one_from_pixels(base, tmp_path, choose_with
             torch.testing.assert_close(own[name], other[name], rtol=1e-5, atol=1e-6)
     moved = not torch.equal(kept[0][0][2], kept[2][0][2])
     assert moved == (choose_with == "tuned")  # divprune's row
+
+
+def test_what_reads_the_tower_is_stored_if_it_goes_by_the_original_projector(base, tmp_path):
+    spec = PruningSpec("adaptive", 16, choose_with="original")
+    arm = unshared(base, spec)
+    store = FeatureStore.open(made(tmp_path / "cache", base.with_pruning(spec), [spec]), arm, trains=True)
+    with torch.no_grad():
+        for parameter in arm.model.base_model.multi_modal_projector.parameters():
+            parameter *= 1.5
+    samples = some_samples()
+    cached = arm.pruned.prepare(FeatureFormatter(store, arm).training_batch(samples))
+    plain = arm.pruned.prepare(arm.formatter(SceneImages()).training_batch(samples))
+    assert torch.equal(cached.keep, plain.keep) and cached.kept == plain.kept
 
 
 def test_choices_of_the_two_projectors_are_never_mixed(base, tmp_path):
