@@ -37,16 +37,22 @@ BATCH = 32
 QUESTION = Turn("what number is shown ?", "4 7")
 
 
-def steps(folder: Path, count: int) -> None:
-    """Print the time of a step of the tiny VLM with and without features, data loading included."""
-    arm = Arm.load(
-        ModelConfig(path=shipped("assets/tiny_vlm"), dtype="float32"), PruningSpec("prismprune", 16), None, "cpu"
-    )
+def steps(folder: Path, count: int, pruner: str, stored: PruningSpec) -> None:
+    """Print the time of a step of the tiny VLM with and without features, data loading included.
+
+    Args:
+        folder: where the features go.
+        count: steps of each kind.
+        pruner: of 16 tokens.
+        stored: what of the images is stored: what the pruner keeps, or all tokens, from which it chooses.
+    """
+    model = ModelConfig(path=shipped("assets/tiny_vlm"), dtype="float32")
+    arm = Arm.load(model, PruningSpec(pruner, 16), None, "cpu")
     samples = [Sample(str(seed), "vg", f"scene:{10_000_000 + seed}", (QUESTION,)) for seed in range(BATCH)]
     data = FeatureData("scenes", samples, SceneImages())
-    with OutputFolder(folder / "tiny", FEATURES) as output:
-        make_features(output, arm, [arm.spec], data, Ranks())
-    store = FeatureStore.open(folder / "tiny", arm, data, trains=True)
+    with OutputFolder(folder / pruner, FEATURES) as output:
+        make_features(output, arm, [stored], data, Ranks())
+    store = FeatureStore.open(folder / pruner, arm, data, trains=True)
     plain, cached = arm.formatter(SceneImages()), FeatureFormatter(store, arm)
     arm.model.requires_grad_(False).train()
     for parameter in projector_state(arm.model, keep_vars=True).values():
@@ -65,7 +71,7 @@ def steps(folder: Path, count: int) -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     for part in ("step", "batch"):
         without, with_it = medians[f"{part} pixels"], medians[f"{part} features"]
-        print(f"tiny VLM, {part} of {BATCH}: {1e3 * without:.0f} ms from pixels, {1e3 * with_it:.0f} ms from features, "
+        print(f"tiny VLM, {pruner} 16, {part} of {BATCH}: {1e3 * without:.0f} ms from pixels, {1e3 * with_it:.0f} ms from features, "
               f"{without / with_it:.2f} x")  # fmt: skip
 
 
@@ -81,20 +87,31 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def reading(folder: Path, images: int, keep: int = 64, count: int = 576, width: int = 1024) -> None:
-    """Print disk and reading time of LLaVA-1.5's shape: bfloat16 features of random numbers."""
+def reading(
+    folder: Path, images: int, keep: int = 64, count: int = 576, width: int = 1024, all_tokens: bool = False
+) -> None:
+    """Print disk and reading time of LLaVA-1.5's shape: bfloat16 features of random numbers.
+
+    Args:
+        folder: where the features go.
+        images: how many.
+        keep: tokens that are read of each.
+        count: tokens that each has.
+        width: of a token.
+        all_tokens: store all tokens, of which some are read, and not these alone.
+    """
     entries = []
     for number in range(images):
         at = torch.randperm(count)[:keep].sort().values
-        rows = torch.randn(keep, width).bfloat16()
-        kept = KeptImage(count, rows, [KeptOf(at, torch.arange(keep))])
+        rows = torch.randn(count if all_tokens else keep, width).bfloat16()
+        kept = KeptImage(count, rows, [KeptOf(at, at if all_tokens else torch.arange(keep))])
         entries.append(Entry(number.to_bytes(16, "big"), (640, 480), bytes(16), kept))
     path = folder / "features-00000.safetensors"
     writing = seconds(lambda: write_shard(path, entries, None, [False], ""))
     shard = Shard(path)
     each = path.stat().st_size / images
-    print(f"LLaVA-1.5, K = {keep}: {each / 1024:.1f} KiB an image, {keep * width * 2 / 1024:.0f} of them features; "
-          f"written at {path.stat().st_size / writing / 1e6:.0f} MB/s")  # fmt: skip
+    print(f"LLaVA-1.5, K = {keep}{' of all tokens' * all_tokens}: {each / 1024:.1f} KiB an image, "
+          f"{rows.nbytes / 1024:.0f} of them features; written at {path.stat().st_size / writing / 1e6:.0f} MB/s")  # fmt: skip
     draw = random.Random(0)
     batches = [[(shard, draw.randrange(images)) for _ in range(16)] for _ in range(100)]
     taken = seconds(lambda: [stored_images(batch, [0] * len(batch), [{}], shard) for batch in batches])
@@ -108,8 +125,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        steps(Path(folder), options.steps)
+        steps(Path(folder), options.steps, "prismprune", PruningSpec("prismprune", 16))
+        steps(Path(folder), options.steps, "divprune", PruningSpec())
         reading(Path(folder), options.images)
+        reading(Path(folder), options.images // 4, all_tokens=True)
 
 
 if __name__ == "__main__":

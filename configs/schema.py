@@ -179,6 +179,11 @@ class ObjectiveConfig(Section):
         description="folder of the teacher's outputs made by `prunetune teach`; None runs the teacher beside the model",
     )
 
+    @property
+    def asks_dense_model(self) -> bool:
+        """Whether the dense model runs beside the one that trains, on all visual tokens."""
+        return self.teacher is None and any(self.terms.get(term) for term in ("kl", "hidden", "feature"))
+
     @field_validator("terms")
     @classmethod
     def _some_term(cls, terms: dict[str, float]) -> dict[str, float]:

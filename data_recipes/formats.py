@@ -67,6 +67,14 @@ class Recipe(BaseModel):
             DataError: for a file or record that can't be used.
         """
 
+    def open_questions(self, file: str | None, image_root: str | None) -> tuple[Dataset, ImageOpener]:
+        """Return all rows as :meth:`open_rows` does; a format that reads questions without answers returns those.
+
+        Raises:
+            DataError: as :meth:`open_rows`.
+        """
+        return self.open_rows(file, image_root)
+
 
 class LlavaJsonRecipe(Recipe):
     """Conversations in LLaVA's format, filtered by source."""
@@ -96,9 +104,20 @@ class LlavaJsonRecipe(Recipe):
         Raises:
             DataError: for a file or record that can't be used.
         """
+        return self._opened(file, image_root, questions=False)
+
+    def open_questions(self, file: str | None, image_root: str | None) -> tuple[Dataset, ImageOpener]:
+        """Return the rows with what is asked alone, whether it is answered or not.
+
+        Raises:
+            DataError: as :meth:`open_rows`.
+        """
+        return self._opened(file, image_root, questions=True)
+
+    def _opened(self, file: str | None, image_root: str | None, questions: bool) -> tuple[Dataset, ImageOpener]:
         path = self.data_file(file, image_root)
         check_sources(self.sources or ())
-        rows = _cached_rows(path, self.sources)
+        rows = _cached_rows(path, self.sources, questions)
         embedded = _any_in_file(rows)
         return rows, ParquetImages(parquet_rows(path)) if embedded else FolderVisuals(image_root, self.video)
 
@@ -110,7 +129,7 @@ def _any_in_file(rows: Dataset) -> bool:
     return bool(pc.any(pc.starts_with(column(rows, "image"), ROW)).as_py())
 
 
-def _cached_rows(path: Path, sources: list[str] | None) -> Dataset:
+def _cached_rows(path: Path, sources: list[str] | None, questions: bool) -> Dataset:
     files: list[Path] = []
     if path.is_dir():
         files = sorted(path.rglob("*"))
@@ -128,29 +147,30 @@ def _cached_rows(path: Path, sources: list[str] | None) -> Dataset:
         "turns": [{"question": text, "answer": text}],
         "broken": text,
     }
+    options: dict[str, Any] = {
+        "path": str(path.resolve()),
+        "sources": None if sources is None else tuple(sources),  # lists are taken for shards
+        "version": f"{PARSER_VERSION} {state}",
+    }
+    if questions:  # a key of its own, which files that were read before need not have
+        options["questions"] = True
     try:
-        return Dataset.from_generator(
-            _llava_rows,
-            features=Features(features),
-            gen_kwargs={
-                "path": str(path.resolve()),
-                "sources": None if sources is None else tuple(sources),  # lists are taken for shards
-                "version": f"{PARSER_VERSION} {state}",
-            },
-        )
+        return Dataset.from_generator(_llava_rows, features=Features(features), gen_kwargs=options)
     except DatasetGenerationError as error:
         cause = error.__cause__
         raise cause if isinstance(cause, DataError) else error from None
 
 
-def _llava_rows(path: str, sources: tuple[str, ...] | None, version: str) -> Iterator[dict[str, Any]]:
+def _llava_rows(
+    path: str, sources: tuple[str, ...] | None, version: str, questions: bool = False
+) -> Iterator[dict[str, Any]]:
     """Yield rows; ``version`` is part of the cache's key, so that an edited file is read again.
 
     Raises:
         DataError: for a file that can't be used, or has no record of the sources.
     """
     empty = True
-    for sample in read_llava(path, sources):
+    for sample in read_llava(path, sources, questions):
         empty = False
         if isinstance(sample, BrokenRecord):
             # By the file's name alone: what is left out stands in records, which say nothing of the machine.

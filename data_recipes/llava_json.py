@@ -97,7 +97,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, row {number}", record
 
 
-def parse_record(record: Any, where: str, sources: Sequence[str] | None) -> Sample | None:
+def parse_record(record: Any, where: str, sources: Sequence[str] | None, questions: bool = False) -> Sample | None:
     """Return a record as a sample, or None if its source is not asked for.
 
     A first message that is not the human's is dropped, as LLaVA's own preprocessing does.
@@ -106,6 +106,7 @@ def parse_record(record: Any, where: str, sources: Sequence[str] | None) -> Samp
         record: ``{"id", "image"? or "video"?, "conversations": [{"from", "value"}, ...]}``.
         where: file and position, for messages.
         sources: keys of ``PREFIXES``, "text" or "video"; None takes everything, whatever its prefix.
+        questions: read what the human asks alone; answers may be there or not.
 
     Raises:
         BrokenRecord: for a record that is no conversation.
@@ -133,7 +134,8 @@ def parse_record(record: Any, where: str, sources: Sequence[str] | None) -> Samp
         return None
     reference = image if video is None else f"{VIDEO}{video}"
     messages = record["conversations"] if video is None else _with_one_placeholder(record["conversations"])
-    turns = tuple(_turns(messages, where, has_image=reference is not None))
+    read = _questions if questions else _turns
+    turns = tuple(read(messages, where, has_image=reference is not None))
     sample = Sample(str(name), source, reference, turns)
     _check_text(sample, where)
     return sample
@@ -165,10 +167,12 @@ def check_sources(sources: Sequence[str]) -> None:
         raise DataError(f"unknown sources {sorted(unknown)}; there are {known}")
 
 
-def read_llava(path: str | Path, sources: Sequence[str] | None) -> Iterator[Sample | BrokenRecord]:
+def read_llava(
+    path: str | Path, sources: Sequence[str] | None, questions: bool = False
+) -> Iterator[Sample | BrokenRecord]:
     """Yield the samples of ``sources`` in file order, and what is wrong with a record that is none; ids are numbered.
 
-    The published mix holds several conversations per VG image under one id.
+    The published mix holds several conversations per VG image under one id. With ``questions`` turns have no answer.
 
     Raises:
         DataError: for a file, source, prefix or image path that can't be used, naming it.
@@ -177,7 +181,7 @@ def read_llava(path: str | Path, sources: Sequence[str] | None) -> Iterator[Samp
     seen: dict[tuple[str, str], int] = {}
     for where, record in read_records(path):
         try:
-            sample = parse_record(record, where, sources)
+            sample = parse_record(record, where, sources, questions)
         except BrokenRecord as error:
             yield error
             continue
@@ -219,7 +223,11 @@ def _turns(messages: list[Any], where: str, has_image: bool) -> Iterator[Turn]:
     # LLaVA's preprocessing drops a first message that is not the human's, and it alone.
     first = 1 if messages and messages[0].get("from") == "gpt" else 0
     if len(messages) == first or (len(messages) - first) % 2:
-        raise BrokenRecord(f"{where}: a conversation alternates human and gpt messages, got {len(messages)} messages")
+        asks = len(messages) > first and messages[-1].get("from") == "human"
+        raise BrokenRecord(
+            f"{where}: a conversation alternates human and gpt messages, got {len(messages)} messages"
+            + (", the last a question without an answer: `prunetune answers` writes the model's own" if asks else "")
+        )
     placeholders = 0
     for index in range(first, len(messages), 2):
         asked, answered = messages[index], messages[index + 1]
@@ -231,12 +239,31 @@ def _turns(messages: list[Any], where: str, has_image: bool) -> Iterator[Turn]:
         placeholders += asked["value"].count(_IMAGE)
         if _IMAGE in answered["value"]:
             raise PlaceholderError(f"{where}: message {index + 1}, an answer, holds {_IMAGE}")
-        # As LLaVA does: the turn of the image is stripped, and no other; its chat template breaks the line.
-        question = asked["value"]
-        if _IMAGE in question:
-            question = question.replace(_IMAGE, "").strip()
-        yield Turn(question, answered["value"])
+        yield Turn(_without_placeholder(asked["value"]), answered["value"])
+    _check_placeholders(placeholders, messages[first], where, has_image)
+
+
+def _questions(messages: list[Any], where: str, has_image: bool) -> Iterator[Turn]:
+    """Yield what the human asks, without the answers that may be there."""
+    placeholders = 0
+    asked = [message for message in messages if isinstance(message, dict) and message.get("from") == "human"]
+    if not asked:
+        raise BrokenRecord(f"{where}: no message is from 'human', so nothing is asked")
+    for message in asked:
+        if not isinstance(message.get("value"), str):
+            raise BrokenRecord(f"{where}: a question has no text `value`")
+        placeholders += message["value"].count(_IMAGE)
+        yield Turn(_without_placeholder(message["value"]), None)
+    _check_placeholders(placeholders, asked[0], where, has_image)
+
+
+def _without_placeholder(question: str) -> str:
+    # As LLaVA does: the turn of the image is stripped, and no other; its chat template breaks the line.
+    return question.replace(_IMAGE, "").strip() if _IMAGE in question else question
+
+
+def _check_placeholders(placeholders: int, first: Any, where: str, has_image: bool) -> None:
     if placeholders != int(has_image):
         raise PlaceholderError(f"{where}: {placeholders} {_IMAGE} placeholders, but {int(has_image)} image")
-    if has_image and _IMAGE not in messages[first]["value"]:
+    if has_image and _IMAGE not in first["value"]:
         raise PlaceholderError(f"{where}: {_IMAGE} must be in the first human message")

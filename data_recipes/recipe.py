@@ -115,6 +115,7 @@ def load_recipe(
     max_missing: float | None = None,
     max_broken: float | None = None,
     max_pixels: int | None = None,
+    questions: bool = False,
 ) -> RecipeData:
     """Read a recipe's samples, check that their images are there, and draw the subset.
 
@@ -128,12 +129,13 @@ def load_recipe(
             the recipe's, or 1 %.
         max_broken: the same of records that are no conversation.
         max_pixels: largest image that is decoded; None is the opener's own limit.
+        questions: read what is asked alone, answered or not; nothing is held out then.
 
     Raises:
         DataError: for anything that can't be read, too many missing images or broken records.
     """
     recipe = read_recipe(name)
-    rows, images = recipe.open_rows(file, image_root)
+    rows, images = (recipe.open_questions if questions else recipe.open_rows)(file, image_root)
     if seed is None:
         seed = recipe.seed
     max_samples = max_samples or recipe.max_samples
@@ -143,7 +145,7 @@ def load_recipe(
     order = _thinned(recipe, column(rows, "source"), seed)
     held_out = None
     # Before the subset is drawn, so that a smaller subset holds out the same images.
-    if recipe.held_out:
+    if recipe.held_out and not questions:
         held = _held_out(recipe, column(rows, "image"), order, seed)
         held_out = rows.select(order[held])
         order = order[~held]

@@ -186,6 +186,13 @@ class Arm:
         """Return an arm of the same weights with another pruner or budget."""
         return self._with(self.base, self.model, spec, self.adapter)
 
+    def untouched(self) -> Arm:
+        """Return an arm that keeps all visual tokens, with a projector of its own, which stays as it is now.
+
+        Every other weight is shared, so it is to be made before PEFT or DeepSpeed have the model.
+        """
+        return self._with(self.base, with_own_projector(self.model), PruningSpec(), self.adapter)
+
     @property
     def pruning(self) -> PruningSpec:
         """The pruning as it runs, and as records hold it: with the options of the profile filled in."""

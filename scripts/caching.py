@@ -67,7 +67,7 @@ def cache(
     data = data_of(settings)
     arm = Arm.load(settings.model, prunings[0], getattr(settings, "adapter", None))
     if isinstance(settings, RecalibrateConfig):
-        all_tokens = all_tokens or has_teacher(settings)
+        all_tokens = all_tokens or settings.objective.asks_dense_model
         prunings, anew = stored_before_training(arm, prunings)
         if anew and ranks.is_zero:
             say(f"{', '.join(anew)} choose by the projector's output, so all tokens are stored, to choose from anew")
@@ -102,12 +102,6 @@ def prunings_of(
     for spec in found:
         spec.model_copy(update={"profile": None}).build()  # a wrong name stops here, before anything is loaded
     return found
-
-
-def has_teacher(settings: RecalibrateConfig) -> bool:
-    """Return whether a recalibration runs the dense model beside its own, which reads all tokens."""
-    objective = settings.objective
-    return objective.teacher is None and any(objective.terms.get(name) for name in ("kl", "hidden", "feature"))
 
 
 def stored_before_training(arm: Arm, prunings: Sequence[PruningSpec]) -> tuple[list[PruningSpec], list[str]]:

@@ -13,110 +13,202 @@ from prunetune.configs import (
     TrackingConfig,
     load_config,
 )
+from prunetune.data_recipes import load_recipe
 from prunetune.evaluation.report.arms import read_arm
+from prunetune.evaluation.report.compare import Row
 from prunetune.evaluation.report.table import to_markdown
-from prunetune.evaluation.run.visualize import visualize
+from prunetune.evaluation.run.answers import ShownArm, show_answers
+from prunetune.evaluation.run.features import feature_data
 from prunetune.models import Arm
-from prunetune.outputs import DEMO, RECALIBRATION, OutputFolder
+from prunetune.models.features import FeatureData, make_features
+from prunetune.models.ranks import join_ranks
+from prunetune.outputs import DEMO, FEATURES, OutputFolder
 from prunetune.pruning import PruningSpec
 from prunetune.screen import libraries_in, say
-from prunetune.scripts.launch import LOG, launch
+from prunetune.scripts.caching import stored_before_training
+from prunetune.scripts.launch import LOG, launch_several
 from prunetune.scripts.tracked import tracked_compare, tracked_evaluate
+from prunetune.train.elastic import settings_of
 
 METHODS = ("fastervlm", "vispruner", "prismprune", "divprune")
 BUDGETS = (36, 16)
-RECIPE = "recalibrate/tiny_divprune_16"
+KEEP = 16
+"""Visual tokens that are tuned for."""
+TASK = "tiny_world"
+ONE, MANY = "recalibrate/tiny_divprune_16", "recalibrate/tiny_elastic"
+"""Recalibrations for one pruner and budget, and for all."""
+RECIPE = "recipe.yaml"
+"""In the demo's folder: what projectors are recalibrated on."""
+CONTROL = "dense_control"
+ELASTIC = "elastic"
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many test scenes each arm answers, and how many samples the projector is recalibrated on."""
+    """How much is done.
+
+    Attributes:
+        scenes: test scenes that each arm answers questions about.
+        trained: scenes that projectors are recalibrated on, eight questions each.
+        steps: updates of a recalibration for one method.
+        elastic: updates of the one for all of them.
+        control: updates of the one without pruning.
+        methods: which are tuned one by one.
+    """
 
     scenes: int
-    samples: int
+    trained: int
+    steps: int
+    elastic: int
+    control: int
+    methods: tuple[str, ...] = METHODS
 
 
-FULL = Size(scenes=200, samples=16_000)
-QUICK = Size(scenes=60, samples=6_000)
+FULL = Size(scenes=200, trained=1_000, steps=125, elastic=125, control=30)
+QUICK = Size(scenes=60, trained=500, steps=45, elastic=20, control=6, methods=("divprune",))
 
 
 def run_demo(output: Path, quick: bool = False, overwrite: bool = False) -> None:
-    """Dense, four methods at two budgets, one recalibration on two CPU ranks, the same arm tuned, and the table.
+    """Dense, four methods, each recalibrated, one projector for all of them, a control, and the table.
 
     Args:
         output: folder of everything that is written; an older demo there is replaced, anything else is left alone.
-        quick: fewer test scenes and training samples.
+        quick: fewer test scenes and updates, and one method recalibrated instead of four.
         overwrite: use a folder that holds other files as well.
 
     Raises:
         OutputError: if the folder holds something else than a demo, is in use, or can't be written.
-        ConfigError: if the recalibration fails.
+        ConfigError: if a recalibration fails.
     """
     began = time.monotonic()
     with OutputFolder(output, DEMO, overwrite) as folder:
         folder.clear()
         with libraries_in(output / "libraries.log"):
-            _run(output, QUICK if quick else FULL, began)
+            _run(folder, QUICK if quick else FULL, began)
 
 
-def _run(output: Path, size: Size, began: float) -> None:
-    recipe = load_config(RecalibrateConfig, RECIPE)
-    limit = 8 * size.scenes
+def _run(folder: OutputFolder, size: Size, began: float) -> None:
+    output = folder.path
+    one, many = load_config(RecalibrateConfig, ONE), load_config(RecalibrateConfig, MANY)
+    dense = Arm.load(one.model, device="cpu")  # the one model of every arm below
 
-    say("\n== 1/4  dense and training-free")
-    dense = Arm.load(recipe.model, device="cpu")  # the one model of every arm below
-    arms = [_evaluate(output, "dense", dense, limit)]
+    say("\n== 1/5  the vision tower, once over all pictures")
+    specs = [PruningSpec(method, keep) for method in METHODS for keep in BUDGETS]
+    specs += [setting.spec for setting in settings_of(many.pruning, many.elastic)]
+    stored, _ = stored_before_training(dense, specs)
+    recipe = output / RECIPE
+    folder.write_text(RECIPE, _recipe(size.trained))
+    _features(output / "features" / "train", dense, stored, FeatureData.of_recipe(load_recipe(str(recipe))))
+    questions = feature_data([TASK], None, 8 * size.scenes, one.data.max_pixels, None)
+    _features(output / "features" / "test", dense, stored, questions)
+
+    say("\n== 2/5  dense and training-free")
+    arms = [_evaluate(output, "dense", dense, size)]
     for keep in BUDGETS:
         for method in METHODS:
-            arms.append(_evaluate(output, f"{method}_{keep}", dense.with_pruning(PruningSpec(method, keep)), limit))
+            arms.append(_evaluate(output, f"{method}_{keep}", dense.with_pruning(PruningSpec(method, keep)), size))
 
-    say("\n== 2/4  recalibrate the projector for divprune at 16 tokens, DeepSpeed on 2 CPU ranks")
-    _recalibrate(output / "recalibrate", size.samples)
+    say(f"\n== 3/5  recalibrate the projector, DeepSpeed on 2 CPU ranks: {', '.join(size.methods)} at {KEEP} tokens,")
+    say("        one for all methods and budgets, and without pruning as a control")
+    _recalibrate(folder, size)
 
-    say("\n== 3/4  tuned")
-    tuned = dense.with_pruning(recipe.pruning).with_adapter(output / "recalibrate" / "adapter")
-    arms.append(_evaluate(output, "divprune_16_tuned", tuned, limit))
+    say("\n== 4/5  tuned")
+    for method in METHODS:
+        arm = dense.with_pruning(PruningSpec(method, KEEP))
+        if method in size.methods:
+            arms.append(_evaluate(output, f"{method}_{KEEP}_tuned", arm.with_adapter(_adapter(output, method)), size))
+        arms.append(_evaluate(output, f"{method}_{KEEP}_elastic", arm.with_adapter(_adapter(output, ELASTIC)), size))
+        arms.append(_evaluate(output, f"{method}_{KEEP}_control", arm.with_adapter(_adapter(output, CONTROL)), size))
+    arms.append(_evaluate(output, "dense_elastic", dense.with_adapter(_adapter(output, ELASTIC)), size))
 
-    say("\n== 4/4  compare")
+    say("\n== 5/5  compare")
     rows = tracked_compare(arms, output / "comparison", TrackingConfig(wandb="offline", name="demo"), overwrite=True)
     print(to_markdown(rows))
-    specs = [PruningSpec(method, 16) for method in METHODS]
-    pictures = visualize(recipe.model, specs, "tiny_world", 4, output / "kept_tokens", arm=dense, overwrite=True)
-    gain = next(row for row in rows if row.gain is not None)
-    assert gain.gain is not None and gain.gain_interval is not None  # the tuned row has both
-    print(
-        f"Recalibrating {gain.label.split(' + ')[0]} at {gain.kept:g} of 144 visual tokens gains {gain.gain:+.1f} "
-        f"points (95 % interval {gain.gain_interval[0]:+.1f} to {gain.gain_interval[1]:+.1f}), "
-        f"{time.monotonic() - began:.0f} s in all."
-    )
+    _show(output, dense)
+    for row in rows:
+        if row.gain is not None and row.gain_interval is not None:
+            print(_told(row))
+    print(f"{time.monotonic() - began:.0f} s in all.")
     print(
         f"table        {output / 'comparison' / 'table.md'}\nplot         {output / 'comparison' / 'plot.png'}\n"
-        f"kept tokens  {pictures[0].parent}\nadapter      {output / 'recalibrate' / 'adapter'}\n"
-        f"W&B offline  {output / 'recalibrate' / 'wandb'}"
+        f"answers      {output / 'answers' / 'answers.png'}\nadapters     {output / 'recalibrate'}\n"
+        f"W&B offline  {output / 'recalibrate' / ELASTIC / 'wandb'}"
     )
 
 
-def _evaluate(output: Path, name: str, arm: Arm, limit: int) -> Path:
+def _features(place: Path, dense: Arm, specs: list[PruningSpec], data: FeatureData) -> None:
+    with OutputFolder(place, FEATURES, overwrite=True) as folder:  # whose it is was settled with the demo's
+        make_features(folder, dense, [*specs, PruningSpec()], data, join_ranks(), batch_size=32)
+
+
+def _evaluate(output: Path, name: str, arm: Arm, size: Size) -> Path:
     config = EvaluateConfig(
         model=arm.base.config,
         pruning=arm.spec,
         adapter=arm.adapter,
-        tasks=["tiny_world"],
-        limit=limit,
-        batch_size=80,
+        tasks=[TASK],
+        limit=8 * size.scenes,
+        batch_size=160,
         max_new_tokens=6,
+        features=str(output / "features" / "test"),
         output=str(output / "arms" / name),
-        overwrite=True,  # whose folder it is was settled with the demo's
+        overwrite=True,
     )
     folder = tracked_evaluate(config, arm)
     reached = read_arm(folder)
-    say(f"{name:<20} {reached.average().overall:.1f} % right at {reached.kept:g} of 144 tokens")
+    say(f"{name:<22} {reached.average().overall:.1f} % right at {reached.kept:g} of 144 tokens")
     return folder
 
 
-def _recalibrate(output: Path, samples: int) -> None:
-    arguments = ["--config", RECIPE, "--output", str(output), "--data.max_samples", str(samples)]
-    with OutputFolder(output, RECALIBRATION, overwrite=True) as folder:
-        status = launch(2, arguments, folder)
+def _recalibrate(folder: OutputFolder, size: Size) -> None:
+    """Recalibrate for each method, for all of them, and without pruning, in one launch."""
+    runs = []
+    for method in size.methods:
+        pruning = ["--pruning.pruner", method, "--pruning.keep", str(KEEP)]
+        runs.append(_arguments(folder.path, method, ONE, size.steps, *pruning))
+    runs.append(_arguments(folder.path, ELASTIC, MANY, size.elastic))
+    pruning = ["--pruning.pruner", "identity", "--pruning.keep", "100%"]
+    runs.append(_arguments(folder.path, CONTROL, ONE, size.control, *pruning))
+    status = launch_several(2, runs, folder)
     if status != 0:
-        raise ConfigError(f"the recalibration ended with status {status}; what it said is above and in {output / LOG}")
+        log = folder.path / LOG
+        raise ConfigError(f"a recalibration ended with status {status}; what it said is above and in {log}")
+
+
+def _recipe(scenes: int) -> str:
+    return f"name: tiny_world_demo\nformat: shapes_world\nsplit: recalibration\nscenes: {scenes}\n"
+
+
+def _arguments(output: Path, name: str, config: str, steps: int, *more: str) -> list[str]:
+    return [
+        *("--config", config, "--output", str(output / "recalibrate" / name)),
+        *("--data.recipe", str(output / RECIPE), "--features", str(output / "features" / "train")),
+        *("--train.max_steps", str(steps), "--train.save_steps", str(steps)),
+        *more,
+    ]
+
+
+def _adapter(output: Path, name: str) -> Path:
+    return output / "recalibrate" / name / "adapter"
+
+
+def _show(output: Path, dense: Arm) -> None:
+    """Draw what is asked, what stays of the picture, and what is answered before and after."""
+    arm = dense.with_pruning(PruningSpec("divprune", KEEP))
+    shown = [ShownArm("dense", dense, output / "arms" / "dense")]
+    for label, name in (("training-free", ""), ("tuned", "_tuned"), ("elastic", "_elastic")):
+        adapter = {"": None, "_tuned": _adapter(output, "divprune"), "_elastic": _adapter(output, ELASTIC)}[name]
+        folder = output / "arms" / f"divprune_{KEEP}{name}"
+        shown.append(ShownArm(f"divprune {KEEP}, {label}", arm.with_adapter(adapter), folder))
+    show_answers(shown, TASK, wrong_in=1, count=4, output=output / "answers")
+
+
+def _told(row: Row) -> str:
+    """Return a tuned row's gain in a sentence."""
+    assert row.gain is not None and row.gain_interval is not None
+    low, high = row.gain_interval
+    method, _, projector = row.label.partition(" + ")
+    return (
+        f"{method} at {row.kept:g} of 144 visual tokens with the {projector}: {row.gain:+.1f} points (95 % interval "
+        f"{low:+.1f} to {high:+.1f})"
+    )

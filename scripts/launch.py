@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 
 import prunetune
 from prunetune.configs import RecalibrateConfig, load_config
-from prunetune.outputs import RECALIBRATION, OutputFolder
+from prunetune.outputs import RECALIBRATION, OutputFolder, write_text
 from prunetune.screen import LossyLog, say, show_and_log
 from prunetune.train.launchers import free_port
 from prunetune.train.preflight import check_before_launch
@@ -25,6 +26,8 @@ from prunetune.train.stopping import INTERRUPTED, REQUEUE, STOP_SIGNALS
 ROOT = Path(prunetune.__file__).resolve().parents[1]
 LOG = "launch.log"
 """In the output folder: what DeepSpeed, W&B and the other libraries print."""
+RUNS = "runs.json"
+"""Beside it: the arguments of several recalibrations that one launch runs."""
 GRACE = 120.0
 """Seconds between a signal and the end of ranks that have not stopped by themselves."""
 REPEAT = 2.0
@@ -47,11 +50,24 @@ def launch_recalibration(file: str | None, overrides: list[str]) -> int:
 
 
 def launch(devices: int, arguments: list[str], folder: OutputFolder, grace: float = GRACE) -> int:
-    """Run the trainer on some devices, show what it says and write the libraries' lines to a log in its open folder.
+    """Run the trainer on some devices, as :func:`_launched`."""
+    return _launched(devices, "prunetune.train.recalibrate", [*arguments, "--marked"], folder, grace)
+
+
+def launch_several(devices: int, runs: list[list[str]], folder: OutputFolder, grace: float = GRACE) -> int:
+    """Run several recalibrations one after another in the same ranks, as :func:`_launched`; ``runs`` are arguments."""
+    file = folder.path / RUNS
+    write_text(file, json.dumps([[*arguments, "--marked"] for arguments in runs], indent=1) + "\n")
+    return _launched(devices, "prunetune.train.several", [str(file)], folder, grace)
+
+
+def _launched(devices: int, module: str, arguments: list[str], folder: OutputFolder, grace: float) -> int:
+    """Run ranks on some devices, show what they say and write the libraries' lines to a log in an open folder.
 
     Args:
         devices: how many ranks.
-        arguments: of the trainer.
+        module: what they run.
+        arguments: of the module.
         folder: the run's, open.
         grace: seconds between a signal and the end of ranks that have not stopped by themselves.
 
@@ -62,7 +78,7 @@ def launch(devices: int, arguments: list[str], folder: OutputFolder, grace: floa
         OutputError: if the log can't be written.
     """
     log = folder.path / LOG
-    line = launch_line(devices, [*arguments, "--marked"])
+    line = launch_line(devices, arguments, module)
     environment = {**launch_environment(devices), **folder.shared()}
     with log.open("ab", buffering=0) as stream:
         libraries = LossyLog(stream)
@@ -152,10 +168,10 @@ def _told_to_stop(grace: float) -> Iterator[Forwarding]:
             signal.signal(number, handler)
 
 
-def launch_line(devices: int, arguments: list[str]) -> list[str]:
+def launch_line(devices: int, arguments: list[str], module: str = "prunetune.train.recalibrate") -> list[str]:
     """Return the launcher's command line."""
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(devices)]
-    return [*runner, "--master_port", str(free_port()), "--module", "prunetune.train.recalibrate", *arguments]
+    return [*runner, "--master_port", str(free_port()), "--module", module, *arguments]
 
 
 def launch_environment(devices: int) -> dict[str, str]:

@@ -3,11 +3,10 @@
 import json
 
 from conftest import ROOT
-from launched import several
 from launched.warm import in_ranks
 
 from prunetune.scripts.launch import launch_environment
-from prunetune.train import recalibrate
+from prunetune.train import recalibrate, several
 
 STEPS = 6
 FEW = ROOT / "tests" / "data" / "few_scenes.yaml"
@@ -41,7 +40,7 @@ def run(model, output, *more, world=2, status=0):
 
 def run_several(runs, world=2):
     """Recalibrate with each list of arguments, one after another in the same ranks."""
-    return call(several.main, runs, world=world)
+    return call(several.run_all, runs, world=world)
 
 
 def losses(output):

@@ -284,3 +284,21 @@ def test_an_elastic_recalibration_from_features_has_the_losses_of_one_from_pixel
         runs.append(arguments(untrained_folder, tmp_path / name, *more, *limits, *own))
     run_several(runs)
     assert losses(tmp_path / "features") == pytest.approx(losses(tmp_path / "pixels"), rel=1e-5)
+
+
+def test_a_teacher_reads_all_tokens_from_the_cache(untrained_folder, tmp_path):
+    """Its hidden states are those of the dense model on pixels, or the losses would differ."""
+    more = ("--pruning.pruner", "prismprune", "--objective.terms", '{"ce": 0.5, "hidden": 1.0}')
+    features = ("--features", str(tmp_path / "cache"))
+    main(["cache", *arguments(untrained_folder, tmp_path / "made", *more), *features])
+    runs = []
+    for name, own in (("pixels", ()), ("features", features)):
+        runs.append(arguments(untrained_folder, tmp_path / name, *more, "--train.max_steps", "2", *own))
+    run_several(runs)
+    assert losses(tmp_path / "features") == pytest.approx(losses(tmp_path / "pixels"), rel=1e-5)
+
+
+def test_a_teacher_is_refused_by_a_cache_of_kept_tokens_alone(base, tmp_path):
+    store = FeatureStore.open(made(tmp_path / "kept", base, [PRISM]), base, trains=True)
+    with pytest.raises(PrunetuneError, match="does not hold all tokens of its images.* --all-tokens"):
+        FeatureFormatter(store, base, whole=True)

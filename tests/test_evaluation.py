@@ -55,7 +55,7 @@ def test_rows_carry_what_a_reader_needs(settings):
     folder = evaluate(settings("arm", *DIVPRUNE))
     rows = read_results(folder)
     assert [row.id for row in rows] == [item.id for item in get_task("tiny_world_validation").read(Path())[:24]]
-    assert {row.kept for row in rows} == {16} and {row.source for row in rows} == {"vg", "gqa", "textvqa"}
+    assert {row.kept for row in rows} == {16} and {row.source for row in rows} == {"describe", "ask", "read"}
     assert all(row.score == float(row.prediction.split() == row.answer.split()) for row in rows)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["complete"] and manifest["kept_tokens"] == {"mean": 16.0, "min": 16, "max": 16}

@@ -6,12 +6,14 @@ import math
 import pytest
 import torch
 from conftest import scene_sample
-from launches import arguments, run, run_several
+from launches import FEW, arguments, run, run_several
 
 from prunetune.configs import ConfigError, EngineConfig, ModelConfig, RecalibrateConfig
 from prunetune.configs.schema import DataConfig, ObjectiveConfig, TrainConfig
-from prunetune.data_recipes import DataError, Sample, Turn
+from prunetune.data_recipes import DataError, Sample, Turn, load_recipe
 from prunetune.models import Arm
+from prunetune.models.ranks import Ranks
+from prunetune.outputs import TEACHER, OutputFolder
 from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.head import PIECE, Scores
@@ -21,7 +23,8 @@ from prunetune.train.objectives.aim import Aim, scales_of
 from prunetune.train.objectives.anchor import Anchor
 from prunetune.train.objectives.live import LiveTeacher
 from prunetune.train.objectives.objective import Objective
-from prunetune.train.objectives.start import check_answers, check_objective
+from prunetune.train.objectives.start import aim_of, check_answers, check_objective
+from prunetune.train.objectives.teach import teach
 
 PLAIN = {"packing": False, "supervised_logits": False, "shared_prefix": False, "project_kept": False,
          "stop_tower": False}  # fmt: skip
@@ -196,7 +199,7 @@ def by_hand(arm, batch, name, layer=None, q=0.7, temperature=1.0):
         for model, spec in ((tuned, PruningSpec(name, 16)), (original, PruningSpec())):
             with torch.no_grad():
                 plug = PrunedModel(model.eval(), spec, arm.processor.tokenizer)
-                pruned = plug.prepare(dict(own))
+                pruned = plug.prepare(own)
                 inputs = {k: v for k, v in pruned.inputs.items() if k != "labels"}
                 output = model(**inputs, output_hidden_states=True)
             ids = inputs["input_ids"][0]
@@ -375,6 +378,96 @@ def test_samples_without_answers_train_what_reads_none(reading):
             check_answers(Objective(ObjectiveConfig(terms=weights)), data)
     batch = reading.training_batch(rows)
     assert (batch["labels"][1] == -100).all() and (batch["labels"][0] != -100).any()
+
+
+# ---- the stored teacher ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_config(untrained_folder):
+    model = ModelConfig(path=str(untrained_folder), dtype="float32")
+    return RecalibrateConfig(
+        model=model, pruning=PruningSpec("vispruner", 16), data=DataConfig(recipe=str(FEW), max_samples=20),
+        objective=ObjectiveConfig(terms={"kl": 1.0, "hidden": 1.0, "feature": 1.0}), output="unused",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def taught(run_config, tmp_path_factory):
+    """A teacher of all words, whose KL is that of the live one."""
+    path = tmp_path_factory.mktemp("taught") / "teacher"
+    with OutputFolder(path, TEACHER) as folder:
+        teach(run_config, folder, Ranks(), top=10_000, hidden=True, batch_size=8)
+    return path
+
+
+def started(config):
+    arm = Arm.load(config.model, config.pruning)
+    arm.model.requires_grad_(False)
+    data = load_recipe(str(FEW), max_samples=20)
+    formatter = arm.formatter(data.images, config.train.max_length)
+    return arm, data, formatter, aim_of(config, arm, formatter, data)
+
+
+def asking(config, path, **changes):
+    values = config.objective.model_dump() | {"teacher": str(path)} | changes
+    return config.model_copy(update={"objective": ObjectiveConfig(**values)})
+
+
+def test_what_is_stored_is_what_the_live_teacher_says(run_config, taught):
+    found = []
+    for config in (run_config, asking(run_config, taught)):
+        arm, data, formatter, aim = started(config)
+        torch.manual_seed(0)
+        for parameter in arm.model.model.multi_modal_projector.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        batch = arm.place(formatter.training_batch([data[place] for place in (3, 17, 5, 11)]), formatter.finish)
+        with torch.no_grad(), aim.attached("cpu"):
+            losses = aim.losses(arm.model, batch)
+            unlabelled = aim.losses(arm.model, batch | {"labels": torch.full_like(batch["labels"], -100)})
+        assert float(unlabelled.terms["kl"]) == 0
+        found.append({name: float(own) for name, own in losses.terms.items()})
+    live, stored = found
+    assert stored == pytest.approx(live, rel=2e-3) and min(live.values()) > 0  # hidden states are in float16
+    assert stored["kl"] == pytest.approx(live["kl"], rel=1e-4)
+
+
+def test_a_teacher_that_was_interrupted_writes_the_same_bytes(run_config, taught, tmp_path):
+    written = (taught / "teacher-00000.safetensors").read_bytes()
+    middle = len(written) // 2
+    (taught / "teacher-00000.safetensors").write_bytes(
+        written[:middle] + bytes([written[middle] ^ 1]) + written[middle + 1 :]
+    )
+    config = asking(run_config, taught)
+    _, data, formatter, aim = started(config)
+    with pytest.raises(ConfigError, match="is damaged: what it holds of sample"):
+        for place in range(20):
+            aim.teacher.taught(formatter.training_batch([data[place]]))
+    with OutputFolder(taught, TEACHER) as folder:
+        teach(run_config, folder, Ranks(), top=10_000, hidden=True, batch_size=8)
+    assert (taught / "teacher-00000.safetensors").read_bytes() == written
+    with OutputFolder(taught, TEACHER) as folder, pytest.raises(ConfigError, match="a teacher with other settings"):
+        teach(run_config, folder, Ranks(), top=4, hidden=True, batch_size=8)
+
+
+def test_a_stored_teacher_of_anything_else_is_refused_by_part(run_config, taught, tmp_path):
+    config = asking(run_config, taught)
+    with pytest.raises(ConfigError, match="made with another objective.temperature;"):
+        started(asking(config, taught, temperature=2.0))
+    with pytest.raises(ConfigError, match="made with another objective.hidden_layer;"):
+        started(asking(config, taught, hidden_layer=1))
+    with pytest.raises(ConfigError, match="no words at text positions"):
+        started(asking(config, taught, kl_at="text"))
+    with pytest.raises(ConfigError, match="holds no teacher"):
+        started(asking(config, tmp_path))
+    with pytest.raises(ConfigError, match="made with another train.max_length;"):
+        started(config.model_copy(update={"train": TrainConfig(max_length=900)}))
+    arm, data, formatter, _ = started(config)
+    with pytest.raises(ConfigError, match="made with another data;"):
+        aim_of(config, arm, formatter, load_recipe(str(FEW), max_samples=19))
+    aim = aim_of(config, arm, formatter, data)
+    with pytest.raises(ConfigError, match="knows no sample 's5' with these tokens"):
+        aim.teacher.taught(formatter.training_batch([scene_sample(5)]))
 
 
 # ---- launched --------------------------------------------------------------------------------------------------------

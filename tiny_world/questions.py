@@ -1,4 +1,8 @@
-"""Eight questions per scene: two VG-like, four GQA-like, two TextVQA-like."""
+"""Eight questions per scene: two describe a place, four ask about shapes, two read the number.
+
+They imitate the parts of PrismPrune's recalibration data, Visual Genome, GQA and TextVQA, and are called otherwise:
+no number of this world is one of those benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ _SCAFFOLD = (
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its one correct answer; ``source`` is vg, gqa or textvqa, ``kind`` is what it asks for."""
+    """A question with its one correct answer; ``source`` is describe, ask or read, ``kind`` is what it asks for."""
 
     source: str
     kind: str
@@ -80,7 +84,7 @@ def drill(scene: Scene) -> list[Question]:
 def _describe(scene: Scene, index: int) -> Question:
     shape = scene.shapes[index]
     answer = f"{shape.size} {shape.color} {shape.shape}"
-    return Question("vg", "describe", f"describe the {PLACES[shape.cell]} .", answer)
+    return Question("describe", "describe", f"describe the {PLACES[shape.cell]} .", answer)
 
 
 def _by_shape(scene: Scene, rng: np.random.Generator) -> Shape | None:
@@ -122,14 +126,14 @@ def _color(scene: Scene, rng: np.random.Generator) -> Question | None:
     shape = _by_shape(scene, rng)
     if shape is None:
         return None
-    return Question("gqa", "color", f"what color is the {shape.shape} ?", shape.color)
+    return Question("ask", "color", f"what color is the {shape.shape} ?", shape.color)
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Question | None:
     shape = _by_color(scene, rng)
     if shape is None:
         return None
-    return Question("gqa", "shape", f"what shape is the {shape.color} object ?", shape.shape)
+    return Question("ask", "shape", f"what shape is the {shape.color} object ?", shape.shape)
 
 
 def _size(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -137,7 +141,7 @@ def _size(scene: Scene, rng: np.random.Generator) -> Question | None:
     if named is None:
         return None
     shape, name = named
-    return Question("gqa", "size", f"is the {name} large or small ?", shape.size)
+    return Question("ask", "size", f"is the {name} large or small ?", shape.size)
 
 
 def _where(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -145,11 +149,11 @@ def _where(scene: Scene, rng: np.random.Generator) -> Question | None:
     if named is None:
         return None
     shape, name = named
-    return Question("gqa", "where", f"where is the {name} ?", PLACES[shape.cell])
+    return Question("ask", "where", f"where is the {name} ?", PLACES[shape.cell])
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Question:
-    return Question("gqa", "count", "how many shapes are there ?", COUNTS[len(scene.shapes)])
+    return Question("ask", "count", "how many shapes are there ?", COUNTS[len(scene.shapes)])
 
 
 def _exist(scene: Scene, rng: np.random.Generator) -> Question:
@@ -170,24 +174,24 @@ def _exist(scene: Scene, rng: np.random.Generator) -> Question:
     if answer == "no":
         choices = [name for name in known if name not in seen]
     name = choices[rng.integers(len(choices))]
-    return Question("gqa", "exist", f"is there a {name}{thing} ?", answer)
+    return Question("ask", "exist", f"is there a {name}{thing} ?", answer)
 
 
 def _number(number: Number) -> Question:
     first, last = number.digits
-    return Question("textvqa", "number", "what number is shown ?", f"{first} {last}")
+    return Question("read", "number", "what number is shown ?", f"{first} {last}")
 
 
 def _first(number: Number) -> Question:
-    return Question("textvqa", "first", "what is the first digit ?", str(number.digits[0]))
+    return Question("read", "first", "what is the first digit ?", str(number.digits[0]))
 
 
 def _last(number: Number) -> Question:
-    return Question("textvqa", "last", "what is the last digit ?", str(number.digits[1]))
+    return Question("read", "last", "what is the last digit ?", str(number.digits[1]))
 
 
 def _ink(number: Number) -> Question:
-    return Question("textvqa", "ink", "what color is the number ?", number.color)
+    return Question("read", "ink", "what color is the number ?", number.color)
 
 
 _GQA: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {

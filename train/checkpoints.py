@@ -43,7 +43,7 @@ class Mark:
 
     def changed_settings(self, settings: dict[str, Any]) -> list[str]:
         """Return the names of settings that are others now."""
-        changed = [key for key in settings if self.settings.get(key) != settings[key]]
+        changed = [key for key in {**self.settings, **settings} if self.settings.get(key) != settings.get(key)]
         if "data" in changed and is_older(self.settings.get("data")):
             # Nobody can tell then whether the samples are the same: the older version also read them otherwise.
             changed[changed.index("data")] = "data (an older version of prunetune read and hashed it)"

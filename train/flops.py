@@ -52,6 +52,7 @@ class Flops:
         llm: forward, and backward to its inputs.
         recomputed: what gradient checkpointing computes a second time.
         logits: output layer, forward and backward to its input.
+        teacher: forward over all visual tokens, of runs whose objective compares with one.
     """
 
     tower: float = 0
@@ -59,11 +60,12 @@ class Flops:
     llm: float = 0
     recomputed: float = 0
     logits: float = 0
+    teacher: float = 0
 
     @property
     def model(self) -> float:
         """What the step needs: the numerator of MFU, without what is computed twice."""
-        return self.tower + self.projector + self.llm + self.logits
+        return self.tower + self.projector + self.llm + self.logits + self.teacher
 
     @property
     def total(self) -> float:
@@ -71,8 +73,11 @@ class Flops:
         return self.model + self.recomputed
 
     def parts(self) -> dict[str, float]:
-        """Return the parts by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Return the parts by name; a teacher's where there is one."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not self.teacher:
+            del found["teacher"]
+        return found
 
 
 def flops_of(shape: ModelShape, work: Work, checkpointing: bool = False, stop_tower: bool = True) -> Flops:
@@ -93,6 +98,12 @@ def flops_of(shape: ModelShape, work: Work, checkpointing: bool = False, stop_to
         recomputed=_recomputed(language, work) if checkpointing else 0,
         logits=2 * 2 * language.head * work.logits,
     )
+
+
+def forward_of(shape: ModelShape, work: Work) -> float:
+    """Return the FLOP of the LLM's and its head's forward pass over some work."""
+    language = shape.language
+    return 2 * language.linear * work.tokens + _attention(language, work) + 2 * language.head * work.logits
 
 
 def sequence(length: float) -> Work:

@@ -71,7 +71,8 @@ def formatter_of(config: RecalibrateConfig, arm: Arm, data: RecipeData | None) -
         assert data is not None
         return arm.formatter(data.images, length, raw_pixels=True)
     of_recipe = None if data is None else FeatureData.of_recipe(data)
-    return FeatureFormatter(FeatureStore.open(config.features, arm, of_recipe, trains=True), arm, length)
+    store = FeatureStore.open(config.features, arm, of_recipe, trains=True)
+    return FeatureFormatter(store, arm, length, whole=config.objective.asks_dense_model)
 
 
 def sampler_of(run: Run, arm: Arm, formatter: Formatter | FeatureFormatter, engine: Engine) -> StepSampler:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,7 +14,7 @@ from prunetune.models.blueprint import model_without_weights
 from prunetune.models.profile import resolved
 from prunetune.pruning.families import name_projector
 from prunetune.train.deepspeed_settings import zero_stage
-from prunetune.train.flops import Flops, Work, flops_of
+from prunetune.train.flops import Flops, Work, flops_of, forward_of, sequence
 from prunetune.train.gpus import GPUS, Gpu
 from prunetune.train.memory import GIB, MemoryNeeds, memory_needs
 from prunetune.train.sampling import samples_per_step, steps_in_total
@@ -192,6 +192,8 @@ def make_plan(
         share = min(share, config.train.epochs)
     work = as_computed(config, load).times(share)
     cost = flops_of(shape, work, bool(checkpointing), config.engine.stop_tower)
+    if teaches(config):
+        cost = replace(cost, teacher=forward_of(shape, taught(load).times(share)))
     assumptions = [*load.assumptions, f"MFU {mfu:.0%} of {gpu.bfloat16} TFLOP/s, data in time, no time for the ranks"]
     if config.engine.float8:
         assumptions.append(f"frozen linear layers {FLOAT8_GAIN} times as fast in float8")
@@ -277,6 +279,19 @@ def as_computed(config: RecalibrateConfig, load: Workload) -> Work:
     if config.features is not None:  # the tower ran before, for the cache
         return Work(tokens, pairs, logits, projected)
     return Work(tokens, pairs, logits, projected, work.patches, work.patch_pairs)
+
+
+def teaches(config: RecalibrateConfig) -> bool:
+    """Return whether a teacher runs beside the model."""
+    objective = config.objective
+    return objective.teacher is None and any(objective.terms.get(term) for term in ("kl", "hidden", "feature"))
+
+
+def taught(load: Workload) -> Work:
+    """Return the work of one epoch for the LLM of a teacher, which sees all visual tokens."""
+    dropped = (_all_visual(load) - load.work.projected) / load.samples
+    length = load.tokens + dropped
+    return replace(sequence(length).times(load.samples), logits=load.work.logits)
 
 
 def check_budget_of_samples(config: RecalibrateConfig, load: Workload) -> None:

@@ -23,6 +23,7 @@ from prunetune.models.code import code_record
 from prunetune.models.features import FeatureFormatter, FeatureStore
 from prunetune.models.profile import resolved
 from prunetune.models.ranks import Ranks, launched_ranks
+from prunetune.models.seal import SEAL
 from prunetune.outputs import RECALIBRATION, OutputFolder, write_text, writing
 from prunetune.plugins import PluginError, plugin_records
 from prunetune.screen import SCREEN, say
@@ -49,6 +50,7 @@ from prunetune.train.masters import StartCallback, gathered_projector
 from prunetune.train.objectives.aim import Aim
 from prunetune.train.objectives.objective import Objective
 from prunetune.train.objectives.start import aim_of
+from prunetune.train.objectives.stored import read_index
 from prunetune.train.parts import (
     arm_of,
     checkpointing_of,
@@ -285,7 +287,11 @@ def save(
 
 def _made_with(run: Run, arm: Arm) -> dict[str, Any]:
     """Return what else a run's numbers come from, as checkpoints hold it."""
+    teacher = {}
+    if run.config.objective.teacher is not None:
+        teacher = {"teacher": read_index(Path(run.config.objective.teacher))[SEAL]}
     return {
+        **teacher,
         "base model": arm.base.hashes.frozen_hash,
         "original projector": arm.base.hashes.original_projector_hash,
         "tokenizer, processor or configuration": arm.base.settings_hash,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,9 @@ from prunetune.models.card import license_of
 from prunetune.models.code import code_record
 from prunetune.models.hashes import tensor_hash
 from prunetune.models.record import FORMAT, portable
+from prunetune.models.seal import SEAL
 from prunetune.plugins import plugin_records
+from prunetune.train.objectives.stored import read_index
 from prunetune.train.start_from import Start
 from prunetune.train.tracking import Tracker
 
@@ -91,7 +94,9 @@ def run_record(
     if config.elastic.on:
         record["elastic"] = config.elastic.model_dump()
     if config.objective != ObjectiveConfig():
-        record["objective"] = config.objective.model_dump()
+        record["objective"] = {**config.objective.model_dump(), "teacher": portable(config.objective.teacher)}
+    if config.objective.teacher is not None:
+        record["teacher"] = read_index(Path(config.objective.teacher))[SEAL]
     if begins is not None:
         train["start_from"] = portable(begins.adapter)
         record["started_from"] = begins.record()

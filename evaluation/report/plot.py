@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,6 +119,53 @@ def kept_overlay(image: Image.Image, kept: dict[str, np.ndarray], grid: tuple[in
     strip = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
     plt.close(figure)
     return strip
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What an arm keeps of a picture, and what it answers.
+
+    Attributes:
+        label: of the arm.
+        positions: the kept ones in raster order.
+        answer: the arm's.
+        right: whether it scores.
+    """
+
+    label: str
+    positions: np.ndarray
+    answer: str
+    right: bool
+
+
+def answers_figure(rows: Sequence[tuple[str, str, np.ndarray, tuple[int, int], Sequence[Shown]]], path: Path) -> None:
+    """Draw a row for each question: the picture with the question, then what each arm keeps of it and answers.
+
+    Args:
+        rows: question, right answer, pixels (H, W, 3), rows and columns of the patch grid, and the arms.
+        path: of the PNG file.
+    """
+    plt = _pyplot()
+    columns = 1 + len(rows[0][-1])
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.9 * columns, 2.35 * len(rows)), dpi=130, squeeze=False)
+    for number, (own, (question, answer, pixels, grid, panels)) in enumerate(zip(axes, rows, strict=True)):
+        own[0].imshow(pixels)
+        own[0].set_xlabel(f"{fill(question, 26)}\n({answer})", fontsize=7)
+        for place, panel in zip(own[1:], panels, strict=True):
+            light = 0.2 + 0.8 * _mask(panel.positions, grid, pixels.shape)
+            place.imshow((pixels * light).astype(np.uint8))
+            # A mark and not a colour alone: the figure is read in grey as well.
+            mark, color = ("\u2713", "#1b6e3c") if panel.right else ("\u2717", "#a3241c")
+            place.set_xlabel(f"{mark} {fill(panel.answer or '(nothing)', 24)}", fontsize=8, color=color)
+            if number == 0:
+                place.set_title(f"{panel.label}", fontsize=8)
+        for place in own:
+            place.set_xticks([])
+            place.set_yticks([])
+    axes[0][0].set_title("picture and question", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def _mask(positions: np.ndarray, grid: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:

@@ -20,6 +20,7 @@ from prunetune.evaluation.tasks.base import task_folder
 from prunetune.models import Arm
 from prunetune.outputs import VISUALIZATION, OutputFolder
 from prunetune.pruning import PruningSpec
+from prunetune.pruning.rewrite import Chosen
 
 
 def visualize(
@@ -83,18 +84,36 @@ def _strip(arms: list[Arm], images: ImageOpener, sample: Sample) -> Image.Image:
         inputs = arm.place(arm.formatter(images).prompt_batch([sample]))
         with torch.inference_mode():
             chosen = arm.pruned.prepare(inputs).chosen["image"]
-        tokens = chosen.vision.groups[0]
-        grid = tokens.grid
-        if grid is None:
-            raise TaskError("the visual tokens of this model form no grid, so they can't be drawn over the picture")
-        base_view = chosen.kept_tokens()[: tokens.count]  # of several crops the first, which shows the whole image
-        positions = base_view.nonzero()[:, 0].cpu().numpy()
+        positions, grid = base_view(chosen)
         panels[f"{arm.spec.pruner}, {len(positions)}"] = positions
-    assert grid is not None  # there is at least one arm
-    pixels = inputs["pixel_values"][0]
+    return kept_overlay(seen_image(inputs["pixel_values"][0], arms[0], images, sample), panels, grid)
+
+
+def base_view(chosen: Chosen) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the kept positions of an image in raster order, and the rows and columns of its grid.
+
+    Of several crops it is the first, which shows the whole image.
+
+    Raises:
+        TaskError: if the visual tokens form no grid.
+    """
+    tokens = chosen.vision.groups[0]
+    if tokens.grid is None:
+        raise TaskError("the visual tokens of this model form no grid, so they can't be drawn over the picture")
+    return chosen.kept_tokens()[: tokens.count].nonzero()[:, 0].cpu().numpy(), tokens.grid
+
+
+def seen_image(pixels: Tensor, arm: Arm, images: ImageOpener, sample: Sample) -> Image.Image:
+    """Return the image of a sample as the vision tower saw it.
+
+    Args:
+        pixels: of the sample's image, as the processor made them.
+        arm: whose processor did.
+        images: opens the sample's image.
+        sample: the sample.
+    """
     # At native resolution the pixels are patches in a list; such a model sees the whole image, only resized.
-    seen = _seen(pixels, arms[0].processor) if pixels.ndim >= 3 else images.open(str(sample.image), sample.id)
-    return kept_overlay(seen, panels, grid)
+    return _seen(pixels, arm.processor) if pixels.ndim >= 3 else images.open(str(sample.image), sample.id)
 
 
 def _seen(pixels: Tensor, processor: Any) -> Image.Image:

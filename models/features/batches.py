@@ -9,6 +9,10 @@ from prunetune.data_recipes import Formatter, Sample
 from prunetune.data_recipes.images import Counted
 from prunetune.models.arm import Arm
 from prunetune.models.features.store import FeatureStore
+from prunetune.pruning.stored import is_all_tokens
+
+WHOLE = "stored_whole"
+"""Goes with a batch: its images with all of their tokens."""
 
 
 class KnownImages:
@@ -34,6 +38,10 @@ class FeatureFormatter:
         arm: the model.
         max_length: longest sequence in tokens, None for no limit.
         within: puts before an image's name what the features were made with it, such as its benchmark's.
+        whole: whether batches to train on have all tokens of their images as well, as ``stored_whole``, for a teacher.
+
+    Raises:
+        FeatureError: if they should, and the cache does not hold them.
     """
 
     def __init__(
@@ -42,7 +50,11 @@ class FeatureFormatter:
         arm: Arm,
         max_length: int | None = None,
         within: Callable[[Sample], Sample] | None = None,
+        whole: bool = False,
     ) -> None:
+        if whole:
+            store.all_tokens([])  # what it does not hold it says here, and not in the first batch
+        self.gives_whole = whole
         self.store = store
         self.within = within
         self.images = KnownImages()
@@ -57,7 +69,13 @@ class FeatureFormatter:
             samples: of the batch.
             cells: the number of each sample's setting; None is the arm's own pruning.
         """
-        return self._made(self.formatter.training_batch, samples, cells)
+        batch = self._made(self.formatter.training_batch, samples, cells)
+        if self.gives_whole:
+            stored = batch["stored"]
+            # The same where nothing else is read, so that it is moved to the device once.
+            same = all(is_all_tokens(choice) for choice in stored.choices)
+            batch[WHOLE] = stored if same else self.store.all_tokens(self._named(samples))
+        return batch
 
     def prompt_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return what ``Formatter.prompt_batch`` does, without pixels."""
@@ -73,8 +91,7 @@ class FeatureFormatter:
         samples: Sequence[Sample],
         cells: Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        if self.within is not None:
-            samples = [self.within(sample) for sample in samples]
+        samples = self._named(samples)
         self.images.known = {}  # of this batch alone, so that a worker does not gather those of all images
         for sample in samples:
             if sample.image is not None:
@@ -83,3 +100,6 @@ class FeatureFormatter:
         batch = make(samples)
         kept = {name: value for name, value in batch.items() if name not in self._pixels}
         return {**kept, "stored": self.store.batch(samples, cells=cells)}
+
+    def _named(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        return samples if self.within is None else [self.within(sample) for sample in samples]

@@ -9,6 +9,7 @@ from prunetune.outputs.files import delete, replaced_folder, write_bytes, write_
 from prunetune.outputs.folder import MARKER, OutputFolder
 from prunetune.outputs.kinds import (
     ADAPTER_FILES,
+    ANSWERS,
     CHECKPOINT_FILES,
     COMPARISON,
     DEMO,
@@ -19,6 +20,7 @@ from prunetune.outputs.kinds import (
     RATE,
     RECALIBRATION,
     SOUP,
+    TEACHER,
     VISUALIZATION,
     Kind,
 )
@@ -26,6 +28,7 @@ from prunetune.outputs.lock import LOCK, SHARED
 
 __all__ = [
     "ADAPTER_FILES",
+    "ANSWERS",
     "CHECKPOINT_FILES",
     "COMPARISON",
     "DEMO",
@@ -39,6 +42,7 @@ __all__ = [
     "RECALIBRATION",
     "SHARED",
     "SOUP",
+    "TEACHER",
     "VISUALIZATION",
     "Kind",
     "OutputError",

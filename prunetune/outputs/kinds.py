@@ -106,7 +106,11 @@ COMPARISON = Kind(
 FEATURES = Kind("feature cache", ("features.json", "features-#.safetensors", "libraries.log"), last="features.json")
 
 
+TEACHER = Kind("teacher", ("teacher.json", "teacher-#.safetensors", "libraries.log"), last="teacher.json")
+
+
 VISUALIZATION = Kind("visualization", ("libraries.log",), (("kept_00.png", "PNG"),))
+ANSWERS = Kind("figure of answers", ("answers.png",))
 RATE = Kind("learning-rate sweep", ("lr_finder.json", "lr_finder.png", "libraries.log"))
 DIAL = Kind("dial", ("dial.json", "dial.png", "libraries.log", *(f"adapter/{name}" for name in ADAPTER_FILES)))
 SOUP = Kind("soup", tuple(f"adapter/{name}" for name in ADAPTER_FILES))
@@ -116,9 +120,15 @@ DEMO = Kind(
     (
         ".prunetune-demo",  # of earlier versions
         "libraries.log",
+        "launch.log",
+        "recipe.yaml",
+        "runs.json",
         "kept_tokens/kept_#.png",
         *EVALUATION.below("arms/*"),
-        *RECALIBRATION.below("recalibrate"),
+        *RECALIBRATION.below("recalibrate"),  # of versions that recalibrated one method
+        *RECALIBRATION.below("recalibrate/*"),
+        *FEATURES.below("features/*"),
+        *ANSWERS.below("answers"),
         *COMPARISON.below("comparison"),
         *VISUALIZATION.below("kept_tokens"),
     ),

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from prunetune.configs.schema import EngineConfig
 from prunetune.models import Arm
-from prunetune.models.arm import with_own_projector
-from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.head import Scores
 from prunetune.train.engine.reading import Reads
@@ -50,8 +48,8 @@ class LiveTeacher:
     """
 
     def __init__(self, arm: Arm, config: EngineConfig, reads: Reads, prefix: Int[Tensor, " P"] | None = None) -> None:
-        self.model = with_own_projector(arm.model).eval().requires_grad_(False)
-        pruned = PrunedModel(self.model, PruningSpec(), arm.processor.tokenizer)
+        pruned = arm.untouched().pruned
+        self.model = pruned.model.eval().requires_grad_(False)
         switches = config.model_copy(update={"project_kept": False})  # all of them are
         self.engine = Engine(pruned, switches, prefix, reads)
         self._head = head_of(pruned, config, partitioned=False)
@@ -59,7 +57,9 @@ class LiveTeacher:
     @contextmanager
     def attached(self, device: torch.device | str) -> Iterator[None]:
         """While open, the teacher can be asked; what of it is its own is moved to a device."""
-        self.model.to(device)  # type: ignore[arg-type] # a string is as good as a device
+        # Quantised weights are where they belong, and do not move.
+        if any(tensor.device != torch.device(device) for tensor in [*self.model.parameters(), *self.model.buffers()]):
+            self.model.to(device)  # type: ignore[arg-type] # a string is as good as a device
         with self.engine.attached(), self.engine.own_head(self._head):
             yield
 

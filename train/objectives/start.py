@@ -14,6 +14,7 @@ from prunetune.train.objectives.aim import Aim, Teacher
 from prunetune.train.objectives.anchor import Anchor
 from prunetune.train.objectives.live import LiveTeacher
 from prunetune.train.objectives.objective import Objective
+from prunetune.train.objectives.stored import StoredTeacher
 
 
 def aim_of(
@@ -46,8 +47,11 @@ def aim_of(
     head = head_of(arm.pruned, config.engine, partitioned)
     teacher: Teacher | None = None
     if objective.teacher_reads is not None:
-        _check_whole(objective, formatter)
-        teacher = LiveTeacher(arm, config.engine, objective.teacher_reads, prefix)
+        if config.objective.teacher is not None:
+            teacher = StoredTeacher(config.objective.teacher, config, arm, objective, data)
+        else:
+            _check_whole(objective, formatter)
+            teacher = LiveTeacher(arm, config.engine, objective.teacher_reads, prefix)
     anchor = Anchor(arm.model) if "anchor" in objective.weights else None
     return Aim(engine, objective, teacher, anchor, head)
 
@@ -63,8 +67,8 @@ def check_objective(config: RecalibrateConfig) -> None:
         return
     if objective.teacher_reads is not None and config.objective.teacher is None:
         raise ConfigError(
-            f"objective.terms {objective.told()} run the teacher beside the model, which would share weights that "
-            "ZeRO-3 holds in pieces; set objective.teacher to outputs of `prunetune teach`, or train.deepspeed to zero2"
+            f"objective.terms {objective.told()} run the teacher beside the model, and ZeRO-3 holds the weights "
+            "they share in pieces; set objective.teacher to outputs of `prunetune teach`, or train.deepspeed to zero2"
         )
     if "anchor" in objective.weights:
         raise ConfigError(
