@@ -134,7 +134,8 @@ def soup(adapters: Sequence[Path], weights: Sequence[float] | None = None) -> tu
             _check_alike(adapters[0], records[0], total, folder, record, tensors)
         for name, tensor in tensors.items():
             # In float64: three thirds of a weight are the weight again.
-            total[name] = total.get(name, 0) + share * tensor.double()
+            part = share * tensor.double()
+            total[name] = total[name] + part if name in total else part
         records.append(record)
     mean = {name: tensor.float() for name, tensor in total.items()}
     return mean, _soup_record(records, shares, mean)

@@ -6,17 +6,19 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT
-from launches import arguments, losses, run_several
+from launches import FEW, arguments, losses, run_several
 from safetensors.torch import load_file
 from tuned import shifted, tuned
 
 from prunetune.cli import main
 from prunetune.configs import ConfigError, ModelConfig, RecalibrateConfig, load_config
+from prunetune.data_recipes import load_recipe
 from prunetune.models import Arm, CheckpointError, wrap_projector
 from prunetune.models.adapter import start_projector
 from prunetune.models.stored import base_hashes
 from prunetune.scripts.verify import verify
-from prunetune.train.run import start
+from prunetune.train.checkpoints import Mark
+from prunetune.train.run import _settings, start
 
 FILE = "adapter_model.safetensors"
 
@@ -87,6 +89,23 @@ def test_going_on_asks_for_the_same_projector_wherever_it_lies(runs, adapter, un
     for begins in ([], ["--train.start_from", str(other)]):
         with pytest.raises(ConfigError, match=r"other settings for train\.start_from has finished"):
             started(begins)
+
+
+def test_a_run_with_an_objective_or_settings_is_not_gone_on_with_without_them(untrained_folder, tmp_path):
+    def settings(*more):
+        _, file, *overrides = arguments(untrained_folder, tmp_path, *more)
+        return _settings(load_config(RecalibrateConfig, file, overrides), load_recipe(str(FEW), max_samples=8), 1)
+
+    plain = settings()
+    for name, more in {
+        "objective": ("--objective.terms", "{gce: 1.0}"),
+        "elastic": ("--elastic.budgets", "[8, 16]"),
+    }.items():
+        other = settings(*more)
+        assert Mark(1, plain, {}, {}).changed_settings(other) == [name]
+        assert Mark(1, other, {}, {}).changed_settings(plain) == [name]
+    earlier = {key: value for key, value in plain.items() if value is not None}  # of a version that knew none of them
+    assert not Mark(1, earlier, {}, {}).changed_settings(plain)
 
 
 def test_the_original_beside_what_trains_stays_the_base_s(adapter, untrained_folder):

@@ -103,19 +103,17 @@ def start(config: RecalibrateConfig) -> Run:
 def _settings(config: RecalibrateConfig, data: RecipeData, world: int, begins: Start | None = None) -> dict[str, Any]:
     """Return what must not change between a run and its continuation."""
     train = config.train.model_dump(exclude={"save_steps", "log_steps", "workers", "resume", "start_from"})
-    settings: dict[str, Any] = {
+    plain = config.objective == ObjectiveConfig()
+    return {
         "model": config.model.model_dump(),
         "pruning": resolved(config.pruning).model_dump(),  # a profile that was written anew is another pruning
         "data": data.content_hash,
         "train": train,
         "engine": config.engine.model_dump(),
         "ranks": world,
+        # None where they are not used, so that a run with them is not gone on with without them; checkpoints of before
+        # there were any say nothing of them, which is None as well.
+        "train.start_from": None if begins is None else begins.projector_hash,  # wherever the folder is
+        "elastic": config.elastic.model_dump() if config.elastic.on else None,
+        "objective": None if plain else config.objective.model_dump(),
     }
-    # Named where they are used alone: checkpoints of before there were any stay usable.
-    if begins is not None:
-        settings["train.start_from"] = begins.projector_hash  # wherever the folder is
-    if config.elastic.on:
-        settings["elastic"] = config.elastic.model_dump()
-    if config.objective != ObjectiveConfig():
-        settings["objective"] = config.objective.model_dump()
-    return settings
