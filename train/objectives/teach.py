@@ -183,8 +183,8 @@ class _Teacher:
         tensors["keys"] = _bytes(keys)
         tensors["images"] = _bytes(images)
         digests = []
-        for key, image, own in zip(keys, images, found, strict=True):
-            digests.append(digest_of(key, image, [own[name] for name in names]))
+        for key, image, sample in zip(keys, images, found, strict=True):
+            digests.append(digest_of(key, image, [sample[name] for name in names]))
         tensors["digests"] = _bytes(digests)
         write_bytes(path, save(tensors, {"made_with": self.made_with}))
 
