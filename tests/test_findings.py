@@ -1,0 +1,254 @@
+"""The study's own training and scoring against the project's: losses, gradients, greedy answers, and going on."""
+
+import json
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from findings_study import objectives, plan, training
+from findings_study.plan import ORIGINAL, Group, Projector, Score, elastic, one, specialist
+from findings_study.running import Runner
+from findings_study.scoring import right_answers
+from findings_study.store import Store
+from findings_study.training import Recipe
+from findings_study.world import DENSE, Cell, World
+
+from prunetune.data_recipes import Sample, Turn
+from prunetune.pruning import PruningSpec
+from prunetune.tiny_world import ask, sample_scene
+from prunetune.tiny_world.images import SceneImages
+
+CELLS = [DENSE, Cell("divprune", 16), Cell("vispruner", 8), Cell("random", 36)]
+POOL = 12
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("world"), pool=POOL, test=POOL)
+
+
+@pytest.fixture(scope="module")
+def moved(world):
+    """A projector that is not the original one."""
+    draws = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, value in world.original.state_dict().items():
+        weights[name] = value + 0.05 * value.std() * torch.randn(value.shape, generator=draws)
+    return world.projector(weights)
+
+
+@contextmanager
+def arm_of(world, projector, cell):
+    """The project's own way to run a cell: an arm of the bundled model with this projector in its place."""
+    spec = PruningSpec() if cell.pruner is None else PruningSpec(cell.pruner, cell.keep)
+    world.arm.model.model.multi_modal_projector = projector
+    yield world.arm.with_pruning(spec)
+    world.arm.model.model.multi_modal_projector = world.original
+
+
+def samples_of(pool, index):
+    found = []
+    for seed in (pool.seeds[number] for number in index):
+        for number, question in enumerate(ask(sample_scene(seed))):
+            found.append(
+                Sample(f"{seed}-{number}", question.source, f"scene:{seed}", (Turn(question.text, question.answer),))
+            )
+    return found
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize("tuned", [False, True])
+def test_loss_and_gradient_are_those_of_the_pruned_model(world, moved, cell, tuned):
+    projector = world.projector(moved.state_dict() if tuned else None).requires_grad_(True)
+    pool, index = world.pool("recalibration"), torch.tensor([0, 3, 4, 9])
+    recipe = Recipe(((cell, 1.0),))
+    loss = training.backward(world, projector, recipe, {cell: index}, np.random.default_rng(0))
+    mine = [weight.grad.clone() for weight in projector.parameters()]
+
+    projector.zero_grad()
+    with arm_of(world, projector, cell) as arm:
+        batch = arm.formatter(SceneImages()).training_batch(samples_of(pool, index.tolist()))
+        mean = arm.pruned.forward(**batch).loss
+        mean.backward()
+    supervised = int((batch["labels"][:, 1:] != -100).sum())
+    assert loss * supervised == pytest.approx(float(mean.detach()) * supervised, rel=1e-5)
+    for own, weight in zip(mine, projector.parameters(), strict=True):
+        torch.testing.assert_close(own, weight.grad, rtol=1e-3, atol=1e-5 * float(weight.grad.abs().max()))
+
+
+def test_right_answers_are_those_that_greedy_generation_gives(world, moved):
+    pool, count = world.pool("test"), 0
+    for projector in (world.original, moved):
+        for cell in CELLS:
+            mine = right_answers(world, projector, projector, cell, "test")
+            samples = samples_of(pool, range(POOL))
+            with arm_of(world, projector, cell) as arm:
+                asked = [replace(sample, turns=(Turn(sample.turns[0].question, None),)) for sample in samples]
+                answers = arm.answer(arm.formatter(SceneImages()), asked, max_new_tokens=6)
+            right = []
+            for answer, sample in zip(answers, samples, strict=True):
+                right.append(answer.text.split() == sample.turns[0].answer.split())
+            assert mine.tolist() == np.array(right).reshape(POOL, 8).sum(1).tolist(), (cell, projector is moved)
+            count += len(right)
+    assert count >= 500
+
+
+def test_the_tuned_projector_chooses_for_itself_and_the_original_one_can(world, moved):
+    pool, index, cell = world.pool("test"), torch.arange(POOL), Cell("divprune", 16)
+    own, original = pool.chosen(index, cell, moved), pool.chosen(index, cell, world.original)
+    assert own.shape == (POOL, 16) and not torch.equal(own, original)
+    again = pool.chosen(index, cell, world.projector())  # the same weights in another module: chosen anew
+    assert torch.equal(again, original)
+
+
+def test_inner_layers_are_the_stock_models(world):
+    pool, index = world.pool("test"), torch.arange(4)
+    texts = pool.texts.at(index)
+    rows = world.rows(training.visual_tokens(pool, index, None, world.original), texts)
+    output = world.llm(inputs_embeds=rows.embeds, attention_mask=rows.mask, position_ids=rows.positions,
+                       output_hidden_states=True)  # fmt: skip
+    second = world.llm.norm(output.hidden_states[2])[:, rows.start :]
+    for layers, states in ((2, second), (None, output.last_hidden_state[:, rows.start :])):
+        for wanted in (texts.is_text, texts.is_asked):
+            torch.testing.assert_close(world.states(rows, wanted, layers), states[wanted], rtol=1e-4, atol=1e-4)
+
+
+def test_dense_pictures_with_the_original_projector_are_the_teacher(world):
+    pool, index = world.pool("recalibration"), torch.arange(POOL)
+    recipe = Recipe(((DENSE, 1.0),), (("hidden", 1.0), ("kl", 1.0), ("feature", 1.0)))
+    same = training.terms(world, world.projector(), recipe, index, None)
+    assert set(same) == {"hidden", "kl", "feature"}
+    for name, value in same.items():
+        assert abs(float(value)) < 1e-5, name
+    kept = pool.chosen(index, Cell("fastervlm", 8), world.original)
+    pruned = training.terms(world, world.projector(), recipe, index, kept)
+    assert min(float(value) for value in pruned.values()) > 1e-2
+
+
+def test_terms_by_hand():
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 0.0]])
+    targets = torch.tensor([0, 2])
+    chances = np.exp(logits.double().numpy())
+    chances /= chances.sum(1, keepdims=True)
+    right = np.array([chances[0, 0], chances[1, 2]])
+    assert float(objectives.ce(logits, targets)) == pytest.approx(-np.log(right).sum(), rel=1e-5)
+    assert float(objectives.gce(logits, targets, 0.7)) == pytest.approx(((1 - right**0.7) / 0.7).sum(), rel=1e-5)
+    other = np.array([[0.2, 0.3, 0.5], [0.1, 0.8, 0.1]])
+    aim = torch.tensor(np.log(other)).float()
+    assert float(objectives.kl(logits, aim)) == pytest.approx((other * np.log(other / chances)).sum(), rel=1e-4)
+    states, goal = torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [4.0, 0.0]])
+    assert float(objectives.hidden(states, goal)) == pytest.approx(4 / 1 + 25 / 16)
+    tokens = torch.tensor([[[0.0, 2.0], [2.0, 0.0]]])
+    assert float(objectives.feature(tokens, torch.tensor([[1.0, 3.0]]))) == pytest.approx(4 / 10)
+
+
+def test_parts_of_an_update_draw_cells_by_their_weights():
+    recipe = replace(elastic(), seed=3)
+    draws, seen, pictures = np.random.default_rng(0), {}, torch.arange(16)
+    for _ in range(2000):
+        parts = training.parts_of(recipe, pictures, draws)
+        assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(16))
+        for cell, own in parts.items():
+            seen[cell] = seen.get(cell, 0) + len(own) / 32000
+    assert seen[DENSE] == pytest.approx(0.25, abs=0.02)
+    assert seen[Cell("divprune", 8)] == pytest.approx(0.75 * 3 / 6.5 / 4, abs=0.015)
+    assert seen[Cell("fastervlm", 72)] == pytest.approx(0.75 / 6.5 / 4, abs=0.01)
+
+
+def test_a_sandwich_has_everything_and_the_least_in_every_update():
+    recipe = elastic(sandwich=True, dense=0.0)
+    draws = np.random.default_rng(0)
+    for _ in range(50):
+        parts = training.parts_of(recipe, torch.arange(16), draws)
+        assert parts[DENSE].tolist() == [0, 1, 2, 3]
+        assert any(cell.keep == 8 and set(range(4, 8)) <= set(own.tolist()) for cell, own in parts.items())
+
+
+def test_a_seed_decides_scenes_order_and_draws():
+    first, second = (next(iter(training.batches(Recipe((), scenes=30, seed=seed), 100))) for seed in (0, 1))
+    assert first.tolist() != second.tolist()
+    order = training.batches(Recipe((), scenes=32, seed=0), 100)
+    passed = [torch.cat([next(order), next(order)]).tolist() for _ in range(2)]
+    assert sorted(passed[0]) == sorted(passed[1]) and passed[0] != passed[1] and len(set(passed[0])) == 32
+
+
+@pytest.fixture
+def small(world, tmp_path):
+    """A study of two trainings and five scores, and what runs it into a folder."""
+    recipe = Recipe(((Cell("divprune", 8), 1.0),), steps=3, scenes=POOL)
+    whole = Projector((recipe, replace(recipe, seed=1)))
+    scores = (Score(ORIGINAL, DENSE), Score(one(recipe), Cell("divprune", 8)),
+              Score(one(recipe), Cell("divprune", 8), ORIGINAL), Score(whole, DENSE),
+              Score(replace(whole, strength=0.5), Cell("random", 8)))  # fmt: skip
+
+    def runner(name):
+        said = []
+        made = Runner(world, Store(tmp_path / name / "rows", tmp_path / name / "weights"), said.append)
+        return made, said
+
+    return Group("small", "a test", scores), runner
+
+
+def rows_in(folder):
+    lines = (folder / "small.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{name: value for name, value in row.items() if name not in ("seconds", "busy")} for row in rows]
+
+
+def test_a_run_that_was_killed_goes_on(small, tmp_path, monkeypatch):
+    group, runner = small
+    whole, _ = runner("whole")
+    whole.run(group)
+    assert len(rows_in(tmp_path / "whole" / "rows")) == 7
+
+    killed, _ = runner("killed")
+    add, left = Store.add, [4]
+
+    def dying(store, name, row):
+        left[0] -= 1
+        if not left[0]:
+            with (tmp_path / "killed" / "rows" / "small.jsonl").open("a") as file:
+                file.write('{"key": "half a li')  # the process died while it wrote
+            raise KeyboardInterrupt
+        add(store, name, row)
+
+    monkeypatch.setattr(Store, "add", dying)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(group)
+    monkeypatch.undo()
+    again, _ = runner("killed")
+    assert 0 < len(again.missing(group)) < 5
+    again.run(group)
+    assert rows_in(tmp_path / "killed" / "rows") == rows_in(tmp_path / "whole" / "rows")
+    third, said = runner("killed")
+    third.run(group)
+    assert said == [] and third.missing(group) == []
+
+
+def test_a_row_is_outdated_with_anything_that_it_depends_on(world, monkeypatch):
+    score = Score(one(specialist(Cell("divprune", 16))), Cell("divprune", 16))
+    keys = {score.key("model", 300), score.key("other model", 300), score.key("model", 200)}
+    for other in (replace(score, split="validation"), replace(score, chooser=ORIGINAL), replace(score, cell=DENSE),
+                  Score(one(specialist(Cell("divprune", 16), seed=1)), score.cell)):  # fmt: skip
+        keys.add(other.key("model", 300))
+    monkeypatch.setattr(plan, "STUDY", plan.STUDY + 1)
+    keys.add(score.key("model", 300))
+    assert len(keys) == 8
+    unread = Score(score.projector, Cell("vispruner", 16))  # by attention, so nobody's projector chooses
+    assert unread.key("model", 300) == replace(unread, chooser=ORIGINAL).key("model", 300)
+
+
+def test_groups_hold_at_least_three_seeds_and_every_name_is_its_own():
+    made = plan.groups(3)
+    assert [group.name for group in made][:5] == ["base", "specialists", "elastic", "controls", "choices"]
+    assert len({group.name for group in made}) == len(made)
+    seeds = SimpleNamespace(**{group.name: {recipe.seed for recipe in group.recipes()} for group in made})
+    for name in ("specialists", "elastic", "controls", "choices", "objectives", "data", "rates", "sampling", "weights"):
+        assert getattr(seeds, name) == {0, 1, 2}, name
