@@ -36,7 +36,7 @@ class Runner:
     def untrained(self, group: Group) -> list[Recipe]:
         """Return the trainings that a group's missing scores need."""
         needed = Group(group.name, group.asks, tuple(self.missing(group))).recipes()
-        return [recipe for recipe in needed if self.store.weights(self._training_key(recipe)) is None]
+        return [recipe for recipe in needed if self.store.weights(self.training_key_of(recipe)) is None]
 
     def run(self, group: Group) -> None:
         """Make what is missing of a group."""
@@ -57,7 +57,7 @@ class Runner:
                 "key": self.key(score),
                 "cell": str(score.cell),
                 "split": score.split,
-                "of": [self._training_key(recipe) for recipe in score.projector.parts],
+                "of": [self.training_key_of(recipe) for recipe in score.projector.parts],
                 "right": "".join(map(str, right.tolist())),
             }
             self.store.add(self.group, row)
@@ -65,14 +65,14 @@ class Runner:
             took = time.perf_counter() - began
             self.say(f"{group.name} {number + 1}/{len(missing)}: {score.cell} {percent:.2f} ({took:.0f} s)")
 
-    def _training_key(self, recipe: Recipe) -> str:
+    def training_key_of(self, recipe: Recipe) -> str:
         return training_key(recipe, self.world.hash, self.world.scenes["recalibration"])
 
     def _weights(self, projector: Projector) -> Any:
         return projector.weights(self._trained, self.world.original.state_dict())
 
     def _trained(self, recipe: Recipe) -> Weights:
-        key = self._training_key(recipe)
+        key = self.training_key_of(recipe)
         stored = self.store.weights(key)
         if stored is not None:
             return stored
