@@ -97,7 +97,7 @@ def reading(folder: Path, images: int, keep: int = 64, count: int = 576, width: 
           f"written at {path.stat().st_size / writing / 1e6:.0f} MB/s")  # fmt: skip
     draw = random.Random(0)
     batches = [[(shard, draw.randrange(images)) for _ in range(16)] for _ in range(100)]
-    taken = seconds(lambda: [stored_images(batch, 0, {}, shard) for batch in batches])
+    taken = seconds(lambda: [stored_images(batch, [0] * len(batch), [{}], shard) for batch in batches])
     print(f"read at random, digests checked: {1e3 * taken / 1600:.2f} ms an image, {1600 / taken:.0f} images/s a core")
 
 

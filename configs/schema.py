@@ -148,6 +148,10 @@ class TrainConfig(Section):
 Term = Literal["ce", "gce", "kl", "hidden", "feature", "anchor"]
 
 
+def _cross_entropy() -> dict[Term, float]:
+    return {"ce": 1.0}
+
+
 class ObjectiveConfig(Section):
     """What the projector is trained towards: a weighted sum of terms.
 
@@ -155,10 +159,10 @@ class ObjectiveConfig(Section):
     """
 
     terms: dict[Term, float] = Field(
-        default_factory=lambda: {"ce": 1.0},
+        default_factory=_cross_entropy,
         description="weight of each term: ce (cross entropy of the answers, as the papers), gce (generalised cross "
         "entropy, which gives up on answers that can't be seen), kl (the teacher's distribution), hidden (the "
-        "teacher's hidden states at text positions behind the image), feature (the mean of the visual tokens that reach "
+        "teacher's hidden states at text positions behind the image), feature (the mean of the visual tokens before "
         "the LLM), anchor (distance of the weights to the original projector's)",
     )
     gce_q: float = Field(0.7, gt=0, le=1, description="q of gce, (1 - p^q) / q; towards 0 it is ce")

@@ -441,8 +441,10 @@ def check_supervision(tokenizer: Any, ids: Tensor, mask: Tensor, sample: Sample)
     Raises:
         DataError: showing the supervised text and the answers.
     """
+    answers = [turn.answer for turn in sample.turns if turn.answer is not None]
+    if not answers and not bool(mask.any()):
+        return  # a question alone, for objectives that read no answer
     runs = torch.tensor_split(ids[mask], ((mask.nonzero()[:, 0].diff() > 1).nonzero()[:, 0] + 1).tolist())
-    answers = [turn.answer or "" for turn in sample.turns]
     ended = [len(run) > 0 and int(run[-1]) == tokenizer.eos_token_id for run in runs]
     texts = [tokenizer.decode(run[:-1] if end else run) for run, end in zip(runs, ended, strict=True)]
     if [_letters(text) for text in texts] != [_letters(answer) for answer in answers]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from prunetune.configs import ModelConfig
 from prunetune.data_recipes.sampling import VideoSampling
@@ -137,6 +137,7 @@ class ProjectorRecord(_Record):
         tuned_for: the pruning that it was recalibrated for.
         stored_hash: SHA-256 of the recalibration's tensors as the adapter's file holds them.
         trained_in: the dtype that it was recalibrated in; scores shift where the arm runs in another.
+        elastic: the settings that it was recalibrated for, of a recalibration for several.
     """
 
     adapter: str | None
@@ -145,6 +146,8 @@ class ProjectorRecord(_Record):
     tuned_for: dict[str, Any] | None
     stored_hash: str | None = None
     trained_in: str | None = None
+    # Left out where there is none: manifests of before there were any stay, to the byte.
+    elastic: dict[str, Any] | None = Field(None, exclude_if=lambda elastic: elastic is None)
 
 
 # More than a mean: methods that decide by the image how many to keep differ between images as much as between budgets.

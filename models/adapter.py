@@ -83,6 +83,59 @@ def load_projector(model: nn.Module, adapter: str | Path, base: BaseHashes | Non
         base: what the base's files hold; None leaves the base unchecked.
 
     Raises:
+        CheckpointError: as :func:`read_projector` does.
+    """
+    own = projector_state(model)
+    _, loaded = read_projector(adapter, own, base)
+    with torch.no_grad():
+        for name, tensor in loaded.items():
+            own[name].copy_(tensor)
+
+
+def start_projector(peft_model: PeftModel, adapter: str | Path, base: BaseHashes) -> dict[str, Tensor]:
+    """Copy an adapter's projector into what is to be trained; the original beside it stays the base's.
+
+    Args:
+        peft_model: made by :func:`wrap_projector`, before DeepSpeed has it.
+        adapter: folder written by a recalibration.
+        base: what the base's files hold.
+
+    Returns:
+        The projector as it is stored, by the names of the unwrapped model.
+
+    Raises:
+        CheckpointError: as :func:`read_projector` does.
+    """
+    own = unwrapped_projector(peft_model)
+    _, loaded = read_projector(adapter, own, base)
+    with torch.no_grad():
+        for name, tensor in loaded.items():
+            own[name].copy_(tensor)
+    return loaded
+
+
+def unwrapped_projector(peft_model: PeftModel) -> dict[str, Tensor]:
+    """Return the projector's parameters that run under PEFT, by their name in the unwrapped model."""
+    model = peft_model.get_base_model()
+    prefixes = tuple(f"model.{name}." for name in family_of(model).projectors)
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if ".original_module." not in name and name.startswith(prefixes):
+            found[name.replace(".modules_to_save.default", "")] = parameter
+    return found
+
+
+def read_projector(
+    adapter: str | Path, own: Mapping[str, Tensor], base: BaseHashes | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return an adapter's record and its tensors as they are stored, by their name in the unwrapped model.
+
+    Args:
+        adapter: folder written by a recalibration.
+        own: the projector that they must fit, in names, shapes, and the dtype in which they must be finite.
+        base: what the base's files hold; None leaves the base unchecked.
+
+    Raises:
         CheckpointError: if files are missing or broken, tensors don't match or are not finite, the record was edited,
             or one of the hashes differs: of the tensors, of the base, of the projector that training started from.
     """
@@ -90,15 +143,7 @@ def load_projector(model: nn.Module, adapter: str | Path, base: BaseHashes | Non
     record = read_record(folder)
     if base is not None:
         check_base(record, folder, base)
-    try:
-        saved = load_file(folder / _ADAPTER)
-    # safetensors raises an error of its own Rust side besides OSError.
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder / _ADAPTER} can't be read: {one_line(error)}; save the projector again"
-        ) from error
-    own = projector_state(model)
-    loaded = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
+    loaded = stored_projector(folder)
     if loaded.keys() != own.keys():
         raise CheckpointError(f"projector {folder} holds {sorted(loaded)}, the model expects {sorted(own)}")
     for name, tensor in loaded.items():
@@ -109,12 +154,24 @@ def load_projector(model: nn.Module, adapter: str | Path, base: BaseHashes | Non
             )
     # As they are in the file: what they become in the model's dtype is another hash, for the manifests of arms.
     check_projector(record, folder, tensor_hash(loaded))
-    cast = {name: tensor.to(own[name].dtype) for name, tensor in loaded.items()}
-    check_finite(cast, f"projector {folder}")
-    # Only now, when everything fits: a projector copied by half would be nobody's.
-    with torch.no_grad():
-        for name, tensor in cast.items():
-            own[name].copy_(tensor)
+    check_finite({name: tensor.to(own[name].dtype) for name, tensor in loaded.items()}, f"projector {folder}")
+    return record, loaded
+
+
+def stored_projector(folder: Path) -> dict[str, Tensor]:
+    """Return an adapter's tensors as its file holds them, unchecked, by their name in the unwrapped model.
+
+    Raises:
+        CheckpointError: if the file is missing or broken.
+    """
+    try:
+        saved = load_file(folder / _ADAPTER)
+    # safetensors raises an error of its own Rust side besides OSError.
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder / _ADAPTER} can't be read: {one_line(error)}; save the projector again"
+        ) from error
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -139,14 +196,14 @@ def projector_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tens
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], peft_model: PeftModel, record: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, Tensor], like: PeftModel | Path, record: Mapping[str, Any]
 ) -> None:
     """Write a stock-loadable PEFT adapter and ``prunetune.json``; the folder appears complete or not at all.
 
     Args:
         folder: destination; an older adapter there is replaced.
         tensors: the projector's weights by their name in the unwrapped model.
-        peft_model: supplies the adapter configuration.
+        like: supplies the adapter configuration: what was trained, or the folder of another adapter of the same base.
         record: what ``prunetune.json`` says of the run.
     """
     from safetensors.torch import save_file
@@ -159,7 +216,7 @@ def write_adapter(
     with replaced_folder(folder, ADAPTER_FILES, sign=RECORD) as partial:
         save_file(named, partial / _ADAPTER, metadata={"format": "pt"})
         # Stored in inference mode, as PEFT's own save does; the running model goes on training.
-        config = peft_model.peft_config["default"]
+        config = LoraConfig.from_pretrained(str(like)) if isinstance(like, Path) else like.peft_config["default"]
         config.inference_mode, training = True, config.inference_mode
         # PEFT has the folder that the weights were read from, which is one of this machine.
         config.base_model_name_or_path, base = record.get("base_model"), config.base_model_name_or_path

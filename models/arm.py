@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from prunetune.models.record import is_export, read_record
 from prunetune.models.seal import short
 from prunetune.models.stored import BaseHashes, base_hashes, settings_hash
 from prunetune.pruning import PrunedModel, PruningSpec
+from prunetune.pruning.elastic import ElasticModel
 from prunetune.pruning.families import family_of, name_projector
 from prunetune.pruning.fitting import unfitted
 from prunetune.pruning.registry import method_of
@@ -160,7 +161,7 @@ class Arm:
     def _of(cls, base: Base, spec: PruningSpec, adapter: str | Path | None) -> Arm:
         if adapter is None:
             return cls._with(base, base.model, spec, None)
-        model = _with_own_projector(base.model)
+        model = with_own_projector(base.model)
         load_projector(model, adapter, base.hashes)
         _say_another_dtype(adapter, base.config.dtype)
         _say_another_quantization(adapter, base.config.quantization)
@@ -171,7 +172,10 @@ class Arm:
         """Return an arm of a loaded model, whose text tower and profile are its own."""
         profile = profile_of(spec)
         runs = spec if profile is None else profile.fill(spec)
-        arm = cls(base, _pruned(model, runs, base.processor), spec, adapter, profile)
+        original = _original_of(base) if spec.choose_with == "original" else None
+        arm = cls(
+            base, PrunedModel(model, _with_paths(runs), base.processor.tokenizer, original), spec, adapter, profile
+        )
         arm._check_text_tower()
         if profile is not None:
             check_fitted_to(profile, str(spec.profile), base.hashes, base.settings_hash, arm.text_tower_hash)
@@ -186,6 +190,16 @@ class Arm:
     def pruning(self) -> PruningSpec:
         """The pruning as it runs, and as records hold it: with the options of the profile filled in."""
         return self.spec if self.profile is None else self.profile.fill(self.spec)
+
+    def elastic(self, settings: Sequence[PruningSpec]) -> Arm:
+        """Return the same arm, whose batches may name one of these settings for each row, see :class:`ElasticModel`.
+
+        Raises:
+            PruningError: if the model does not offer what one of the pruners reads.
+        """
+        model, tokenizer = self.model, self.processor.tokenizer
+        own = [_with_paths(setting) for setting in settings]
+        return replace(self, pruned=ElasticModel(model, self.pruned.spec, own, tokenizer, self.pruned.original))
 
     def _say_unfitted(self) -> None:
         """Say it once if a method runs with defaults that belong to its paper's model."""
@@ -345,14 +359,24 @@ def default_device() -> str:
     return f"cuda:{local}"
 
 
-def _pruned(model: PreTrainedModel, spec: PruningSpec, processor: Any) -> PrunedModel:
+def _with_paths(spec: PruningSpec) -> PruningSpec:
     # A shipped name becomes a path here and not in the specification, which records keep as it was written.
-    if spec.text_tower is not None:
-        spec = spec.model_copy(update={"text_tower": shipped(spec.text_tower)})
-    return PrunedModel(model, spec, processor.tokenizer)
+    if spec.text_tower is None:
+        return spec
+    return spec.model_copy(update={"text_tower": shipped(spec.text_tower)})
 
 
-def _with_own_projector(model: PreTrainedModel) -> PreTrainedModel:
+def _original_of(base: Base) -> PreTrainedModel:
+    """Return the base with a projector of its own, which no training changes."""
+    if base.exported is not None:
+        raise CheckpointError(
+            f"{base.config.path} is an export, which holds the tuned projector alone, and pruning.choose_with: "
+            "original chooses by the one before; load the base with the adapter, or set choose_with to tuned"
+        )
+    return with_own_projector(base.model)
+
+
+def with_own_projector(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of the modules that shares every tensor with ``model`` but the projector's."""
     own = {id(tensor) for tensor in projector_state(model, keep_vars=True).values()}
     # deepcopy takes what its memo holds as copied already: 30 arms of a 7B model hold its weights once.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,10 +23,15 @@ from prunetune.pruning.budget import resolve_budget
 from prunetune.reading import one_line
 
 
-def check_model(config: ModelConfig, spec: PruningSpec) -> PreTrainedModel:
+def check_model(config: ModelConfig, spec: PruningSpec, others: Sequence[PruningSpec] = ()) -> PreTrainedModel:
     """Check all that can be checked before the weights are read, and return the model on the meta device.
 
     A hub id is downloaded here if it is not cached.
+
+    Args:
+        config: which model.
+        spec: how it is pruned.
+        others: how else, in a run over several settings.
 
     Raises:
         CheckpointError: for a folder, file, processor or attention kernel that is missing or broken.
@@ -45,10 +51,11 @@ def check_model(config: ModelConfig, spec: PruningSpec) -> PreTrainedModel:
         raise CheckpointError(f"{config.path!r} can't be loaded as it is configured: {one_line(error)}") from error
     processor = load_processor(config.path, config.revision)
     check_marks(template_text(processor, config.template))
-    spec = resolved(spec)  # that a profile is this model's is checked when its weights are read
-    if spec.text_tower is not None:
-        spec = spec.model_copy(update={"text_tower": shipped(spec.text_tower)})
-    _check_budget(PrunedModel(model, spec, processor.tokenizer))
+    for asked in (spec, *others):
+        own = resolved(asked)  # that a profile is this model's is checked when its weights are read
+        if own.text_tower is not None:
+            own = own.model_copy(update={"text_tower": shipped(own.text_tower)})
+        _check_budget(PrunedModel(model, own, processor.tokenizer, original=model))
     return model
 
 

@@ -58,7 +58,7 @@ def _card(record: Mapping[str, Any], header: dict[str, str], what: str, unpruned
         f"# {base} tuned for {pruner} at {keep} visual tokens\n",
         f"{what} `{base}`: only the projector differs, recalibrated with prunetune "
         f"for the visual-token pruner `{pruner}`.\n",
-        f"> **Without that pruning it answers worse than the untouched base.** {unpruned}\n",
+        f"> **{_unpruned(record)}** {unpruned}\n",
         "## How to load it, pruned\n",
         _loading(record),
         "## What it was tuned for\n",
@@ -69,6 +69,13 @@ def _card(record: Mapping[str, Any], header: dict[str, str], what: str, unpruned
     parts += ["## Seals\n", _seals(record)]
     text = "\n".join(parts) + "\n"
     return text + _MARK.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def _unpruned(record: Mapping[str, Any]) -> str:
+    """Return what is to be expected of the projector where nothing is pruned."""
+    if (record.get("elastic") or {}).get("dense"):
+        return "It was trained on unpruned images too; measure what it costs there before you use it without pruning."
+    return "Without that pruning it answers worse than the untouched base."
 
 
 def _header(record: Mapping[str, Any], fields: dict[str, str]) -> str:
@@ -104,6 +111,15 @@ def _facts(record: Mapping[str, Any], pruning: Mapping[str, Any]) -> str:
     lines = [
         f"- pruner: `{pruning.get('pruner', '?')}`, keep {pruning.get('keep', '?')} per {pruning.get('scope', '?')}"
     ]
+    if elastic := record.get("elastic"):
+        names = [mixed["pruner"] for mixed in elastic.get("pruners") or []] or [pruning.get("pruner", "?")]
+        budgets = ", ".join(str(budget) for budget in elastic.get("budgets") or [])
+        lines.append(
+            f"- elastic: one projector for {', '.join(f'`{name}`' for name in names)} at {budgets}, and for "
+            f"{elastic.get('dense', 0):.0%} of the samples without pruning; it is loaded with the pruner above"
+        )
+    if pruning.get("choose_with"):
+        lines.append(f"- tokens are chosen by the {pruning['choose_with']} projector's output")
     if pruning.get("options"):
         lines.append(f"- options: `{json.dumps(pruning['options'])}`")
     if pruning.get("text_tower"):
@@ -114,9 +130,17 @@ def _facts(record: Mapping[str, Any], pruning: Mapping[str, Any]) -> str:
         lines.append(f"- data: recipe `{data.get('recipe')}`, {data.get('samples', 0):,} samples ({counts})")
     if record.get("step") is not None:
         lines.append(f"- steps: {record['step']:,}")
+    if record.get("strength") is not None:
+        lines.append(f"- strength {record['strength']:g} of the projector {short(record.get('from'))}; 0 is the base's")
     model = record.get("model") or {}
     if model.get("dtype"):
         lines.append(f"- dtype of the run: {model['dtype']}")
+    for source in record.get("soup") or []:
+        tuned = source.get("pruning") or {}
+        lines.append(
+            f"- {source.get('weight', 0):.1%} of it is the projector {short(source.get('projector_hash'))}, tuned for "
+            f"`{tuned.get('pruner', '?')}`, keep {tuned.get('keep', '?')}"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -22,9 +22,11 @@ _READ = (1, 2)
 # What is read of a record: a file of format 1 has no seal, and may hold anything.
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("pruning", "model", "data", "train", "export", "prunetune", "versions"), dict),
-    **dict.fromkeys(("plugins", "projectors"), list),
+    **dict.fromkeys(("plugins", "projectors", "soup"), list),
     **dict.fromkeys(("base_model", "base_revision", "frozen_hash", "original_projector_hash", "settings_hash"), str),
-    **dict.fromkeys(("text_tower_hash", "projector_hash", "license"), str),
+    **dict.fromkeys(("text_tower_hash", "projector_hash", "license", "from"), str),
+    "started_from": dict,
+    "strength": float,
 }
 ENTRY = "prunetune"
 """Of an export's config.json."""
@@ -118,6 +120,22 @@ def check_projector(record: Mapping[str, Any], folder: str | Path, found: str) -
             f"projector {folder} was changed after it was written: its tensors' hash is {short(found)}, its record "
             f"says {short(expected)}; take the folder as it was written, or recalibrate again"
         )
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """Return the folder of an adapter, which may be named by the output of its recalibration.
+
+    Raises:
+        CheckpointError: if it holds none, its record was edited, or it is an export.
+    """
+    folder = Path(path)
+    if (folder / "adapter" / RECORD).is_file() and not (folder / RECORD).is_file():
+        folder = folder / "adapter"
+    if "export" in read_record(folder):
+        raise CheckpointError(
+            f"{folder} is an export, whose weights are merged; give the `adapter` folder that it was made of"
+        )
+    return folder
 
 
 def portable(path: str | None) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 SEAL = "seal"
 CHAIN = {
     "frozen_hash": "the base's stored weights but the projector's",
-    "original_projector_hash": "the projector that the base's files hold, which training starts from",
+    "original_projector_hash": "the projector that the base's files hold, whatever training started from",
     "settings_hash": "the base's configuration, processor and tokenizer",
     "text_tower_hash": "the text tower that the pruner reads, if it reads one",
     "projector_hash": "the recalibrated projector, as its file holds it",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prunetune.pruning.budget import Budget as Budget
     from prunetune.pruning.budget import check_budget as check_budget
     from prunetune.pruning.budget import resolve_budget as resolve_budget
+    from prunetune.pruning.elastic import ElasticModel as ElasticModel
     from prunetune.pruning.errors import PruningError as PruningError
     from prunetune.pruning.families import Family as Family
     from prunetune.pruning.families import family_of as family_of
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 # A name is imported when it is first used: options need no torch, and methods no transformers.
 _HOMES = {
     "Budget": "budget",
+    "ElasticModel": "elastic",
     "Family": "families",
     "Generated": "plug",
     "Method": "registry",

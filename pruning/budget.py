@@ -90,7 +90,7 @@ def check_budget(keep: Budget) -> Budget:
         if keep < 1:
             raise PruningError(f"keep={keep}: a budget keeps at least 1 visual token")
         return keep
-    share = _share(keep)
+    share = share_of(keep)
     if share is None or not 0 < share <= 1:
         raise PruningError(
             f"keep={keep!r} is no budget; write a number of tokens (64), a ratio in (0, 1] (0.111) "
@@ -109,7 +109,7 @@ def resolve_budget(keep: Budget, count: int) -> int:
         PruningError: if the budget is not readable, rounds to zero or asks for more tokens than there are.
     """
     check_budget(keep)
-    share = _share(keep)
+    share = share_of(keep)
     wanted = int(keep) if share is None else round(share * count)
     if wanted < 1:
         raise PruningError(
@@ -122,7 +122,12 @@ def resolve_budget(keep: Budget, count: int) -> int:
     return wanted
 
 
-def _share(keep: Budget) -> float | None:
+def keeps_all(keep: Budget) -> bool:
+    """Return whether a budget is all tokens of any item: ``"100%"`` and ``1.0`` are, and ``1`` is one token."""
+    return share_of(keep) == 1.0
+
+
+def share_of(keep: Budget) -> float | None:
     """Return a ratio or a percentage as a share, or None for a number of tokens and for what can't be read."""
     if isinstance(keep, str):
         return _percentage(keep)

@@ -18,14 +18,24 @@ from prunetune.pruning.budget import Budget, BudgetRule, check_budget
 from prunetune.pruning.errors import PruningError, Unprojected
 from prunetune.pruning.families.base import PrunedOutput, family_of
 from prunetune.pruning.hooks import frozen_parts_at_rest, is_partitioned
+from prunetune.pruning.live import check_can_choose, chosen_anew, live_vision, why_not_live
 from prunetune.pruning.registry import merges, method_of
 from prunetune.pruning.rewrite import Chosen, Pruned, check_aligned, check_inputs, rewrite
-from prunetune.pruning.select import candidates, check_poolable, check_signals, check_videos, choose, seconds_of
+from prunetune.pruning.select import (
+    Candidates,
+    candidates,
+    check_poolable,
+    check_signals,
+    check_videos,
+    choose,
+    seconds_of,
+)
 from prunetune.pruning.sequence import placeholders, shorten
 from prunetune.pruning.signals import of_source, signal_of
 from prunetune.pruning.spec import PruningSpec
-from prunetune.pruning.stored import StoredImages, check_choice_is
+from prunetune.pruning.stored import StoredImages, another_choice, choice_of, is_all_tokens
 from prunetune.pruning.text import TextReader
+from prunetune.pruning.types import Selection
 from prunetune.pruning.vision import Vision
 
 
@@ -59,6 +69,9 @@ class PrunedModel:
         model: a conditional-generation model (under PEFT: ``peft_model.get_base_model()``).
         spec: pruner, budget and position policy.
         tokenizer: the model's tokenizer, for methods that read the instruction's tokens.
+        original: the same model with the projector that ``choose_with: original`` means, which may share every other
+            tensor; nothing but its projector runs.
+        text: reads instructions, where another pruned model of the same tower has it already.
 
     Raises:
         PruningError: if the model does not offer what the pruner reads, naming what works or what to set; for a
@@ -66,10 +79,16 @@ class PrunedModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, spec: PruningSpec, tokenizer: PreTrainedTokenizerBase | None = None
+        self,
+        model: PreTrainedModel,
+        spec: PruningSpec,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        original: PreTrainedModel | None = None,
+        text: TextReader | None = None,
     ) -> None:
         self.model = model
         self.spec = spec
+        self.original = self._original(original)
         self.family = family_of(model)
         self.pruner = spec.build()
         self.merges = merges(spec.pruner, self.pruner)
@@ -79,7 +98,7 @@ class PrunedModel:
         self.position_policy = self._position_policy()
         if getattr(self.pruner, "order", None) == "published":
             self._check_order()
-        self.text = TextReader(model, tokenizer, spec.text_tower)
+        self.text = TextReader(model, tokenizer, spec.text_tower) if text is None else text
         config: Any = model.config
         tower = getattr(getattr(config, "vision_config", None), "model_type", config.model_type)
         if not self.family.tower_features:
@@ -91,6 +110,22 @@ class PrunedModel:
         self.reads_text_tower = any(signal.space == "clip" for signal in texts)
         if self.reads_text_tower:
             _ = self.text.clip  # loaded now: later an active ZeRO-3 configuration would partition it
+
+    def _original(self, original: PreTrainedModel | None) -> PreTrainedModel | None:
+        """Return the model by whose projector tokens are chosen; None chooses by the one that runs."""
+        if self.spec.choose_with == "tuned":
+            return None
+        if original is None:
+            raise PruningError(
+                "choose_with: original needs the base's projector beside the one that runs: load the model with "
+                "prunetune.Arm.load, or give PrunedModel `original`"
+            )
+        return original
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals that are read of every image."""
+        return self.pruner.needs
 
     def _position_policy(self) -> str:
         known = self.family.position_policies
@@ -136,7 +171,7 @@ class PrunedModel:
             inputs: what the processor returned.
             needs: the signals to read, for other pruners of the same model; None is what this one's pruner needs.
         """
-        needs = self.pruner.needs if needs is None else needs
+        needs = self.needs if needs is None else needs
         visions = {}
         inputs = self.family.renamed(inputs)
         with frozen_parts_at_rest(*self.family.frozen_parts(self.model)):
@@ -163,7 +198,7 @@ class PrunedModel:
             inputs: what the processor returned, ``attention_mask`` (B, L) included; for methods that read the
                 instruction also ``instructions``, one text per row without any answer, for budgets per second
                 ``video_seconds``, how long each video is, and for messages ``sample_ids``, one name per row (a
-                ``Formatter`` adds them). ``stored`` may be among them.
+                ``Formatter`` adds them). ``stored`` may be among them, and ``cells`` of an ``ElasticModel``.
             padding_side: where the shortened rows are padded.
             keep: the budget of this call; None is the specification's.
             vision: the images, if they were encoded before: pixels are not read then, and the projector is applied
@@ -171,7 +206,8 @@ class PrunedModel:
             project_kept: apply the projector to kept tokens alone, which rounds as a smaller product does; for training
                 where :meth:`can_project_kept`.
             stored: the images, if a feature cache holds what is kept of them: neither tower nor pruner runs then, and
-                no pixel is read. A batch of text alone has those of no image.
+                no pixel is read. From images of which all tokens are stored a method that reads nothing of the tower
+                chooses now. A batch of text alone has those of no image.
 
         Raises:
             PruningError: if placeholders and images disagree, the mask is missing or the budget does not fit, or what
@@ -179,7 +215,9 @@ class PrunedModel:
         """
         inputs = self.family.renamed(inputs)
         stored = inputs.pop("stored", stored)
+        vision = inputs.pop("vision", vision)
         instructions = inputs.pop("instructions", ())
+        cells = inputs.pop("cells", None)
         sample_ids = inputs.pop("sample_ids", ())
         seconds = inputs.pop("video_seconds", ())
         keep = self.spec.keep if keep is None else check_budget(keep)
@@ -190,7 +228,8 @@ class PrunedModel:
             )
         check_inputs(inputs, self.family)
         if stored is not None:
-            return self._prepare_stored(inputs, stored.to(self.model.device), padding_side, keep)
+            here = stored.to(self.model.device)
+            return self._prepare_stored(inputs, here, padding_side, keep, instructions, sample_ids, cells)
         if self.family.unproven and vision is None:
             admit(self.model, self.family, inputs, self.position_policy)
         with self.family.without_projector(self.model) if project_kept else nullcontext():
@@ -198,7 +237,7 @@ class PrunedModel:
         if project_kept:
             visions = {modality: images.unprojected() for modality, images in visions.items()}
         if not visions:
-            return self._without_images(inputs, blanks, project_kept)
+            return self._without_images(inputs, blanks, project_kept, cells)
         check_aligned(inputs, self.family)
         ids = inputs["input_ids"]
         self._check_instructions(instructions, len(ids))
@@ -211,8 +250,8 @@ class PrunedModel:
             if sample_ids:
                 names = {image: f"sample {sample_ids[row]!r}" for image, row in enumerate(rows)}
             rule = BudgetRule(keep, self.spec.small_images, self._unit(), seconds_of(images, inputs, seconds))
-            chosen[modality] = self._choose(images, instructions, rows, rule, names)
-        blanks = self._read_for(blanks)  # before anything is projected, as on the ranks that have such images
+            chosen[modality] = self._choose(images, instructions, rows, rule, names, cells)
+        blanks = self._read_for(blanks, cells)  # before anything is projected, as on the ranks that have such images
         pruned = rewrite(
             self.model,
             self.family,
@@ -233,18 +272,33 @@ class PrunedModel:
         """Return whether the projector may be left out while choosing: the method is asked about a dummy image."""
         if not self.family.projects_tokens or self.sees_clips:
             return False
-        with torch.no_grad(), self.family.without_projector(self.model):
-            visions = self.encode(self.family.blank(self.model))
+        with self.family.without_projector(self.model):
+            return not self.chooses_by_projector()
+
+    @torch.no_grad()
+    def chooses_by_projector(self) -> bool:
+        """Return whether the method reads the projector's output: it is asked about a dummy image without any."""
+        if self.spec.pruner == "identity":
+            return False
+        visions = self.encode(self.family.blank(self.model))
         try:
             for vision in visions.values():
                 self._choose(vision.unprojected(), [""], [0], BudgetRule(1, "keep_all"), {})
         except Unprojected:
-            return False
-        return True
+            return True
+        return False
 
-    def _prepare_stored(self, inputs: dict[str, Any], stored: StoredImages, padding_side: str, keep: Budget) -> Pruned:
+    def _prepare_stored(
+        self,
+        inputs: dict[str, Any],
+        stored: StoredImages,
+        padding_side: str,
+        keep: Budget,
+        instructions: Sequence[str],
+        sample_ids: Sequence[str],
+        cells: Sequence[int] | None,
+    ) -> Pruned:
         """Return inputs for the stock model with images of a feature cache."""
-        check_choice_is(stored, self.spec, keep)
         for modality, name in self.family.pixels.items():
             if inputs.get(name) is not None and (modality != stored.modality or not stored.lengths):
                 raise PruningError(
@@ -262,6 +316,14 @@ class PrunedModel:
         token = self.family.token_id(self.model, stored.modality)
         lengths = list(stored.lengths)
         found, rows = placeholders(inputs["input_ids"], token, lengths, stored.modality)
+        anew = self._chosen_anew(stored, self._settings_of(rows, keep, cells))
+        projected = stored.features(partial(self.family.project, self.model))
+        if anew:
+            all_tokens = stored.stays
+            for part, _, _ in anew:
+                part._check_instructions(instructions, len(inputs["input_ids"]))
+            stored = self._choose_anew(stored, projected, anew, rows, instructions, sample_ids)
+            projected = projected[stored.stays[all_tokens]]
         pruned = rewrite(
             self.model,
             self.family,
@@ -273,8 +335,73 @@ class PrunedModel:
             padding_side=padding_side,
             merges=self.merges,
             stored=stored,
+            projected=projected,
         )
         return replace(pruned, rows={stored.modality: rows})
+
+    def _settings_of(
+        self, rows: Sequence[int], keep: Budget, cells: Sequence[int] | None
+    ) -> list[tuple[PrunedModel, Budget]]:
+        """Return what prunes the images of these rows, and their budgets."""
+        if cells is not None:
+            raise _has_cells()
+        return [(self, keep)] * len(rows)
+
+    def _chosen_anew(
+        self, stored: StoredImages, settings: Sequence[tuple[PrunedModel, Budget]]
+    ) -> list[tuple[PrunedModel, Budget, list[int]]]:
+        """Return from which of the stored images a method chooses now, by method and budget.
+
+        Args:
+            stored: the images.
+            settings: for each image its pruned model and budget.
+
+        Raises:
+            PruningError: if an image was chosen from by another pruner or budget than its own.
+        """
+        asked: dict[tuple[int, str], dict[str, Any]] = {}
+        anew: dict[tuple[int, str], tuple[PrunedModel, Budget, list[int]]] = {}
+        for image, (choice, (part, keep)) in enumerate(zip(stored.choices, settings, strict=True)):
+            key = (id(part), repr(keep))  # 1 and 1.0 are one key, and two budgets
+            if key not in asked:
+                asked[key] = choice_of(part.spec, keep)
+            if choice == asked[key]:
+                continue
+            if not is_all_tokens(choice):
+                raise another_choice(choice, asked[key])
+            why = part.why_not_live()
+            if why is not None:
+                raise PruningError(f"{another_choice(choice, asked[key])}, since {why}")
+            anew.setdefault(key, (part, keep, []))[2].append(image)
+        check_can_choose(stored, [image for _, _, images in anew.values() for image in images])
+        return list(anew.values())
+
+    def why_not_live(self) -> str | None:
+        """Return why this method can't choose from images of which all tokens are stored; None if it can."""
+        return why_not_live(self.spec.pruner, self.pruner, self.merges, self.sees_clips)
+
+    def _choose_anew(
+        self,
+        stored: StoredImages,
+        projected: Tensor,
+        anew: Sequence[tuple[PrunedModel, Budget, list[int]]],
+        rows: list[int],
+        instructions: Sequence[str],
+        sample_ids: Sequence[str],
+    ) -> StoredImages:
+        """Return stored images after methods chose from some of them."""
+        chosen = []
+        for part, keep, images in anew:
+            if part.reads_text and is_partitioned(self.model.parameters()):
+                raise PruningError(
+                    f"{part.spec.pruner} reads the instruction when it chooses from stored features, and under ZeRO-3 "
+                    "ranks without such an image would not follow; set train.deepspeed: zero2, or run without features"
+                )
+            vision, rows_of = live_vision(stored, projected, images, rows)
+            names = {tile: f"sample {sample_ids[row]!r}" for tile, row in enumerate(rows_of)} if sample_ids else {}
+            rule = BudgetRule(keep, part.spec.small_images, part._unit())
+            chosen.append((images, part._choose(vision, instructions, rows_of, rule, names)))
+        return chosen_anew(stored, chosen)
 
     def _projected_now(self, visions: Mapping[str, Vision]) -> dict[str, Vision]:
         """Return stored images as the projector of now sees them: it may have been tuned since, or be in training."""
@@ -313,18 +440,62 @@ class PrunedModel:
         rows: list[int],
         rule: BudgetRule,
         names: Mapping[int, str],
+        cells: Sequence[int] | None = None,
     ) -> Chosen:
-        """Let the pruner choose from every group of images."""
+        """Let the pruner choose from every group of images.
+
+        Args:
+            vision: the images.
+            instructions: one text per row.
+            rows: the row of each image.
+            rule: the budget.
+            names: what to call an image in a message.
+            cells: the setting of each row, which a model of one setting has none of.
+        """
+        if cells is not None:
+            raise _has_cells()
+        return self._choose_from(self._read(vision, instructions, rows), vision, rule, names)
+
+    def _read(self, vision: Vision, instructions: Sequence[str], rows: Sequence[int]) -> Vision:
+        """Return the images as the pruner sees them: with what it reads of the text, and the projector it goes by."""
+        if self.original is not None:
+            with torch.no_grad():
+                vision = self.family.reproject(self.original, vision)
+        return self.text.add(vision, self.pruner, instructions, rows)
+
+    def _choose_from(
+        self,
+        seen: Vision,
+        vision: Vision,
+        rule: BudgetRule,
+        names: Mapping[int, str],
+        images: frozenset[int] | None = None,
+    ) -> Chosen:
+        """Let the pruner choose from what it sees.
+
+        Args:
+            seen: the images as the pruner sees them.
+            vision: the same as they reach the LLM.
+            rule: the budget.
+            names: what to call an image in a message.
+            images: the numbers of those that are pruned here; None is all.
+        """
         clips = self.sees_clips and vision.modality == "video"
         if self.spec.scope == "image" and vision.cut_up and not clips:
             check_poolable(self.pruner)
-        vision = self.text.add(vision, self.pruner, instructions, rows)
         found = []
-        for group in candidates(vision, self.spec.scope, self.sees_clips):
-            found += choose(self.pruner, group, rule, names)
+        for looked_at, group in zip(self._candidates(seen), self._candidates(vision), strict=True):
+            wanted = list(range(len(group.images)))
+            if images is not None:
+                wanted = [row for row in wanted if group.images[row] in images]
+            if wanted:
+                found += choose(self.pruner, looked_at.rows(wanted), rule, names, group.rows(wanted))
         if any(selection.in_order for _, selection in found):
             self._check_order()  # of methods whose options do not say it
-        return Chosen(vision, [among for among, _ in found], [selection for _, selection in found])
+        return Chosen(seen if self.original is None else vision, *_in_two_lists(found))
+
+    def _candidates(self, vision: Vision) -> list[Candidates]:
+        return candidates(vision, self.spec.scope, self.sees_clips)
 
     def _unit(self) -> str:
         """Return what the budget counts for in a video."""
@@ -375,9 +546,11 @@ class PrunedModel:
             visions = self._projected_now(stored) | self.encode(blanks)
         return visions, {modality: visions.pop(modality) for modality in missing}
 
-    def _without_images(self, inputs: dict[str, Any], blanks: Mapping[str, Vision], project_kept: bool) -> Pruned:
+    def _without_images(
+        self, inputs: dict[str, Any], blanks: Mapping[str, Vision], project_kept: bool, cells: Sequence[int] | None
+    ) -> Pruned:
         """Pass text through; in training it reaches the projector all the same."""
-        blanks = self._read_for(blanks)
+        blanks = self._read_for(blanks, cells)
         encoded = {modality: self._nothing_of(modality, blank, project_kept) for modality, blank in blanks.items()}
         return self._text_alone(inputs, encoded)
 
@@ -394,7 +567,7 @@ class PrunedModel:
             return Pruned(inputs, keep)  # in inference there is no gradient to agree on
         return Pruned({**inputs, "mm_encoder_outputs": dict(encoded)}, keep)
 
-    def _read_for(self, blanks: Mapping[str, Vision]) -> dict[str, Vision]:
+    def _read_for(self, blanks: Mapping[str, Vision], cells: Sequence[int] | None = None) -> dict[str, Vision]:
         """Return dummies with the text that the method reads."""
         return {modality: self.text.add(blank, self.pruner, [""], [0]) for modality, blank in blanks.items()}
 
@@ -499,6 +672,17 @@ class PrunedModel:
         if has_pixels and later:
             raise PruningError("images in a later turn can't be pruned: the cache holds the turns before as they were")
         return bool(encoded) or later  # beyond the prefill there is nothing to prune, and nothing to send along
+
+
+def _has_cells() -> PruningError:
+    return PruningError(
+        "the batch has `cells`, a setting for each row, and this model prunes all rows alike; give it to an "
+        "ElasticModel"
+    )
+
+
+def _in_two_lists(found: Sequence[tuple[Candidates, Selection]]) -> tuple[list[Candidates], list[Selection]]:
+    return [among for among, _ in found], [selection for _, selection in found]
 
 
 def _shifted(inputs: Mapping[str, Any], by: int) -> dict[str, Any]:

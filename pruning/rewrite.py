@@ -328,6 +328,7 @@ def rewrite(
     merges: bool,
     project_kept: bool = False,
     stored: StoredImages | None = None,
+    projected: Float[Tensor, "K D"] | None = None,
 ) -> Pruned:
     """Shorten a batch to what was chosen, and put the kept features where the stock model takes them.
 
@@ -345,14 +346,15 @@ def rewrite(
         padding_side: where the shortened rows are padded.
         merges: whether the method may return merged features.
         project_kept: whether the images are not projected yet.
-        stored: images of a feature cache, which were chosen before and are projected now.
+        stored: images of a feature cache, which were chosen from before.
+        projected: what stands in their slots that stay, (K, D).
     """
     project = partial(family.project, model)
     parts: dict[str, Staying] = {}
     for modality, choice in chosen.items():
         parts[modality] = staying(choice, newline, merges, project, project_kept)
-    if stored is not None:
-        parts[stored.modality] = Staying(stored.stays, list(stored.lengths), stored.features(project))
+    if stored is not None and projected is not None:
+        parts[stored.modality] = Staying(stored.stays, list(stored.lengths), projected)
     keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)  # (B, L)
     outputs: dict[str, PrunedOutput] = {}
     counts: dict[str, list[int]] = {}

@@ -200,31 +200,38 @@ def budgets(among: Candidates, rule: BudgetRule, names: Mapping[int, str]) -> li
 
 @torch.no_grad()
 def choose(
-    pruner: Pruner, among: Candidates, rule: BudgetRule, names: Mapping[int, str]
+    pruner: Pruner,
+    seen: Candidates,
+    rule: BudgetRule,
+    names: Mapping[int, str],
+    among: Candidates | None = None,
 ) -> list[tuple[Candidates, Selection]]:
     """Let the pruner choose, those with one budget together; the choice itself carries no gradient.
 
     Args:
         pruner: the method.
-        among: the candidates, with all signals that the method reads.
+        seen: the candidates, with all signals that the method reads.
         rule: the budget of each of them.
         names: what to call an image in a message.
+        among: the same candidates as they are handed on, where the method sees them through another projector.
 
     Raises:
         PruningError: if the budget does not fit.
     """
+    among = seen if among is None else among
     numbers = budgets(among, rule, names)
     found = []
     for number in sorted(set(numbers)):
         # With all items of their images, over which some methods scale their scores, also where their budgets differ.
         images = {image for image, own in zip(among.images, numbers, strict=True) if own == number}
         rows = [row for row, image in enumerate(among.images) if image in images]
-        part = among.rows(rows)
+        part = seen.rows(rows)
         # Under autocast, or with TF32 products, the same image would keep other tokens in training than in evaluation.
         with exact_float32(part.tokens.features.device):
             selection = pruner(part.tokens, number)
         own_rows = [row for row, whole in enumerate(rows) if numbers[whole] == number]
-        found.append((part.rows(own_rows), selection.rows(own_rows)))
+        of_these = [rows[row] for row in own_rows]
+        found.append((among.rows(of_these), selection.rows(own_rows)))
     return found
 
 

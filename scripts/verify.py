@@ -20,6 +20,7 @@ from prunetune.evaluation.report.comparison import COMPARISON, read_comparison
 from prunetune.evaluation.report.rows import check_results_hash, check_rows, check_scores
 from prunetune.evaluation.report.table import to_csv
 from prunetune.models.code import code_record, told
+from prunetune.models.dial import DIAL, read_dial
 from prunetune.models.errors import CheckpointError
 from prunetune.models.profile import read_profile
 from prunetune.models.record import (
@@ -61,7 +62,7 @@ class Check:
 
 
 def verify(path: Path, base: str | None = None) -> list[Check]:
-    """Return every check of an adapter, a recalibration, an arm, a comparison, an export or a profile.
+    """Return every check of an adapter, a recalibration, an arm, a comparison, a dial, an export or a profile.
 
     Args:
         path: its folder; of a profile the file.
@@ -76,6 +77,8 @@ def verify(path: Path, base: str | None = None) -> list[Check]:
         return _arm(path, base)
     if (path / COMPARISON).is_file():
         return _comparison(path)
+    if (path / DIAL).is_file():
+        return _dial(path, base)
     if not (path / RECORD).is_file() and (path / "adapter" / RECORD).is_file():
         path = path / "adapter"  # the output of a recalibration
     if (path / RECORD).is_file():
@@ -127,8 +130,35 @@ def _artefact(folder: Path, base: str | None) -> list[Check]:
     checks += _base(record, where, revision, folder)
     checks.append(_check("text_tower_hash", lambda: _text_tower(record, where, revision)))
     checks += _code(record.get("prunetune"), record.get("plugins") or [])
-    checks.append(Check("data", None, f"{short((record.get('data') or {}).get('hash'))} is recorded; data is not read"))
+    checks.append(Check("data", None, _data(record)))
     return checks
+
+
+def _data(record: Mapping[str, Any]) -> str:
+    if record.get("soup"):
+        sources = ", ".join(short(source["projector_hash"]) for source in record["soup"])
+        return f"the sources' records name it: projectors {sources}"
+    return f"{short((record.get('data') or {}).get('hash'))} is recorded; data is not read"
+
+
+def _dial(folder: Path, base: str | None) -> list[Check]:
+    """Return the checks of a dial, and of the adapter of the strength that was chosen by it."""
+    checks = [_check(DIAL, lambda: f"as it was written: {len(read_dial(folder)['points'])} strengths")]
+    if (folder / "adapter" / RECORD).is_file():
+        checks.append(_check("strength", lambda: _chosen(folder)))
+        checks += _artefact(folder / "adapter", base)
+    return checks
+
+
+def _chosen(folder: Path) -> str:
+    dial, record = read_dial(folder), read_record(folder / "adapter")
+    for name, expected, found in (
+        ("strength", dial["chosen"], record.get("strength")),
+        ("from", dial["projector_hash"], record.get("from")),
+    ):
+        if expected != found:
+            raise CheckpointError(f"the adapter's {name} is {short(found)}, the dial's {short(expected)}")
+    return f"the adapter is strength {record['strength']:g} of the projector {short(record['from'])}, as it was chosen"
 
 
 def _record_seal(folder: Path) -> str:

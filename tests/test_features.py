@@ -97,7 +97,9 @@ def unshared(arm, spec):
     own = copy.deepcopy(arm.model)
     base = copy.copy(arm.base)
     base.model = own
-    return replace(arm.with_pruning(spec), base=base, pruned=type(arm.pruned)(own, spec, arm.processor.tokenizer))
+    arm = arm.with_pruning(spec)
+    pruned = type(arm.pruned)(own, spec, arm.processor.tokenizer, arm.pruned.original)
+    return replace(arm, base=base, pruned=pruned)
 
 
 def two_steps(arm, batches):
@@ -252,7 +254,7 @@ def test_batches_of_families_equal_those_without_it(name, tmp_path):
     write_shard(tmp_path / "shard.safetensors", entries, newline_of(vision), [False], "")
     shard = Shard(tmp_path / "shard.safetensors")
     found = [(shard, number) for number in range(len(entries))]
-    stored = stored_images(found, 0, choice_of(plug.spec), shard)
+    stored = stored_images(found, [0] * len(found), [choice_of(plug.spec)], shard)
     cached = plug.prepare({key: value for key, value in inputs.items() if key != "pixel_values"}, stored=stored)
     assert torch.equal(cached.keep, plain.keep)
     counts = [

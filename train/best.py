@@ -19,6 +19,7 @@ from prunetune.data_recipes import RecipeData
 from prunetune.models import Arm, write_adapter
 from prunetune.train.callbacks import NothingToTrain
 from prunetune.train.record import run_record
+from prunetune.train.start_from import Start
 from prunetune.train.tracking import Tracker
 from prunetune.train.trainer import gathered_projector
 
@@ -99,6 +100,8 @@ class BestAdapter:
         peft_model: the same, wrapped.
         tracker: the run's, on rank 0.
         features: the seal of the feature cache that it is trained from.
+        begins: the adapter whose projector training began with.
+        loss: what the held-out loss is: the cross entropy of answers, ``ce``, or an objective without labels.
     """
 
     config: RecalibrateConfig
@@ -108,6 +111,8 @@ class BestAdapter:
     peft_model: PeftModel
     tracker: Tracker | None
     features: str | None = None
+    begins: Start | None = None
+    loss: str = "ce"
 
     @property
     def folder(self) -> Path:
@@ -120,7 +125,9 @@ class BestAdapter:
 
     def write(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         """Write the adapter with its record, in place of an older one."""
-        record = run_record(self.config, self.data, self.arm, tensors, progress.step, self.tracker, self.features)
+        record = run_record(
+            self.config, self.data, self.arm, tensors, progress.step, self.tracker, self.features, self.begins
+        )
         # Of that step alone, so that the adapter is the same whenever it is written again.
         record["held_out"] = self._slice() | {"best_loss": progress.loss, "best_step": progress.step}
         write_adapter(self.folder, tensors, self.peft_model, record)
@@ -130,7 +137,8 @@ class BestAdapter:
         return self._slice() | progress.record()
 
     def _slice(self) -> dict[str, Any]:
-        return {"samples": len(self.held), "hash": self.held.content_hash}
+        told = {"samples": len(self.held), "hash": self.held.content_hash}
+        return told if self.loss == "ce" else {**told, "loss": self.loss}  # records of answers stay, to the byte
 
 
 class HeldOutCallback(TrainerCallback):
@@ -216,7 +224,8 @@ class HeldOutCallback(TrainerCallback):
         progress = self.progress
         if progress.loss is None or progress.last is None:
             return []
-        told = [f"lowest held-out loss {progress.loss:.4f} at step {progress.step}, the last {progress.last:.4f}"]
+        what = "" if self.best.loss == "ce" else f" ({self.best.loss})"
+        told = [f"lowest held-out loss{what} {progress.loss:.4f} at step {progress.step}, the last {progress.last:.4f}"]
         if self.stopped_early:
             told.append(f"stopped early: the last {progress.since} were not lower (train.patience)")
         return [*told, f"the adapter of step {progress.step}: {self.best.folder}"]

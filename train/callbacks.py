@@ -112,6 +112,7 @@ class NumbersCallback(TrainerCallback):
             "samples_per_second": round(speed * self.samples_per_step, 2),
             "eta_seconds": round((state.max_steps - state.global_step) / speed, 1),
         }
+        numbers |= {name: value for name, value in logs.items() if name.startswith("loss_")}  # of each term
         if self.skips is not None:
             numbers["skipped_steps"] = self.skipped
         if self.measured is not None:

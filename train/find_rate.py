@@ -21,19 +21,21 @@ from transformers import set_seed
 
 from prunetune.configs import ConfigError, RecalibrateConfig
 from prunetune.data_recipes import Formatter, RecipeData, load_recipe
-from prunetune.data_recipes.formatting import supervised
-from prunetune.models import Arm, wrap_projector
+from prunetune.models import wrap_projector
 from prunetune.models.features import FeatureFormatter
 from prunetune.outputs import RATE, OutputFolder, write_bytes, write_text
 from prunetune.screen import SCREEN
-from prunetune.train.engine.engine import Engine, head_of
-from prunetune.train.engine.layout import Share, StepSampler, loss_weights
-from prunetune.train.engine.lengths import prompt_prefix, pruned_lengths
+from prunetune.train.elastic import Draws
+from prunetune.train.engine.layout import Share, StepSampler
+from prunetune.train.engine.lengths import lengths_of_settings
 from prunetune.train.float8 import use_float8
 from prunetune.train.freeze import freeze_all_but_projector
-from prunetune.train.held_out import split
-from prunetune.train.parts import formatter_of, recompute
+from prunetune.train.held_out import split, supervised_tokens
+from prunetune.train.objectives.aim import scales_of
+from prunetune.train.objectives.start import aim_of, check_objective
+from prunetune.train.parts import arm_of, draws_of, formatter_of, recompute
 from prunetune.train.sampling import ShuffledSampler, samples_per_step
+from prunetune.train.trainer import training_batch
 
 SMOOTHING = 0.9
 """Share of the past in the smoothed loss."""
@@ -152,6 +154,7 @@ class Update:
         batches: yields the micro-batches of an update.
         summed_loss: see :data:`prunetune.train.held_out.SummedLoss`.
         config: of the run; read are weight decay, clipping and the kind of loss.
+        units: counts the units of a micro-batch, given whether it is the first of its update.
     """
 
     def __init__(
@@ -160,7 +163,9 @@ class Update:
         batches: Iterator[list[dict[str, Any]]],
         summed_loss: Callable[[Mapping[str, Any]], Tensor],
         config: RecalibrateConfig,
+        units: Callable[[Mapping[str, Any], bool], Mapping[str, int]] | None = None,
     ) -> None:
+        self.units = units or (lambda batch, first: {"answers": supervised_tokens(batch)[0]})
         self.own = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # A small step is less than half the distance between two bfloat16 numbers: DeepSpeed trains float32 copies too.
         self.masters = [parameter.detach().float().clone() for parameter in self.own]
@@ -171,13 +176,15 @@ class Update:
     def __call__(self, rate: float) -> float:
         """Take one update, and return its loss."""
         micro_batches = next(self.batches)
-        counts = [int(supervised(batch["labels"]).sum()) for batch in micro_batches]
         total = 0.0
-        weights, number = loss_weights(counts, self.loss)
-        for batch, weight in zip(micro_batches, weights, strict=True):
-            if not weight:
+        units = [self.units(batch, number == 0) for number, batch in enumerate(micro_batches)]
+        weights, numbers = scales_of(units, self.loss)
+        for batch, own in zip(micro_batches, weights, strict=True):
+            if not any(own):
                 continue
-            loss = self.summed_loss(batch) * (weight / number)
+            sums = self.summed_loss(batch).reshape(-1)
+            scales = [weight / max(number, 1) for weight, number in zip(own, numbers, strict=True)]
+            loss = (sums * torch.tensor(scales).to(sums)).sum()
             loss.backward()
             total += float(loss.detach())
         for master, parameter in zip(self.masters, self.own, strict=True):
@@ -194,7 +201,12 @@ class Update:
 
 
 def updates(
-    data: RecipeData, formatter: Formatter | FeatureFormatter, share: Share, lengths: Sequence[int] | None, seed: int
+    data: RecipeData,
+    formatter: Formatter | FeatureFormatter,
+    share: Share,
+    lengths: Sequence[Sequence[int]] | None,
+    seed: int,
+    draws: Draws | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the micro-batches of one update after another, over all devices of the run, for ever.
 
@@ -202,15 +214,19 @@ def updates(
         data: the samples.
         formatter: what turns them into batches.
         share: how an update is laid out, on one device.
-        lengths: tokens of every sample, where it is laid out by a budget.
+        lengths: for each setting tokens of every sample, where it is laid out by a budget.
         seed: of the order.
+        draws: says which setting each sample has, in a run over several.
     """
     epoch = 0
     order = ShuffledSampler(len(data), seed)
     order.epoch = lambda: epoch
     while True:
-        for batches in StepSampler(order, share, lengths):
-            yield [formatter.training_batch([data[index] for index in batch.indices]) for batch in batches]
+        for batches in StepSampler(order, share, lengths, draws):
+            built = []
+            for batch in batches:
+                built.append(training_batch(formatter, [data[index] for index in batch.indices], batch))
+            yield built
         epoch += 1
 
 
@@ -288,12 +304,15 @@ def _swept(config: RecalibrateConfig, rates: Sequence[float]) -> tuple[Sweep, Re
         data, _ = split(data, config.train.held_out, config.data.seed or 0)
     if config.model.dtype == "float16":
         raise ConfigError("find-rate scales no float16 loss; sweep with --model.dtype bfloat16 or float32")
-    arm = Arm.load(config.model, config.pruning)
+    arm = arm_of(config)
     formatter = formatter_of(config, arm, data)
+    check_objective(config)
+    aim = aim_of(config, arm, formatter, data)
+    engine = aim.engine
     peft_model = wrap_projector(arm.model, config.train.trainable)
     freeze_all_but_projector(peft_model)
-    engine = Engine(arm.pruned, config.engine, prompt_prefix(arm, formatter, data))
-    head = head_of(arm.pruned, config.engine, partitioned=False)
+    if aim.anchor is not None:
+        aim.anchor.hold(peft_model)
     if config.engine.float8:
         use_float8(arm.model, device=arm.device)
     if config.engine.checkpointing is True:
@@ -301,14 +320,16 @@ def _swept(config: RecalibrateConfig, rates: Sequence[float]) -> tuple[Sweep, Re
     train, budget = config.train, config.engine.token_budget
     devices = config.devices or 1
     share = Share(0, 1, train.batch_size, train.accumulation * devices, budget, padded=not engine.choice.packing)
-    lengths = None if budget is None else pruned_lengths(data, formatter, arm.pruned, train.max_length)
+    lengths = None if budget is None else lengths_of_settings(data, formatter, arm.pruned, train.max_length)
 
     def summed_loss(batch: Mapping[str, Any]) -> Tensor:
-        return engine.summed_loss(peft_model, arm.place(batch, formatter.finish))
+        found = aim.losses(peft_model, arm.place(batch, formatter.finish)).units
+        return torch.stack([found[unit] for unit in aim.objective.units])
 
     arm.model.train()
-    with engine.attached(), engine.own_head(head):
-        step = Update(peft_model, updates(data, formatter, share, lengths, train.seed), summed_loss, config)
+    with aim.attached(arm.device):
+        batches = updates(data, formatter, share, lengths, train.seed, draws_of(config))
+        step = Update(peft_model, batches, summed_loss, config, aim.units)
         found = sweep(counted(step, len(rates)), rates)
     if not found.points:
         raise FloatingPointError(

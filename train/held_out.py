@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,15 @@ from prunetune.models.features import FeatureFormatter
 from prunetune.models.ranks import Ranks
 
 SummedLoss = Callable[[Mapping[str, Any]], Tensor]
-"""Returns the cross entropy of a formatter's batch, summed over its supervised tokens: one number on any device."""
+"""Returns the loss of a formatter's batch, summed over its units, such as supervised tokens: a number on any device, or
+one for each kind of unit."""
+Units = Callable[[Mapping[str, Any]], Sequence[int]]
+"""Returns how many of each kind of unit a formatter's batch has."""
+
+
+def supervised_tokens(batch: Mapping[str, Any]) -> list[int]:
+    """Return how many supervised tokens a batch has, the one unit of the cross entropy."""
+    return [int(supervised(batch["labels"]).sum())]
 
 
 def split(data: RecipeData, number: int, seed: int) -> tuple[RecipeData, RecipeData]:
@@ -69,7 +77,7 @@ def _check_apart(data: RecipeData) -> None:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """The mean loss over the supervised tokens of held-out samples; calling it is for all ranks at once.
+    """The mean loss over the units of held-out samples, supervised tokens; calling it is for all ranks at once.
 
     What a batch holds does not depend on the number of ranks, and the batches' sums are added in one order, exactly:
     the loss is the same over any number of ranks.
@@ -80,6 +88,7 @@ class HeldOutLoss:
         summed_loss: runs the model as training does.
         ranks: this process among the others.
         size: samples of a batch.
+        units: counts them; of several kinds the means are added.
     """
 
     data: RecipeData
@@ -87,6 +96,7 @@ class HeldOutLoss:
     summed_loss: SummedLoss
     ranks: Ranks
     size: int
+    units: Units = supervised_tokens
 
     def __call__(self, model: torch.nn.Module, device: torch.device) -> float:
         """Return the loss, the same number on every rank.
@@ -96,38 +106,47 @@ class HeldOutLoss:
             device: of the sums, which is one that ranks can exchange.
 
         Raises:
-            DataError: if no held-out sample has a supervised token.
+            DataError: if no held-out sample has a unit, such as a supervised token.
         """
         training = model.training
         model.eval()
         try:
             with torch.no_grad():
-                sums, tokens = self._sums()
+                sums, units = self._sums()
         finally:
             model.train(training)
-        told = torch.tensor([sums, tokens], dtype=torch.float64, device=device)
+        told = torch.tensor([sums, units], dtype=torch.float64, device=device)  # (2, batches, kinds)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(told)  # every number is one rank's own, and 0 on the others
-        sums, tokens = told.tolist()
-        if not sum(tokens):
+        if not bool(told[1].any()):
             raise DataError(
                 f"none of the {len(self.data)} held-out samples has an answer token left after train.max_length; "
                 "raise it"
             )
-        return math.fsum(sums) / sum(tokens)
+        loss = 0.0
+        for kind in range(told.shape[2]):
+            sums, units = told[:, :, kind].tolist()
+            loss += math.fsum(sums) / sum(units) if sum(units) else 0.0
+        return loss
 
-    def _sums(self) -> tuple[list[float], list[float]]:
-        """Return summed loss and supervised tokens of each batch, 0 for those of other ranks."""
+    def _sums(self) -> tuple[list[list[float]], list[list[float]]]:
+        """Return summed loss and units of each batch, of every kind; 0 for those of other ranks."""
         firsts = range(0, len(self.data), self.size)
-        sums, tokens = [0.0] * len(firsts), [0.0] * len(firsts)
+        sums: list[list[float]] = [[] for _ in firsts]
+        units: list[list[float]] = [[] for _ in firsts]
         # As often on every rank: under ZeRO-3 each of them waits for the others' weights.
         for turn in range(math.ceil(len(firsts) / self.ranks.world)):
             number = turn * self.ranks.world + self.ranks.rank
             first = firsts[number] if number < len(firsts) else 0
             samples = [self.data[index] for index in range(first, min(first + self.size, len(self.data)))]
             batch = self.formatter.training_batch(samples)
-            targets = int(supervised(batch["labels"]).sum())
-            loss = float(self.summed_loss(batch)) if targets or self.ranks.world > 1 else 0.0
-            if number < len(firsts) and targets:
-                sums[number], tokens[number] = loss, float(targets)
-        return sums, tokens
+            counts = list(self.units(batch))
+            loss = [0.0] * len(counts)
+            if any(counts) or self.ranks.world > 1:
+                loss = self.summed_loss(batch).reshape(-1).tolist()
+            if number < len(firsts):
+                # A kind that the batch has none of adds nothing, whatever was made of nothing.
+                sums[number] = [own if count else 0.0 for own, count in zip(loss, counts, strict=True)]
+                units[number] = [float(count) for count in counts]
+        kinds = len(counts)
+        return [own or [0.0] * kinds for own in sums], [own or [0.0] * kinds for own in units]

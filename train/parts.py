@@ -18,13 +18,15 @@ from prunetune.models.ranks import first_on_rank_zero
 from prunetune.reading import one_line
 from prunetune.screen import say
 from prunetune.train.best import BestAdapter, HeldOutCallback, Progress
+from prunetune.train.elastic import Draws, settings_of
 from prunetune.train.engine.engine import Engine
 from prunetune.train.engine.layout import Share, StepSampler, check_budget
-from prunetune.train.engine.lengths import pruned_lengths
+from prunetune.train.engine.lengths import lengths_of_settings
 from prunetune.train.float8 import use_float8
 from prunetune.train.gpus import gpu_of_device
 from prunetune.train.held_out import HeldOutLoss
 from prunetune.train.measured import RunNumbers
+from prunetune.train.objectives.aim import Aim
 from prunetune.train.plan import needs_of, prediction, tokens_at_once
 from prunetune.train.run import Run
 from prunetune.train.sampling import train_sampler
@@ -32,6 +34,23 @@ from prunetune.train.shape import ModelShape, shape_of
 from prunetune.train.tracking import Tracker
 from prunetune.train.trainer import RecalibrationTrainer
 from prunetune.train.workload import Workload, workload_of_data
+
+
+def arm_of(config: RecalibrateConfig, device: str | None = None) -> Arm:
+    """Return the model with its pruner, or with all of those that it trains for.
+
+    Raises:
+        CheckpointError, ConfigError, PruningError: for a model, settings or options that can't work.
+    """
+    settings = settings_of(config.pruning, config.elastic)  # a wrong one stops here, before gigabytes are read
+    arm = Arm.load(config.model, config.pruning, device=device)
+    return arm.elastic([setting.spec for setting in settings]) if settings else arm
+
+
+def draws_of(config: RecalibrateConfig) -> Draws | None:
+    """Return how settings are drawn; None where there is one alone."""
+    settings = settings_of(config.pruning, config.elastic)
+    return Draws(settings, config.elastic, config.train.seed) if settings else None
 
 
 def formatter_of(config: RecalibrateConfig, arm: Arm, data: RecipeData | None) -> Formatter | FeatureFormatter:
@@ -71,9 +90,10 @@ def sampler_of(run: Run, arm: Arm, formatter: Formatter | FeatureFormatter, engi
     lengths = None
     if switches.token_budget is not None:
         with first_on_rank_zero(run.ranks):  # which keeps what it counts
-            lengths = pruned_lengths(run.data, formatter, arm.pruned, config.max_length)
-        check_budget(max(lengths), switches.token_budget)
-    return StepSampler(train_sampler(run.data, config.sampling, share.group, config.seed), share, lengths)
+            lengths = lengths_of_settings(run.data, formatter, arm.pruned, config.max_length)
+        check_budget(max(max(own) for own in lengths), switches.token_budget)
+    order = train_sampler(run.data, config.sampling, share.group, config.seed)
+    return StepSampler(order, share, lengths, draws_of(run.config))
 
 
 @dataclass(frozen=True)
@@ -158,14 +178,32 @@ def held_out_of(
     formatter: Formatter | FeatureFormatter,
     tracker: Tracker | None,
     made_with: dict[str, Any],
+    aim: Aim,
     trainer: Callable[[], RecalibrationTrainer],
 ) -> HeldOutCallback | None:
     """Return what measures the held-out loss and keeps the best adapter; None if no samples are held out."""
     if run.held is None:
         return None
     config = run.config.train
-    best = BestAdapter(run.config, run.data, run.held, arm, peft_model, tracker, made_with.get("features"))
-    loss = HeldOutLoss(run.held, formatter, lambda batch: trainer().summed_loss(batch), run.ranks, config.batch_size)
+    best = BestAdapter(
+        run.config,
+        run.data,
+        run.held,
+        arm,
+        peft_model,
+        tracker,
+        made_with.get("features"),
+        run.begins,
+        aim.held_out_told(),
+    )
+    loss = HeldOutLoss(
+        run.held,
+        formatter,
+        lambda batch: trainer().held_out_sums(batch),
+        run.ranks,
+        config.batch_size,
+        aim.held_out_counts,
+    )
     log = tracker.log if tracker is not None else None
     progress = Progress.read(run.found.folder)
 

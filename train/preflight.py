@@ -16,8 +16,11 @@ from prunetune.models import wrap_projector
 from prunetune.models.blueprint import check_model
 from prunetune.models.profile import resolved
 from prunetune.train.deepspeed_settings import zero_stage
+from prunetune.train.elastic import hardest_of_each, settings_of
 from prunetune.train.float8 import check_float8
 from prunetune.train.freeze import freeze_all_but_projector
+from prunetune.train.objectives.start import check_objective
+from prunetune.train.start_from import Start
 from prunetune.train.tracking import wandb_mode
 
 
@@ -28,11 +31,13 @@ def check_before_launch(config: RecalibrateConfig) -> None:
         ConfigError, DataError, PruningError: for the first thing that can't work.
     """
     resolved(config.pruning).build()
+    settings = settings_of(config.pruning, config.elastic)
     if config.engine.token_budget is not None and config.train.loss == "micro_batch_mean":
         raise ConfigError(
             "engine.token_budget lays samples out by their length, which would change a mean of micro-batches' means; "
             "set train.loss to token_mean, or leave the budget out"
         )
+    check_objective(config)
     if zero_stage(config.train.deepspeed) == 3 and config.model.quantization is not None:
         raise ConfigError(
             f"model.quantization {config.model.quantization} can't be partitioned by ZeRO-3; set train.deepspeed to "
@@ -45,12 +50,14 @@ def check_before_launch(config: RecalibrateConfig) -> None:
             f"train.patience {config.train.patience} counts held-out losses, and with train.held_out 0 there are none; "
             "set train.held_out to a number of samples, or leave patience out"
         )
+    Start.of(config.train.start_from)
     _check_device(config)
     _check_tracking(config.tracking)
     _check_data(config.data.recipe, config.data.file, config.data.image_root)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the libraries' about one another
-        freeze_all_but_projector(wrap_projector(check_model(config.model, config.pruning), config.train.trainable))
+        model = check_model(config.model, config.pruning, hardest_of_each(settings))
+        freeze_all_but_projector(wrap_projector(model, config.train.trainable))
 
 
 def _check_device(config: RecalibrateConfig) -> None:

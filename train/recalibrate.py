@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 
 from prunetune.configs import ConfigError, RecalibrateConfig, load_config, to_yaml
+from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes import DataError, Formatter
 from prunetune.errors import PrunetuneError
 from prunetune.models import Arm, wrap_projector, write_adapter
@@ -39,11 +40,15 @@ from prunetune.train.checkpoints import (
     rename_damaged,
 )
 from prunetune.train.deepspeed_settings import zero_stage
-from prunetune.train.engine.engine import Engine, head_of
-from prunetune.train.engine.lengths import prompt_prefix
+from prunetune.train.elastic import settings_of, told
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector
 from prunetune.train.launchers import complete_environment
+from prunetune.train.masters import StartCallback
+from prunetune.train.objectives.aim import Aim
+from prunetune.train.objectives.objective import Objective
+from prunetune.train.objectives.start import aim_of
 from prunetune.train.parts import (
+    arm_of,
     checkpointing_of,
     expected_of,
     formatter_of,
@@ -105,7 +110,7 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     config = run.config
     # The model is built before TrainingArguments: an active ZeRO-3 configuration would partition it while loading.
     # DeepSpeed takes plain weights to the GPU; quantised ones are made there.
-    arm = Arm.load(config.model, config.pruning, device="cpu" if config.model.quantization is None else None)
+    arm = arm_of(config, device="cpu" if config.model.quantization is None else None)
     made_with = _made_with(run, arm) if run.ranks.is_zero else {}
     check_made_with(run.found, made_with)
     if run.ranks.is_zero and (changed := other_code(run.found, made_with)):
@@ -114,9 +119,12 @@ def recalibrate(run: Run, request: StopRequest | None = None) -> Path | None:
     # One rank looks whether a cache of features has all samples.
     looked = run.data if run.config.features is None or run.ranks.is_zero else None
     formatter = formatter_of(config, arm, looked)
+    # Before PEFT has the model: the teacher shares its weights, and has the original projector.
+    aim = aim_of(config, arm, formatter, run.data, zero_stage(config.train.deepspeed) == 3)
     peft_model = wrap_projector(arm.model, config.train.trainable)
     announce(run, freeze_all_but_projector(peft_model))
-    trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with)
+    begins = [] if run.begins is None else [StartCallback(peft_model, run.begins.load(peft_model, arm.base.hashes))]
+    trained = train(run, arm, peft_model, formatter, tracker, request or StopRequest(), made_with, aim, begins)
     if not trained.stopped:
         save(run, arm, peft_model, tracker, trained, made_with)
     elif run.ranks.is_zero:
@@ -137,15 +145,18 @@ def train(
     tracker: Tracker | None,
     request: StopRequest,
     made_with: dict[str, Any],
+    aim: Aim,
+    begins: list[StartCallback],
 ) -> Trained:
     """Train with the pruner attached, check that nothing frozen changed, and say how it ended."""
     config = run.config.train
-    engine = Engine(arm.pruned, run.config.engine, prompt_prefix(arm, formatter, run.data))
+    engine = aim.engine
     expected = expected_of(run, arm)
     recomputed = checkpointing_of(run, arm, expected)
     if run.ranks.is_zero:
         say("\n".join([*engine.lines(), f"          {'with' if recomputed else 'no'} gradient checkpointing"]))
-    head = head_of(arm.pruned, run.config.engine, zero_stage(config.deepspeed) == 3)
+    if aim.anchor is not None:
+        aim.anchor.hold(peft_model)
     half = run.config.model.dtype == "float16"
     engine.numbers = numbers_of(run, arm, expected)
     round_frozen(run, arm)  # after the numbers have read the model's sizes off its layers
@@ -156,24 +167,24 @@ def train(
         measured=engine.numbers,
     )
     stop = StopCallback(request, run.steps)
-    held = held_out_of(run, arm, peft_model, formatter, tracker, made_with, lambda: trainer)
+    held = held_out_of(run, arm, peft_model, formatter, tracker, made_with, aim, lambda: trainer)
     mark = CompleteCheckpointCallback(run.settings, made_with)
     settings = training_arguments(run.config, run.output, run.steps)  # the ranks meet in it
     trainer = RecalibrationTrainer(
         formatter,
         run.data,
         sampler_of(run, arm, formatter, engine),
-        engine,
+        aim,
         config.loss,
         model=peft_model,
         args=settings,
-        callbacks=[*([] if held is None else [held]), stop, numbers, mark, KeepNewestCallback()],
+        callbacks=[*begins, *([] if held is None else [held]), stop, numbers, mark, KeepNewestCallback()],
     )
     run.ranks.check_same(plugin_records())
     _check_same_start(run)
     before = frozen_tensors_hash(peft_model)
     drop_frozen_from_state_dict(peft_model)
-    with engine.attached(), engine.own_head(head):
+    with aim.attached(settings.device):
         take_steps(trainer, run.found.folder)
     if frozen_tensors_hash(peft_model) != before:
         raise RuntimeError("a frozen weight changed during training; the adapter is not written. Please report this")
@@ -231,7 +242,7 @@ def save(
     tensors = gathered_projector(peft_model)
     if not run.ranks.is_zero:
         return
-    record = run_record(run.config, run.data, arm, tensors, trained.step, tracker, made_with["features"])
+    record = run_record(run.config, run.data, arm, tensors, trained.step, tracker, made_with["features"], run.begins)
     if (stored := record["stored_in"]) != "float32":
         say(f"train.deepspeed {run.config.train.deepspeed} keeps no float32 weights: the adapter is stored in {stored}")
     if trained.skipped is not None:
@@ -279,22 +290,28 @@ def announce(run: Run, report: FrozenReport) -> None:
     # Without the word: who goes on with this file should not delete what there is.
     write_text(run.output / "config.yaml", to_yaml(config.model_copy(update={"overwrite": False})))
     sources = ", ".join(f"{name} {count:,}" for name, count in data.counts.items())
-    lines = [
-        f"model     {config.model.path} ({config.model.dtype})",
-        f"pruning   {config.pruning.pruner}, keep {config.pruning.keep} {resolved(config.pruning).options or ''}",
-        f"data      {data.name}: {len(data):,} samples ({sources})",
+    lines = [f"model     {config.model.path} ({config.model.dtype})"]
+    if run.begins is not None:
+        lines.append(f"begins    with the projector of {run.begins.line()}")
+    pruning = resolved(config.pruning)
+    lines.append(f"pruning   {pruning.pruner}, keep {pruning.keep} {pruning.options or ''}")
+    if settings := settings_of(config.pruning, config.elastic):
+        lines.append(f"elastic   {told(settings)}")
+    if config.objective != ObjectiveConfig():
+        lines.append(f"towards   {Objective(config.objective).told()}")
+    lines.append(f"data      {data.name}: {len(data):,} samples ({sources})")
+    if data.broken:
+        lines.append(f"          {len(data.broken)} records left out, they are no conversation: {data.broken[:3]}")
+    if data.missing:
+        lines.append(f"          {len(data.missing)} samples left out, their image is missing: {data.missing[:3]}")
+    if run.held is not None:
+        every = config.train.eval_steps
+        lines.append(f"          {len(run.held):,} samples held out, a loss on them every {every} steps")
+    lines += [
         f"ranks     {run.ranks.world}, {config.train.batch_size} samples each, "
         f"DeepSpeed {deepspeed.__version__} {config.train.deepspeed}",
         *report.lines(),
     ]
-    if run.held is not None:
-        lines.insert(
-            3, f"          {len(run.held):,} samples held out, a loss on them every {config.train.eval_steps} steps"
-        )
-    if data.missing:
-        lines.insert(3, f"          {len(data.missing)} samples left out, their image is missing: {data.missing[:3]}")
-    if data.broken:
-        lines.insert(3, f"          {len(data.broken)} records left out, they are no conversation: {data.broken[:3]}")
     for folder, reason in run.found.damaged.items():
         lines.append(f"{folder} is skipped and renamed: {reason}")
     if run.found.folder is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from prunetune.configs import RecalibrateConfig
+from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes import RecipeData
 from prunetune.models import Arm
 from prunetune.models.card import license_of
@@ -16,6 +17,7 @@ from prunetune.models.code import code_record
 from prunetune.models.hashes import tensor_hash
 from prunetune.models.record import FORMAT, portable
 from prunetune.plugins import plugin_records
+from prunetune.train.start_from import Start
 from prunetune.train.tracking import Tracker
 
 
@@ -32,6 +34,7 @@ def run_record(
     step: int,
     tracker: Tracker | None,
     features: str | None = None,
+    begins: Start | None = None,
 ) -> dict[str, Any]:
     """Return the record: the base, the pruner, the data, the seed and how far training went.
 
@@ -46,12 +49,13 @@ def run_record(
         step: the last step's number.
         tracker: the run's, on rank 0.
         features: the seal of the feature cache that it was trained from.
+        begins: the adapter whose projector training began with; None began with the base's.
     """
     ran = config.pruning if arm.profile is None else arm.profile.fill(config.pruning)
     model, pruning, train = config.model.model_dump(), ran.model_dump(), config.train.model_dump()
     for section, name in ((model, "path"), (model, "template"), (pruning, "text_tower"), (train, "deepspeed")):
         section[name] = portable(section[name])
-    return {
+    record: dict[str, Any] = {
         "format": FORMAT,
         "base_model": model["path"],
         "base_revision": config.model.revision,
@@ -83,3 +87,12 @@ def run_record(
         "stored_in": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
         "features": features,
     }
+    # Named where they are used alone: records of other runs stay, to the byte.
+    if config.elastic.on:
+        record["elastic"] = config.elastic.model_dump()
+    if config.objective != ObjectiveConfig():
+        record["objective"] = config.objective.model_dump()
+    if begins is not None:
+        train["start_from"] = portable(begins.adapter)
+        record["started_from"] = begins.record()
+    return record

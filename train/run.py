@@ -11,14 +11,17 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from prunetune.configs import RecalibrateConfig
+from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes import RecipeData, load_recipe
 from prunetune.models.arm import default_device
 from prunetune.models.profile import resolved
 from prunetune.models.ranks import Ranks, launched_ranks
 from prunetune.train.checkpoints import Found, find_checkpoint, finished_step, set_aside
+from prunetune.train.elastic import settings_of
 from prunetune.train.float8 import check_float8_device
 from prunetune.train.held_out import split
 from prunetune.train.sampling import steps_in_total
+from prunetune.train.start_from import Start
 from prunetune.train.trainer import use_plain_collectives_on_cpu
 
 
@@ -34,6 +37,7 @@ class Run:
         settings: what must not change between a run and its continuation.
         found: the checkpoint to go on from.
         finished: the last step of a run that has nothing left to do; None for any other.
+        begins: the adapter whose projector training begins with; None begins with the base's.
     """
 
     config: RecalibrateConfig
@@ -43,6 +47,7 @@ class Run:
     settings: dict[str, Any]
     found: Found
     finished: int | None
+    begins: Start | None = None
 
     @property
     def output(self) -> Path:
@@ -72,6 +77,7 @@ def start(config: RecalibrateConfig) -> Run:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' about one another
     if not ranks.is_zero:
         transformers_logging.set_verbosity_error()
+    settings_of(config.pruning, config.elastic)
     resolved(config.pruning).build()  # a wrong name or option stops here, before anything is loaded
     data = load_recipe(config.data.recipe, **config.data.model_dump(exclude={"recipe"}))
     held = None
@@ -79,7 +85,8 @@ def start(config: RecalibrateConfig) -> Run:
         data, held = split(data, config.train.held_out, config.data.seed or 0)
     if config.engine.float8:
         check_float8_device(default_device())
-    settings = _settings(config, data, ranks.world)
+    begins = Start.of(config.train.start_from)
+    settings = _settings(config, data, ranks.world, begins)
     output = Path(config.output)
     found, finished = Found(), None
     if config.overwrite:
@@ -90,13 +97,13 @@ def start(config: RecalibrateConfig) -> Run:
         set_aside(output)
     if config.train.resume == "auto" and finished is None and not config.overwrite:
         found = find_checkpoint(output, settings)
-    return Run(config, data, held, ranks, settings, found, finished)
+    return Run(config, data, held, ranks, settings, found, finished, begins)
 
 
-def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[str, Any]:
+def _settings(config: RecalibrateConfig, data: RecipeData, world: int, begins: Start | None = None) -> dict[str, Any]:
     """Return what must not change between a run and its continuation."""
-    train = config.train.model_dump(exclude={"save_steps", "log_steps", "workers", "resume"})
-    return {
+    train = config.train.model_dump(exclude={"save_steps", "log_steps", "workers", "resume", "start_from"})
+    settings: dict[str, Any] = {
         "model": config.model.model_dump(),
         "pruning": resolved(config.pruning).model_dump(),  # a profile that was written anew is another pruning
         "data": data.content_hash,
@@ -104,3 +111,11 @@ def _settings(config: RecalibrateConfig, data: RecipeData, world: int) -> dict[s
         "engine": config.engine.model_dump(),
         "ranks": world,
     }
+    # Named where they are used alone: checkpoints of before there were any stay usable.
+    if begins is not None:
+        settings["train.start_from"] = begins.projector_hash  # wherever the folder is
+    if config.elastic.on:
+        settings["elastic"] = config.elastic.model_dump()
+    if config.objective != ObjectiveConfig():
+        settings["objective"] = config.objective.model_dump()
+    return settings

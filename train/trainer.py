@@ -24,13 +24,15 @@ from prunetune.models.features import FeatureFormatter
 from prunetune.models.hashes import tensor_hash
 from prunetune.pruning.hooks import is_partitioned
 from prunetune.train.deepspeed_settings import deepspeed_config
-from prunetune.train.engine.engine import Engine
-from prunetune.train.engine.layout import MicroBatch, StepSampler, loss_weights
+from prunetune.train.engine.layout import MicroBatch, StepSampler
 from prunetune.train.float8 import float8_tensors
+from prunetune.train.objectives.aim import Aim, scales_of
 from prunetune.train.visual import tower_work
 
 UNSUPERVISED = "unsupervised"
 """Goes with a batch: how many of its samples lost every answer token."""
+COUNTS = "counts"
+"""Goes with a batch: whether its samples are trained on."""
 PATIENCE = 900
 """Seconds that a batch may take to be read; a data loading process that says nothing for so long is stuck."""
 
@@ -44,8 +46,23 @@ class SampleDataset(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, batch: MicroBatch) -> tuple[list[Sample], bool]:
-        return [self.data[index] for index in batch.indices], batch.counts
+    def __getitem__(self, batch: MicroBatch) -> tuple[list[Sample], MicroBatch]:
+        return [self.data[index] for index in batch.indices], batch
+
+
+def training_batch(
+    formatter: Formatter | FeatureFormatter, samples: Sequence[Sample], taken: MicroBatch
+) -> dict[str, Any]:
+    """Return the model input of a micro-batch: with the setting of each sample, and without labels if none counts."""
+    if isinstance(formatter, FeatureFormatter):
+        batch = formatter.training_batch(samples, taken.cells)
+    else:
+        batch = formatter.training_batch(samples)
+    if taken.cells is not None:
+        batch["cells"] = list(taken.cells)
+    if not taken.counts:
+        batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+    return batch
 
 
 class StepCollator:
@@ -54,14 +71,13 @@ class StepCollator:
     def __init__(self, formatter: Formatter | FeatureFormatter) -> None:
         self.formatter = formatter
 
-    def __call__(self, batches: Sequence[tuple[list[Sample], bool]]) -> list[dict[str, Any]]:
+    def __call__(self, batches: Sequence[tuple[list[Sample], MicroBatch]]) -> list[dict[str, Any]]:
         """Return one model input per micro-batch, with the number of samples that lost every answer token."""
         built = []
-        for samples, counts in batches:
-            batch = self.formatter.training_batch(samples)
-            batch[UNSUPERVISED] = int((~supervised(batch["labels"]).any(dim=1)).sum()) if counts else 0
-            if not counts:
-                batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+        for samples, taken in batches:
+            batch = training_batch(self.formatter, samples, taken)
+            batch[UNSUPERVISED] = int((~supervised(batch["labels"]).any(dim=1)).sum()) if taken.counts else 0
+            batch[COUNTS] = taken.counts
             built.append(batch)
         return built
 
@@ -73,7 +89,7 @@ class RecalibrationTrainer(Trainer):
         formatter: turns samples into batches.
         data: what is trained on.
         sampler: yields an update's micro-batches of this rank.
-        engine: runs a micro-batch.
+        aim: makes the losses of a micro-batch.
         loss: "token_mean" or "micro_batch_mean".
         kwargs: Trainer's own.
     """
@@ -83,15 +99,17 @@ class RecalibrationTrainer(Trainer):
         formatter: Formatter | FeatureFormatter,
         data: RecipeData,
         sampler: StepSampler,
-        engine: Engine,
+        aim: Aim,
         loss: str = "token_mean",
         **kwargs: Any,
     ) -> None:
-        self.formatter, self.sampler, self.engine, self.loss = formatter, sampler, engine, loss
+        self.formatter, self.sampler, self.aim, self.loss = formatter, sampler, aim, loss
         order: Any = sampler.order
         # A sum of steps over steps per epoch: 1e-6 lifts 0.9999... over the epoch's end.
         order.epoch = lambda: int((self.state.epoch or 0) + 1e-6)
         self.unsupervised = 0
+        self._terms: dict[str, Tensor] = {}  # of the updates since the last row of the log
+        self._updates = 0
         collator: Any = StepCollator(formatter)
         super().__init__(data_collator=collator, train_dataset=SampleDataset(data), **kwargs)
         self.remove_callback(PrinterCallback)  # the progress bar and the log say it
@@ -120,54 +138,73 @@ class RecalibrationTrainer(Trainer):
         """Return 0: Trainer's estimate knows neither pruning nor frozen weights."""
         return 0
 
-    def summed_loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return the cross entropy of a formatter's batch, summed over its supervised tokens, on the wrapped model."""
-        return self.engine.summed_loss(self.model_wrapped, self._placed(batch))
+    def held_out_sums(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return what is measured on a held-out batch of the formatter, summed by unit, on the wrapped model."""
+        return self.aim.held_out_sums(self.model_wrapped, self._placed(batch))
 
     def held_out_loss(self, measure: Callable[[Any, torch.device], float]) -> float:
         """Return what a held-out loss is now; of the run's numbers it is a phase, and none of its samples count."""
-        numbers = self.engine.numbers
+        engine = self.aim.engine
+        numbers = engine.numbers
         with nullcontext() if numbers is None else numbers.phase("held_out"):
-            self.engine.numbers = None
+            engine.numbers = None
             try:
                 return measure(self.model_wrapped, self.args.device)
             finally:
-                self.engine.numbers = numbers
+                engine.numbers = numbers
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward over an update's micro-batches on this rank, and return its part of the loss.
 
-        With "token_mean" an update's loss is the mean over all its supervised tokens, over all ranks. The part of a
-        rank is multiplied by the number of ranks, since DeepSpeed takes the mean of their gradients.
+        With "token_mean" an update's loss is for each term the mean over all its units, such as supervised tokens, over
+        all ranks. The part of a rank is multiplied by the number of ranks, since DeepSpeed takes the mean of their
+        gradients.
         """
         model.train()
-        counts = [int(supervised(batch["labels"]).sum()) for batch in inputs]
-        scales = self._scales(counts)
+        objective = self.aim.objective
+        units = [self.aim.units(batch, number == 0, batch.pop(COUNTS)) for number, batch in enumerate(inputs)]
+        scales = self._scales(units)
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(inputs):
             self.unsupervised += batch.pop(UNSUPERVISED)
             last = number == len(inputs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
-            tower = tower_work(self.engine.pruned.model, batch)  # before sizes of images are on a device
-            loss = self.engine.summed_loss(model, self._placed(batch), tower) * scales[number]
+            tower = tower_work(self.aim.engine.pruned.model, batch)  # before sizes of images are on a device
+            losses = self.aim.losses(model, self._placed(batch), tower)
+            scale = dict(zip(objective.units, scales[number], strict=True))
+            parts = [own * scale[unit] for unit, own in losses.units.items()]
+            loss = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
             # With the last micro-batch's backward pass DeepSpeed also updates the weights.
             with self._phase("backward"):
                 self.accelerator.backward(loss, scale_wrt_gas=False)
             total += loss.detach()
+            for term, own in losses.terms.items() if self.aim.several else ():
+                self._terms[term] = self._terms.get(term, 0) + own * scale[objective.unit_of(term)]
+        self._updates += 1
         return total
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log a row; where the loss is a sum of terms, with the mean of each, unweighted. All ranks call this."""
+        if "loss" in logs and self._terms:
+            means = torch.stack([self._terms[term].double() for term in self.aim.objective.weights]) / self._updates
+            means = self.accelerator.reduce(means, reduction="mean")
+            logs |= {f"loss_{term}": own for term, own in zip(self.aim.objective.weights, means.tolist(), strict=True)}
+        if "loss" in logs:
+            self._terms, self._updates = {}, 0
+        super().log(logs, *args, **kwargs)
+
     def _phase(self, name: str) -> AbstractContextManager[None]:
-        numbers = self.engine.numbers if self.engine is not None else None
+        numbers = self.aim.engine.numbers if self.aim is not None else None
         return nullcontext() if numbers is None else numbers.phase(name)
 
     def _placed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch on the device, pixels in the model's dtype: the numbers that evaluation gives it."""
-        return placed(batch, self.args.device, self.engine.pruned.model.dtype, self.formatter.finish)
+        return placed(batch, self.args.device, self.aim.engine.pruned.model.dtype, self.formatter.finish)
 
-    def _scales(self, counts: Sequence[int]) -> Tensor:
-        """Return what each micro-batch's summed loss is multiplied by; 0 where nothing is supervised, not 1 / 0."""
-        weights, number = loss_weights(counts, self.loss)
-        whole = torch.tensor([number], dtype=torch.float64).to(self.args.device)
+    def _scales(self, units: Sequence[Mapping[str, int]]) -> Tensor:
+        """Return what each micro-batch's losses are multiplied by, by unit; 0 where there is none of it, not 1 / 0."""
+        weights, numbers = scales_of(units, self.loss)
+        whole = torch.tensor(numbers, dtype=torch.float64).to(self.args.device)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(whole)
         own = torch.tensor(weights, dtype=torch.float64).to(self.args.device)

@@ -21,7 +21,7 @@ from prunetune.data_recipes.videos import VIDEO
 from prunetune.errors import PrunetuneError
 from prunetune.models import CheckpointError
 from prunetune.models.blueprint import formatter_without_model
-from prunetune.pruning import PruningSpec
+from prunetune.train.elastic import settings_of
 from prunetune.train.flops import Work, sequences
 from prunetune.train.visual import Visual, visual_of
 
@@ -132,7 +132,7 @@ def workload_of_data(
     assumptions: list[str] = []
     text = np.asarray(_text_lengths(config, data, assumptions) if lengths is None else lengths, dtype=float)
     visual = visual_of(model, *_size_of_images(data, model, assumptions))
-    kept = visual.kept(config.pruning)
+    kept, most = kept_by(config, visual)
     frames = _frames(data, config, assumptions)
     items = np.array([0 if image is None else frames if image.startswith(VIDEO) else 1 for image in data.rows["image"]])
     total = np.minimum(text, config.train.max_length) + kept * items
@@ -143,9 +143,21 @@ def workload_of_data(
         with_image = int((items[own] > 0).sum())
         visuals = float(kept * items[own].sum() / max(with_image, 1))
         sources.append(Source(name, int(own.sum()), with_image, float(text[own].mean()), visuals))
-    work = sequences(total.tolist()) + _images(visual, int(items.sum()), config.pruning)
+    work = sequences(total.tolist()) + _images(visual, int(items.sum()), kept)
     work += Work(logits=float(text.sum()) * _supervised(data))
-    return Workload(tuple(sources), work, int(total.max()), visual, assumptions, measured=True)
+    longest = int((total + (most - kept) * items).max())
+    return Workload(tuple(sources), work, longest, visual, assumptions, measured=True)
+
+
+def kept_by(config: RecalibrateConfig, visual: Visual) -> tuple[int, int]:
+    """Return how many tokens of an image reach the LLM: in the mean over the settings of a run, and at most."""
+    settings = settings_of(config.pruning, config.elastic)
+    if not settings:
+        kept = visual.kept(config.pruning)
+        return kept, kept
+    counts = [visual.kept(setting.spec) for setting in settings]
+    mean = sum(setting.share * count for setting, count in zip(settings, counts, strict=True))
+    return round(mean), max(counts)
 
 
 def prefix_of(template: str) -> int:
@@ -179,7 +191,7 @@ def _assumed(recipe: Recipe, config: RecalibrateConfig, model: Any) -> Workload:
     total = sum(samples.values()) - recipe.held_out
     limit = min(config.data.max_samples or total, recipe.max_samples or total, total)
     visual = visual_of(model, *IMAGE)
-    kept = visual.kept(config.pruning)
+    kept, most = kept_by(config, visual)
     sources = []
     for name, count in samples.items():
         share = round(count * limit / sum(samples.values()))
@@ -196,15 +208,15 @@ def _assumed(recipe: Recipe, config: RecalibrateConfig, model: Any) -> Workload:
     ]
     if visual.sized:
         assumptions.append(f"images of {IMAGE[1]} x {IMAGE[0]} pixels")
-    longest = max(source.tokens for source in sources)
-    return Workload(tuple(sources), work + _images(visual, images, config.pruning), round(longest), visual, assumptions)
+    longest = max(source.tokens for source in sources) + most - kept
+    return Workload(tuple(sources), work + _images(visual, images, kept), round(longest), visual, assumptions)
 
 
-def _images(visual: Visual, images: int, spec: PruningSpec) -> Work:
+def _images(visual: Visual, images: int, kept: int) -> Work:
     """Return what tower and projector do for so many images, if the projector sees kept tokens alone."""
     patches = visual.patches * visual.items * images
     pairs = visual.patches * patches
-    return Work(projected=visual.kept(spec) * images, patches=patches, patch_pairs=pairs)
+    return Work(projected=kept * images, patches=patches, patch_pairs=pairs)
 
 
 def _text_lengths(config: RecalibrateConfig, data: RecipeData, assumptions: list[str]) -> Any:

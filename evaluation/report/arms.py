@@ -65,17 +65,21 @@ class EvaluatedArm:
         options = []
         for key, value in self.manifest.pruning.options.items():
             options.append(f"{key}={value}")
+        if self.manifest.pruning.choose_with != "tuned":
+            options.append(f"chosen with the {self.manifest.pruning.choose_with} projector")
         # Only options that were set: the method's own defaults are its name.
         if options:
             name += f" ({', '.join(options)})"
         return name + self._tuned_for()
 
     def _tuned_for(self) -> str:
-        """Return " + tuned projector", and for which pruning if that is another than the arm's."""
+        """Return " + tuned projector", and for which pruning if that is another than the arm's; or " + elastic"."""
         # A projector may be used at a budget it was not tuned for, and a table would not tell the two apart.
         target = self.manifest.projector.tuned_for
         if not self.tuned:
             return ""
+        if self.manifest.projector.elastic is not None:
+            return " + elastic projector"
         own = self.manifest.pruning.model_dump()
         if target is not None:  # an earlier version knew fewer fields, and ran as their defaults say
             target = {**PruningSpec().model_dump(), **target}

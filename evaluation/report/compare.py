@@ -14,6 +14,7 @@ from prunetune.evaluation.metrics.intervals import bootstrap_interval
 from prunetune.evaluation.report.arms import EvaluatedArm, read_arm
 from prunetune.models.code import told
 from prunetune.models.seal import short
+from prunetune.pruning import PruningSpec
 
 # What may differ between arms of one table. Within a tuned arm and its training-free twin only the projector may.
 # Everything else that is in a manifest moves numbers: the batch size and the image processor in their last bits, which
@@ -219,9 +220,14 @@ def _twin(arm: EvaluatedArm, arms: list[EvaluatedArm]) -> EvaluatedArm | None:
     """Return the arm that differs from a tuned one in the projector alone."""
     # By everything that the pruning says: a twin with another option would make its effect look like tuning's.
     for other in arms:
-        if not other.tuned and other.manifest.pruning == arm.manifest.pruning:
+        if not other.tuned and _unchosen(other) == _unchosen(arm):
             return other
     return None
+
+
+def _unchosen(arm: EvaluatedArm) -> PruningSpec:
+    """Return an arm's pruning without whose projector chooses, which is one and the same in a training-free arm."""
+    return arm.manifest.pruning.model_copy(update={"choose_with": "tuned"})
 
 
 def _nearest_twin(arm: EvaluatedArm, arms: list[EvaluatedArm]) -> str:

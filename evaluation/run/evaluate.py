@@ -318,7 +318,7 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm, store: Featur
             prompt=work.task.prompt,
         )
     # What the projector was trained for, from the adapter's own record: its folder may have been renamed since.
-    tuned_for = stored_hash = trained_in = None
+    tuned_for = stored_hash = trained_in = elastic = None
     # An export has no adapter, and is tuned all the same: nothing may take it for training-free.
     tuned = arm.base.exported if config.adapter is None else read_record(config.adapter)
     if tuned is not None:
@@ -326,12 +326,14 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm, store: Featur
         tuned_for = required(tuned, "pruning", source)
         stored_hash = required(tuned, "projector_hash", source)
         trained_in = tuned.get("trained_in")  # which earlier versions did not write
+        elastic = tuned.get("elastic")
     projector = ProjectorRecord(
         adapter=config.adapter,
         hash=arm.projector_hash,
         tuned_for=tuned_for,
         stored_hash=stored_hash,
         trained_in=trained_in,
+        elastic=elastic,
     )
     return Manifest(
         model=config.model,

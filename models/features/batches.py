@@ -50,9 +50,14 @@ class FeatureFormatter:
         # What else describes pixels stays, such as their grid: positions are made of it.
         self._pixels = set(arm.pruned.family.pixels.values())
 
-    def training_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return what ``Formatter.training_batch`` does, without pixels."""
-        return self._made(self.formatter.training_batch, samples)
+    def training_batch(self, samples: Sequence[Sample], cells: Sequence[int] | None = None) -> dict[str, Any]:
+        """Return what ``Formatter.training_batch`` does, without pixels.
+
+        Args:
+            samples: of the batch.
+            cells: the number of each sample's setting; None is the arm's own pruning.
+        """
+        return self._made(self.formatter.training_batch, samples, cells)
 
     def prompt_batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Return what ``Formatter.prompt_batch`` does, without pixels."""
@@ -62,7 +67,12 @@ class FeatureFormatter:
         """Return the batch as it is: there are no pixels to make numbers of."""
         return batch
 
-    def _made(self, make: Callable[[Sequence[Sample]], dict[str, Any]], samples: Sequence[Sample]) -> dict[str, Any]:
+    def _made(
+        self,
+        make: Callable[[Sequence[Sample]], dict[str, Any]],
+        samples: Sequence[Sample],
+        cells: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
         if self.within is not None:
             samples = [self.within(sample) for sample in samples]
         self.images.known = {}  # of this batch alone, so that a worker does not gather those of all images
@@ -72,4 +82,4 @@ class FeatureFormatter:
                 self.images.known[str(sample.image)] = known
         batch = make(samples)
         kept = {name: value for name, value in batch.items() if name not in self._pixels}
-        return {**kept, "stored": self.store.batch(samples)}
+        return {**kept, "stored": self.store.batch(samples, cells=cells)}

@@ -14,7 +14,7 @@ from prunetune.models.arm import Arm
 from prunetune.models.hashes import tensor_hash
 from prunetune.pruning import Budget, PrunedModel
 from prunetune.pruning.signals import of_source, signal_of
-from prunetune.pruning.stored import choice_of
+from prunetune.pruning.stored import choice_of, is_all_tokens
 
 # Of a configuration: where it was read from, by whom and in which dtype decides nothing, or is a part of its own.
 _ELSEWHERE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_attn_implementation")
@@ -44,11 +44,15 @@ def choice_parts(arm: Arm, keep: Budget | None = None) -> dict[str, Any]:
         arm: with the pruner.
         keep: another budget than the arm's.
     """
-    return {
-        "choice": choice_of(arm.pruned.spec, keep),
+    choice = choice_of(arm.pruned.spec, keep)
+    parts: dict[str, Any] = {
+        "choice": choice,
         "text tower": arm.text_tower_hash,
         "token embeddings": embeddings_hash(arm.pruned),
     }
+    if arm.pruned.spec.choose_with == "original" and not is_all_tokens(choice):
+        parts["original projector"] = arm.base.hashes.original_projector_hash
+    return parts
 
 
 def differing(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -78,7 +82,7 @@ def tower_hash(pruned: PrunedModel) -> str:
 
 def embeddings_hash(pruned: PrunedModel) -> str | None:
     """Return a SHA-256 of the LLM's token embeddings, where the pruner compares visual tokens with them; else None."""
-    spaces = {signal_of(need).space for need in of_source(pruned.pruner.needs, "text")}
+    spaces = {signal_of(need).space for need in of_source(pruned.needs, "text")}
     if "llm" not in spaces:
         return None
     embeddings: Any = pruned.model.get_input_embeddings()

@@ -39,11 +39,15 @@ class KeptImage:
         length: how many placeholders it has.
         rows: (R, C) pre-projector features: the slots that any choice keeps in order, then what was merged.
         choices: one for each pruner and budget.
+        items: of how many items alike its placeholders are, token by token; 0 where they are not.
+        grid: rows and columns of such an item; zeros where its tokens form no grid.
     """
 
     length: int
     rows: Tensor
     choices: list[KeptOf]
+    items: int = 0
+    grid: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,27 @@ def kept_images(vision: Vision, choices: Sequence[KeptSlots]) -> list[KeptImage]
     placed = []
     for choice, stays in zip(choices, parts, strict=True):
         placed.append(choice.placed.split([int(own.sum()) for own in stays]))
+    grids = _grids(vision)
     images = []
     for image, features in enumerate(slots):
         is_end = origin[image] == NEWLINE
         own = [(stays[image], features_of[image]) for stays, features_of in zip(parts, placed, strict=True)]
         notes = [choice.notes[image] for choice in choices]
-        images.append(_kept_image(features, is_end, own, notes))
+        kept = _kept_image(features, is_end, own, notes)
+        images.append(replace(kept, items=1, grid=grids[image]) if image in grids else kept)
     return images
+
+
+def _grids(vision: Vision) -> dict[int, tuple[int, int]]:
+    """Return the grid of each image that is one item whose tokens fill its slots in their order."""
+    found: dict[int, tuple[int, int]] = {}
+    if vision.row:  # row ends stay by rows, which are not stored
+        return found
+    for group, numbers, owner in zip(vision.groups, vision.numbers(), vision.owner, strict=True):
+        for item, image in enumerate(owner):
+            if owner.count(image) == 1 and torch.equal(vision.origin[image], numbers[item]):
+                found[image] = group.grid or (0, 0)
+    return found
 
 
 def _kept_image(
@@ -167,7 +185,9 @@ def joined(images: Sequence[KeptImage]) -> KeptImage:
     for own in parts:
         at, source = torch.cat([part.at for part in own]), torch.cat([part.source for part in own])
         choices.append(KeptOf(at, source, gathered_notes(part.notes for part in own)))
-    return KeptImage(slots, torch.cat([image.rows for image in images]), choices)
+    alike = all(image.items and (image.length, image.grid) == (images[0].length, images[0].grid) for image in images)
+    rows_of_all = torch.cat([image.rows for image in images])
+    return KeptImage(slots, rows_of_all, choices, len(images) if alike else 0, images[0].grid if alike else (0, 0))
 
 
 def newline_of(vision: Vision) -> Tensor | None:

@@ -41,7 +41,7 @@ from prunetune.outputs import OutputFolder
 from prunetune.plugins import plugin_records
 from prunetune.pruning import Budget, PruningSpec
 from prunetune.pruning.sequence import placeholders
-from prunetune.pruning.stored import told_choice
+from prunetune.pruning.stored import is_all_tokens, told_choice
 from prunetune.screen import SCREEN, say
 
 _SHARD_BYTES = 64 * 2**20
@@ -112,7 +112,12 @@ class _Plan:
     @property
     def needs(self) -> frozenset[str]:
         """All signals that any of the pruners reads."""
-        return frozenset(need for arm, _ in self.arms for need in arm.pruned.pruner.needs)
+        return frozenset(need for arm, _ in self.arms for need in arm.pruned.needs)
+
+    @property
+    def has_all_tokens(self) -> bool:
+        """Whether a choice is to keep everything."""
+        return any(is_all_tokens(choice["choice"]) for choice in self.choices)
 
     def told(self) -> str:
         """Return the choices for people."""
@@ -287,7 +292,7 @@ def _fill(plan: _Plan, shards: Sequence[Sequence[tuple[bytes, Sample]]], seal: s
                 bar.initial += len(shard)  # the rate and the time left are of what is made
                 continue
             made = encoder.shard(shard, bar)
-            write_shard(path, made.entries, made.newline, made.reads_projector, seal)
+            write_shard(path, made.entries, made.newline, made.reads_projector, seal, plan.has_all_tokens)
 
 
 def _is_whole(path: Path, shard: Sequence[tuple[bytes, Sample]], seal: str) -> bool:

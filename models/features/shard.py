@@ -10,6 +10,8 @@ A safetensors file with these tensors, E images with R rows of features in all:
     offsets (E + 1,) int64        the first row of each image
     digests (E, 32) uint8         SHA-256 of each image's rows
     newline (D,)                  what stands in row ends, where there are any
+    items (E, 3) int32            of how many items alike an image is, and their grid, see ``StoredImages``; where all
+                                  tokens are a choice
     N.offsets (E + 1,) int64      of choice N: the first entry of each image in
     N.at, N.source int32          the slots that stay, and the row that stands in each; -1 is a row end
     N.reads_projector (1,) uint8  whether the choice was made by the projector's output
@@ -70,7 +72,12 @@ def entry_bytes(entries: Sequence[Entry]) -> int:
 
 
 def write_shard(
-    path: Path, entries: Sequence[Entry], newline: Tensor | None, reads_projector: Sequence[bool], made_with: str
+    path: Path,
+    entries: Sequence[Entry],
+    newline: Tensor | None,
+    reads_projector: Sequence[bool],
+    made_with: str,
+    all_tokens: bool = False,
 ) -> None:
     """Write a shard, whole or not at all.
 
@@ -80,11 +87,15 @@ def write_shard(
         newline: (D,) what stands in row ends; None if there are none.
         reads_projector: for each choice whether it was made by the projector's output.
         made_with: the seal of what the cache is made with; another cache's shard is told by it.
+        all_tokens: whether a choice is all tokens, from which methods may choose anew.
 
     Raises:
         OutputError: if it can't be written.
     """
     tensors = _tensors(entries, newline, reads_projector)
+    if all_tokens:
+        items = [(entry.kept.items, *entry.kept.grid) for entry in entries]
+        tensors["items"] = torch.tensor(items, dtype=torch.int32)
     head = _head_hash([_stored(name, tensor) for name, tensor in sorted(tensors.items())])
     # One value: the order of several differs from run to run, and so would the file.
     write_bytes(path, save(tensors, {_HEADER: json.dumps({"head": head, "made_with": made_with})}))
@@ -189,6 +200,18 @@ class Shard:
                 if not math.isnan(value):
                     found[name.removeprefix(start)] = value
         return found
+
+    def items(self, number: int) -> tuple[int, int, int]:
+        """Return of how many items alike an image is, and their rows and columns; zeros where that is not known."""
+        if "items" not in self._tensors:
+            return (0, 0, 0)
+        count, rows, columns = self.array("items")[number].tolist()
+        return count, rows, columns
+
+    @property
+    def can_choose_anew(self) -> bool:
+        """Whether a method may choose anew from every image of which all tokens are stored."""
+        return "items" in self._tensors and bool((self.array("items")[:, 0] > 0).all())
 
     def reads_projector(self, choice: int) -> bool:
         """Return whether a choice was made by the projector's output."""

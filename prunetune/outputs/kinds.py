@@ -107,6 +107,8 @@ FEATURES = Kind("feature cache", ("features.json", "features-#.safetensors", "li
 
 VISUALIZATION = Kind("visualization", ("libraries.log",), (("kept_00.png", "PNG"),))
 RATE = Kind("learning-rate sweep", ("lr_finder.json", "lr_finder.png", "libraries.log"))
+DIAL = Kind("dial", ("dial.json", "dial.png", "libraries.log", *(f"adapter/{name}" for name in ADAPTER_FILES)))
+SOUP = Kind("soup", tuple(f"adapter/{name}" for name in ADAPTER_FILES))
 EXPORT = Kind("export", last="config.json")
 DEMO = Kind(
     "demo",

@@ -1,11 +1,11 @@
-"""The engine: from a batch to the summed loss of its supervised tokens, by the savings that are switched on."""
+"""The engine: from a batch to what its loss is made of, by the savings that are switched on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -17,12 +17,16 @@ from prunetune.pruning import PrunedModel
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.rewrite import Pruned
 from prunetune.pruning.sequence import IGNORE_INDEX, counted
-from prunetune.train.engine.head import FrozenHeadLoss, hidden_instead_of_logits, plain_head, summed_loss
+from prunetune.train.engine.head import Scores, hidden_instead_of_logits, plain_head
 from prunetune.train.engine.prefix import SHORTEST, begins_with, prefix_states
+from prunetune.train.engine.reading import Reading, Reads, States, after_pruning, row_means, text_behind_images
 from prunetune.train.engine.segments import Prefix, Segments, attending_by_segments, leak_between, place
 from prunetune.train.engine.tower import stopped, unread_layers
 from prunetune.train.flops import Work, sequences
 from prunetune.train.measured import RunNumbers
+
+Places = tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
+"""Rows and columns."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,30 @@ class Rows:
         tokens: tokens that went through the LLM, padding included.
         kept: visual tokens of each image that did.
         work: what they ask of the LLM and the projector.
+        text: row and column of the text positions among the LLM's hidden states; None where nothing is read there.
+        text_logits: the same among the logits; None where none are read there.
+        features: of :func:`~prunetune.train.engine.reading.row_means`; None where they are not read.
     """
 
     targets: Int[Tensor, " n"]
-    positions: tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
+    positions: Places
     tokens: int
     kept: list[int]
+    work: Work
+    text: Places | None = None
+    text_logits: Places | None = None
+    features: Float[Tensor, "r width"] | None = None
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """How a pruned batch was laid out; the fields are those of :class:`Rows`."""
+
+    inputs: dict[str, Any]
+    targets: Tensor
+    positions: Places
+    text: Places | None
+    text_logits: Places | None
     work: Work
 
 
@@ -71,6 +93,7 @@ class Engine:
         pruned: the pruner on the model.
         config: the switches.
         prefix: what the run's prompts begin with, (P,) ids; nothing or too little of it is not shared.
+        reads: what the loss is made of; logits at supervised positions by default.
 
     Attributes:
         choice: what of the switches is on.
@@ -78,12 +101,22 @@ class Engine:
         numbers: gets what every batch took and held; None counts nothing.
 
     Raises:
-        PruningError: for packing that a family can't have.
+        PruningError: for packing that a family can't have, or hidden states of a layer that are not read.
+        ConfigError: for a layer that the LLM has not.
     """
 
-    def __init__(self, pruned: PrunedModel, config: EngineConfig, prefix: Int[Tensor, " P"] | None = None) -> None:
+    def __init__(
+        self,
+        pruned: PrunedModel,
+        config: EngineConfig,
+        prefix: Int[Tensor, " P"] | None = None,
+        reads: Reads | None = None,
+    ) -> None:
         self.pruned = pruned
         self.config = config
+        self.reads = Reads() if reads is None else reads
+        self.states = States(pruned, self.reads)
+        self.visual = pruned.family.token_ids(pruned.model)
         self.choice = choose_switches(pruned, config)
         shares = self.choice.packing and config.shared_prefix and prefix is not None and len(prefix) >= SHORTEST
         self.prefix_ids = prefix if shares else None
@@ -92,6 +125,7 @@ class Engine:
         self._choosing: AbstractContextManager[None] = nullcontext()
         self._prefix: Prefix | None = None
         self._head: nn.Linear | None = None
+        self._full: tuple[Tensor, Tensor] | None = None  # text positions of the batch before pruning, and its mask
 
     @property
     def shared(self) -> int:
@@ -109,16 +143,19 @@ class Engine:
         if self.shared:
             on.append(f"shared prefix of {self.shared} tokens")
         lines = [f"engine    {', '.join(on) or 'plain'}"]
+        if left_out := len(self.states.left_out):
+            lines.append(f"          no LLM layers behind {len(self.states.layers) - left_out}, nothing reads them")
         for name, reason in self.choice.reasons.items():
             lines.append(f"          no {name}: {reason}")
         return lines
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """While open, the model prunes by itself, and :meth:`summed_loss` runs it."""
+        """While open, the model prunes by itself, and :meth:`read` runs it."""
         with ExitStack() as undo:
             if self.config.stop_tower:
                 undo.enter_context(stopped(unread_layers(self.pruned)))
+            undo.enter_context(self.states.attached())
             if self.choice.packing:
                 undo.enter_context(attending_by_segments(self.language_model))
             # Before the pruner's own hook, which ends with a call of _finish.
@@ -152,26 +189,48 @@ class Engine:
             inputs: a batch of the formatter, with labels.
             tower: what its images ask of the tower, for the numbers.
         """
-        with self._phase("forward"):
-            output = model(**inputs)
-            assert self.rows is not None  # set as the model is called
-            targets = self.rows.targets
-            wanted = output.logits[self.rows.positions]  # (n, V), or (n, D) of hidden states
-            if self._head is None or not len(targets):
-                loss = summed_loss(wanted, targets)
-            else:
-                loss = FrozenHeadLoss.apply(wanted, self._head.weight, self._head.bias, targets)
-        if self.numbers is not None and len(targets):  # what does not count is run for nothing
-            work = self.rows.work + (tower or Work())
-            self.numbers.add(len(inputs["input_ids"]), self.rows.tokens, len(targets), work, self.rows.kept)
-        return loss
+        read = self.read(model, inputs, tower)
+        assert read.answers is not None, "the engine reads no logits of answers"
+        with self.phase("forward"):
+            return read.answers.cross_entropy(read.targets)
 
-    def _phase(self, name: str) -> AbstractContextManager[None]:
+    def read(self, model: nn.Module, inputs: Mapping[str, Any], tower: Work | None = None) -> Reading:
+        """Run a batch, and return what its loss is made of.
+
+        Args:
+            model: what to call: the model itself, or what a trainer wrapped around it.
+            inputs: a batch of the formatter, with labels.
+            tower: what its images ask of the tower, for the numbers.
+        """
+        with self.phase("forward"):
+            if self.reads.at_text:
+                mask = inputs["attention_mask"]
+                self._full = text_behind_images(inputs["input_ids"], mask, self.visual), mask
+            self.states.forget()
+            output = model(**inputs)
+            rows = self.rows
+            assert rows is not None  # set as the model is called
+            reading = Reading(
+                rows.targets,
+                Scores(output.logits[rows.positions], self._head) if self.reads.answers else None,
+                Scores(output.logits[rows.text_logits], self._head) if rows.text_logits is not None else None,
+                self.states.at(rows.text) if self.reads.hidden and rows.text is not None else None,
+                rows.features,
+            )
+            self.states.forget()
+        # What does not count has no labels, and is run for nothing.
+        if self.numbers is not None and (len(rows.targets) or not self.reads.answers):
+            work = rows.work + (tower or Work())
+            self.numbers.add(len(inputs["input_ids"]), rows.tokens, len(rows.targets), work, rows.kept)
+        return reading
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time what runs within, where anything is timed."""
         return nullcontext() if self.numbers is None else self.numbers.phase(name)
 
     def _begin_choosing(self) -> None:
         """Begin to time tower and pruner, which run within the model's call."""
-        self._choosing = self._phase("selection")
+        self._choosing = self.phase("selection")
         self._choosing.__enter__()
 
     def _finish(self, pruned: Pruned) -> dict[str, Any]:
@@ -179,33 +238,40 @@ class Engine:
         inputs = dict(pruned.inputs)
         labels = inputs.pop("labels")
         kept = [count for counts in pruned.kept.values() for count in counts]
-        if self.choice.packing:
-            inputs, targets, positions, work = self._packed(inputs, labels)
-        else:
-            inputs, targets, positions = self._padded(inputs, labels)
-            rows, columns = inputs["input_ids"].shape
-            work = sequences([columns] * rows)
-        work += Work(logits=len(targets), projected=sum(kept))
-        self.rows = Rows(targets, positions, inputs["input_ids"].numel(), kept, work)
-        inputs["use_cache"] = False
+        text = None if self._full is None else after_pruning(self._full[0], pruned, self._full[1])
+        laid = self._packed(inputs, labels, text) if self.choice.packing else self._padded(inputs, labels, text)
+        work = laid.work.times(self.states.share) + Work(logits=len(laid.targets), projected=sum(kept))
+        features = row_means(pruned) if self.reads.features else None
+        tokens = laid.inputs["input_ids"].numel()
+        self.rows = Rows(laid.targets, laid.positions, tokens, kept, work, laid.text, laid.text_logits, features)
+        laid.inputs["use_cache"] = False
         self._choosing.__exit__(None, None, None)
-        return inputs
+        return laid.inputs
 
-    def _padded(self, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor, tuple[Tensor, Tensor]]:
+    def _padded(self, inputs: dict[str, Any], labels: Tensor, text: Tensor | None) -> _Laid:
         wanted = supervised(labels)  # (B, L - 1): the logits of a token are made of those before it
         if self.pruned.family.aligned:
             inputs["labels"] = labels  # the model reads from them that it trains
         targets = labels[:, 1:][wanted]
+        positions = _places(wanted)
+        at_text = None if text is None else _places(text)
+        text_logits = at_text if self.reads.text else None
         if self.choice.supervised_logits:
-            columns = wanted.any(dim=0).nonzero()[:, 0]  # (c,), where any row has a target
+            read = torch.zeros_like(labels, dtype=torch.bool)
+            if self.reads.answers:
+                read[:, :-1] |= wanted
+            if text is not None and self.reads.text:
+                read |= text
+            columns = read.any(dim=0).nonzero()[:, 0]  # (c,), where any row is read
             inputs["logits_to_keep"] = columns
-            wanted = wanted[:, columns]
-        row, column = wanted.nonzero(as_tuple=True)
-        return inputs, targets, (row, column)
+            place_of = torch.zeros_like(labels[0]).index_copy(0, columns, torch.arange(len(columns)).to(columns))
+            positions = positions[0], place_of[positions[1]]
+            if text_logits is not None:
+                text_logits = text_logits[0], place_of[text_logits[1]]
+        rows, columns_of_all = inputs["input_ids"].shape
+        return _Laid(inputs, targets, positions, at_text, text_logits, sequences([columns_of_all] * rows))
 
-    def _packed(
-        self, inputs: dict[str, Any], labels: Tensor
-    ) -> tuple[dict[str, Any], Tensor, tuple[Tensor, Tensor], Work]:
+    def _packed(self, inputs: dict[str, Any], labels: Tensor, text: Tensor | None) -> _Laid:
         """Put the rows behind one another, each without the shared prefix."""
         mask = inputs.pop("attention_mask").bool()  # (B, L)
         ids, positions = inputs["input_ids"], inputs.get("position_ids")
@@ -219,16 +285,21 @@ class Engine:
         following = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE_INDEX)], dim=1)
         following = following[own]  # (T,)
         where = (following != IGNORE_INDEX).nonzero()[:, 0]  # (n,)
+        at_text = None if text is None else text[own].nonzero()[:, 0]  # (t,); no prefix reaches up to an image
         segments = Segments(tuple(own.sum(dim=1).tolist()), prefix, ids.device)
         place(segments)
         inputs["input_ids"] = ids[own][None]
         inputs["position_ids"] = positions[:, own][:, None] if positions.ndim == 3 else positions[own][None]
         targets = following[where]
+        text_logits = at_text if self.reads.text else None
         if self.choice.supervised_logits:
-            inputs["logits_to_keep"] = where
+            answers = where if self.reads.answers else where[:0]
+            inputs["logits_to_keep"] = answers if text_logits is None else torch.cat([answers, text_logits])
             where = torch.arange(len(where), device=where.device)
+            if text_logits is not None:
+                text_logits = torch.arange(len(text_logits), device=where.device) + len(answers)
         work = sequences(segments.lengths, segments.shift)
-        return inputs, targets, (torch.zeros_like(where), where), work
+        return _Laid(inputs, targets, _in_row(where), _in_row(at_text), _in_row(text_logits), work)
 
     def _shared_prefix(self, ids: Tensor, labels: Tensor) -> Prefix | None:
         """Return the run's prefix where every row begins with it, which is computed when it is first met."""
@@ -237,6 +308,20 @@ class Engine:
         if self._prefix is None:  # with the first batch, whatever that is: under ZeRO-3 all ranks run the LLM in step
             self._prefix = prefix_states(self.language_model, self.prefix_ids)
         return self._prefix if begins_with(ids, labels, self.prefix_ids) else None
+
+
+def _places(where: Tensor) -> Places:
+    row, column = where.nonzero(as_tuple=True)
+    return row, column
+
+
+@overload
+def _in_row(columns: Tensor) -> Places: ...
+@overload
+def _in_row(columns: None) -> None: ...
+def _in_row(columns: Tensor | None) -> Places | None:
+    """Return places in a batch of one row."""
+    return None if columns is None else (torch.zeros_like(columns), columns)
 
 
 def choose_switches(pruned: PrunedModel, config: EngineConfig) -> Choice:

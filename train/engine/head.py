@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,6 +58,94 @@ class FrozenHeadLoss(torch.autograd.Function):
         """Return the gradient to the hidden states."""
         (gradient,) = ctx.saved_tensors
         return (gradient * outer[0]).to(gradient.dtype), None, None, None
+
+
+Terms = Callable[[Tensor, slice], Tensor]
+"""Returns k summed terms (k,) of logits (m, V), and of which of all positions these are."""
+
+
+class FrozenHeadTerms(torch.autograd.Function):
+    """Several terms of a frozen head's logits, as :class:`FrozenHeadLoss` makes the one of cross entropy.
+
+    What the terms are is not known here, so the gradient to a piece's logits is PyTorch's own, made and used up before
+    the next piece begins. The terms' weights are given with them: their gradients are added where they are one piece's
+    of the vocabulary, and not each kept for all positions.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, "n D"],
+        weight: Float[Tensor, "V D"],
+        bias: Float[Tensor, " V"] | None,
+        terms: Terms,
+        weights: Float[Tensor, " k"],
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " k"]]:
+        """Return the weighted sum of the terms, which has the gradient, and each term's own."""
+        sums = torch.zeros_like(weights)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for first in range(0, len(hidden), PIECE):
+            piece = slice(first, first + PIECE)
+            logits = wide(functional.linear(hidden[piece], weight, bias)).detach()
+            if gradient is None:
+                sums += terms(logits, piece)
+                continue
+            with torch.enable_grad():
+                own = terms(logits.requires_grad_(), piece)
+                (excess,) = torch.autograd.grad((own * weights).sum(), logits)
+            sums += own.detach()
+            gradient[piece] = excess.to(weight.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(sums)
+        return (sums * weights).sum(), sums
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        """Return the gradient to the hidden states."""
+        (gradient,) = ctx.saved_tensors
+        return (gradient * outer[0]).to(gradient.dtype), None, None, None, None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What scores the words at some positions: logits, or what a frozen head makes them of.
+
+    Attributes:
+        values: (n, V) logits, or (n, D) hidden states.
+        head: what makes logits of hidden states; None where they are logits.
+    """
+
+    values: Float[Tensor, "n width"]
+    head: nn.Linear | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def logits(self, piece: slice) -> Float[Tensor, "m V"]:
+        """Return the logits of some positions in float32."""
+        values = self.values[piece]
+        return wide(values if self.head is None else functional.linear(values, self.head.weight, self.head.bias))
+
+    def cross_entropy(self, targets: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+        """Return the summed cross entropy in float32."""
+        if self.head is None or not len(targets):
+            return summed_loss(self.values, targets)
+        loss: Tensor = FrozenHeadLoss.apply(self.values, self.head.weight, self.head.bias, targets)
+        return loss
+
+    def summed(self, terms: Terms, weights: Float[Tensor, " k"]) -> tuple[Float[Tensor, ""], Float[Tensor, " k"]]:
+        """Return the weighted sum of terms, with a graph, and each term's own without one.
+
+        Of no position they are 0, and the sum still has a graph.
+        """
+        if not len(self):
+            return wide(self.values).sum(), torch.zeros_like(weights)
+        if self.head is None:
+            sums = terms(wide(self.values), slice(None))
+            return (sums * weights).sum(), sums.detach()
+        total, sums = FrozenHeadTerms.apply(self.values, self.head.weight, self.head.bias, terms, weights)
+        return total, sums
 
 
 def summed_loss(logits: Float[Tensor, "n V"], targets: Int[Tensor, " n"]) -> Float[Tensor, ""]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch.utils.data import Sampler
 
 from prunetune.configs import ConfigError
+from prunetune.train.elastic import Draws
+
+Lengths = Sequence[int] | Mapping[int, int]
+"""Tokens after pruning, by the sample's number."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,12 @@ class MicroBatch:
         indices: the samples' numbers.
         counts: whether they are trained on; a device with nothing left to do takes a sample for nothing, since all
             devices run the model equally often.
+        cells: the number of each sample's setting, in a run over several.
     """
 
     indices: tuple[int, ...]
     counts: bool = True
+    cells: tuple[int, ...] | None = None
 
 
 def of_equal_number(samples: Sequence[int], size: int, ranks: int) -> list[list[MicroBatch]]:
@@ -35,7 +41,7 @@ def of_equal_number(samples: Sequence[int], size: int, ranks: int) -> list[list[
 
 
 def by_budget(
-    samples: Sequence[int], lengths: Sequence[int], budget: int, ranks: int, padded: bool
+    samples: Sequence[int], lengths: Lengths, budget: int, ranks: int, padded: bool
 ) -> list[list[MicroBatch]]:
     """Return for each rank its micro-batches of at most ``budget`` tokens, all ranks as many, as even as they get.
 
@@ -72,12 +78,12 @@ def check_budget(longest: int, budget: int) -> None:
         )
 
 
-def _tokens(part: Sequence[int], lengths: Sequence[int], padded: bool) -> int:
+def _tokens(part: Sequence[int], lengths: Lengths, padded: bool) -> int:
     own = [lengths[index] for index in part]
     return len(own) * max(own, default=0) if padded else sum(own)
 
 
-def _packed_parts(ordered: Sequence[int], lengths: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
+def _packed_parts(ordered: Sequence[int], lengths: Lengths, budget: int, ranks: int) -> list[list[int]]:
     """Return as few parts as hold everything: each sample, the longest first, goes where there is most room."""
     total = sum(lengths[index] for index in ordered)
     number = -(-total // (budget * ranks)) * ranks
@@ -93,7 +99,7 @@ def _packed_parts(ordered: Sequence[int], lengths: Sequence[int], budget: int, r
         number += ranks
 
 
-def _padded_parts(ordered: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+def _padded_parts(ordered: Sequence[int], lengths: Lengths, budget: int) -> list[list[int]]:
     """Return stretches of the samples, longest first, of which none takes more than the budget with its padding."""
     parts: list[list[int]] = []
     for index in ordered:
@@ -147,7 +153,13 @@ def loss_weights(counts: Sequence[int], loss: str) -> tuple[list[float], int]:
 
 
 class Order(Protocol):
-    """Every sample once, in the order of an epoch."""
+    """Every sample once, in the order of an epoch.
+
+    Attributes:
+        epoch: says which epoch begins.
+    """
+
+    epoch: Callable[[], int]
 
     def __iter__(self) -> Iterator[int]:
         """Yield the samples' numbers."""
@@ -183,7 +195,7 @@ class Share:
         """Samples of an update over all ranks."""
         return self.size * self.accumulation * self.ranks
 
-    def of(self, samples: Sequence[int], lengths: Sequence[int] | None) -> list[MicroBatch]:
+    def of(self, samples: Sequence[int], lengths: Lengths | None) -> list[MicroBatch]:
         """Return this rank's micro-batches of an update's samples."""
         if self.budget is None or lengths is None:
             return of_equal_number(samples, self.size, self.ranks)[self.rank]
@@ -196,16 +208,30 @@ class StepSampler(Sampler[list[MicroBatch]]):
     Args:
         order: of all samples in this epoch.
         share: what this rank takes.
-        lengths: tokens of every sample after pruning; read with a budget only.
+        lengths: for each setting tokens of every sample after pruning, one setting in a run that draws none; read with
+            a budget only.
+        draws: says which setting each sample of an update has, in a run over several.
     """
 
-    def __init__(self, order: Order, share: Share, lengths: Sequence[int] | None = None) -> None:
-        self.order, self.share, self.lengths = order, share, lengths
+    def __init__(
+        self, order: Order, share: Share, lengths: Sequence[Sequence[int]] | None = None, draws: Draws | None = None
+    ) -> None:
+        self.order, self.share, self.lengths, self.draws = order, share, lengths, draws
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.share.group)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        ordered = list(self.order)
-        for first in range(0, len(ordered), self.share.group):
-            yield self.share.of(ordered[first : first + self.share.group], self.lengths)
+        epoch, ordered = self.order.epoch(), list(self.order)
+        for update in range(len(self)):
+            first = update * self.share.group
+            samples = ordered[first : first + self.share.group]
+            if self.draws is None:
+                yield self.share.of(samples, None if self.lengths is None else self.lengths[0])
+                continue
+            cells = dict(zip(samples, self.draws.of(epoch, update, len(samples)), strict=True))
+            lengths = None
+            if self.lengths is not None:
+                lengths = {index: self.lengths[cell][index] for index, cell in cells.items()}
+            batches = self.share.of(samples, lengths)
+            yield [replace(batch, cells=tuple(cells[index] for index in batch.indices)) for batch in batches]

@@ -17,6 +17,7 @@ from prunetune.data_recipes.videos import VIDEO
 from prunetune.models import Arm
 from prunetune.models.features import FeatureFormatter, FeatureStore
 from prunetune.pruning import PrunedModel
+from prunetune.pruning.elastic import ElasticModel
 from prunetune.train.engine.prefix import common_prefix
 from prunetune.train.visual import visual_of
 
@@ -41,8 +42,21 @@ def prompt_prefix(arm: Arm, formatter: Formatter | FeatureFormatter, data: Recip
     return common_prefix(ids, labels, torch.ones_like(ids, dtype=torch.bool), visual)
 
 
-def pruned_lengths(
+def lengths_of_settings(
     data: RecipeData, formatter: Formatter | FeatureFormatter, pruned: PrunedModel, max_length: int | None
+) -> list[list[int]]:
+    """Return :func:`pruned_lengths` for every setting that a run draws from, or for its one setting."""
+    if not isinstance(pruned, ElasticModel):
+        return [pruned_lengths(data, formatter, pruned, max_length)]
+    return [pruned_lengths(data, formatter, part, max_length, cell) for cell, part in enumerate(pruned.parts)]
+
+
+def pruned_lengths(
+    data: RecipeData,
+    formatter: Formatter | FeatureFormatter,
+    pruned: PrunedModel,
+    max_length: int | None,
+    cell: int | None = None,
 ) -> list[int]:
     """Return how many tokens of each sample run through the LLM, or a few more: never fewer, but for two cases.
 
@@ -55,12 +69,13 @@ def pruned_lengths(
         formatter: what turns them into batches.
         pruned: whose budget counts.
         max_length: longest sequence before pruning.
+        cell: the number of the setting that it is of, for a feature cache; None is the run's own.
 
     Raises:
         ConfigError: for videos, whose frames are not counted before they are opened.
     """
     if isinstance(formatter, FeatureFormatter):
-        texts, kept = text_lengths(data, formatter.formatter), _stored(data, formatter.store)
+        texts, kept = text_lengths(data, formatter.formatter), _stored(data, formatter.store, cell)
     else:
         texts, kept = text_lengths(data, formatter), _estimated(data, formatter, pruned)
     if max_length is not None:
@@ -68,10 +83,10 @@ def pruned_lengths(
     return [int(text) + visual for text, visual in zip(texts, kept, strict=True)]
 
 
-def _stored(data: RecipeData, store: FeatureStore) -> Iterator[int]:
+def _stored(data: RecipeData, store: FeatureStore, cell: int | None) -> Iterator[int]:
     """Yield how many tokens of each sample's image stay, as a feature cache knows them."""
     for index in range(len(data)):
-        yield store.kept(data[index])
+        yield store.kept(data[index], cell)
 
 
 def _estimated(data: RecipeData, formatter: Formatter, pruned: PrunedModel) -> Iterator[int]:

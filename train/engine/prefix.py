@@ -55,6 +55,7 @@ def prefix_states(language_model: nn.Module, ids: Int[Tensor, " P"]) -> Prefix:
         cache = model(input_ids=ids.to(device)[None], use_cache=True).past_key_values
     model.train(was_training)
     place(None)
-    keys = [layer.keys[0].detach() for layer in cache.layers]
-    values = [layer.values[0].detach() for layer in cache.layers]
+    ran = [layer for layer in cache.layers if layer.keys is not None]  # layers that are left out fill nothing
+    keys = [layer.keys[0].detach() for layer in ran]
+    values = [layer.values[0].detach() for layer in ran]
     return Prefix(ids.to(device), keys, values)

@@ -20,7 +20,7 @@ def unread_layers(pruned: PrunedModel) -> list[nn.Module]:
     # Of a family from outside, and of features of several layers, nobody knows here what is read.
     if not hasattr(pruned.model.base_model, "vision_tower") or not hasattr(config, "vision_feature_select_strategy"):
         return []
-    needs = pruned.pruner.needs
+    needs = pruned.needs
     if not isinstance(config.vision_feature_layer, int) or of_source(needs, "head"):
         return []
     tower = tower_of(pruned.model)

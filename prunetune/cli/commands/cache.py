@@ -12,6 +12,7 @@ def run(
     also_pruner: tuple[str, ...],
     also_keep: tuple[str, ...],
     also_config: tuple[str, ...],
+    all_tokens: bool,
     batch_size: int,
     overrides: list[str],
 ) -> None:
@@ -20,6 +21,8 @@ def run(
     What is stored of an image are the features that enter the projector, of the tokens that any of the pruners at any
     of the budgets keeps, and which of them each keeps. `prunetune recalibrate` and `prunetune evaluate` with the same
     `features` then read no pixel and run no tower. A configuration of an evaluation is cached on its tasks' images.
+    Of a recalibration over many budgets every setting that it draws is stored; all tokens are where it trains without
+    pruning, has a teacher, or a method chooses by the projector's output, which then chooses anew whenever it is read.
     `torchrun` starts several ranks, each of which makes its share.
     """
     from prunetune.models.ranks import join_ranks
@@ -30,7 +33,7 @@ def run(
     ranks = join_ranks()
     folder = OutputFolder(str(settings.features), FEATURES, settings.overwrite, reads=(settings.model.path,))
     with ranks.open_output(folder), libraries_in(folder.path / "libraries.log"):
-        cache(settings, folder, ranks, also_pruner, also_keep, also_config, batch_size)
+        cache(settings, folder, ranks, also_pruner, also_keep, also_config, all_tokens, batch_size)
     ranks.destroy()
 
 
@@ -57,6 +60,11 @@ command = SchemaCommand(
             multiple=True,
             metavar="FILE",
             help="a further configuration, whose pruning alone is read; may be repeated",
+        ),
+        click.Option(
+            ["--all-tokens"],
+            is_flag=True,
+            help="store all tokens as well, from which methods that read nothing of the tower choose anew",
         ),
         click.Option(["--batch-size"], type=click.IntRange(min=1), default=16, help="images per run of the tower"),
     ],

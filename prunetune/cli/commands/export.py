@@ -11,6 +11,9 @@ from prunetune.cli.options import DTYPES, overwrite_option
 @click.option("--model", required=True, help="folder or hub id of the base")
 @click.option("--revision", help="hub revision of the base")
 @click.option("--adapter", required=True, metavar="DIR", help="the adapter folder of a recalibration")
+@click.option(
+    "--strength", type=float, help="merge w0 + A (w - w0): 0 is the base's projector, 1 the tuned one; 1 is the default"
+)
 @click.option("--dtype", type=DTYPES, default="float32", help="dtype of the written weights")
 @click.option("--output", type=Path, required=True, help="folder that is written")
 @overwrite_option
@@ -21,6 +24,7 @@ def command(
     model: str,
     revision: str | None,
     adapter: str,
+    strength: float | None,
     dtype: str,
     output: Path,
     overwrite: bool,
@@ -32,15 +36,20 @@ def command(
     from prunetune.configs import ModelConfig
     from prunetune.models import Arm, export_merged, read_record
     from prunetune.models.card import measured_rows
+    from prunetune.models.derived import dialled, put_projector
     from prunetune.models.hub import push
     from prunetune.models.record import warning
     from prunetune.outputs import EXPORT, OutputFolder
 
     config = ModelConfig.model_validate({"path": model, "revision": revision, "dtype": dtype})
     record = read_record(adapter)
-    measured = measured_rows(rows, record) if rows is not None else None
+    measured = measured_rows(rows, record) if rows is not None and strength is None else None
     with OutputFolder(output, EXPORT, overwrite, reads=(model, adapter)):  # before minutes of loading
         arm = Arm.load(config, adapter=adapter, device="cpu")
+        if strength is not None:
+            tensors, record = dialled(arm.base, Path(adapter), strength)
+            measured = measured_rows(rows, record) if rows is not None else None
+            put_projector(arm.model, tensors)
         export_merged(arm.model, arm.processor, output, record, measured)
     print(f"stock checkpoint and mm_projector.bin: {output}")
     print(f"warning: {warning(record)}")

@@ -13,7 +13,7 @@ from prunetune.cli.options import plugins_option
 @click.option("--base", metavar="DIR", help="folder or cached hub id of the base, instead of the named one")
 @plugins_option
 def command(path: Path, base: str | None) -> None:
-    """Check every seal of PATH: an adapter, a recalibration, an arm, a comparison, an export or a profile.
+    """Check every seal of PATH: an adapter, a recalibration, an arm, a comparison, a dial, an export or a profile.
 
     Exits with 1 if anything does not hold. What can't be checked on this machine is listed as such.
     """

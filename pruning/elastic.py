@@ -1,0 +1,128 @@
+"""A model whose pruner and budget are another for every row of a batch, to train one projector over many of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunetune.pruning.budget import Budget, BudgetRule
+from prunetune.pruning.errors import PruningError
+from prunetune.pruning.plug import PrunedModel
+from prunetune.pruning.rewrite import Chosen
+from prunetune.pruning.spec import PruningSpec
+from prunetune.pruning.vision import Vision
+
+
+class ElasticModel(PrunedModel):
+    """Prunes every row of a batch in a setting of its own, and a batch without settings as ``spec`` says.
+
+    A batch has ``cells``, for each row the number of its setting. Its images are encoded once, with what any of the
+    methods reads; what is kept of an image is what a :class:`PrunedModel` of its setting alone would keep.
+
+    Args:
+        model: as of :class:`PrunedModel`.
+        spec: the setting of batches without ``cells``.
+        settings: what else rows may be pruned by; they differ from ``spec`` in pruner, options and budget alone.
+        tokenizer: as of :class:`PrunedModel`.
+        original: as of :class:`PrunedModel`.
+
+    Attributes:
+        settings: the pruner and budget of each number.
+        parts: a pruned model of each setting.
+
+    Raises:
+        PruningError: if the model does not offer what one of the pruners reads.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spec: PruningSpec,
+        settings: Sequence[PruningSpec],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        original: PreTrainedModel | None = None,
+    ) -> None:
+        self.settings = tuple(settings)
+        super().__init__(model, spec, tokenizer, original)
+        self.parts: list[PrunedModel] = []
+        for setting in self.settings:
+            _check_alike(spec, setting)
+            self.parts.append(PrunedModel(model, setting, tokenizer, original, self.text))
+        self.merges = self.merges or any(part.merges for part in self.parts)
+        self.reads_text = self.reads_text or any(part.reads_text for part in self.parts)
+        self.reads_text_tower = self.reads_text_tower or any(part.reads_text_tower for part in self.parts)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals that any of the methods reads."""
+        return self.pruner.needs.union(*(part.needs for part in self.parts))
+
+    def can_project_kept(self) -> bool:
+        """Return whether no method chooses by the projector's output."""
+        return super().can_project_kept() and all(part.can_project_kept() for part in self._one_of_each())
+
+    def _one_of_each(self) -> list[PrunedModel]:
+        """Return one part of every method."""
+        return list({_method_of(part): part for part in self.parts}.values())
+
+    def _read_for(self, blanks: Mapping[str, Vision], cells: Sequence[int] | None = None) -> dict[str, Vision]:
+        """Return dummies, after as many readings of text as images have."""
+        if cells is None:
+            return super()._read_for(blanks)
+        for part in self._one_of_each():
+            part._read_for(blanks)
+        return dict(blanks)
+
+    def _settings_of(
+        self, rows: Sequence[int], keep: Budget, cells: Sequence[int] | None
+    ) -> list[tuple[PrunedModel, Budget]]:
+        """Return the part of each image's setting, and its budget."""
+        if cells is None:
+            return super()._settings_of(rows, keep, None)
+        own = [self.parts[cells[row]] for row in rows]
+        return [(part, part.spec.keep) for part in own]
+
+    def _choose(
+        self,
+        vision: Vision,
+        instructions: Sequence[str],
+        rows: list[int],
+        rule: BudgetRule,
+        names: Mapping[int, str],
+        cells: Sequence[int] | None = None,
+    ) -> Chosen:
+        """Let each image's own pruner choose from it."""
+        if cells is None:
+            return super()._choose(vision, instructions, rows, rule, names)
+        found = Chosen(vision)
+        seen: dict[str, Vision] = {}
+        for number, part in enumerate(self.parts):
+            # Read of all images for every method, whichever of them this batch has: under ZeRO-3 ranks read in step.
+            key = _method_of(part)
+            if key not in seen:
+                seen[key] = part._read(vision, instructions, rows)
+            images = frozenset(image for image, row in enumerate(rows) if cells[row] == number)
+            if images:
+                own = replace(rule, keep=part.spec.keep)
+                chosen = part._choose_from(seen[key], vision, own, names, images)
+                found.candidates.extend(chosen.candidates)
+                found.selections.extend(chosen.selections)
+        return found
+
+
+def _method_of(part: PrunedModel) -> str:
+    """Return what tells methods with their options apart, whatever the budget is."""
+    return part.spec.model_dump_json(exclude={"keep"})
+
+
+def _check_alike(spec: PruningSpec, setting: PruningSpec) -> None:
+    """Check that a setting differs from another in what it keeps alone; raises PruningError."""
+    own = {"pruner", "keep", "options", "profile"}
+    for name, value in spec.model_dump(exclude=own).items():
+        if setting.model_dump(exclude=own).get(name) != value:
+            raise PruningError(
+                f"the settings of one batch differ in pruner, options and budget alone; {name} is {value!r} in one and "
+                f"{getattr(setting, name)!r} in another"
+            )

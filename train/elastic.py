@@ -1,0 +1,157 @@
+"""What an elastic run trains for: its settings, each a pruner with a budget, and how they are drawn."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prunetune.configs import ConfigError
+from prunetune.configs.schema import ElasticConfig
+from prunetune.models.profile import resolved
+from prunetune.pruning import PruningSpec
+from prunetune.pruning.budget import Budget, check_budget, share_of
+
+QUARTER = 4
+"""With ``sandwich`` one in so many samples of an update keeps everything, and one in so many the least."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A pruner with its budget.
+
+    Attributes:
+        spec: how it prunes.
+        share: how much of all samples it gets, from 0 to 1; all settings' add up to 1.
+    """
+
+    spec: PruningSpec
+    share: float
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is dropped."""
+        return self.spec.pruner == "identity"
+
+
+def settings_of(pruning: PruningSpec, elastic: ElasticConfig) -> list[Setting]:
+    """Return what is drawn from: every pruner at every budget, and first of all no pruning, where that has a share.
+
+    Args:
+        pruning: says all but pruner and budget.
+        elastic: says those; nothing is returned if it is off.
+
+    Raises:
+        ConfigError: for a pruner or a budget that is named twice, or a sandwich of unlike budgets.
+        PruningError: for an unknown pruner, option or budget.
+    """
+    if not elastic.on:
+        return []
+    own = resolved(pruning).model_copy(update={"profile": None})
+    methods = [(own.pruner, own.options, 1.0)]
+    if elastic.pruners:
+        methods = [(mixed.pruner, mixed.options, mixed.weight) for mixed in elastic.pruners]
+    _check_once("elastic.pruners", [(name, options) for name, options, _ in methods])
+    _check_once("elastic.budgets", elastic.budgets)
+    total = sum(weight for _, _, weight in methods) * len(elastic.budgets)
+    settings = []
+    if elastic.dense:
+        dense = own.model_copy(update={"pruner": "identity", "options": {}, "keep": "100%"})
+        settings.append(Setting(dense, elastic.dense))
+    for name, options, weight in methods:
+        for keep in elastic.budgets:
+            spec = own.model_copy(update={"pruner": name, "options": dict(options), "keep": keep})
+            spec.build()
+            settings.append(Setting(spec, (1 - elastic.dense) * weight / total))
+    if elastic.sandwich:
+        _smallest(elastic.budgets)
+        if not elastic.dense:
+            raise ConfigError("elastic.sandwich trains on all visual tokens too, and elastic.dense is 0; raise it")
+    return settings
+
+
+def hardest_of_each(settings: Sequence[Setting]) -> list[PruningSpec]:
+    """Return for each method the setting that asks for most tokens, which an image may not have."""
+    found: dict[str, PruningSpec] = {}
+    for setting in settings:
+        spec = setting.spec
+        key = spec.model_dump_json(exclude={"keep"})
+        if key not in found or _tokens(spec.keep) > _tokens(found[key].keep):
+            found[key] = spec
+    return list(found.values())
+
+
+def _tokens(budget: Budget) -> int:
+    """Return a number of tokens, and 0 for a share, which every image has."""
+    return budget if isinstance(budget, int) else 0
+
+
+class Draws:
+    """Says which setting each sample of an update has: a function of seed, epoch and update alone.
+
+    Args:
+        settings: of :func:`settings_of`.
+        elastic: how they are drawn.
+        seed: of the draws.
+    """
+
+    def __init__(self, settings: Sequence[Setting], elastic: ElasticConfig, seed: int) -> None:
+        self.settings, self.elastic, self.seed = list(settings), elastic, seed
+
+    def of(self, epoch: int, update: int, samples: int) -> list[int]:
+        """Return the number of each sample's setting."""
+        chance = random.Random(f"{self.seed} {epoch} {update} settings")
+        if self.elastic.draw == "update":
+            return self._drawn(chance, 1) * samples
+        if not self.elastic.sandwich:
+            return self._drawn(chance, samples)
+        least = _smallest(self.elastic.budgets)
+        smallest = [number for number, own in enumerate(self.settings) if not own.dense and own.spec.keep == least]
+        shares = [self.settings[number].share for number in smallest]
+        quarter = samples // QUARTER
+        drawn = [0] * quarter + chance.choices(smallest, shares, k=quarter)
+        drawn += self._drawn(chance, samples - len(drawn))
+        chance.shuffle(drawn)
+        return drawn
+
+    def _drawn(self, chance: random.Random, number: int) -> list[int]:
+        return chance.choices(range(len(self.settings)), [setting.share for setting in self.settings], k=number)
+
+
+def told(settings: Sequence[Setting]) -> str:
+    """Return the settings for people: ``dense 25%, divprune at 8, 16 50%, vispruner at 8, 16 25%``."""
+    budgets: dict[str, list[str]] = {}
+    shares: dict[str, float] = {}
+    for setting in settings:
+        name = "dense" if setting.dense else setting.spec.pruner
+        budgets.setdefault(name, []).append(str(setting.spec.keep))
+        shares[name] = shares.get(name, 0.0) + setting.share
+    parts = []
+    for name, share in shares.items():
+        at = "" if name == "dense" else f" at {', '.join(dict.fromkeys(budgets[name]))}"
+        parts.append(f"{name}{at} {share:.0%}")
+    return ", ".join(parts)
+
+
+def _check_once(where: str, values: Sequence[object]) -> None:
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise ConfigError(f"{where} names {value!r} twice; name it once, and give a pruner a weight instead")
+
+
+def _smallest(budgets: Sequence[Budget]) -> Budget:
+    """Return the smallest budget.
+
+    Raises:
+        ConfigError: if numbers of tokens stand beside shares: which is smaller depends on the image.
+    """
+    for budget in budgets:
+        check_budget(budget)
+    if all(isinstance(budget, int) for budget in budgets):
+        return min(budgets, key=int)
+    if any(isinstance(budget, int) for budget in budgets):
+        raise ConfigError(
+            f"elastic.sandwich needs to know the smallest of elastic.budgets {list(budgets)}, and numbers of tokens "
+            "stand beside shares of them; write all as numbers, or all as shares"
+        )
+    return min(budgets, key=lambda budget: share_of(budget) or 0.0)
