@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from findings_study import objectives, plan, training
+from findings_study import plan, training
 from findings_study.plan import ORIGINAL, Group, Projector, Score, elastic, one, specialist
 from findings_study.running import Runner
 from findings_study.scoring import right_answers
@@ -20,10 +20,17 @@ from findings_study.store import Store
 from findings_study.training import Recipe
 from findings_study.world import DENSE, Cell, World
 
+from prunetune.configs import EngineConfig
+from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes import Sample, Turn
-from prunetune.pruning import PruningSpec
+from prunetune.models.arm import with_own_projector
+from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.tiny_world import ask, sample_scene
 from prunetune.tiny_world.images import SceneImages
+from prunetune.train.engine.engine import Engine, head_of
+from prunetune.train.objectives.aim import Aim
+from prunetune.train.objectives.live import LiveTeacher
+from prunetune.train.objectives.objective import Objective
 
 CELLS = [DENSE, Cell("divprune", 16), Cell("vispruner", 8), Cell("random", 36)]
 POOL = 12
@@ -83,6 +90,42 @@ def test_loss_and_gradient_are_those_of_the_pruned_model(world, moved, cell, tun
         torch.testing.assert_close(own, weight.grad, rtol=1e-3, atol=1e-5 * float(weight.grad.abs().max()))
 
 
+@pytest.mark.parametrize(("weights", "layer"), [({"gce": 1.0, "hidden": 0.5}, 0), ({"kl": 1.0, "feature": 2.0}, 0),
+                                                ({"hidden": 1.0}, 2), ({"ce": 1.0, "hidden": 1.0}, 0)])  # fmt: skip
+def test_objectives_are_those_of_a_recalibration(world, moved, weights, layer):
+    """The project's engine and its teacher, on samples of two cells in one update."""
+    parts = {Cell("fastervlm", 16): torch.tensor([0, 3]), DENSE: torch.tensor([4])}
+    recipe = Recipe(((DENSE, 1.0),), tuple(weights.items()), hidden_layer=layer)
+    projector = world.projector(moved.state_dict()).requires_grad_(True)
+    loss = training.backward(world, projector, recipe, parts, np.random.default_rng(0))
+    mine = torch.cat([weight.grad.flatten() for weight in projector.parameters()])
+
+    objective = Objective(ObjectiveConfig(terms=weights, hidden_layer=layer or None))
+    config = EngineConfig(packing=False)
+    teacher = LiveTeacher(world.arm, config, objective.teacher_reads)
+    model = with_own_projector(world.arm.model)
+    model.model.multi_modal_projector = projector = world.projector(moved.state_dict()).requires_grad_(True)
+    batches, summed = [], 0
+    for cell, index in parts.items():
+        spec = PruningSpec() if cell.pruner is None else PruningSpec(cell.pruner, cell.keep)
+        pruned = PrunedModel(model, spec, world.arm.processor.tokenizer)
+        engine = Engine(pruned, config, None, objective.reads)
+        aim = Aim(engine, objective, teacher, None, head_of(pruned, config, partitioned=False))
+        samples = samples_of(world.pool("recalibration"), index.tolist())
+        batches.append((aim, world.arm.formatter(SceneImages()).training_batch(samples)))
+    units = {}
+    for aim, batch in batches:
+        units = {name: units.get(name, 0) + count for name, count in aim.units(batch).items()}
+    for aim, batch in batches:
+        with aim.attached("cpu"):
+            for unit, part in aim.losses(model, batch).units.items():
+                summed = summed + part / units[unit]
+    summed.backward()
+    theirs = torch.cat([weight.grad.flatten() for weight in projector.parameters()])
+    assert loss == pytest.approx(float(summed.detach()), rel=1e-5)
+    assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
+
+
 def test_right_answers_are_those_that_greedy_generation_gives(world, moved):
     pool, count = world.pool("test"), 0
     for projector in (world.original, moved):
@@ -123,30 +166,13 @@ def test_inner_layers_are_the_stock_models(world):
 def test_dense_pictures_with_the_original_projector_are_the_teacher(world):
     pool, index = world.pool("recalibration"), torch.arange(POOL)
     recipe = Recipe(((DENSE, 1.0),), (("hidden", 1.0), ("kl", 1.0), ("feature", 1.0)))
-    same = training.terms(world, world.projector(), recipe, index, None)
+    same = training.sums(world, world.projector(), recipe, index, None)
     assert set(same) == {"hidden", "kl", "feature"}
     for name, value in same.items():
         assert abs(float(value)) < 1e-5, name
     kept = pool.chosen(index, Cell("fastervlm", 8), world.original)
-    pruned = training.terms(world, world.projector(), recipe, index, kept)
+    pruned = training.sums(world, world.projector(), recipe, index, kept)
     assert min(float(value) for value in pruned.values()) > 1e-2
-
-
-def test_terms_by_hand():
-    logits = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 0.0]])
-    targets = torch.tensor([0, 2])
-    chances = np.exp(logits.double().numpy())
-    chances /= chances.sum(1, keepdims=True)
-    right = np.array([chances[0, 0], chances[1, 2]])
-    assert float(objectives.ce(logits, targets)) == pytest.approx(-np.log(right).sum(), rel=1e-5)
-    assert float(objectives.gce(logits, targets, 0.7)) == pytest.approx(((1 - right**0.7) / 0.7).sum(), rel=1e-5)
-    other = np.array([[0.2, 0.3, 0.5], [0.1, 0.8, 0.1]])
-    aim = torch.tensor(np.log(other)).float()
-    assert float(objectives.kl(logits, aim)) == pytest.approx((other * np.log(other / chances)).sum(), rel=1e-4)
-    states, goal = torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [4.0, 0.0]])
-    assert float(objectives.hidden(states, goal)) == pytest.approx(4 / 1 + 25 / 16)
-    tokens = torch.tensor([[[0.0, 2.0], [2.0, 0.0]]])
-    assert float(objectives.feature(tokens, torch.tensor([[1.0, 3.0]]))) == pytest.approx(4 / 10)
 
 
 def test_parts_of_an_update_draw_cells_by_their_weights():

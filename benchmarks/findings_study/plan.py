@@ -119,11 +119,24 @@ def long_specialist(cell: Cell, seed: int = 0) -> Recipe:
     return specialist(cell, seed, steps=LONG, scenes=MANY)
 
 
-def elastic(seed: int = 0, weights: dict[str, float] | None = None, **changes: Any) -> Recipe:
-    """Return the recipe of one projector for the whole grid."""
+def elastic(
+    seed: int = 0, weights: dict[str, float] | None = None, budgets: dict[int, float] | None = None, **changes: Any
+) -> Recipe:
+    """Return the recipe of one projector for the whole grid.
+
+    Args:
+        seed: of the scenes, their order and all draws.
+        weights: how often each pruner is drawn.
+        budgets: and each budget.
+        changes: whatever else differs from the recipe.
+    """
     weights = WEIGHTS if weights is None else weights
-    cells = tuple((cell, weights[str(cell.pruner)] / len(BUDGETS)) for cell in GRID)
-    recipe = Recipe(cells, ROBUST, LONG, MANY, seed=seed, groups=4, dense=0.25)
+    budgets = dict.fromkeys(BUDGETS, 1.0) if budgets is None else budgets
+    cells = []
+    for pruner in PRUNERS:
+        for keep, often in budgets.items():
+            cells.append((Cell(pruner, keep), weights[pruner] * often / sum(budgets.values())))
+    recipe = Recipe(tuple(cells), ROBUST, LONG, MANY, seed=seed, groups=4, dense=0.25)
     return replace(recipe, **changes)
 
 
@@ -159,6 +172,20 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "gce + hidden": {"terms": ROBUST},
     "kl + hidden": {"terms": (("kl", 1.0), ("hidden", 1.0))},
 }
+DIVERSE = {"divprune": 5.0, "vispruner": 1.5, "prismprune": 1.0, "fastervlm": 1.0}
+SMALL = {8: 3.0, 16: 2.0, 36: 1.0, 72: 1.0}
+TRIES: dict[str, dict[str, Any]] = {
+    "the recipe": {},
+    "2,000 updates": {"steps": 2000},
+    "divprune with weight 5": {"weights": DIVERSE},
+    "8 tokens three times as often, 16 twice": {"budgets": SMALL},
+    "budgets from 4 on": {"budgets": {4: 1.0, 8: 1.0, 16: 1.0, 36: 1.0, 72: 1.0}},
+    "learning rate 1e-2": {"learning_rate": 1e-2},
+    "hidden with weight 0.3": {"terms": (("gce", 1.0), ("hidden", 0.3))},
+    "dense share 1/8": {"dense": 0.125},
+    "2,000 updates, divprune 5, small budgets": {"steps": 2000, "weights": DIVERSE, "budgets": SMALL},
+}
+"""Other elastic recipes, compared on validation scenes."""
 QUESTIONS = {1000: 125, 4000: 500, 16000: 2000, 48000: 6000}
 """Questions, and the scenes that they are about."""
 RATES = (2e-3, 5e-3, 1e-2)
@@ -204,6 +231,14 @@ def _choices(seeds: range) -> Iterator[Score]:
         kept_choice = one(short_elastic(seed, choose_with="original"))
         yield from _each(kept_choice, (Cell("divprune", 8), DIV_16), chooser=ORIGINAL)
         yield from _each(one(short_elastic(seed)), (Cell("divprune", 8), DIV_16))
+
+
+def _tries() -> Iterator[Score]:
+    yield from _each(ORIGINAL, (*GRID, DENSE), split="validation")
+    for cell in GRID:
+        yield Score(one(specialist(cell)), cell, split="validation")
+    for changes in TRIES.values():
+        yield from _each(one(elastic(**changes)), (*GRID, DENSE), split="validation")
 
 
 def _objectives(seeds: range) -> Iterator[Score]:
@@ -269,6 +304,7 @@ def groups(seeds: int = 3) -> list[Group]:
         ("elastic", "one projector for every cell and none", _elastic(every)),
         ("controls", "tuned on dense pictures, on random positions, the mean of specialists", _controls(every)),
         ("choices", "who chooses: the tuned projector or the original one", _choices(every)),
+        ("tries", "other elastic recipes, one seed, on validation scenes", _tries()),
         ("objectives", "what is trained towards", _objectives(every)),
         ("data", "how many questions", _data(every)),
         ("rates", "learning rates", _rates(every)),

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from findings_study import objectives
 from findings_study.rows import Texts
 from findings_study.world import DENSE, Cell, Pool, World
+from prunetune.train.objectives import terms
 
 PICTURES = 16
 """Pictures of one update, each with its eight questions."""
@@ -145,8 +145,10 @@ def backward(
     for cell, own in parts.items():
         chooser = projector if recipe.choose_with == "tuned" else world.original
         kept = positions(pool, own, cell, chooser, draws)
-        summed = terms(world, projector, recipe, own, kept)
-        loss = objectives.total(summed, weights, units)
+        summed = sums(world, projector, recipe, own, kept)
+        loss = torch.zeros(())
+        for name, part in summed.items():
+            loss = loss + weights[name] * part / units[name]
         loss.backward()  # type: ignore[no-untyped-call]
         whole += float(loss.detach())
     return whole
@@ -171,7 +173,7 @@ def visual_tokens(pool: Pool, index: Tensor, kept: Tensor | None, projector: nn.
     return tokens
 
 
-def terms(world: World, projector: nn.Module, recipe: Recipe, index: Tensor, kept: Tensor | None) -> dict[str, Tensor]:
+def sums(world: World, projector: nn.Module, recipe: Recipe, index: Tensor, kept: Tensor | None) -> dict[str, Tensor]:
     """Return the terms of some scenes that keep some tokens, each summed over its units."""
     pool = world.pool("recalibration")
     names = {name for name, _ in recipe.terms}
@@ -180,7 +182,7 @@ def terms(world: World, projector: nn.Module, recipe: Recipe, index: Tensor, kep
     if "feature" in names:
         with torch.no_grad():
             teacher = visual_tokens(pool, index, None, world.original).mean(dim=1)
-        found["feature"] = objectives.feature(visual, teacher)
+        found["feature"] = terms.feature(visual.mean(dim=1), teacher)
     answered = names.intersection(ANSWERS)
     if not answered and "hidden" not in names:
         return found
@@ -192,7 +194,7 @@ def terms(world: World, projector: nn.Module, recipe: Recipe, index: Tensor, kep
         return found | _answers(world, recipe, world.states(rows, texts.is_asked), texts, index, answered)
     states = world.states(rows, texts.is_text, layers)
     aim = pool.teacher(layers)[index, : texts.ids.shape[1]]
-    found["hidden"] = objectives.hidden(states, aim[texts.is_text])
+    found["hidden"] = terms.hidden(states, aim[texts.is_text])
     if answered:
         found |= _answers(world, recipe, states[texts.is_asked[texts.is_text]], texts, index, answered)
     return found
@@ -204,12 +206,12 @@ def _answers(
     logits, targets = world.head(states), texts.targets[texts.is_asked]
     found = {}
     if "ce" in names:
-        found["ce"] = objectives.ce(logits, targets)
+        found["ce"] = terms.ce(logits, targets)
     if "gce" in names:
-        found["gce"] = objectives.gce(logits, targets, recipe.gce_q)
+        found["gce"] = terms.gce(logits, targets, recipe.gce_q)
     if "kl" in names:
         pool = world.pool("recalibration")
         with torch.no_grad():
             aim = world.head(pool.teacher()[index][pool.texts.is_asked[index]])
-        found["kl"] = objectives.kl(logits, aim)
+        found["kl"] = terms.kl(logits, aim)
     return found
