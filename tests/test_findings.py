@@ -12,15 +12,18 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from findings_study import plan, training
+from findings_study import bars, carrying, plan, training
+from findings_study.intervals import accuracy, difference
+from findings_study.page import write_page
 from findings_study.plan import ORIGINAL, Group, Projector, Score, elastic, one, specialist
+from findings_study.results import Results
 from findings_study.running import Runner
 from findings_study.scoring import right_answers
 from findings_study.store import Store
 from findings_study.training import Recipe
 from findings_study.world import DENSE, Cell, World
 
-from prunetune.configs import EngineConfig
+from prunetune.configs import EngineConfig, RecalibrateConfig, load_config
 from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes import Sample, Turn
 from prunetune.models.arm import with_own_projector
@@ -278,3 +281,103 @@ def test_groups_hold_at_least_three_seeds_and_every_name_is_its_own():
     seeds = SimpleNamespace(**{group.name: {recipe.seed for recipe in group.recipes()} for group in made})
     for name in ("specialists", "elastic", "controls", "choices", "objectives", "data", "rates", "sampling", "weights"):
         assert getattr(seeds, name) == {0, 1, 2}, name
+
+
+def test_intervals_hold_pictures_and_seeds():
+    draws = np.random.default_rng(0)
+    one_seed = draws.binomial(8, 0.7, (1, 300))
+    found = accuracy(one_seed)
+    error = 100 * one_seed.std() / 8 / np.sqrt(300)  # of a mean over pictures
+    assert found.value == pytest.approx(100 * one_seed.mean() / 8) and found.seeds == 1
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+    apart = np.concatenate([one_seed, one_seed - 1, one_seed + 1])  # seeds 12.5 points apart
+    wide = accuracy(apart)
+    assert wide.value == pytest.approx(found.value) and wide.high - wide.low > 4 * (found.high - found.low)
+
+
+def test_differences_are_taken_picture_by_picture():
+    draws = np.random.default_rng(0)
+    hard = draws.integers(0, 7, (1, 300))
+    above = difference(hard + 1, hard)
+    assert (above.value, above.low, above.high) == pytest.approx((12.5, 12.5, 12.5))
+    other = difference(draws.integers(0, 7, (1, 300)), hard)
+    assert other.low < 0 < other.high
+    assert difference(hard, hard + 1).value == pytest.approx(-12.5)
+
+
+@pytest.fixture
+def report(world, tmp_path):
+    """A study without rows, in the folder of its page."""
+    (tmp_path / "images").mkdir()
+    return Runner(world, Store(tmp_path / "rows", tmp_path / "weights"), print), tmp_path
+
+
+def stored_everywhere(runner, seeds, lift=0):
+    """Every row that the study asks for, with answers drawn at random; the elastic projector's are ``lift`` better."""
+    draws = np.random.default_rng(0)
+    for group in plan.groups(seeds):
+        for score in group.scores:
+            right = draws.integers(3, 7, POOL) + (lift if score.projector.parts[:1] == (elastic(0),) else 0)
+            runner.store.rows.setdefault(runner.key(score), {"right": "".join(map(str, right))})
+        for recipe in group.recipes():
+            runner.store.rows[runner.training_key_of(recipe)] = {
+                "recipe": recipe.settings(), "busy": 10.0, "on": "one core of a test",
+            }  # fmt: skip
+
+
+def test_the_page_says_what_is_missing(report):
+    runner, docs = report
+    write_page(docs, runner, 3)
+    page = (docs / "findings.md").read_text()
+    assert "| specialists | 276 of 276 |" in page and "not there yet" in page and "](images/" not in page
+    assert list((docs / "images").iterdir()) == []
+
+
+def test_the_page_of_a_whole_study_has_every_number(report, monkeypatch):
+    runner, docs = report
+    monkeypatch.setattr(carrying, "section", lambda results: iter(()))
+    stored_everywhere(runner, 1)
+    write_page(docs, runner, 1)
+    page = (docs / "findings.md").read_text()
+    assert "not there yet" not in page and "scores missing" not in page
+    for line in page.splitlines():
+        if line.startswith("| ") and "running mean" not in line and "| original | original |" not in line:
+            assert " - |" not in line, line
+        assert len(line) <= 120 or line.startswith(("|", "E=")), line
+    pictures = {path.name for path in (docs / "images").iterdir()}
+    assert pictures == {"findings_elastic.png", "findings_transfer.png", "findings_objectives.png"}
+    assert all(f"](images/{name})" in page for name in pictures)
+
+
+def test_bars_are_met_and_missed_by_the_numbers(report):
+    runner, _ = report
+    stored_everywhere(runner, 1)
+    for group in plan.groups(1):
+        for score in group.scores:
+            elastic_one = score.projector == one(elastic(0))
+            level = {True: 6, False: 5}[elastic_one]
+            if score.projector == ORIGINAL:
+                level = 4 if score.cell != DENSE else 6
+            if elastic_one and score.cell == Cell("divprune", 8):
+                level = 4
+            runner.store.rows[runner.key(score)] = {"right": str(level) * POOL}
+    text = "\n".join(bars.section(Results(runner, 1)))
+    assert "15 of 16 cells (15 of them with their whole interval); further below: divprune 8 -12.5" in text
+    assert text.count("**met**") == 8 and "**missed**" not in text
+    row = next(line for line in text.splitlines() if "recovery" in line and "divprune" in line)
+    assert "100 % of the loss, specialist 50 %" in row
+    for cell in plan.GRID[:3]:
+        key = runner.key(Score(one(elastic(0)), cell))
+        runner.store.rows[key] = {"right": "4" * POOL}
+    text = "\n".join(bars.section(Results(runner, 1)))
+    assert "12 of 16 cells" in text and text.count("**missed**") == 2  # fastervlm 16 recovers nothing, too
+
+
+def test_every_line_for_real_models_is_a_configuration():
+    for check in carrying.CHECKS:
+        config = load_config(RecalibrateConfig, check.config, [*check.options, "--output", "runs/x"])
+        assert config.elastic.on == ("--elastic.budgets" in check.options)
+    lines = "\n".join(carrying.section(None))
+    for number in range(1, len(carrying.CHECKS) + 1):
+        assert f"--output runs/findings/{number} " in lines
+    assert lines.count("Planned:") == len(carrying.CHECKS)

@@ -73,7 +73,7 @@ def page(results: Results, drawn: list[str]) -> str:
     for section in sections:
         lines = list(section(results))
         if lines:
-            parts.append("\n".join(map(wrapped, lines)) + "\n")
+            parts.append("\n".join(wrapped(lines)) + "\n")
     text = "\n".join([*(part for part in parts if part), AGAIN])
     for name in ("elastic", "transfer", "objectives"):
         if f"findings_{name}.png" not in drawn:  # a link to a picture that is not there leads nowhere
@@ -81,12 +81,20 @@ def page(results: Results, drawn: list[str]) -> str:
     return text
 
 
-def wrapped(line: str) -> str:
-    """Return a sentence in lines of the page's width; tables, headings and pictures stay as they are."""
-    if line.startswith(("|", "#", "!", "    ")) or "\n" in line:
-        return line
-    indent = "  " if line.startswith("* ") else ""
-    return textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+def wrapped(lines: list[str]) -> Iterator[str]:
+    """Yield sentences in lines of the page's width; tables, code, headings and pictures stay as they are."""
+    code = False
+    for line in lines:
+        code ^= line.strip().startswith("```")
+        if code or line.startswith(("|", "#", "!", " ")) or "\n" in line:
+            yield line
+            continue
+        indent = ""
+        if line.startswith("* "):
+            indent = "  "
+        elif line.partition(". ")[0].isdigit():
+            indent = "   "
+        yield textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def missing(results: Results) -> str:

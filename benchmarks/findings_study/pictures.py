@@ -95,14 +95,14 @@ def transfer_picture(results: Results) -> Any | None:
         return None
     table = np.array([values for _, values in rows])
     gain = table - table[0]
-    figure, axes = pyplot.subplots(figsize=(11, 0.46 * len(rows) + 1.6))
-    most = float(np.nanmax(abs(gain)))
+    figure, axes = pyplot.subplots(figsize=(11, 0.42 * len(rows) + 1.8))
+    most = 20.0  # points; a few cells are beyond, and would make all others pale
     axes.imshow(gain, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     for row, column in np.argwhere(~np.isnan(table)):
         dark = abs(gain[row, column]) > 0.6 * most
         axes.text(column, row, f"{table[row, column]:.1f}", ha="center", va="center", fontsize=8,
                   color="white" if dark else "black")  # fmt: skip
-    axes.set_xticks(range(len(columns)), [str(cell).replace(" ", "\n") for cell in columns], fontsize=7)
+    axes.set_xticks(range(len(columns)), [str(cell) for cell in columns], fontsize=8, rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
     axes.set_ylabel("tuned for")
     axes.set_xlabel("evaluated with (numbers: accuracy, %; colour: points above no training)", fontsize=9)

