@@ -64,8 +64,12 @@ class Size:
     methods: tuple[str, ...] = METHODS
 
 
-FULL = Size(scenes=200, trained=1_000, steps=125, elastic=125, control=30)
-QUICK = Size(scenes=60, trained=500, steps=45, elastic=20, control=6, methods=("divprune",))
+FULL = Size(scenes=150, trained=750, steps=125, elastic=250, control=40)
+QUICK = Size(scenes=60, trained=400, steps=60, elastic=40, control=6, methods=("divprune",))
+BATCH = 32
+"""Questions of an update on each of the two ranks."""
+TERMS = "{gce: 1.0}"
+"""What the elastic one is trained towards here: without the teacher of its configuration, which doubles its cost."""
 
 
 def run_demo(output: Path, quick: bool = False, overwrite: bool = False) -> None:
@@ -109,7 +113,7 @@ def _run(folder: OutputFolder, size: Size, began: float) -> None:
             arms.append(_evaluate(output, f"{method}_{keep}", dense.with_pruning(PruningSpec(method, keep)), size))
 
     say(f"\n== 3/5  recalibrate the projector, DeepSpeed on 2 CPU ranks: {', '.join(size.methods)} at {KEEP} tokens,")
-    say("        one for all methods and budgets, and without pruning as a control")
+    say("        one for all methods and budgets, and one without pruning as a control")
     _recalibrate(folder, size)
 
     say("\n== 4/5  tuned")
@@ -166,7 +170,7 @@ def _recalibrate(folder: OutputFolder, size: Size) -> None:
     for method in size.methods:
         pruning = ["--pruning.pruner", method, "--pruning.keep", str(KEEP)]
         runs.append(_arguments(folder.path, method, ONE, size.steps, *pruning))
-    runs.append(_arguments(folder.path, ELASTIC, MANY, size.elastic))
+    runs.append(_arguments(folder.path, ELASTIC, MANY, size.elastic, "--objective.terms", TERMS))
     pruning = ["--pruning.pruner", "identity", "--pruning.keep", "100%"]
     runs.append(_arguments(folder.path, CONTROL, ONE, size.control, *pruning))
     status = launch_several(2, runs, folder)
@@ -183,7 +187,7 @@ def _arguments(output: Path, name: str, config: str, steps: int, *more: str) -> 
     return [
         *("--config", config, "--output", str(output / "recalibrate" / name)),
         *("--data.recipe", str(output / RECIPE), "--features", str(output / "features" / "train")),
-        *("--train.max_steps", str(steps), "--train.save_steps", str(steps)),
+        *("--train.max_steps", str(steps), "--train.save_steps", str(steps), "--train.batch_size", str(BATCH)),
         *more,
     ]
 

@@ -1,16 +1,36 @@
-"""The demo: one model for all its arms."""
+"""The demo: one model for all its arms, and what it shows of them."""
 
 import csv
 
 import pytest
+from PIL import Image
 
 from prunetune.models import adapter, arm
 from prunetune.outputs import OutputError
 from prunetune.scripts import demo
 
 
-def test_the_base_is_loaded_and_hashed_once(tmp_path, monkeypatch, capsys):
-    """Ten arms and the pictures; the recalibration, which runs in processes of its own, is left out."""
+@pytest.fixture
+def recalibrated(monkeypatch):
+    """Leave out the recalibrations, which run in processes of their own: the adapters are the base's projector."""
+
+    def instead(folder, size):
+        base = demo.Arm.load(demo.load_config(demo.RecalibrateConfig, demo.ONE).model, device="cpu")
+        tensors = {name: tensor.clone() for name, tensor in adapter.projector_state(base.model).items()}
+        wrapped = adapter.wrap_projector(base.model)
+        for name in (*size.methods, demo.ELASTIC, demo.CONTROL):
+            pruning = demo.PruningSpec(name, demo.KEEP) if name in size.methods else demo.PruningSpec()
+            record = {**base.base.hashes.record(), "pruning": pruning.model_dump()}
+            if name == demo.ELASTIC:
+                record["elastic"] = {"budgets": [8, 16]}
+            adapter.write_adapter(folder.path / "recalibrate" / name / "adapter", tensors, wrapped, record)
+
+    monkeypatch.setattr(demo, "_recalibrate", instead)
+    monkeypatch.setattr(demo, "QUICK", demo.Size(8, 1, 1, 1, 1, methods=("divprune",)))
+
+
+def test_the_base_is_loaded_and_hashed_once(recalibrated, tmp_path, monkeypatch, capsys):
+    """Nineteen arms and the pictures."""
     events = []
 
     def counting(name):
@@ -24,22 +44,18 @@ def test_the_base_is_loaded_and_hashed_once(tmp_path, monkeypatch, capsys):
 
     for name in ("load_model", "base_hashes"):
         monkeypatch.setattr(arm, name, counting(name))
-
-    def recalibrated(output, samples):
-        base = demo.Arm.load(demo.load_config(demo.RecalibrateConfig, demo.RECIPE).model, device="cpu")
-        record = {**base.base.hashes.record(), "pruning": demo.PruningSpec("divprune", 16).model_dump()}
-        tensors = {name: tensor.clone() for name, tensor in adapter.projector_state(base.model).items()}
-        adapter.write_adapter(output / "adapter", tensors, adapter.wrap_projector(base.model), record)
-        events.append("recalibrated")
-
-    monkeypatch.setattr(demo, "_recalibrate", recalibrated)
-    monkeypatch.setattr(demo, "QUICK", demo.Size(scenes=1, samples=8))
     demo.run_demo(tmp_path / "demo", quick=True)
-    by_the_stub = ["load_model", "base_hashes", "recalibrated"]
-    assert events == ["load_model", "base_hashes", *by_the_stub]
-    assert "gains +0.0" in capsys.readouterr().out
+    assert events == ["load_model", "base_hashes"] * 2  # the second time for the adapters above
+    told = capsys.readouterr().out
+    for projector in ("tuned projector", "elastic projector", "projector tuned without pruning"):
+        assert f"divprune at 16 of 144 visual tokens with the {projector}: +0.0 points" in told
     rows = list(csv.DictReader((tmp_path / "demo" / "comparison" / "table.csv").open()))
-    assert [row["arm"] for row in rows].count("dense") == 1 and len(rows) == 1 + 2 * 4 + 1
+    names = [row["arm"] for row in rows]
+    assert names.count("dense") == 1 and names.count("dense + elastic projector") == 1
+    assert len(rows) == 1 + 2 * 4 + (1 + 4 + 4) + 1
+    assert {"ask", "describe", "read"} <= rows[0].keys()
+    with Image.open(tmp_path / "demo" / "answers" / "answers.png") as picture:
+        assert picture.width > picture.height / 2 > 100
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):

@@ -127,14 +127,16 @@ def test_the_quick_demo_from_the_wheel_recovers_what_pruning_lost(installed, for
     done = python("-c", QUICK_DEMO, cwd=foreign, path=f"{installed}{os.pathsep}.")
     rows = list(csv.DictReader((foreign / "demo" / "comparison" / "table.csv").open()))
     assert len(rows) == 1 + 2 + 1
-    dense, tuned = float(rows[0]["overall"]), next(row for row in rows if row["tuned_minus_training_free"])
+    dense, tuned = float(rows[0]["overall"]), next(row for row in rows if row["arm"] == "divprune + tuned projector")
     assert rows[0]["arm"] == "dense" and dense >= 90
     assert float(tuned["tuned_minus_training_free"]) >= 8 and float(tuned["gain_low"]) > 0
-    for name in ("comparison/plot.png", "comparison/table.md", "kept_tokens/kept_00.png", "recalibrate/log.jsonl",
-                 "recalibrate/adapter/adapter_model.safetensors"):  # fmt: skip
+    for name in ("comparison/plot.png", "comparison/table.md", "answers/answers.png", "recalibrate/elastic/log.jsonl",
+                 "recalibrate/divprune/adapter/adapter_model.safetensors"):  # fmt: skip
         assert (foreign / "demo" / name).stat().st_size > 0
-    assert "--num_accelerators 2" in (foreign / "demo" / "recalibrate" / "launch.log").read_text()
-    assert "Recalibrating divprune at 16 of 144 visual tokens gains +" in done.stdout
+    assert "--num_accelerators 2" in (foreign / "demo" / "launch.log").read_text()
+    assert "divprune at 16 of 144 visual tokens with the tuned projector: +" in done.stdout
+    elastic = next(row for row in rows if row["arm"] == "divprune + elastic projector")
+    assert float(elastic["tuned_minus_training_free"]) > 0
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,8 @@ class EvaluatedArm:
             own["text_tower"] = portable(own["text_tower"])  # as the adapter's record has it
         if target is None or target == own:
             return " + tuned projector"
+        if target.get("pruner") == "identity":
+            return " + projector tuned without pruning"
         # The adapter's own word, which another version may have written.
         return f" + tuned projector (for {target.get('pruner')}, {target.get('keep')})"
 
