@@ -198,12 +198,6 @@ class Arm:
         """The pruning as it runs, and as records hold it: with the options of the profile filled in."""
         return self.spec if self.profile is None else self.profile.fill(self.spec)
 
-    def unpruned(self) -> Arm:
-        """Return the same arm as it is now without pruning; its projector is a copy, which no training changes."""
-        model = with_own_projector(self.model).eval().requires_grad_(False)
-        spec = PruningSpec()
-        return Arm(self.base, PrunedModel(model, spec, self.processor.tokenizer), spec, self.adapter)
-
     def elastic(self, settings: Sequence[PruningSpec]) -> Arm:
         """Return the same arm, whose batches may name one of these settings for each row, see :class:`ElasticModel`.
 
