@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from findings_study.plan import Group, groups
+from findings_study.plan import CHOSEN, Group, groups
 from findings_study.running import Runner
 from findings_study.store import Store
+from findings_study.tries import filled
 from findings_study.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,13 +64,13 @@ def main() -> None:
     torch.set_num_threads(1)  # small products gain nothing from a second core, and one thread repeats to the bit
     world = World(options.work / "arrays")
     runner = Runner(world, Store(ROWS, options.work / "weights"), say)
-    chosen = [group for group in plan if not options.only or group.name in options.only]
+    chosen = [group for group in filled(plan, runner) if not options.only or group.name in options.only]
     if options.list:
         print(listed(chosen, runner))
         return
     if not options.report:
         for group in chosen:
-            runner.run(group)
+            runner.run(group if group.name != CHOSEN else filled(plan, runner)[names.index(CHOSEN)])
     from findings_study.page import write_page  # it draws, which training does not need
 
     write_page(ROOT / "docs", runner, options.seeds)

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from findings_study import bars, carrying, plan, training
+from findings_study import bars, carrying, plan, training, tries
 from findings_study.intervals import accuracy, difference
 from findings_study.page import write_page
 from findings_study.plan import ORIGINAL, Group, Projector, Score, elastic, one, specialist
@@ -312,12 +312,12 @@ def report(world, tmp_path):
     return Runner(world, Store(tmp_path / "rows", tmp_path / "weights"), print), tmp_path
 
 
-def stored_everywhere(runner, seeds, lift=0):
-    """Every row that the study asks for, with answers drawn at random; the elastic projector's are ``lift`` better."""
+def stored_everywhere(runner, groups):
+    """Every row that groups ask for, with answers drawn at random."""
     draws = np.random.default_rng(0)
-    for group in plan.groups(seeds):
+    for group in groups:
         for score in group.scores:
-            right = draws.integers(3, 7, POOL) + (lift if score.projector.parts[:1] == (elastic(0),) else 0)
+            right = draws.integers(3, 7, POOL)
             runner.store.rows.setdefault(runner.key(score), {"right": "".join(map(str, right))})
         for recipe in group.recipes():
             runner.store.rows[runner.training_key_of(recipe)] = {
@@ -336,7 +336,8 @@ def test_the_page_says_what_is_missing(report):
 def test_the_page_of_a_whole_study_has_every_number(report, monkeypatch):
     runner, docs = report
     monkeypatch.setattr(carrying, "section", lambda results: iter(()))
-    stored_everywhere(runner, 1)
+    stored_everywhere(runner, plan.groups(1))
+    stored_everywhere(runner, tries.filled(plan.groups(1), runner))  # that of the chosen recipe, too
     write_page(docs, runner, 1)
     page = (docs / "findings.md").read_text()
     assert "not there yet" not in page and "scores missing" not in page
@@ -351,7 +352,7 @@ def test_the_page_of_a_whole_study_has_every_number(report, monkeypatch):
 
 def test_bars_are_met_and_missed_by_the_numbers(report):
     runner, _ = report
-    stored_everywhere(runner, 1)
+    stored_everywhere(runner, plan.groups(1))
     for group in plan.groups(1):
         for score in group.scores:
             elastic_one = score.projector == one(elastic(0))
@@ -371,6 +372,40 @@ def test_bars_are_met_and_missed_by_the_numbers(report):
         runner.store.rows[key] = {"right": "4" * POOL}
     text = "\n".join(bars.section(Results(runner, 1)))
     assert "12 of 16 cells" in text and text.count("**missed**") == 2  # fastervlm 16 recovers nothing, too
+
+
+def test_validation_scenes_choose_by_the_rule(report):
+    """More cells beat a higher mean, whole pictures beat both, and what is longer is not chosen."""
+    runner, _ = report
+
+    def scored(made, cells, digit):
+        for cell in cells:
+            runner.store.rows[runner.key(Score(made, cell, split="validation"))] = {"right": str(digit) * POOL}
+
+    scored(ORIGINAL, (*plan.GRID, DENSE), 6)
+    for cell in plan.GRID:
+        scored(one(specialist(cell)), [cell], 5)
+    for changes in plan.TRIES.values():
+        scored(one(elastic(**changes)), (*plan.GRID, DENSE), 4)
+    levels = {
+        "dense share 0.4": (5, 5),
+        "gce + kl + hidden": (5, 8),
+        "kl + hidden": (6, 4),
+        "8 cells an update": (6, 5),
+        "the recipe, 2,000 updates": (6, 8),
+    }
+    for name, (dense, pruned) in levels.items():
+        made = one(elastic(**plan.TRIES[name]))
+        scored(made, plan.GRID, pruned)
+        scored(made, [DENSE], dense)
+    scored(one(elastic(**plan.TRIES["8 cells an update"])), plan.GRID[:4], 4)
+    assert tries.standing(runner, plan.TRIES["8 cells an update"]).near == 12
+    assert tries.best(runner) == "8 cells an update"
+    group = next(group for group in tries.filled(plan.groups(3), runner) if group.name == plan.CHOSEN)
+    assert group.recipes() == [elastic(seed, groups=8) for seed in range(3)]
+    assert {score.split for score in group.scores} == {"test"} and len(group.scores) == 3 * 25
+    del runner.store.rows[runner.key(Score(one(elastic()), DENSE, split="validation"))]
+    assert tries.best(runner) is None
 
 
 def test_every_line_for_real_models_is_a_configuration():

@@ -1,4 +1,4 @@
-"""Tables 5 to 10 of docs/findings.md: objectives, data, draws, weights and costs, with the sentences about them."""
+"""Tables 5 to 9 and 11 of docs/findings.md: objectives, data, draws, weights and costs, with their sentences."""
 
 from __future__ import annotations
 
@@ -221,14 +221,9 @@ def weights(results: Results) -> Iterator[str]:
         )
 
 
-def tries(results: Results) -> Iterator[str]:
-    """Yield what was tried beyond the recipe, on validation scenes."""
-    return iter(())
-
-
 def costs(results: Results) -> Iterator[str]:
-    """Yield table 10: what each kind of run takes."""
-    yield "## Table 10: what a training takes"
+    """Yield table 11: what each kind of run takes."""
+    yield "## Table 11: what a training takes"
     yield ""
     places = sorted({stored["on"] for stored in results.runner.store.rows.values() if "on" in stored})
     yield (

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from findings_study import ablations, bars, carrying, pictures, tables
+from findings_study import ablations, bars, carrying, pictures, tables, tries
 from findings_study.plan import groups
 from findings_study.results import Results
 from findings_study.running import Runner
@@ -68,7 +68,7 @@ def page(results: Results, drawn: list[str]) -> str:
     parts = [BEGIN.format(seeds=results.seeds, draws=DRAWS), missing(results)]
     sections: list[Callable[[Results], Iterator[str]]] = [
         bars.section, tables.grid, tables.unseen, tables.transfer, tables.choices, ablations.objectives,
-        ablations.data, ablations.sampling, ablations.weights, ablations.tries, ablations.costs, carrying.section,
+        ablations.data, ablations.sampling, ablations.weights, tries.section, ablations.costs, carrying.section,
     ]  # fmt: skip
     for section in sections:
         lines = list(section(results))
@@ -100,7 +100,7 @@ def wrapped(lines: list[str]) -> Iterator[str]:
 def missing(results: Results) -> str:
     """Return what is not there yet, by group."""
     lines = []
-    for group in groups(results.seeds):
+    for group in tries.filled(groups(results.seeds), results.runner):
         left = len(results.runner.missing(group))
         if left:
             lines.append(f"| {group.name} | {left} of {len(group.scores)} |")

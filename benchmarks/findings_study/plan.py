@@ -87,6 +87,10 @@ def training_key(recipe: Recipe, world: str, pool: int) -> str:
     return hash_of(["training", STUDY, world, pool, recipe.settings()])
 
 
+CHOSEN = "chosen"
+"""The group whose recipe is known when validation scenes have chosen it, see :mod:`findings_study.tries`."""
+
+
 @dataclass(frozen=True)
 class Group:
     """One part of the study: what it asks, and its scores in the order in which they are made."""
@@ -172,18 +176,23 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "gce + hidden": {"terms": ROBUST},
     "kl + hidden": {"terms": (("kl", 1.0), ("hidden", 1.0))},
 }
-DIVERSE = {"divprune": 5.0, "vispruner": 1.5, "prismprune": 1.0, "fastervlm": 1.0}
-SMALL = {8: 3.0, 16: 2.0, 36: 1.0, 72: 1.0}
+LARGE = {8: 1.0, 16: 1.0, 36: 2.0, 72: 2.0}
+ALL_THREE = (("gce", 1.0), ("kl", 1.0), ("hidden", 1.0))
+TOGETHER: dict[str, Any] = {"dense": 0.4, "terms": ALL_THREE, "groups": 8, "weights": WEIGHTS | {"divprune": 4.0}}
 TRIES: dict[str, dict[str, Any]] = {
     "the recipe": {},
-    "2,000 updates": {"steps": 2000},
-    "divprune with weight 5": {"weights": DIVERSE},
-    "8 tokens three times as often, 16 twice": {"budgets": SMALL},
-    "budgets from 4 on": {"budgets": {4: 1.0, 8: 1.0, 16: 1.0, 36: 1.0, 72: 1.0}},
+    "dense share 0.4": {"dense": 0.4},
+    "gce + kl + hidden": {"terms": ALL_THREE},
+    "hidden with weight 3": {"terms": (("gce", 1.0), ("hidden", 3.0))},
+    "kl + hidden": {"terms": (("kl", 1.0), ("hidden", 1.0))},
+    "gce with q 0.4": {"gce_q": 0.4},
+    "8 cells an update": {"groups": 8},
     "learning rate 1e-2": {"learning_rate": 1e-2},
-    "hidden with weight 0.3": {"terms": (("gce", 1.0), ("hidden", 0.3))},
-    "dense share 1/8": {"dense": 0.125},
-    "2,000 updates, divprune 5, small budgets": {"steps": 2000, "weights": DIVERSE, "budgets": SMALL},
+    "divprune with weight 5": {"weights": WEIGHTS | {"divprune": 5.0}},
+    "36 and 72 tokens twice as often": {"budgets": LARGE},
+    "dense 0.4, gce + kl + hidden, 8 cells, divprune 4": TOGETHER,
+    "the recipe, 2,000 updates": {"steps": 2000},
+    "dense 0.4, gce + kl + hidden, 8 cells, divprune 4, 2,000 updates": TOGETHER | {"steps": 2000},
 }
 """Other elastic recipes, compared on validation scenes."""
 QUESTIONS = {1000: 125, 4000: 500, 16000: 2000, 48000: 6000}
@@ -305,6 +314,7 @@ def groups(seeds: int = 3) -> list[Group]:
         ("controls", "tuned on dense pictures, on random positions, the mean of specialists", _controls(every)),
         ("choices", "who chooses: the tuned projector or the original one", _choices(every)),
         ("tries", "other elastic recipes, one seed, on validation scenes", _tries()),
+        (CHOSEN, "the best of these of 1,000 updates, on test scenes", iter(())),
         ("objectives", "what is trained towards", _objectives(every)),
         ("data", "how many questions", _data(every)),
         ("rates", "learning rates", _rates(every)),
