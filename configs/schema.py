@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from prunetune.data_recipes.sampling import VideoSampling
 from prunetune.plugins import load_plugins
@@ -223,6 +223,14 @@ class ElasticConfig(Section):
     def on(self) -> bool:
         """Whether there is anything to draw."""
         return bool(self.budgets)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if not self.budgets and self.model_fields_set - {"budgets"}:
+            raise ValueError("budgets is empty, and nothing else of elastic would count; list some, as [32, 64, 128]")
+        if self.sandwich and self.draw == "update":
+            raise ValueError("sandwich gives each update several settings, and draw: update gives it one; choose one")
+        return self
 
 
 class EngineConfig(Section):

@@ -35,6 +35,7 @@ class RecipeData:
         missing: samples left out because their image file is missing.
         held_out: rows set aside by the recipe, of the same kind.
         broken: records left out because they are no conversation, each with what is wrong with it.
+        split_from: the content hash of the samples that a run took its held-out ones from; None of all others.
     """
 
     name: str
@@ -45,6 +46,7 @@ class RecipeData:
     missing: list[str]
     held_out: Dataset | None = None
     broken: Sequence[str] = ()
+    split_from: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

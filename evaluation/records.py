@@ -138,6 +138,8 @@ class ProjectorRecord(_Record):
         stored_hash: SHA-256 of the recalibration's tensors as the adapter's file holds them.
         trained_in: the dtype that it was recalibrated in; scores shift where the arm runs in another.
         elastic: the settings that it was recalibrated for, of a recalibration for several.
+        strength: where it lies between the base's projector and the recalibrated one, if it was dialled.
+        soup: of how many projectors it is the mean, if it is one.
     """
 
     adapter: str | None
@@ -148,6 +150,8 @@ class ProjectorRecord(_Record):
     trained_in: str | None = None
     # Left out where there is none: manifests of before there were any stay, to the byte.
     elastic: dict[str, Any] | None = Field(None, exclude_if=lambda elastic: elastic is None)
+    strength: float | None = Field(None, exclude_if=lambda strength: strength is None)
+    soup: int | None = Field(None, exclude_if=lambda soup: soup is None)
 
 
 # More than a mean: methods that decide by the image how many to keep differ between images as much as between budgets.

@@ -164,6 +164,7 @@ class Arm:
         model = with_own_projector(base.model)
         load_projector(model, adapter, base.hashes)
         _say_another_dtype(adapter, base.config.dtype)
+        _say_another_choice(adapter, spec)
         _say_another_quantization(adapter, base.config.quantization)
         return cls._with(base, model, spec, str(adapter))
 
@@ -346,6 +347,16 @@ def _say_another_dtype(adapter: str | Path, dtype: str) -> None:
     trained = read_record(adapter).get("trained_in", dtype)
     if trained != dtype and launched_ranks().is_zero:
         say(f"projector {adapter} was trained in {trained} and runs in {dtype} here; set model.dtype to {trained}")
+
+
+def _say_another_choice(adapter: str | Path, spec: PruningSpec) -> None:
+    """Say it once if tokens are chosen by another projector than in training; methods that read none are the same."""
+    trained = (read_record(adapter).get("pruning") or {}).get("choose_with", "tuned")
+    if trained != spec.choose_with and spec.pruner != "identity" and launched_ranks().is_zero:
+        say(
+            f"projector {adapter} was trained on tokens that the {trained} projector chose, and the {spec.choose_with} "
+            f"one chooses here, where a method reads it; set pruning.choose_with to {trained}"
+        )
 
 
 def _say_another_quantization(adapter: str | Path, quantization: str | None) -> None:

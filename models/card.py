@@ -53,11 +53,13 @@ def _card(record: Mapping[str, Any], header: dict[str, str], what: str, unpruned
     pruning = record.get("pruning") or {}
     pruner, keep = pruning.get("pruner", "?"), pruning.get("keep", "?")
     base = record.get("base_model") or "?"
+    aim, methods = f"{pruner} at {keep} visual tokens", f"the visual-token pruner `{pruner}`"
+    if record.get("elastic"):
+        aim, methods = "several pruners and budgets", "several visual-token pruners and budgets"
     parts = [
         _header(record, header),
-        f"# {base} tuned for {pruner} at {keep} visual tokens\n",
-        f"{what} `{base}`: only the projector differs, recalibrated with prunetune "
-        f"for the visual-token pruner `{pruner}`.\n",
+        f"# {base} tuned for {aim}\n",
+        f"{what} `{base}`: only the projector differs, recalibrated with prunetune for {methods}.\n",
         f"> **{_unpruned(record)}** {unpruned}\n",
         "## How to load it, pruned\n",
         _loading(record),

@@ -178,6 +178,14 @@ def _check_alike(
                 f"{first} and {folder} are of different bases, whose projectors have no mean: {CHAIN[name]}: "
                 f"{short(expected.get(name))} and {short(record.get(name))}"
             )
+    prunings = [own.get("pruning") or {} for own in (expected, record)]
+    for name, default in (("choose_with", "tuned"), ("text_tower", None)):
+        values = [pruning.get(name, default) for pruning in prunings]
+        if values[0] != values[1]:
+            raise CheckpointError(
+                f"{first} and {folder} were tuned with another pruning.{name}: {values[0]} and {values[1]}; average "
+                "projectors whose tokens were chosen alike"
+            )
     shapes = [{name: tuple(tensor.shape) for name, tensor in those.items()} for those in (total, tensors)]
     if shapes[0] != shapes[1]:
         raise CheckpointError(f"{first} and {folder} hold other tensors: {shapes[0]} and {shapes[1]}")
@@ -189,12 +197,15 @@ def _soup_record(
     sources = []
     for record, share in zip(records, shares, strict=True):
         sources.append({"projector_hash": record["projector_hash"], "pruning": record.get("pruning"), "weight": share})
+    elastic = records[0].get("elastic")
+    alike = elastic is not None and all(record.get("elastic") == elastic for record in records)
     plugins = {plugin["name"]: plugin for record in records for plugin in record.get("plugins") or []}
     return {
         **{name: records[0].get(name) for name in _OF_FIRST},
         "projector_hash": tensor_hash(mean),
         "stored_in": "float32",
         "soup": sources,
+        **({"elastic": elastic} if alike else {}),
         "prunetune": code_record(),
         "plugins": list(plugins.values()),
     }

@@ -30,6 +30,10 @@ _KINDS: dict[str, type] = {
 }
 ENTRY = "prunetune"
 """Of an export's config.json."""
+ELASTIC = (
+    "tuned for several pruners and budgets, and on unpruned images too: measure what it costs there before you use it "
+    "without pruning; load it with prunetune.load(...)"
+)
 WARNING = (
     "tuned for {pruner} at {keep} visual tokens: without this pruning it answers worse than the untouched base; load "
     "it with prunetune.load(...)"
@@ -163,6 +167,8 @@ def base_of(folder: Path, record: Mapping[str, Any], base: str | Path | None = N
 def warning(record: Mapping[str, Any]) -> str:
     """Return in one line what a tuned projector is for."""
     pruning = record.get("pruning") or {}
+    if (record.get("elastic") or {}).get("dense"):
+        return ELASTIC
     return WARNING.format(pruner=pruning.get("pruner", "?"), keep=pruning.get("keep", "?"))
 
 

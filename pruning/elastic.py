@@ -63,6 +63,13 @@ class ElasticModel(PrunedModel):
         """Return whether no method chooses by the projector's output."""
         return super().can_project_kept() and all(part.can_project_kept() for part in self._one_of_each())
 
+    def reading_projector(self) -> list[str]:
+        """Return the names of the methods that choose by the projector's output."""
+        found = super().reading_projector()
+        for part in self._one_of_each():
+            found += part.reading_projector()
+        return list(dict.fromkeys(found))
+
     def _one_of_each(self) -> list[PrunedModel]:
         """Return one part of every method."""
         return list({_method_of(part): part for part in self.parts}.values())

@@ -288,6 +288,10 @@ class PrunedModel:
             return True
         return False
 
+    def reading_projector(self) -> list[str]:
+        """Return the names of the methods that choose by the projector's output."""
+        return [self.spec.pruner] if self.chooses_by_projector() else []
+
     def _prepare_stored(
         self,
         inputs: dict[str, Any],
@@ -459,6 +463,8 @@ class PrunedModel:
     def _read(self, vision: Vision, instructions: Sequence[str], rows: Sequence[int]) -> Vision:
         """Return the images as the pruner sees them: with what it reads of the text, and the projector it goes by."""
         if self.original is not None:
+            # What moved the model may have left it behind: it is no part of the model, and shares all but the projector.
+            self.original.to(vision.groups[0].features.device)  # type: ignore[arg-type] # a device is as good as a string
             with torch.no_grad():
                 vision = self.family.reproject(self.original, vision)
         return self.text.add(vision, self.pruner, instructions, rows)

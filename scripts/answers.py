@@ -345,8 +345,11 @@ def _finish(
     write_text(record_file(target), json.dumps(record, indent=1) + "\n")
     for part in _parts(target):
         part.unlink()
-    say(f"{len(records):,} conversations in {target}, {empty:,} answers are empty; train on them with "
-        f"--data.recipe {recipe_path(target)}")  # fmt: skip
+    root = getattr(asked.images, "root", None)
+    say(
+        f"{len(records):,} conversations in {target}, {empty:,} answers are empty; train on them with "
+        f"--data.recipe {recipe_path(target)}" + (f" --data.image_root {root}" if root is not None else "")
+    )
 
 
 def _file_hash(path: Path) -> str:

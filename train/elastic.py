@@ -51,6 +51,11 @@ def settings_of(pruning: PruningSpec, elastic: ElasticConfig) -> list[Setting]:
     methods = [(own.pruner, own.options, 1.0)]
     if elastic.pruners:
         methods = [(mixed.pruner, mixed.options, mixed.weight) for mixed in elastic.pruners]
+    if any(name == "identity" for name, _, _ in methods):
+        raise ConfigError(
+            "identity keeps all tokens at any budget, and elastic.dense is the share of the samples that do; name "
+            "methods in elastic.pruners that prune"
+        )
     _check_once("elastic.pruners", [(name, options) for name, options, _ in methods])
     _check_once("elastic.budgets", elastic.budgets)
     total = sum(weight for _, _, weight in methods) * len(elastic.budgets)
@@ -108,11 +113,11 @@ class Draws:
         least = _smallest(self.elastic.budgets)
         smallest = [number for number, own in enumerate(self.settings) if not own.dense and own.spec.keep == least]
         shares = [self.settings[number].share for number in smallest]
-        quarter = samples // QUARTER
+        quarter = max(1, samples // QUARTER)
         drawn = [0] * quarter + chance.choices(smallest, shares, k=quarter)
-        drawn += self._drawn(chance, samples - len(drawn))
+        drawn += self._drawn(chance, max(0, samples - len(drawn)))
         chance.shuffle(drawn)
-        return drawn
+        return drawn[:samples]  # an update may be smaller than two
 
     def _drawn(self, chance: random.Random, number: int) -> list[int]:
         return chance.choices(range(len(self.settings)), [setting.share for setting in self.settings], k=number)

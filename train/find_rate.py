@@ -34,6 +34,7 @@ from prunetune.train.objectives.aim import scales_of
 from prunetune.train.objectives.start import aim_of, check_objective
 from prunetune.train.parts import arm_of, draws_of, formatter_of, recompute
 from prunetune.train.sampling import ShuffledSampler, samples_per_step
+from prunetune.train.start_from import Start
 from prunetune.train.trainer import training_batch
 
 SMOOTHING = 0.9
@@ -310,6 +311,9 @@ def _swept(config: RecalibrateConfig, rates: Sequence[float]) -> tuple[Sweep, Re
     engine = aim.engine
     peft_model = wrapped(arm.model, config.train)
     freeze_all_but_projector(peft_model)
+    begins = Start.of(config.train.start_from)
+    if begins is not None:
+        begins.load(peft_model, arm.base.hashes)
     if aim.anchor is not None:
         aim.anchor.hold(peft_model)
     if config.engine.float8:

@@ -55,7 +55,8 @@ def split(data: RecipeData, number: int, seed: int) -> tuple[RecipeData, RecipeD
             "images, and none is left to train on; lower it"
         )
     held = _of(data, data.rows, chosen)
-    return replace(_of(data, data.rows, ~chosen), held_out=held.rows), held
+    rest = replace(_of(data, data.rows, ~chosen), held_out=held.rows, split_from=data.content_hash)
+    return rest, held
 
 
 def _of(data: RecipeData, rows: Any, which: np.ndarray) -> RecipeData:

@@ -14,6 +14,7 @@ from prunetune.models.blueprint import model_without_weights
 from prunetune.models.profile import resolved
 from prunetune.pruning.families import name_projector
 from prunetune.train.deepspeed_settings import zero_stage
+from prunetune.train.elastic import settings_of, told
 from prunetune.train.flops import Flops, Work, flops_of, forward_of, sequence
 from prunetune.train.gpus import GPUS, Gpu
 from prunetune.train.memory import GIB, MemoryNeeds, memory_needs
@@ -115,7 +116,9 @@ class Plan:
             for s in self.load.sources
         ]
         rows.append(["all", f"{self.load.samples:,}", "", "", "", f"{self.load.tokens:.0f}"])
-        title = f"{self.config.model.path}, {self.config.pruning.pruner} at {self.config.pruning.keep}"
+        settings = settings_of(self.config.pruning, self.config.elastic)
+        one = f"{self.config.pruning.pruner} at {self.config.pruning.keep}"
+        title = f"{self.config.model.path}, {told(settings) if settings else one}"
         return f"{title}\n\n{columns(header, rows)}"
 
     def _cost(self) -> str:
@@ -192,7 +195,7 @@ def make_plan(
         share = min(share, config.train.epochs)
     work = as_computed(config, load).times(share)
     cost = flops_of(shape, work, bool(checkpointing), config.engine.stop_tower)
-    if teaches(config):
+    if config.objective.asks_dense_model:
         cost = replace(cost, teacher=forward_of(shape, taught(load).times(share)))
     assumptions = [*load.assumptions, f"MFU {mfu:.0%} of {gpu.bfloat16} TFLOP/s, data in time, no time for the ranks"]
     if config.engine.float8:
@@ -279,12 +282,6 @@ def as_computed(config: RecalibrateConfig, load: Workload) -> Work:
     if config.features is not None:  # the tower ran before, for the cache
         return Work(tokens, pairs, logits, projected)
     return Work(tokens, pairs, logits, projected, work.patches, work.patch_pairs)
-
-
-def teaches(config: RecalibrateConfig) -> bool:
-    """Return whether a teacher runs beside the model."""
-    objective = config.objective
-    return objective.teacher is None and any(objective.terms.get(term) for term in ("kl", "hidden", "feature"))
 
 
 def taught(load: Workload) -> Work:

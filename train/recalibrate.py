@@ -219,7 +219,7 @@ def train(
     if frozen_tensors_hash(peft_model) != before:
         raise RuntimeError("a frozen weight changed during training; the adapter is not written. Please report this")
     lost = trainer.unsupervised_samples()
-    if lost and run.ranks.is_zero:
+    if lost and run.ranks.is_zero and aim.objective.reads_answers:
         say(f"{lost} samples lost every answer token to max_length={config.max_length} and added no loss")
     if numbers.skipped and run.ranks.is_zero:
         say(f"{numbers.skipped} steps were skipped: their float16 gradients overflowed, and the loss scale was lowered")
@@ -329,7 +329,8 @@ def announce(run: Run, report: FrozenReport) -> None:
     if run.begins is not None:
         lines.append(f"begins    with the projector of {run.begins.line()}")
     pruning = resolved(config.pruning)
-    lines.append(f"pruning   {pruning.pruner}, keep {pruning.keep} {pruning.options or ''}")
+    chosen = "" if pruning.choose_with == "tuned" else f", chosen by the {pruning.choose_with} projector"
+    lines.append(f"pruning   {pruning.pruner}, keep {pruning.keep} {pruning.options or ''}{chosen}")
     if settings := settings_of(config.pruning, config.elastic):
         lines.append(f"elastic   {told(settings)}")
     if config.objective != ObjectiveConfig():

@@ -64,4 +64,6 @@ class Start:
     def line(self) -> str:
         """Return it for people."""
         tuned = f"{self.pruning.get('pruner')}, keep {self.pruning.get('keep')}"
+        if self.pruning.get("choose_with"):
+            tuned += f", chosen by the {self.pruning['choose_with']} projector"
         return f"{self.adapter} ({short(self.projector_hash)}), tuned for {tuned}"

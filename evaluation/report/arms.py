@@ -75,14 +75,31 @@ class EvaluatedArm:
     def _tuned_for(self) -> str:
         """Return " + tuned projector", and for which pruning if that is another than the arm's; or " + elastic"."""
         # A projector may be used at a budget it was not tuned for, and a table would not tell the two apart.
-        target = self.manifest.projector.tuned_for
         if not self.tuned:
             return ""
+        return self._projector() + self._made()
+
+    def _made(self) -> str:
+        """Return how the projector was made, where that is not by one training for this very choice."""
+        record, told = self.manifest.projector, []
+        if record.strength is not None:
+            told.append(f"strength {record.strength:g}")
+        if record.soup is not None:
+            told.append(f"mean of {record.soup}")
+        trained = (record.tuned_for or {}).get("choose_with", "tuned")
+        if trained != self.manifest.pruning.choose_with:
+            told.append(f"trained on the {trained} one's choice")
+        return f" [{', '.join(told)}]" if told else ""
+
+    def _projector(self) -> str:
+        """Return which projector it is."""
+        target = self.manifest.projector.tuned_for
         if self.manifest.projector.elastic is not None:
             return " + elastic projector"
-        own = self.manifest.pruning.model_dump()
+        own = self.manifest.pruning.model_dump(exclude={"choose_with"})
         if target is not None:  # an earlier version knew fewer fields, and ran as their defaults say
             target = {**PruningSpec().model_dump(), **target}
+            target.pop("choose_with", None)
         if target is not None and target.get("text_tower") is not None:
             own["text_tower"] = portable(own["text_tower"])  # as the adapter's record has it
         if target is None or target == own:

@@ -318,22 +318,23 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm, store: Featur
             prompt=work.task.prompt,
         )
     # What the projector was trained for, from the adapter's own record: its folder may have been renamed since.
-    tuned_for = stored_hash = trained_in = elastic = None
+    tuned_for = stored_hash = None
+    made = {}
     # An export has no adapter, and is tuned all the same: nothing may take it for training-free.
     tuned = arm.base.exported if config.adapter is None else read_record(config.adapter)
     if tuned is not None:
         source = config.adapter or config.model.path
         tuned_for = required(tuned, "pruning", source)
         stored_hash = required(tuned, "projector_hash", source)
-        trained_in = tuned.get("trained_in")  # which earlier versions did not write
-        elastic = tuned.get("elastic")
+        # Of which earlier versions did not write all, and most projectors have none.
+        made = {name: tuned.get(name) for name in ("trained_in", "elastic", "strength")}
+        made["soup"] = len(tuned["soup"]) if tuned.get("soup") else None
     projector = ProjectorRecord(
         adapter=config.adapter,
         hash=arm.projector_hash,
         tuned_for=tuned_for,
         stored_hash=stored_hash,
-        trained_in=trained_in,
-        elastic=elastic,
+        **made,
     )
     return Manifest(
         model=config.model,

@@ -194,13 +194,16 @@ class Engine:
         with self.phase("forward"):
             return read.answers.cross_entropy(read.targets)
 
-    def read(self, model: nn.Module, inputs: Mapping[str, Any], tower: Work | None = None) -> Reading:
+    def read(
+        self, model: nn.Module, inputs: Mapping[str, Any], tower: Work | None = None, counts: bool = True
+    ) -> Reading:
         """Run a batch, and return what its loss is made of.
 
         Args:
             model: what to call: the model itself, or what a trainer wrapped around it.
             inputs: a batch of the formatter, with labels.
             tower: what its images ask of the tower, for the numbers.
+            counts: whether its samples are trained on, for the numbers.
         """
         with self.phase("forward"):
             if self.reads.at_text:
@@ -218,8 +221,8 @@ class Engine:
                 rows.features,
             )
             self.states.forget()
-        # What does not count has no labels, and is run for nothing.
-        if self.numbers is not None and (len(rows.targets) or not self.reads.answers):
+        # What does not count is run for nothing.
+        if self.numbers is not None and counts and (len(rows.targets) or not self.reads.answers):
             work = rows.work + (tower or Work())
             self.numbers.add(len(inputs["input_ids"]), rows.tokens, len(rows.targets), work, rows.kept)
         return reading
@@ -241,7 +244,9 @@ class Engine:
         text = None if self._full is None else after_pruning(self._full[0], pruned, self._full[1])
         laid = self._packed(inputs, labels, text) if self.choice.packing else self._padded(inputs, labels, text)
         work = laid.work.times(self.states.share) + Work(logits=len(laid.targets), projected=sum(kept))
-        features = row_means(pruned) if self.reads.features else None
+        features = (
+            row_means(pruned, self.pruned.model.get_input_embeddings().embedding_dim) if self.reads.features else None
+        )
         tokens = laid.inputs["input_ids"].numel()
         self.rows = Rows(laid.targets, laid.positions, tokens, kept, work, laid.text, laid.text_logits, features)
         laid.inputs["use_cache"] = False
@@ -343,7 +348,8 @@ def choose_switches(pruned: PrunedModel, config: EngineConfig) -> Choice:
         reasons["supervised_logits"] = f"family {family.name!r} reads the labels beside all logits"
     kept = config.project_kept and pruned.can_project_kept()
     if config.project_kept and not kept:
-        reasons["project_kept"] = f"{pruned.spec.pruner} chooses by the projector's output, or {family.name!r} pools it"
+        names = ", ".join(pruned.reading_projector()) or pruned.spec.pruner
+        reasons["project_kept"] = f"{names} chooses by the projector's output, or {family.name!r} pools it"
     return Choice(packing, logits, kept, reasons)
 
 

@@ -104,14 +104,18 @@ def after_pruning(where: Bool[Tensor, "B L"], pruned: Pruned, mask: Tensor) -> B
     return found
 
 
-def row_means(pruned: Pruned) -> Float[Tensor, "r width"]:
+def row_means(pruned: Pruned, width: int) -> Float[Tensor, "r width"]:
     """Return the mean of what reaches the LLM of the images of each row, row ends included, in float32.
 
-    Rows without images are left out. Of a batch without any there is no row, and still a graph.
+    Rows without images are left out. Of a batch without any there is no row, and in training still a graph.
+
+    Args:
+        pruned: the rewritten batch.
+        width: D of the LLM.
     """
     encoded = pruned.inputs.get("mm_encoder_outputs") or {}
     if not encoded:
-        return torch.zeros(0, 1, device=pruned.keep.device)
+        return torch.zeros(0, width, device=pruned.keep.device)
     sums: Any = 0.0
     numbers = torch.zeros(len(pruned.keep), device=pruned.keep.device)
     for modality, output in encoded.items():

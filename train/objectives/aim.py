@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from prunetune.configs.schema import ObjectiveConfig
 from prunetune.data_recipes.formatting import supervised
+from prunetune.models.features.batches import WHOLE
 from prunetune.train.engine.engine import Engine
 from prunetune.train.engine.layout import loss_weights
 from prunetune.train.engine.reading import text_behind_images
 from prunetune.train.flops import Work
 from prunetune.train.objectives.anchor import Anchor
-from prunetune.train.objectives.live import WHOLE, LiveTeacher
+from prunetune.train.objectives.live import LiveTeacher
 from prunetune.train.objectives.objective import Losses, Objective, Taught
 
 
@@ -89,13 +90,16 @@ class Aim:
                 found["images"] = int(is_visual.any(dim=1).sum())
         return {unit: found[unit] for unit in self.objective.units}
 
-    def losses(self, model: nn.Module, inputs: Mapping[str, Any], tower: Work | None = None) -> Losses:
+    def losses(
+        self, model: nn.Module, inputs: Mapping[str, Any], tower: Work | None = None, counts: bool = True
+    ) -> Losses:
         """Return the losses of a batch, each summed over its units.
 
         Args:
             model: what to call: the model itself, or what a trainer wrapped around it.
             inputs: a batch of the formatter, with labels, on the device.
             tower: what its images ask of the tower, for the numbers.
+            counts: whether its samples are trained on, for the numbers.
         """
         inputs = dict(inputs)
         taught = Taught()
@@ -103,7 +107,7 @@ class Aim:
             with self.engine.phase("teacher"):
                 taught = self._asked(inputs)
         inputs.pop(WHOLE, None)
-        read = self.engine.read(model, inputs, tower)
+        read = self.engine.read(model, inputs, tower, counts)
         with self.engine.phase("forward"):
             return self.objective.losses(read, taught, self.anchor)
 

@@ -13,14 +13,12 @@ from torch import Tensor
 
 from prunetune.configs.schema import EngineConfig
 from prunetune.models import Arm
+from prunetune.models.features.batches import WHOLE
 from prunetune.train.engine.engine import Engine, head_of
 from prunetune.train.engine.head import Scores
 from prunetune.train.engine.reading import Reads
 from prunetune.train.objectives import terms
 from prunetune.train.objectives.objective import Taught
-
-WHOLE = "stored_whole"
-"""Goes with a batch of a feature cache: its images with all of their tokens, which the teacher reads."""
 
 
 @dataclass(frozen=True)

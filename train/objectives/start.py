@@ -63,6 +63,11 @@ def check_objective(config: RecalibrateConfig) -> None:
         raise ConfigError(
             "objective.terms has the anchor alone, which keeps the projector where it is; give another term a weight"
         )
+    if "anchor" in objective.weights and config.train.variant != "full":
+        raise ConfigError(
+            f"objective.terms anchor measures the projector's own weights, and train.variant {config.train.variant} "
+            "trains others; set it to full, or leave the anchor out"
+        )
     if zero_stage(config.train.deepspeed) != 3:
         return
     if objective.teacher_reads is not None and config.objective.teacher is None:
@@ -92,7 +97,7 @@ def check_answers(objective: Objective, data: RecipeData) -> None:
     what = "objective.kl_at: answers" if not objective.labelled else f"objective {objective.told()}"
     raise DataError(
         f"{what} reads answers, and {answers.null_count} turns of recipe {data.name!r} have none, such as sample "
-        f"{lacking['id']!r}; `prunetune answers` writes the model's own, or train towards hidden, which reads none"
+        f"{lacking['id']!r}; `prunetune answers` writes the model's own"
     )
 
 

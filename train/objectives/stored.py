@@ -183,8 +183,7 @@ class StoredTeacher:
         self.folder = Path(folder)
         index = read_index(self.folder)
         self.seal = str(index[SEAL])
-        # Of a run that holds samples of the recipe out itself, the rest has another hash; its samples are found or not.
-        same_data = bool(config.train.held_out) or index["data"] == data.content_hash
+        same_data = index["data"] in (data.content_hash, data.split_from)
         self._check(index, parts_of(config, arm), objective, same_data)
         self._asks_answers = objective.teacher_reads is not None and objective.teacher_reads.answers
         self.shards = [Shard(self.folder / shard_name(number), index["made_with"]) for number in range(index["shards"])]

@@ -34,7 +34,7 @@ def command(
 ) -> None:
     """Merge a recalibrated projector into a full stock checkpoint."""
     from prunetune.configs import ModelConfig
-    from prunetune.models import Arm, export_merged, read_record
+    from prunetune.models import Arm, CheckpointError, export_merged, read_record
     from prunetune.models.card import measured_rows
     from prunetune.models.derived import dialled, put_projector
     from prunetune.models.hub import push
@@ -43,6 +43,11 @@ def command(
 
     config = ModelConfig.model_validate({"path": model, "revision": revision, "dtype": dtype})
     record = read_record(adapter)
+    if (record.get("pruning") or {}).get("choose_with", "tuned") == "original":
+        raise CheckpointError(
+            f"{adapter} was tuned on tokens that the original projector chooses, which an export does not hold; load the "
+            "base with the adapter, or recalibrate with pruning.choose_with: tuned"
+        )
     measured = measured_rows(rows, record) if rows is not None and strength is None else None
     with OutputFolder(output, EXPORT, overwrite, reads=(model, adapter)):  # before minutes of loading
         arm = Arm.load(config, adapter=adapter, device="cpu")
