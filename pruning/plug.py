@@ -463,7 +463,7 @@ class PrunedModel:
     def _read(self, vision: Vision, instructions: Sequence[str], rows: Sequence[int]) -> Vision:
         """Return the images as the pruner sees them: with what it reads of the text, and the projector it goes by."""
         if self.original is not None:
-            # What moved the model may have left it behind: it is no part of the model, and shares all but the projector.
+            # What moved the model may have left it behind: it is no part of the model, but for what they share.
             self.original.to(vision.groups[0].features.device)  # type: ignore[arg-type] # a device is as good as a string
             with torch.no_grad():
                 vision = self.family.reproject(self.original, vision)

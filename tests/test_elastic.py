@@ -10,7 +10,7 @@ from conftest import scene_sample, spec_of
 from launches import arguments, losses, run_several
 from safetensors.torch import load_file
 
-from prunetune.configs import ConfigError, EngineConfig, ModelConfig
+from prunetune.configs import ConfigError, EngineConfig, ModelConfig, RecalibrateConfig, load_config
 from prunetune.configs.schema import ElasticConfig, MixedPruner
 from prunetune.data_recipes import Sample, Turn
 from prunetune.models import Arm, CheckpointError, wrap_projector, write_adapter
@@ -273,3 +273,32 @@ def test_a_launched_run_over_settings_goes_on_to_the_same_projector(untrained_fo
     assert losses(laid_out) == pytest.approx(losses(whole), rel=1e-5)
     record = json.loads((whole / "adapter" / "prunetune.json").read_text())
     assert record["elastic"]["budgets"] == [8, 36] and record["pruning"]["keep"] == 16
+
+
+@pytest.mark.parametrize("field", ["pruners: [{pruner: fps}]", "dense: 0.5", "sandwich: true"])
+def test_a_section_that_draws_nothing_is_an_error(tmp_path, field):
+    text = "model: {path: m}\npruning: {pruner: divprune, keep: 16}\ndata: {recipe: r}\noutput: o\n"
+    (tmp_path / "c.yaml").write_text(f"{text}elastic: {{{field}}}\n")
+    with pytest.raises(ConfigError, match="budgets is empty, and nothing else of elastic would count"):
+        load_config(RecalibrateConfig, tmp_path / "c.yaml")
+
+
+def test_no_pruning_is_no_method_to_draw():
+    for mix in (ElasticConfig(budgets=[8]), ElasticConfig(budgets=[8], pruners=[MixedPruner(pruner="identity")])):
+        with pytest.raises(ConfigError, match=r"elastic.dense is the share of the samples that do"):
+            settings_of(PruningSpec(), mix)
+
+
+def test_an_update_of_one_sample_can_be_drawn():
+    elastic = MIX.model_copy(update={"sandwich": True})
+    found = settings_of(PruningSpec("divprune", 16), elastic)
+    assert len(Draws(found, elastic, seed=0).of(0, 0, 1)) == 1
+
+
+def test_who_chooses_otherwise_than_in_training_is_told(config, adapter, capsys):
+    Arm.load(config, spec_of("divprune", 16), adapter, device="cpu")
+    assert "chose" not in capsys.readouterr().out
+    Arm.load(config, spec_of("divprune", 16, choose_with="original"), adapter, device="cpu")
+    assert "was trained on tokens that the tuned projector chose, and the original one chooses here" in (
+        capsys.readouterr().out
+    )

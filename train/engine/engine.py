@@ -244,9 +244,8 @@ class Engine:
         text = None if self._full is None else after_pruning(self._full[0], pruned, self._full[1])
         laid = self._packed(inputs, labels, text) if self.choice.packing else self._padded(inputs, labels, text)
         work = laid.work.times(self.states.share) + Work(logits=len(laid.targets), projected=sum(kept))
-        features = (
-            row_means(pruned, self.pruned.model.get_input_embeddings().embedding_dim) if self.reads.features else None
-        )
+        embeddings: Any = self.pruned.model.get_input_embeddings()
+        features = row_means(pruned, embeddings.embedding_dim) if self.reads.features else None
         tokens = laid.inputs["input_ids"].numel()
         self.rows = Rows(laid.targets, laid.positions, tokens, kept, work, laid.text, laid.text_logits, features)
         laid.inputs["use_cache"] = False

@@ -45,8 +45,8 @@ def command(
     record = read_record(adapter)
     if (record.get("pruning") or {}).get("choose_with", "tuned") == "original":
         raise CheckpointError(
-            f"{adapter} was tuned on tokens that the original projector chooses, which an export does not hold; load the "
-            "base with the adapter, or recalibrate with pruning.choose_with: tuned"
+            f"{adapter} was tuned on tokens that the original projector chooses, which an export does not hold; load "
+            "the base with the adapter, or recalibrate with pruning.choose_with: tuned"
         )
     measured = measured_rows(rows, record) if rows is not None and strength is None else None
     with OutputFolder(output, EXPORT, overwrite, reads=(model, adapter)):  # before minutes of loading
