@@ -73,6 +73,10 @@ ELSEWHERE = {
     "cache": "takes up what is there, below",
     "find-rate": "below",
     "plan": "writes one file, never over another's: test_plan.py",
+    "answers": "three files, never over another's: test_answers.py",
+    "teach": "takes up what is there, below",
+    "dial": "opens its folder as find-rate does: test_dial.py",
+    "soup": "below",
 }
 
 
@@ -136,16 +140,18 @@ def _evaluate(world):
 @pytest.fixture
 def call(world, monkeypatch):
     """Run a command with its output in a folder."""
-    monkeypatch.setattr(demo, "QUICK", demo.Size(scenes=1, samples=8))
+    monkeypatch.setattr(demo, "QUICK", demo.Size(4, 1, 1, 1, 1, methods=("divprune",)))
     monkeypatch.setattr(demo, "METHODS", ("divprune",))
 
-    def recalibrated(output, samples):
-        folder = output / "adapter"
-        folder.mkdir(parents=True)
-        base = arm_module.Arm.load(demo.load_config(demo.RecalibrateConfig, demo.RECIPE).model, device="cpu")
+    def recalibrated(folder, size):
+        base = arm_module.Arm.load(demo.load_config(demo.RecalibrateConfig, demo.ONE).model, device="cpu")
         record = {**base.base.hashes.record(), "pruning": demo.PruningSpec("divprune", 16).model_dump()}
         tensors = {name: tensor.clone() for name, tensor in adapter_module.projector_state(base.model).items()}
-        adapter_module.write_adapter(folder, tensors, adapter_module.wrap_projector(base.model), record)
+        wrapped = adapter_module.wrap_projector(base.model)
+        for name in ("divprune", demo.ELASTIC, demo.CONTROL):
+            output = folder.path / "recalibrate" / name / "adapter"
+            output.mkdir(parents=True)
+            adapter_module.write_adapter(output, tensors, wrapped, record)
 
     monkeypatch.setattr(demo, "_recalibrate", recalibrated)
     line = {
@@ -167,7 +173,7 @@ WRITTEN = {
     "compare": {"table.md", "table.csv", "plot.png"},
     "visualize": {"kept_00.png", "kept_01.png"},
     "export": {"model.safetensors", "config.json", "mm_projector.bin", "tokenizer.json"},
-    "demo": {"comparison/table.md", "recalibrate/adapter/prunetune.json", "arms/dense/manifest.json"},
+    "demo": {"comparison/table.md", "recalibrate/elastic/adapter/prunetune.json", "arms/dense/manifest.json"},
 }
 
 
@@ -199,12 +205,18 @@ def test_files_of_others_survive_every_command(name, call, world, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"own", "output", *(n.split("/")[0] for n in CANARIES)}
 
 
-@pytest.mark.parametrize("name", ["cache", "find-rate"])
+@pytest.mark.parametrize("name", ["cache", "find-rate", "teach", "soup"])
 def test_files_of_others_survive_what_a_run_is_prepared_with(name, world, tmp_path):
     line = [name, "--config", "recalibrate/tiny_divprune_16", "--model.path", str(world / "base"), *MODEL,
-            "--pruning.pruner", "prismprune", "--data.recipe", str(FEW), "--data.max_samples", "8",
-            "--output", str(tmp_path / "run")]  # fmt: skip
-    line += ["--features"] if name == "cache" else ["--steps", "3", "--train.batch_size", "4", "--to"]
+            "--pruning.pruner", "prismprune", "--data.recipe", str(FEW), "--data.max_samples", "8"]  # fmt: skip
+    line += {
+        "cache": ["--output", str(tmp_path / "run"), "--features"],
+        "find-rate": ["--output", str(tmp_path / "run"), "--steps", "3", "--train.batch_size", "4", "--to"],
+        "teach": ["--output"],
+        "soup": [],
+    }[name]
+    if name == "soup":
+        line = ["soup", str(world / "adapter"), str(world / "adapter"), "--output"]
     put_canaries(tmp_path / "others")
     with pytest.raises(SystemExit, match="is not empty and holds no"):
         main([*line, str(tmp_path / "others")])
@@ -213,7 +225,7 @@ def test_files_of_others_survive_what_a_run_is_prepared_with(name, world, tmp_pa
     main([*line, str(own)])
     written = logs_aside(hashes(own))
     put_canaries(own)
-    main([*line, str(own)] if name == "cache" else [*line, str(own), "--overwrite"])
+    main([*line, str(own)] if name in ("cache", "teach") else [*line, str(own), "--overwrite"])
     assert canaries(own) == MINE and logs_aside(hashes(own)) == {*written, *CANARIES}
     assert not (tmp_path / "run").exists()
 

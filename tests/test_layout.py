@@ -126,7 +126,7 @@ def test_the_quick_demo_from_the_wheel_recovers_what_pruning_lost(installed, for
     """The main job end to end, where nothing but the wheel is: 8 points back at 16 tokens, all above zero."""
     done = python("-c", QUICK_DEMO, cwd=foreign, path=f"{installed}{os.pathsep}.")
     rows = list(csv.DictReader((foreign / "demo" / "comparison" / "table.csv").open()))
-    assert len(rows) == 1 + 2 + 1
+    assert len(rows) == 1 + 2 + (1 + 2 + 2) + 1
     dense, tuned = float(rows[0]["overall"]), next(row for row in rows if row["arm"] == "divprune + tuned projector")
     assert rows[0]["arm"] == "dense" and dense >= 90
     assert float(tuned["tuned_minus_training_free"]) >= 8 and float(tuned["gain_low"]) > 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -99,6 +100,8 @@ def test_grouped_sampling_resumes_into_its_second_epoch(untrained_folder, mixed_
 
 
 def test_a_corrupt_picture_on_any_rank_stops_with_its_name(untrained_folder, mixed_recipe, tmp_path):
-    (tmp_path / "images" / "vg" / "5.png").write_bytes(b"no picture")  # rank 1 meets it, and rank 0 waits for its peer
+    (tmp_path / "images" / "vg" / "5.png").write_bytes(b"no picture")  # the first rank that says so ends the others
     printed = run(untrained_folder, tmp_path / "out", *mixed_recipe, status=1)
-    assert "error (rank 1)" in printed and "can't be decoded" in printed and "5.png" in printed
+    assert re.search(r"error( \(rank 1\))?: .*5\.png.* can't be decoded|error.*can't be decoded.*5\.png", printed), (
+        printed
+    )
