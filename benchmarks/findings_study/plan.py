@@ -184,6 +184,7 @@ TRIES: dict[str, dict[str, Any]] = {
     "dense share 0.4": {"dense": 0.4},
     "gce + kl + hidden": {"terms": ALL_THREE},
     "hidden with weight 3": {"terms": (("gce", 1.0), ("hidden", 3.0))},
+    "ce + hidden": {"terms": (("ce", 1.0), ("hidden", 1.0))},
     "kl + hidden": {"terms": (("kl", 1.0), ("hidden", 1.0))},
     "gce with q 0.4": {"gce_q": 0.4},
     "8 cells an update": {"groups": 8},

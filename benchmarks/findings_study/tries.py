@@ -10,6 +10,7 @@ import numpy as np
 
 from findings_study import bars
 from findings_study.plan import (
+    AT_16,
     CHOSEN,
     GRID,
     LONG,
@@ -28,7 +29,6 @@ from findings_study.running import Runner
 from findings_study.world import DENSE, Cell
 
 SPLIT = "validation"
-LEAST_DENSE = -0.5
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Standing:
         mean: accuracy over the grid.
         above: how far that is above the specialists'.
         dense: accuracy without pruning, against no training.
+        recovered: cells at 16 tokens that recover at least what their specialists do.
     """
 
     near: int
@@ -48,11 +49,17 @@ class Standing:
     mean: float
     above: float
     dense: float
+    recovered: int
 
     @property
-    def rank(self) -> tuple[bool, int, float]:
-        """What decides: first the bar without pruning, then the cells that are near, then the mean."""
-        return self.dense >= LEAST_DENSE, self.near, self.mean
+    def met(self) -> int:
+        """How many of the seven bars against specialists of 125 updates are met."""
+        return (self.near >= bars.LEAST_NEAR) + (self.above >= 0) + (self.dense >= bars.LEAST_DENSE) + self.recovered
+
+    @property
+    def rank(self) -> tuple[int, int, float]:
+        """What decides: the bars that are met, then the cells that are near, then the mean."""
+        return self.met, self.near, self.mean
 
 
 def standing(runner: Runner, changes: dict[str, Any]) -> Standing | None:
@@ -71,6 +78,7 @@ def standing(runner: Runner, changes: dict[str, Any]) -> Standing | None:
         mean=float(np.mean(np.array(mine[:-1], dtype=float))),
         above=float(above.mean()),
         dense=float(np.array(mine[-1], dtype=float) - dense),
+        recovered=int(sum(above[GRID.index(cell)] >= 0 for cell in AT_16)),
     )
 
 
@@ -114,25 +122,27 @@ def section(results: Results) -> Iterator[str]:
     yield (
         "Tried because bars were missed by the recipe of the pilot. One seed each, on 300 scenes of "
         "`validation`; the "
-        "specialists are those of 125 updates with the same seed. The rule was written down before any of them "
-        "was scored: "
-        "first at most 0.5 points below no training without pruning, then the most cells within a point of their "
-        "specialists, then the mean, among recipes of 1,000 updates."
+        "specialists are those of 125 updates with the same seed. The rule was written down before any of them was "
+        "scored: of the recipes of 1,000 updates the one that meets most of the seven bars against specialists "
+        "of 125 "
+        "updates, then the one with most cells within a point of them, then the one with the highest mean."
     )
     yield ""
     yield (
-        "| recipe | cells within 1 point | furthest below | mean of 16 | against specialists | dense against no "
+        "| recipe | bars met, of 7 | cells within 1 point | furthest below | mean of 16 | against specialists | "
+        "dense against no "
         "training |"
     )
-    yield "|---|---:|---:|---:|---:|---:|"
+    yield "|---|" + "---:|" * 6
     for name, changes in TRIES.items():
         stands = standing(results.runner, changes)
         if stands is None:
-            yield f"| {name} | - | - | - | - | - |"
+            yield f"| {name} | - | - | - | - | - | - |"
             continue
         cell, low = stands.lowest
         yield (
-            f"| {name} | {stands.near} | {cell} {low:+.1f} | {stands.mean:.1f} | {stands.above:+.1f} | "
+            f"| {name} | {stands.met} | {stands.near} | {cell} {low:+.1f} | {stands.mean:.1f} | "
+            f"{stands.above:+.1f} | "
             f"{stands.dense:+.1f} |"
         )
     chosen = best(results.runner)
