@@ -1,5 +1,7 @@
 """The harder tiny world: its answers are true, its splits apart, and the bundled hard VLM sees it."""
 
+import dataclasses
+import json
 import re
 from collections import Counter, defaultdict
 
@@ -8,21 +10,24 @@ import pytest
 import torch
 from conftest import ROOT
 
-from prunetune.data_recipes.formats import load_recipe
+from prunetune.data_recipes.recipe import read_recipe
+from prunetune.pruning import PruningSpec
 from prunetune.tiny_world import SPLITS, split_seeds
 from prunetune.tiny_world.hard import ask_hard, drill_hard, render_hard, sample_hard_scene
 from prunetune.tiny_world.hard.questions import KINDS
 from prunetune.tiny_world.hard.scene import patches_of
 from prunetune.tiny_world.hard.task import read_hard_items
+from prunetune.tiny_world.hard.training import run
 from prunetune.tiny_world.hard.training.batches import HardWords, hard_batch, question_tensors
 from prunetune.tiny_world.hard.training.llama import read_questions
 from prunetune.tiny_world.hard.training.losses import answer_loss, tower_features
 from prunetune.tiny_world.hard.training.model import hard_clip, hard_llava, hard_tokenizer
-from prunetune.tiny_world.hard.training.run import train_hard_vlm
 from prunetune.tiny_world.hard.training.stages import STAGES
 from prunetune.tiny_world.training import losses
 
 HARD_VLM = ROOT / "assets" / "hard_vlm"
+DENSE = 92.0
+"""Accuracy that the card states, in percent."""
 SCENES = [sample_hard_scene(seed) for seed in range(150)]
 ROWS, COLUMNS = ["top", "upper", "lower", "bottom"], ["west", "midwest", "mideast", "east"]
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -160,7 +165,7 @@ def test_no_answer_is_the_better_guess():
 
 
 def test_the_recipe_has_ten_questions_a_scene():
-    recipe = load_recipe("hard_world")
+    recipe = read_recipe("hard_world")
     assert (recipe.name, recipe.split, recipe.scenes) == ("hard_world", "recalibration", 2400)
     few = recipe.model_copy(update={"scenes": 2})
     rows, images = few.open_rows(None, None)
@@ -206,18 +211,69 @@ def test_reading_is_supervised_where_the_answer_stands():
     assert torch.isfinite(reading) and 0 <= mass <= 1
 
 
-def test_interrupted_training_ends_with_the_same_weights(tmp_path):
+def test_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch):
     def weights(folder):
         return (folder / "model" / "model.safetensors").read_bytes()
 
-    train_hard_vlm(tmp_path / "a" / "model", tmp_path / "a", scale=0.001)
-    train_hard_vlm(tmp_path / "b" / "model", tmp_path / "b", scale=0.001, only=["words"])
+    short = ("tower", "words", "keep_rate")
+    few = [dataclasses.replace(stage, batch=2, questions=2) for stage in STAGES if stage.name in short]
+    monkeypatch.setattr(run, "STAGES", few)
+
+    run.train_hard_vlm(tmp_path / "a" / "model", tmp_path / "a", scale=0.001)
+    run.train_hard_vlm(tmp_path / "b" / "model", tmp_path / "b", scale=0.001, only=["words"])
     for _ in range(3):
-        train_hard_vlm(tmp_path / "b" / "model", tmp_path / "b", scale=0.001, stop_after=3)
-    train_hard_vlm(tmp_path / "b" / "model", tmp_path / "b", scale=0.001)
+        run.train_hard_vlm(tmp_path / "b" / "model", tmp_path / "b", scale=0.001, stop_after=3)
+    run.train_hard_vlm(tmp_path / "b" / "model", tmp_path / "b", scale=0.001)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
-    (tmp_path / "b" / "ground.pt").unlink()
+    (tmp_path / "b" / "keep_rate.pt").unlink()
     with pytest.raises(ValueError, match="was written with seed=0, this run has 1"):
-        train_hard_vlm(tmp_path / "b" / "model", tmp_path / "b", seed=1, scale=0.001)
+        run.train_hard_vlm(tmp_path / "b" / "model", tmp_path / "b", seed=1, scale=0.001)
     with pytest.raises(ValueError, match="unknown stage 'polish'; there are tower, words"):
-        train_hard_vlm(tmp_path / "b" / "model", tmp_path / "b", only=["polish"])
+        run.train_hard_vlm(tmp_path / "b" / "model", tmp_path / "b", only=["polish"])
+
+
+def test_it_is_a_stock_checkpoint_of_at_most_5_mb():
+    files = list(HARD_VLM.rglob("*.safetensors"))
+    assert len(files) == 2 and sum(f.stat().st_size for f in files) <= 5_500_000
+    assert (HARD_VLM / "model.safetensors").stat().st_size < 4_000_000
+    model = AutoModelForImageTextToText.from_pretrained(HARD_VLM)
+    assert model.config.model_type == "llava" and model.dtype == torch.float16
+    clip = CLIPModel.from_pretrained(HARD_VLM / "clip")
+    for name, tensor in model.model.vision_tower.state_dict().items():
+        assert torch.equal(tensor, clip.vision_model.state_dict()[name].to(tensor.dtype)), name
+    assert AutoProcessor.from_pretrained(HARD_VLM).tokenizer.get_vocab() == hard_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize(("spec", "low", "high"), [
+    (PruningSpec(), DENSE - 4, 97),
+    (PruningSpec("random", 16), 20, 70),
+])  # fmt: skip
+def test_it_sees_and_pruning_hurts(tmp_path, spec, low, high):
+    """300 questions of untouched scenes, answered by the stock model's own greedy generation."""
+    config = EvaluateConfig(
+        model=ModelConfig(path=str(HARD_VLM), dtype="float32"),
+        pruning=spec,
+        tasks=["hard_world"],
+        limit=300,
+        batch_size=100,
+        max_new_tokens=6,
+        output=str(tmp_path / "arm"),
+    )
+    rows = read_results(evaluate(config))
+    assert low <= 100 * np.mean([row.score for row in rows]) <= high
+
+
+def test_the_card_says_what_the_log_says():
+    card = (HARD_VLM / "README.md").read_text()
+    log = [json.loads(line) for line in (HARD_VLM / "training_log.jsonl").read_text().splitlines()]
+    for stage in STAGES:
+        assert f"| {stage.name} | {stage.steps} |" in card
+        steps = [row["step"] for row in log if row["stage"] == stage.name and "step" in row]
+        assert max(steps) == stage.steps and set(range(20, stage.steps + 1, 20)) <= set(steps)
+    for stage in ("words", "places", "connect", "keep_rate"):
+        judged = [row for row in log if row["stage"] == stage and "validation_keep" in row]
+        for row in judged:
+            assert f"{row['all']}" in card, row
+    assert f"Dense **{DENSE}**" in card
+    for word in ("keep-rate augmentation", "scripts/train_hard_vlm.py", "seed 0", "blind", "supervised reading"):
+        assert word in card.lower(), word

@@ -76,6 +76,14 @@ class HardWords:
         self.prefix = torch.tensor([vocabulary["<s>"], vocabulary["USER"], vocabulary[":"]])
         self._ending = [vocabulary["ASSISTANT"], vocabulary[":"]]
 
+    def apart(self) -> Tensor:
+        """Return the matrix (V, V) that takes from each word's vector the mean of its class."""
+        matrix = torch.eye(len(self.ids))
+        for known in (SIZES, COLORS, SHAPES, ROWS, COLUMNS, tuple("0123456789"), ("first", "last")):
+            ids = torch.tensor(self.encode(" ".join(known)))
+            matrix[ids[:, None], ids] -= 1 / len(ids)
+        return matrix
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of words that stand apart."""
         return [self.ids[word] for word in text.split()]

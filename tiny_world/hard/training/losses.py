@@ -53,11 +53,16 @@ def tower_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
     return hidden[:, 1:]
 
 
-def word_sums(llava: LlavaForConditionalGeneration, words: Tensor) -> Tensor:
-    """Return the ideal visual tokens (B, N, D) of patches that show ``words`` (B, N, V); empty patches are 0."""
-    embedding = llava.lm_head.weight  # the words' own, for they are tied
-    directions = F.normalize(embedding.detach().float(), dim=-1)
-    return TOKEN_SCALE * (words @ directions)
+def word_sums(llava: LlavaForConditionalGeneration, words: Tensor, apart: Tensor | None = None) -> Tensor:
+    """Return the ideal visual tokens (B, N, D) of patches that show ``words`` (B, N, V); empty patches are 0.
+
+    Words of one class grow alike, as a language model has them follow the same words. With ``apart`` (V, V), of
+    :meth:`HardWords.apart`, what a class shares is taken out first, and a token tells its words from their like.
+    """
+    embedding = llava.lm_head.weight.detach().float()  # the words' own, for they are tied
+    if apart is not None:
+        embedding = apart @ embedding
+    return TOKEN_SCALE * (words @ F.normalize(embedding, dim=-1))
 
 
 def alignment_loss(projected: Tensor, ideal: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,18 @@ from prunetune.tiny_world.hard.training.losses import (
 from prunetune.tiny_world.hard.training.model import WIDTH, hard_clip, hard_llava, hard_tokenizer
 from prunetune.tiny_world.training.losses import contrastive_loss
 
+WITHOUT_PICTURES = ("words", "places")
+"""Stages of the LLM alone, on ideal visual tokens."""
 HARD_KINDS = {"rel": 3.0, "next": 3.0, "count_color": 2.5, "count_shape": 2.5, "count_all": 2.5}
 """Weights of what is learned last; with 1 for every kind, two thirds of the questions are still from the full mix."""
+
+PLACE_KINDS = {"where1": 2.0, "where2": 3.0, "where3": 4.0, "describe": 3.0, "rel": 3.0, "next": 3.0}
+"""The same for what needs the words of places."""
+JOINED_KINDS = {
+    **{"rel": 3.0, "next": 3.0, "describe": 5.0, "where2": 2.0, "where3": 2.0},
+    **{"count_color": 2.0, "count_shape": 2.0, "count_all": 2.0},
+}
+"""The same for both."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class Stage:
         weights: of kinds of questions, from ``weights_from``, a share of the stage, on; 1 for all others.
         gate: what has to be reached on the validation scenes before the next stage starts, by name.
         seeds_from: the first scene of the pretrain range.
+        apart: words of visual tokens are told from their like (``word_sums``), and all words' embeddings stay as they are.
     """
 
     name: str
@@ -73,6 +84,7 @@ class Stage:
     weights_from: float = 0.0
     gate: dict[str, float] = field(default_factory=dict)
     seeds_from: int = 0
+    apart: bool = True
 
     def progress(self, step: int) -> float:
         """Return where in its schedules the stage is, from 0 to 1."""
@@ -90,18 +102,22 @@ STAGES = (
     ),
     Stage(
         "words", 1500, horizon=2500, muon=6e-3, adam=2e-3, seeds_from=1_000_000, reading=0.4, reading_until=0.6,
-        weights=HARD_KINDS, weights_from=0.25, gate={"lookups": 95},
-    ),
-    Stage("align", 250, muon=5e-3, adam=2e-3, seeds_from=2_000_000, gate={"cosine": 85}),
-    Stage(
-        "connect", 600, muon=2e-3, adam=5e-4, batch=12, questions=20, seeds_from=3_000_000, align=(0.3, 0.0),
-        reading=0.3, reading_until=0.6, weights=HARD_KINDS,
+        weights=HARD_KINDS, weights_from=0.25, apart=False,
     ),
     Stage(
-        "keep_rate", 700, muon=2e-3, adam=5e-4, tower=0.2, batch=12, questions=20, seeds_from=4_000_000,
-        keep_low=0.35, weights=HARD_KINDS,
+        "places", 350, muon=4e-3, adam=1e-3, seeds_from=1_500_000, reading=0.4, reading_until=0.7,
+        weights=PLACE_KINDS, gate={"lookups": 80},
     ),
-    Stage("ground", 120, muon=3e-3, adam=1e-3, batch=32, seeds_from=6_000_000),
+    Stage("align", 200, muon=5e-3, adam=2e-3, seeds_from=2_000_000, gate={"cosine": 85}),
+    Stage(
+        "connect", 500, muon=3e-3, adam=5e-4, batch=12, questions=20, seeds_from=3_000_000, align=(0.3, 0.0),
+        reading=0.3, reading_until=0.7, weights=JOINED_KINDS,
+    ),
+    Stage(
+        "keep_rate", 500, muon=2e-3, adam=5e-4, tower=0.2, batch=12, questions=20, seeds_from=4_000_000,
+        keep_low=0.35, weights=JOINED_KINDS,
+    ),
+    Stage("ground", 100, muon=3e-3, adam=1e-3, batch=32, seeds_from=6_000_000),
 )  # fmt: skip
 
 
@@ -133,6 +149,8 @@ def trained(models: HardModels, stage: Stage) -> dict[str, list[tuple[str, nn.Pa
             heads.append(entry)
         elif name.startswith("llava.model.multi_modal_projector"):
             projector.append(entry)
+        elif "embed_tokens" in name and stage.apart:
+            continue
         elif name.startswith("llava."):
             language.append(entry)
         elif "vision_model.encoder.layers.4." in name or "post_layernorm" in name:
@@ -144,6 +162,7 @@ def trained(models: HardModels, stage: Stage) -> dict[str, list[tuple[str, nn.Pa
     groups = {
         "tower": {"tower": tower + last, "rest": text + heads},
         "words": {"tower": [], "rest": language},
+        "places": {"tower": [], "rest": language},
         "align": {"tower": [], "rest": projector},
         "ground": {"tower": [], "rest": text + last},
     }
@@ -155,11 +174,11 @@ def stage_loss(models: HardModels, stage: Stage, seeds: range, progress: float) 
     """Return the stage's loss on scenes ``seeds`` and the numbers worth printing; ``progress`` runs from 0 to 1."""
     # Chance follows from the scenes, so that a resumed run draws what it would have drawn.
     rng = np.random.default_rng([seeds.start, 3])
-    batch = hard_batch(seeds, models.words, pixels=stage.name != "words")
+    batch = hard_batch(seeds, models.words, pixels=stage.name not in WITHOUT_PICTURES)
     if stage.name in ("tower", "ground"):
         return _seeing_loss(models, stage, batch, rng)
-    ideal = word_sums(models.llava, batch.words)
-    if stage.name == "words":
+    ideal = word_sums(models.llava, batch.words, models.words.apart() if stage.apart else None)
+    if stage.name in WITHOUT_PICTURES:
         visual, kept = _word_tokens(ideal, rng)
     else:
         visual, kept = _projected(models, batch, stage.tower > 0), None
@@ -244,14 +263,14 @@ def stage_accuracy(models: HardModels, stage: Stage, seeds: range, kept_share: f
     An answer counts when every one of its tokens is the most likely one, which is what greedy decoding gives. A random
     share of the tokens is kept. ``lookups`` leaves the kinds out that are learned last.
     """
-    batch = hard_batch(seeds, models.words, pixels=stage.name != "words")
+    batch = hard_batch(seeds, models.words, pixels=stage.name not in WITHOUT_PICTURES)
     rng = np.random.default_rng([seeds.start, 4])
     if stage.name in ("tower", "ground"):
         _, seen = _seeing_loss(models, stage, batch, rng)
         return seen
-    ideal = word_sums(models.llava, batch.words)
+    ideal = word_sums(models.llava, batch.words, models.words.apart() if stage.apart else None)
     kept = _random_kept(rng, len(seeds), round(PATCHES * kept_share)) if kept_share < 1 else None
-    if stage.name == "words":
+    if stage.name in WITHOUT_PICTURES:
         visual, kept = _word_tokens(ideal, rng)
     else:
         visual = _projected(models, batch, train_tower=False)
