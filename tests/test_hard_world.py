@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel
 
+from prunetune.configs import EvaluateConfig, ModelConfig
 from prunetune.data_recipes.recipe import read_recipe
+from prunetune.evaluation.records import read_results
+from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.pruning import PruningSpec
 from prunetune.tiny_world import SPLITS, split_seeds
 from prunetune.tiny_world.hard import ask_hard, drill_hard, render_hard, sample_hard_scene
