@@ -30,7 +30,7 @@ from prunetune.tiny_world.hard.training.stages import STAGES
 from prunetune.tiny_world.training import losses
 
 HARD_VLM = ROOT / "assets" / "hard_vlm"
-DENSE = 92.0
+DENSE = 94.5
 """Accuracy that the card states, in percent."""
 SCENES = [sample_hard_scene(seed) for seed in range(150)]
 ROWS, COLUMNS = ["top", "upper", "lower", "bottom"], ["west", "midwest", "mideast", "east"]
@@ -220,7 +220,9 @@ def test_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch):
         return (folder / "model" / "model.safetensors").read_bytes()
 
     short = ("tower", "words", "keep_rate")
-    few = [dataclasses.replace(stage, batch=2, questions=2) for stage in STAGES if stage.name in short]
+    few = [
+        dataclasses.replace(stage, batch=2, questions=2) for stage in STAGES if stage.name in short
+    ]  # one of each sort
     monkeypatch.setattr(run, "STAGES", few)
 
     run.train_hard_vlm(tmp_path / "a" / "model", tmp_path / "a", scale=0.001)
@@ -236,9 +238,9 @@ def test_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch):
         run.train_hard_vlm(tmp_path / "b" / "model", tmp_path / "b", only=["polish"])
 
 
-def test_it_is_a_stock_checkpoint_of_at_most_5_mb():
+def test_it_is_a_stock_checkpoint_of_at_most_6_mb():
     files = list(HARD_VLM.rglob("*.safetensors"))
-    assert len(files) == 2 and sum(f.stat().st_size for f in files) <= 5_500_000
+    assert len(files) == 2 and sum(f.stat().st_size for f in files) <= 6_000_000
     assert (HARD_VLM / "model.safetensors").stat().st_size < 4_000_000
     model = AutoModelForImageTextToText.from_pretrained(HARD_VLM)
     assert model.config.model_type == "llava" and model.dtype == torch.float16
@@ -249,16 +251,16 @@ def test_it_is_a_stock_checkpoint_of_at_most_5_mb():
 
 
 @pytest.mark.parametrize(("spec", "low", "high"), [
-    (PruningSpec(), DENSE - 4, 97),
-    (PruningSpec("random", 16), 20, 70),
+    (PruningSpec(), DENSE - 5, 98),
+    (PruningSpec("random", 16), 40, 70),
 ])  # fmt: skip
 def test_it_sees_and_pruning_hurts(tmp_path, spec, low, high):
-    """300 questions of untouched scenes, answered by the stock model's own greedy generation."""
+    """200 questions of untouched scenes, answered by the stock model's own greedy generation."""
     config = EvaluateConfig(
         model=ModelConfig(path=str(HARD_VLM), dtype="float32"),
         pruning=spec,
         tasks=["hard_world"],
-        limit=300,
+        limit=200,
         batch_size=100,
         max_new_tokens=6,
         output=str(tmp_path / "arm"),
@@ -273,7 +275,7 @@ def test_the_card_says_what_the_log_says():
     for stage in STAGES:
         assert f"| {stage.name} | {stage.steps} |" in card
         steps = [row["step"] for row in log if row["stage"] == stage.name and "step" in row]
-        assert max(steps) == stage.steps and set(range(20, stage.steps + 1, 20)) <= set(steps)
+        assert {*range(20, stage.steps, 20), stage.steps} <= set(steps), stage.name
     for stage in ("words", "places", "connect", "keep_rate"):
         judged = [row for row in log if row["stage"] == stage and "validation_keep" in row]
         for row in judged:
