@@ -1,4 +1,4 @@
-"""What ships with the package beside its code: the bundled tiny VLM."""
+"""What ships with the package beside its code: the bundled tiny VLM and the hard VLM."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ if __name__ != "prunetune.assets":
 
 FOLDER = Path(__file__).parent
 TINY_VLM = FOLDER / "tiny_vlm"
+HARD_VLM = FOLDER / "hard_vlm"
 
 
 def shipped(path: str) -> str:

@@ -58,7 +58,7 @@ def _glyph(rows: str) -> np.ndarray:
     return np.kron(pixels, np.ones((2, 2))).astype(bool)
 
 
-_GLYPHS = {digit: _glyph(rows) for digit, rows in _FONT.items()}
+GLYPHS = {digit: _glyph(rows) for digit, rows in _FONT.items()}
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def object_masks(scene: Scene) -> list[np.ndarray]:
     if scene.number is not None:
         for digit, top, left in _digit_boxes(scene.number):
             mask = np.zeros((IMAGE_PIXELS, IMAGE_PIXELS), dtype=bool)
-            mask[top : top + 14, left : left + 10] = _GLYPHS[digit]
+            mask[top : top + 14, left : left + 10] = GLYPHS[digit]
             masks.append(mask)
     return masks
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the word-level tokenizer: one id per word of the world, one per digit."""
-    words = [*SPECIAL_TOKENS, "USER", "ASSISTANT", ":", *vocabulary()]
+def build_tokenizer(known: Sequence[str] | None = None) -> PreTrainedTokenizerFast:
+    """Return the word-level tokenizer: one id per word of the world (or of ``known``), one per digit."""
+    words = [*SPECIAL_TOKENS, "USER", "ASSISTANT", ":", *(known or vocabulary())]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
@@ -53,16 +55,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Return the stock Llava processor for 84 px pictures and 144 visual tokens."""
-    size = {"height": IMAGE_PIXELS, "width": IMAGE_PIXELS}
+def build_processor(
+    tokenizer: PreTrainedTokenizerFast, pixels: int = IMAGE_PIXELS, patch: int = PATCH_PIXELS
+) -> LlavaProcessor:
+    """Return the stock Llava processor for square pictures of so many pixels, in patches of so many."""
+    size = {"height": pixels, "width": pixels}
     images = CLIPImageProcessor(
         size=size, crop_size=size, do_resize=True, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
-        patch_size=PATCH_PIXELS,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
         image_token="<image>",
@@ -84,8 +88,9 @@ def vision_config() -> CLIPVisionConfig:
     )
 
 
-def build_clip(vocabulary_size: int) -> CLIPModel:
+def build_clip(vocabulary_size: int, vision: CLIPVisionConfig | None = None) -> CLIPModel:
     """Return a fresh CLIP whose vision tower starts with 2-D sin-cos positions and lively attention."""
+    vision = vision or vision_config()
     text = CLIPTextConfig(
         vocab_size=vocabulary_size,
         hidden_size=96,
@@ -99,13 +104,14 @@ def build_clip(vocabulary_size: int) -> CLIPModel:
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    clip = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision_config().to_dict(), projection_dim=64))
+    clip = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
     tower = clip.vision_model
     with torch.no_grad():
-        nn.init.normal_(tower.embeddings.patch_embedding.weight, std=(3 * PATCH_PIXELS**2) ** -0.5)
+        kernel = tower.embeddings.patch_embedding.weight  # (C, 3, patch, patch)
+        nn.init.normal_(kernel, std=kernel[0].numel() ** -0.5)
         positions = tower.embeddings.position_embedding.weight
         positions[0].zero_()
-        positions[1:] = 0.5 * sincos_2d(IMAGE_PIXELS // PATCH_PIXELS, positions.shape[1])
+        positions[1:] = 0.5 * sincos_2d(math.isqrt(len(positions) - 1), positions.shape[1])
         for layer in tower.encoder.layers:
             for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj):
                 nn.init.normal_(linear.weight, std=1.5 * linear.in_features**-0.5)

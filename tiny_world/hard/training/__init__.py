@@ -1,0 +1,1 @@
+"""The hard VLM's own training: two halves apart, then joined."""
