@@ -64,7 +64,7 @@ class Size:
     methods: tuple[str, ...] = METHODS
 
 
-FULL = Size(scenes=150, trained=750, steps=125, elastic=250, control=40)
+FULL = Size(scenes=150, trained=750, steps=100, elastic=200, control=30)
 QUICK = Size(scenes=60, trained=400, steps=60, elastic=40, control=6, methods=("divprune",))
 BATCH = 32
 """Questions of an update on each of the two ranks."""
