@@ -34,11 +34,40 @@ METHODS = ("fastervlm", "vispruner", "prismprune", "divprune")
 BUDGETS = (36, 16)
 KEEP = 16
 """Visual tokens that are tuned for."""
-TASK = "tiny_world"
-ONE, MANY = "recalibrate/tiny_divprune_16", "recalibrate/tiny_elastic"
-"""Recalibrations for one pruner and budget, and for all."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What the demo is about.
+
+    Attributes:
+        one: the configuration of a recalibration for one pruner and budget.
+        many: of one for all of them.
+        task: the benchmark.
+        format: of the recipe.
+        questions: about each scene.
+    """
+
+    one: str
+    many: str
+    task: str
+    format: str
+    questions: int
+
+
+TINY = World("recalibrate/tiny_divprune_16", "recalibrate/tiny_elastic", "tiny_world", "shapes_world", 8)
+HARD = World(
+    "recalibrate/tiny_hard_divprune_16", "recalibrate/tiny_hard_elastic", "hard_world", "hard_shapes_world", 10
+)
 RECIPE = "recipe.yaml"
 """In the demo's folder: what projectors are recalibrated on."""
+SUMMARY = "summary.md"
+PROJECTORS = {
+    "tuned projector": "tuned for this row",
+    "elastic projector": "one elastic projector",
+    "projector tuned without pruning": "control: tuned without pruning",
+}
+"""Labels of tuned arms, and what the summary calls them."""
 CONTROL = "dense_control"
 ELASTIC = "elastic"
 
@@ -49,7 +78,7 @@ class Size:
 
     Attributes:
         scenes: test scenes that each arm answers questions about.
-        trained: scenes that projectors are recalibrated on, eight questions each.
+        trained: scenes that projectors are recalibrated on.
         steps: updates of a recalibration for one method.
         elastic: updates of the one for all of them.
         control: updates of the one without pruning.
@@ -65,6 +94,8 @@ class Size:
 
 
 FULL = Size(scenes=150, trained=750, steps=100, elastic=200, control=30)
+LONGER = Size(scenes=150, trained=1_500, steps=200, elastic=400, control=100)
+"""Of the harder world."""
 QUICK = Size(scenes=60, trained=400, steps=60, elastic=40, control=6, methods=("divprune",))
 BATCH = 32
 """Questions of an update on each of the two ranks."""
@@ -72,13 +103,14 @@ TERMS = "{gce: 1.0}"
 """What the elastic one is trained towards here: without the teacher of its configuration, which doubles its cost."""
 
 
-def run_demo(output: Path, quick: bool = False, overwrite: bool = False) -> None:
+def run_demo(output: Path, quick: bool = False, overwrite: bool = False, hard: bool = False) -> None:
     """Dense, four methods, each recalibrated, one projector for all of them, a control, and the table.
 
     Args:
         output: folder of everything that is written; an older demo there is replaced, anything else is left alone.
         quick: fewer test scenes and updates, and one method recalibrated instead of four.
         overwrite: use a folder that holds other files as well.
+        hard: in the harder world, which takes longer.
 
     Raises:
         OutputError: if the folder holds something else than a demo, is in use, or can't be written.
@@ -88,12 +120,13 @@ def run_demo(output: Path, quick: bool = False, overwrite: bool = False) -> None
     with OutputFolder(output, DEMO, overwrite) as folder:
         folder.clear()
         with libraries_in(output / "libraries.log"):
-            _run(folder, QUICK if quick else FULL, began)
+            size = LONGER if hard else FULL
+            _run(folder, HARD if hard else TINY, QUICK if quick else size, began)
 
 
-def _run(folder: OutputFolder, size: Size, began: float) -> None:
+def _run(folder: OutputFolder, world: World, size: Size, began: float) -> None:
     output = folder.path
-    one, many = load_config(RecalibrateConfig, ONE), load_config(RecalibrateConfig, MANY)
+    one, many = load_config(RecalibrateConfig, world.one), load_config(RecalibrateConfig, world.many)
     dense = Arm.load(one.model, device="cpu")  # the one model of every arm below
 
     say("\n== 1/5  the vision tower, once over all pictures")
@@ -101,40 +134,53 @@ def _run(folder: OutputFolder, size: Size, began: float) -> None:
     specs += [setting.spec for setting in settings_of(many.pruning, many.elastic)]
     stored, _ = stored_before_training(dense, specs)
     recipe = output / RECIPE
-    folder.write_text(RECIPE, _recipe(size.trained))
+    folder.write_text(RECIPE, _recipe(world, size.trained))
     _features(output / "features" / "train", dense, stored, FeatureData.of_recipe(load_recipe(str(recipe))))
-    questions = feature_data([TASK], None, 8 * size.scenes, one.data.max_pixels, None)
+    questions = feature_data([world.task], None, world.questions * size.scenes, one.data.max_pixels, None)
     _features(output / "features" / "test", dense, stored, questions)
 
     say("\n== 2/5  dense and training-free")
-    arms = [_evaluate(output, "dense", dense, size)]
+    arms: list[Path] = []
+
+    def measure(name: str, arm: Arm) -> None:
+        arms.append(_evaluate(output, world, name, arm, size))
+
+    measure("dense", dense)
     for keep in BUDGETS:
         for method in METHODS:
-            arms.append(_evaluate(output, f"{method}_{keep}", dense.with_pruning(PruningSpec(method, keep)), size))
+            arms.append(
+                _evaluate(output, world, f"{method}_{keep}", dense.with_pruning(PruningSpec(method, keep)), size)
+            )
 
     say(f"\n== 3/5  recalibrate the projector, DeepSpeed on 2 CPU ranks: {', '.join(size.methods)} at {KEEP} tokens,")
     say("        one for all methods and budgets, and one without pruning as a control")
-    _recalibrate(folder, size)
+    _recalibrate(folder, world, size)
 
     say("\n== 4/5  tuned")
     for method in METHODS:
         arm = dense.with_pruning(PruningSpec(method, KEEP))
         if method in size.methods:
-            arms.append(_evaluate(output, f"{method}_{KEEP}_tuned", arm.with_adapter(_adapter(output, method)), size))
-        arms.append(_evaluate(output, f"{method}_{KEEP}_elastic", arm.with_adapter(_adapter(output, ELASTIC)), size))
-        arms.append(_evaluate(output, f"{method}_{KEEP}_control", arm.with_adapter(_adapter(output, CONTROL)), size))
-    arms.append(_evaluate(output, "dense_elastic", dense.with_adapter(_adapter(output, ELASTIC)), size))
+            arms.append(
+                _evaluate(output, world, f"{method}_{KEEP}_tuned", arm.with_adapter(_adapter(output, method)), size)
+            )
+        arms.append(
+            _evaluate(output, world, f"{method}_{KEEP}_elastic", arm.with_adapter(_adapter(output, ELASTIC)), size)
+        )
+        arms.append(
+            _evaluate(output, world, f"{method}_{KEEP}_control", arm.with_adapter(_adapter(output, CONTROL)), size)
+        )
+    measure("dense_elastic", dense.with_adapter(_adapter(output, ELASTIC)))
 
     say("\n== 5/5  compare")
     rows = tracked_compare(arms, output / "comparison", TrackingConfig(wandb="offline", name="demo"), overwrite=True)
     print(to_markdown(rows))
-    _show(output, dense)
-    for row in rows:
-        if row.gain is not None and row.gain_interval is not None:
-            print(_told(row))
+    folder.write_text(SUMMARY, summary(rows))
+    print(summary(rows))
+    _show(output, world, dense)
     print(f"{time.monotonic() - began:.0f} s in all.")
     print(
-        f"table        {output / 'comparison' / 'table.md'}\nplot         {output / 'comparison' / 'plot.png'}\n"
+        f"tables       {output / 'comparison' / 'table.md'}, {output / SUMMARY}\n"
+        f"plot         {output / 'comparison' / 'plot.png'}\n"
         f"answers      {output / 'answers' / 'answers.png'}\nadapters     {output / 'recalibrate'}\n"
         f"W&B offline  {output / 'recalibrate' / ELASTIC / 'wandb'}"
     )
@@ -145,13 +191,13 @@ def _features(place: Path, dense: Arm, specs: list[PruningSpec], data: FeatureDa
         make_features(folder, dense, [*specs, PruningSpec()], data, join_ranks(), batch_size=32)
 
 
-def _evaluate(output: Path, name: str, arm: Arm, size: Size) -> Path:
+def _evaluate(output: Path, world: World, name: str, arm: Arm, size: Size) -> Path:
     config = EvaluateConfig(
         model=arm.base.config,
         pruning=arm.spec,
         adapter=arm.adapter,
-        tasks=[TASK],
-        limit=8 * size.scenes,
+        tasks=[world.task],
+        limit=world.questions * size.scenes,
         batch_size=160,
         max_new_tokens=6,
         features=str(output / "features" / "test"),
@@ -164,23 +210,23 @@ def _evaluate(output: Path, name: str, arm: Arm, size: Size) -> Path:
     return folder
 
 
-def _recalibrate(folder: OutputFolder, size: Size) -> None:
+def _recalibrate(folder: OutputFolder, world: World, size: Size) -> None:
     """Recalibrate for each method, for all of them, and without pruning, in one launch."""
     runs = []
     for method in size.methods:
         pruning = ["--pruning.pruner", method, "--pruning.keep", str(KEEP)]
-        runs.append(_arguments(folder.path, method, ONE, size.steps, *pruning))
-    runs.append(_arguments(folder.path, ELASTIC, MANY, size.elastic, "--objective.terms", TERMS))
+        runs.append(_arguments(folder.path, method, world.one, size.steps, *pruning))
+    runs.append(_arguments(folder.path, ELASTIC, world.many, size.elastic, "--objective.terms", TERMS))
     pruning = ["--pruning.pruner", "identity", "--pruning.keep", "100%"]
-    runs.append(_arguments(folder.path, CONTROL, ONE, size.control, *pruning))
+    runs.append(_arguments(folder.path, CONTROL, world.one, size.control, *pruning))
     status = launch_several(2, runs, folder)
     if status != 0:
         log = folder.path / LOG
         raise ConfigError(f"a recalibration ended with status {status}; what it said is above and in {log}")
 
 
-def _recipe(scenes: int) -> str:
-    return f"name: tiny_world_demo\nformat: shapes_world\nsplit: recalibration\nscenes: {scenes}\n"
+def _recipe(world: World, scenes: int) -> str:
+    return f"name: {world.task}_demo\nformat: {world.format}\nsplit: recalibration\nscenes: {scenes}\n"
 
 
 def _arguments(output: Path, name: str, config: str, steps: int, *more: str) -> list[str]:
@@ -196,7 +242,7 @@ def _adapter(output: Path, name: str) -> Path:
     return output / "recalibrate" / name / "adapter"
 
 
-def _show(output: Path, dense: Arm) -> None:
+def _show(output: Path, world: World, dense: Arm) -> None:
     """Draw what is asked, what stays of the picture, and what is answered before and after."""
     arm = dense.with_pruning(PruningSpec("divprune", KEEP))
     shown = [ShownArm("dense", dense, output / "arms" / "dense")]
@@ -204,15 +250,25 @@ def _show(output: Path, dense: Arm) -> None:
         adapter = {"": None, "_tuned": _adapter(output, "divprune"), "_elastic": _adapter(output, ELASTIC)}[name]
         folder = output / "arms" / f"divprune_{KEEP}{name}"
         shown.append(ShownArm(f"divprune {KEEP}, {label}", arm.with_adapter(adapter), folder))
-    show_answers(shown, TASK, wrong_in=1, count=4, output=output / "answers")
+    show_answers(shown, world.task, wrong_in=1, count=4, output=output / "answers")
 
 
-def _told(row: Row) -> str:
-    """Return a tuned row's gain in a sentence."""
-    assert row.gain is not None and row.gain_interval is not None
+def summary(rows: list[Row]) -> str:
+    """Return a Markdown table with a row for each method at the tuned budget, and a column for each projector."""
+    names = {row.label: row for row in rows if row.kept == KEEP or row.label.startswith("dense")}
+    lines = [["", "base's projector", *PROJECTORS.values()], ["---", *["---:"] * (1 + len(PROJECTORS))]]
+    for method in (*METHODS, "dense"):
+        told = "no pruning, 144 tokens" if method == "dense" else f"{method}, {KEEP} tokens"
+        base = names[method]
+        cells = [f"{base.overall:.1f} [{base.interval[0]:.1f}, {base.interval[1]:.1f}]"]
+        for label in PROJECTORS:
+            row = names.get(f"{method} + {label}")
+            cells.append("" if row is None else _gained(row))
+        lines.append([told, *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _gained(row: Row) -> str:
+    assert row.gain is not None and row.gain_interval is not None  # every tuned row has its training-free one
     low, high = row.gain_interval
-    method, _, projector = row.label.partition(" + ")
-    return (
-        f"{method} at {row.kept:g} of 144 visual tokens with the {projector}: {row.gain:+.1f} points (95 % interval "
-        f"{low:+.1f} to {high:+.1f})"
-    )
+    return f"{row.overall:.1f} (**{row.gain:+.1f}** [{low:+.1f}, {high:+.1f}])"

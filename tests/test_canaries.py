@@ -143,8 +143,8 @@ def call(world, monkeypatch):
     monkeypatch.setattr(demo, "QUICK", demo.Size(4, 1, 1, 1, 1, methods=("divprune",)))
     monkeypatch.setattr(demo, "METHODS", ("divprune",))
 
-    def recalibrated(folder, size):
-        base = arm_module.Arm.load(demo.load_config(demo.RecalibrateConfig, demo.ONE).model, device="cpu")
+    def recalibrated(folder, world, size):
+        base = arm_module.Arm.load(demo.load_config(demo.RecalibrateConfig, demo.TINY.one).model, device="cpu")
         record = {**base.base.hashes.record(), "pruning": demo.PruningSpec("divprune", 16).model_dump()}
         tensors = {name: tensor.clone() for name, tensor in adapter_module.projector_state(base.model).items()}
         wrapped = adapter_module.wrap_projector(base.model)

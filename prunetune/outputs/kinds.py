@@ -123,6 +123,7 @@ DEMO = Kind(
         "launch.log",
         "recipe.yaml",
         "runs.json",
+        "summary.md",
         "kept_tokens/kept_#.png",
         *EVALUATION.below("arms/*"),
         *RECALIBRATION.below("recalibrate"),  # of versions that recalibrated one method
