@@ -148,9 +148,7 @@ def _run(folder: OutputFolder, world: World, size: Size, began: float) -> None:
     measure("dense", dense)
     for keep in BUDGETS:
         for method in METHODS:
-            arms.append(
-                _evaluate(output, world, f"{method}_{keep}", dense.with_pruning(PruningSpec(method, keep)), size)
-            )
+            measure(f"{method}_{keep}", dense.with_pruning(PruningSpec(method, keep)))
 
     say(f"\n== 3/5  recalibrate the projector, DeepSpeed on 2 CPU ranks: {', '.join(size.methods)} at {KEEP} tokens,")
     say("        one for all methods and budgets, and one without pruning as a control")
@@ -160,15 +158,9 @@ def _run(folder: OutputFolder, world: World, size: Size, began: float) -> None:
     for method in METHODS:
         arm = dense.with_pruning(PruningSpec(method, KEEP))
         if method in size.methods:
-            arms.append(
-                _evaluate(output, world, f"{method}_{KEEP}_tuned", arm.with_adapter(_adapter(output, method)), size)
-            )
-        arms.append(
-            _evaluate(output, world, f"{method}_{KEEP}_elastic", arm.with_adapter(_adapter(output, ELASTIC)), size)
-        )
-        arms.append(
-            _evaluate(output, world, f"{method}_{KEEP}_control", arm.with_adapter(_adapter(output, CONTROL)), size)
-        )
+            measure(f"{method}_{KEEP}_tuned", arm.with_adapter(_adapter(output, method)))
+        measure(f"{method}_{KEEP}_elastic", arm.with_adapter(_adapter(output, ELASTIC)))
+        measure(f"{method}_{KEEP}_control", arm.with_adapter(_adapter(output, CONTROL)))
     measure("dense_elastic", dense.with_adapter(_adapter(output, ELASTIC)))
 
     say("\n== 5/5  compare")
