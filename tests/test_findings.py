@@ -421,6 +421,8 @@ def test_every_line_for_real_models_is_a_configuration():
     for check in carrying.CHECKS:
         config = load_config(RecalibrateConfig, check.config, [*check.options, "--output", "runs/x"])
         assert config.elastic.on == ("--elastic.budgets" in check.options)
+        plan = carrying.planned(check.config, check.options)
+        assert (plan.cost.teacher > 0) == config.objective.asks_dense_model
     lines = "\n".join(carrying.section(None))
     for number in range(1, len(carrying.CHECKS) + 1):
         assert f"--output runs/findings/{number} " in lines

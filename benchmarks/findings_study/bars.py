@@ -41,7 +41,7 @@ def section(results: Results) -> Iterator[str]:
     """Yield the bars with what was measured."""
     yield "## The bars"
     yield ""
-    yield "Set before the test scenes were looked at, of the elastic projector in table 1."
+    yield "Set before anything was scored on these test scenes; of the elastic projector in table 1."
     yield ""
     yield from table(results, full())
 
