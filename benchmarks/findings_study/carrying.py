@@ -31,7 +31,7 @@ class Check:
     """A finding and what would test it.
 
     Attributes:
-        finding: what was found here, with its table.
+        finding: what there is to find out, with the table of what was found here.
         config: the shipped configuration.
         options: what differs from it.
         times: how many runs of the line there are, for other pruners, budgets or values.
@@ -47,7 +47,7 @@ class Check:
 
 CHECKS = [
     Check(
-        "One elastic projector is near its specialists and costs nothing without pruning (table 1).",
+        "Whether one elastic projector keeps up with its specialists, and with no training where nothing is pruned (table 1).",
         CONFIG,
         [*ELASTIC, *ROBUST, "--train.learning_rate", "1e-4"],
         then="Evaluate it at every pruner and budget, and with `--pruning.pruner identity`; a learning rate for it "
@@ -60,26 +60,26 @@ CHECKS = [
         times=16,
     ),
     Check(
-        "Few questions bring most of the gain (table 6): 20,000 samples of GQA, which is also the cheap test to begin "
+        "Whether few questions bring most of the gain (table 6): 20,000 samples of GQA, which is also the cheap test to begin "
         "with, and what the lines below differ from.",
         QUICK,
         [*ELASTIC, *ROBUST],
     ),
     Check(
-        "Seeing the data unpruned explains none of the gain (table 3): the dense control.",
+        "Whether seeing the data unpruned explains any of the gain (table 3): the dense control.",
         QUICK,
         ["--pruning.pruner", "identity", "--pruning.keep", "100%"],
         then="Evaluate it at 64 tokens of each pruner.",
     ),
     Check(
-        "A part of the gain is about few tokens, whichever they are (table 3): random pruning. A picture keeps one "
+        "How much of the gain is about few tokens, whichever they are (table 3): random pruning. A picture keeps one "
         "draw there, where it had a new one every time here.",
         QUICK,
         ["--elastic.pruners", "[{pruner: random}]", "--elastic.budgets", BUDGETS, "--elastic.dense", "0.0"],
         then="Evaluate it at 64 tokens of each pruner.",
     ),
     Check(
-        "Training and evaluation must choose by the same projector; which one matters less (table 4).",
+        "Which projector should choose (table 4); training and evaluation must do it alike.",
         QUICK,
         ["--pruning.pruner", "divprune", "--pruning.choose_with", "original"],
         then="Its twin has `--pruning.choose_with tuned`.",
@@ -91,7 +91,7 @@ CHECKS = [
         times=6,
     ),
     Check(
-        "A share of whole pictures keeps the accuracy without pruning (table 8).",
+        "What a share of whole pictures is worth where nothing is pruned (table 8).",
         QUICK,
         [*ELASTIC, *ROBUST, "--elastic.dense", "0.0"],
         then="Line 3 has the share of 1/4.",
