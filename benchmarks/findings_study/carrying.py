@@ -60,7 +60,8 @@ CHECKS = [
         times=16,
     ),
     Check(
-        "Whether few questions bring most of the gain (table 6): 20,000 samples of GQA, which is also the cheap test to begin "
+        "Whether few questions bring most of the gain (table 6): 20,000 samples of GQA, which is also the cheap "
+        "test to begin "
         "with, and what the lines below differ from.",
         QUICK,
         [*ELASTIC, *ROBUST],
