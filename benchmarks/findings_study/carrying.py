@@ -47,7 +47,7 @@ class Check:
 
 CHECKS = [
     Check(
-        "Whether one elastic projector keeps up with its specialists, and with no training where nothing is pruned (table 1).",
+        "Whether one elastic projector keeps up with its specialists, and costs nothing without pruning (table 1).",
         CONFIG,
         [*ELASTIC, *ROBUST, "--train.learning_rate", "1e-4"],
         then="Evaluate it at every pruner and budget, and with `--pruning.pruner identity`; a learning rate for it "
