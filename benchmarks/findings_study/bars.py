@@ -70,6 +70,9 @@ def table(results: Results, made: BySeed) -> Iterator[str]:
 
 def _within(results: Results, made: BySeed, whose: str, least: int, long: bool) -> str:
     found = against(results, made, long)
+    bar = f"within {NEAR:.0f} point of the {whose} in at least {least} of 16 cells"
+    if not found:
+        return f"| {bar} | not there yet | |"
     near = [cell for cell, above in found.items() if above.value >= -NEAR]
     sure = [cell for cell, above in found.items() if above.low >= -NEAR]
     text = f"{len(near)} of {len(found)} cells ({len(sure)} of them with their whole interval)"
@@ -80,7 +83,7 @@ def _within(results: Results, made: BySeed, whose: str, least: int, long: bool) 
         )
         text += f"; further below: {told}"
     met = len(near) >= least if len(found) == len(GRID) or len(near) >= least else None
-    return f"| within {NEAR:.0f} point of the {whose} in at least {least} of 16 cells | {text} | {_met(met)} |"
+    return f"| {bar} | {text} | {_met(met)} |"
 
 
 def _met(met: bool | None) -> str:

@@ -137,9 +137,10 @@ def _about_grid(results: Results) -> Iterator[str]:
         yield (
             "* Column *elastic - specialist*: the whole interval is above 0 for "
             f"{', '.join(better) or 'no cell'}, and below 0 "
-            f"for {', '.join(worse) or 'no cell'}. Where a pruner drops the object that is asked for, cross "
-            "entropy on the "
-            "right answer teaches guessing; generalised cross entropy gives up on such questions."
+            f"for {', '.join(worse) or 'no cell'}. A likely reason for the first, which nothing here tests alone: "
+            "where "
+            "a pruner drops the object that is asked for, cross entropy on the right answer teaches guessing, and "
+            "generalised cross entropy gives up on such questions."
         )
 
 
