@@ -347,7 +347,8 @@ def choose_switches(pruned: PrunedModel, config: EngineConfig) -> Choice:
         reasons["supervised_logits"] = f"family {family.name!r} reads the labels beside all logits"
     kept = config.project_kept and pruned.can_project_kept()
     if config.project_kept and not kept:
-        names = ", ".join(pruned.reading_projector()) or pruned.spec.pruner
+        asked = pruned.reading_projector() if family.projects_tokens else []  # of others a method can't be asked
+        names = ", ".join(asked) or pruned.spec.pruner
         reasons["project_kept"] = f"{names} chooses by the projector's output, or {family.name!r} pools it"
     return Choice(packing, logits, kept, reasons)
 
