@@ -93,7 +93,7 @@ class Size:
     methods: tuple[str, ...] = METHODS
 
 
-FULL = Size(scenes=150, trained=750, steps=100, elastic=200, control=30)
+FULL = Size(scenes=150, trained=750, steps=100, elastic=200, control=100)
 LONGER = Size(scenes=150, trained=1_500, steps=200, elastic=400, control=100)
 """Of the harder world."""
 QUICK = Size(scenes=50, trained=300, steps=50, elastic=25, control=4, methods=("divprune",))
