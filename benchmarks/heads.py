@@ -2,7 +2,7 @@
 
     python benchmarks/heads.py [--model assets/hard_vlm] [--scenes 96]
 
-Printed for each layer: the rank correlation over tokens of mean and variance, and of mean and standard deviation / mean,
+Printed for each layer: the rank correlation over tokens of mean and variance, of mean and standard deviation / mean,
 and how much the 16 tokens of highest mean and of highest variance have in common.
 """
 
