@@ -96,7 +96,7 @@ class Size:
 FULL = Size(scenes=150, trained=750, steps=100, elastic=200, control=100)
 LONGER = Size(scenes=150, trained=1_500, steps=200, elastic=400, control=100)
 """Of the harder world."""
-QUICK = Size(scenes=50, trained=300, steps=50, elastic=25, control=4, methods=("divprune",))
+QUICK = Size(scenes=50, trained=400, steps=60, elastic=80, control=10, methods=("divprune",))
 BATCH = 32
 """Questions of an update on each of the two ranks."""
 TERMS = "{gce: 1.0}"
