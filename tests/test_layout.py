@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,8 @@ def test_the_quick_demo_from_the_wheel_recovers_what_pruning_lost(installed, for
     for name in ("comparison/plot.png", "comparison/table.md", "answers/answers.png", "recalibrate/elastic/log.jsonl",
                  "recalibrate/divprune/adapter/adapter_model.safetensors"):  # fmt: skip
         assert (foreign / "demo" / name).stat().st_size > 0
+    for path in re.findall(r'"runs/(demo/[^"]+)"', (ROOT / "README.md").read_text()):
+        assert (foreign / path).exists(), f"README.md names runs/{path}, which the demo does not write"
     assert "--num_accelerators 2" in (foreign / "demo" / "launch.log").read_text()
     assert (foreign / "demo" / "summary.md").read_text() in done.stdout
     elastic = next(row for row in rows if row["arm"] == "divprune + elastic projector")
