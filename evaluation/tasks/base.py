@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prunetune.evaluation.errors import MissingFile, TaskError
 from prunetune.evaluation.metrics.averages import Average, average
 from prunetune.evaluation.metrics.intervals import bootstrap_interval
+from prunetune.evaluation.metrics.metric import Metric, Tally, tallied
 from prunetune.evaluation.records import TaskSummary
 from prunetune.names import nearest
 from prunetune.plugins import import_folder, load_installed, named
@@ -81,6 +82,25 @@ def accuracy(scored: Sequence[Scored]) -> dict[str, Any]:
     return {"accuracy": averaged(scored).overall}
 
 
+def unit_of(item: Item) -> str:
+    """Return what the bootstrap draws as a whole: an item's image, or the item where it asks about text alone."""
+    return str(item.image or item.id)
+
+
+def tally_scores(scored: Sequence[Scored]) -> Tally:
+    """Return the sum of scores and the number of items, by image."""
+    return tallied([unit_of(one.item) for one in scored], [(one.score or 0.0, 1.0) for one in scored])
+
+
+ACCURACY = Metric(
+    name="accuracy",
+    unit="%",
+    about="mean score of the questions; images are drawn",
+    tally=tally_scores,
+    value=lambda counts: 100 * counts[..., 0] / counts[..., 1],
+)
+
+
 def score_as_a_set(prediction: str, item: Item) -> None:
     """Return no score: of some metrics, such as CIDEr, only a whole set has one."""
     # A function like any other, so that nothing that scores has to ask whether there is one.
@@ -94,10 +114,12 @@ class Scorer:
     Attributes:
         score: compares one prediction with its item, from 0 to 1; None where only a whole set has a score.
         summarise: computes all metrics of scored predictions, from the scores that they carry.
+        metrics: those that tables have columns for, each with an interval of its own; papers print the first.
     """
 
     score: Callable[[str, Item], float | None]
     summarise: Callable[[Sequence[Scored]], dict[str, Any]] = accuracy
+    metrics: Sequence[Metric] = (ACCURACY,)
 
 
 @dataclass(frozen=True)
@@ -219,7 +241,7 @@ class Benchmark:
         for one in scored:
             if one.score is not None:
                 scores.append(one.score)
-                images.append(str(one.item.image or one.item.id))  # a question about text alone hangs with no other
+                images.append(unit_of(one.item))  # a question about text alone hangs with no other
         # Over part of the items it would be the interval of another number than the accuracy beside it.
         if not scores or len(scores) < len(scored):
             return TaskSummary(metrics=metrics, interval_95=None)
