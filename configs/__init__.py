@@ -13,6 +13,7 @@ from prunetune.configs.schema import (
     TrackingConfig,
     TrainConfig,
 )
+from prunetune.configs.table import TableConfig, TableMethod, TableModel
 
 __all__ = [
     "ConfigError",
@@ -21,6 +22,9 @@ __all__ = [
     "EvaluateConfig",
     "ModelConfig",
     "RecalibrateConfig",
+    "TableConfig",
+    "TableMethod",
+    "TableModel",
     "TrackingConfig",
     "TrainConfig",
     "load_config",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,11 +16,14 @@ from prunetune.configs import ModelConfig
 from prunetune.data_recipes.chat_templates import MODELS_OWN, check_marks, template_file, template_text
 from prunetune.data_recipes.formatting import Formatter
 from prunetune.data_recipes.images import ImageOpener
+from prunetune.errors import PrunetuneError
 from prunetune.models.loading import CheckpointError, checkpoint_folder, load_processor
 from prunetune.models.profile import resolved
 from prunetune.models.quantization import check_quantization
 from prunetune.pruning import PrunedModel, PruningSpec
 from prunetune.pruning.budget import resolve_budget
+from prunetune.pruning.families import family_of
+from prunetune.pruning.families.base import Family
 from prunetune.reading import one_line
 
 
@@ -38,6 +42,31 @@ def check_model(config: ModelConfig, spec: PruningSpec, others: Sequence[Pruning
         DataError: for a chat template that is missing or marks no answers.
         PruningError: for a family that is not known, or that does not offer what the pruner reads.
     """
+    model, tokenizer = _without_weights(config)
+    for asked in (spec, *others):
+        _check_pruning(model, tokenizer, asked)
+    return model
+
+
+def unfit(config: ModelConfig, specs: Sequence[PruningSpec]) -> tuple[Family, list[str | None]]:
+    """Return a model's family and, for each of several prunings, why it can't be, or None, see :func:`check_model`.
+
+    Raises:
+        CheckpointError, DataError, PruningError: if nothing can be done with the model at all.
+    """
+    model, tokenizer = _without_weights(config)
+    found: list[str | None] = []
+    for spec in specs:
+        try:
+            _check_pruning(model, tokenizer, spec)
+            found.append(None)
+        except PrunetuneError as error:
+            found.append(str(error))
+    return family_of(model), found
+
+
+def _without_weights(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
+    """Return a model on the meta device and its tokenizer, after its files were looked at."""
     if config.template != MODELS_OWN:
         template_file(config.template)
     check_quantization(config.quantization)
@@ -51,12 +80,14 @@ def check_model(config: ModelConfig, spec: PruningSpec, others: Sequence[Pruning
         raise CheckpointError(f"{config.path!r} can't be loaded as it is configured: {one_line(error)}") from error
     processor = load_processor(config.path, config.revision)
     check_marks(template_text(processor, config.template))
-    for asked in (spec, *others):
-        own = resolved(asked)  # that a profile is this model's is checked when its weights are read
-        if own.text_tower is not None:
-            own = own.model_copy(update={"text_tower": shipped(own.text_tower)})
-        _check_budget(PrunedModel(model, own, processor.tokenizer, original=model))
-    return model
+    return model, processor.tokenizer
+
+
+def _check_pruning(model: PreTrainedModel, tokenizer: Any, spec: PruningSpec) -> None:
+    own = resolved(spec)  # that a profile is this model's is checked when its weights are read
+    if own.text_tower is not None:
+        own = own.model_copy(update={"text_tower": shipped(own.text_tower)})
+    _check_budget(PrunedModel(model, own, tokenizer, original=model))
 
 
 SHAPES = Path(__file__).resolve().parent.parent / "configs" / "shapes"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prunetune.models import Arm
 
 
-def tracked_evaluate(config: EvaluateConfig, arm: Arm | None = None) -> Path:
+def tracked_evaluate(config: EvaluateConfig, arm: Arm | None = None, bar: bool = True) -> Path:
     """Run one arm, or one that is loaded already; its accuracy per source and overall goes to the log and to W&B."""
     # Here and not above: comparing arms, below, needs no torch.
     from prunetune.evaluation.run.evaluate import evaluate, output_folder
@@ -31,7 +31,7 @@ def tracked_evaluate(config: EvaluateConfig, arm: Arm | None = None) -> Path:
     ranks = join_ranks()
     with ranks.open_output(output_folder(config)):
         tracker = Tracker(config.tracking, Path(config.output), config.model_dump()) if ranks.is_zero else None
-        folder = evaluate(config, arm)
+        folder = evaluate(config, arm, bar=bar)
         if tracker is not None:
             _track(tracker, folder)
     return folder

@@ -63,7 +63,7 @@ class Work:
         return items
 
 
-def evaluate(config: EvaluateConfig, arm: Arm | None = None, device: str | None = None) -> Path:
+def evaluate(config: EvaluateConfig, arm: Arm | None = None, device: str | None = None, bar: bool = True) -> Path:
     """Run one arm and return its folder; a run that was killed goes on with the batches that are not done.
 
     Batches are cut the same way in every run and dealt to the ranks in turn (``torchrun`` or ``deepspeed`` start
@@ -73,6 +73,7 @@ def evaluate(config: EvaluateConfig, arm: Arm | None = None, device: str | None 
         config: the arm, its tasks and where results go.
         arm: one with the configuration's model, pruning and adapter that is loaded already; None loads it.
         device: where it is loaded to; None is the GPU if there is one.
+        bar: whether a progress bar is shown.
 
     Raises:
         TaskError: if the folder holds results of another configuration, naming the field.
@@ -83,7 +84,7 @@ def evaluate(config: EvaluateConfig, arm: Arm | None = None, device: str | None 
     ranks.check_same(plugin_records())
     folder = output_folder(config)
     with ranks.open_output(folder):
-        _fill(folder, config, arm, device, ranks)
+        _fill(folder, config, arm, device, ranks, bar)
     ranks.destroy()
     return folder.path
 
@@ -93,7 +94,9 @@ def output_folder(config: EvaluateConfig) -> OutputFolder:
     return OutputFolder(config.output, EVALUATION, config.overwrite, reads=(config.model.path, config.adapter))
 
 
-def _fill(folder: OutputFolder, config: EvaluateConfig, arm: Arm | None, device: str | None, ranks: Ranks) -> None:
+def _fill(
+    folder: OutputFolder, config: EvaluateConfig, arm: Arm | None, device: str | None, ranks: Ranks, bar: bool
+) -> None:
     """Run one arm into a folder that is open."""
     output = folder.path
     # Before the model: missing files should not wait for minutes of loading.
@@ -119,7 +122,7 @@ def _fill(folder: OutputFolder, config: EvaluateConfig, arm: Arm | None, device:
 
     began = time.monotonic()
     # Answering alone: loading and hashing would make a short run look slow.
-    _run(config, works, arm, done, ranks, store)
+    _run(config, works, arm, done, ranks, store, bar)
     seconds = time.monotonic() - began
     ranks.wait()
     if ranks.is_zero:
@@ -214,6 +217,7 @@ def _run(
     done: set[tuple[str, str]],
     ranks: Ranks,
     store: FeatureStore | None,
+    bar: bool,
 ) -> None:
     """Answer this rank's batches that are not done yet."""
     todo = []
@@ -225,16 +229,16 @@ def _run(
     # In turn and not in blocks: where a task's long questions stand together, one rank would get them all.
     todo = todo[ranks.rank :: ranks.world]
     output = Path(config.output)
-    bar = tqdm(
+    shown = tqdm(
         total=sum(len(batch) for _, batch in todo),
         desc=output.name,
         unit="item",
         dynamic_ncols=True,
         mininterval=1.0,
-        disable=not ranks.is_zero,
+        disable=not (bar and ranks.is_zero),
     )
     formatters: dict[str, Formatter | FeatureFormatter] = {}
-    with shard(output, ranks.rank, ranks.world).open("a", encoding="utf-8") as file, bar:
+    with shard(output, ranks.rank, ranks.world).open("a", encoding="utf-8") as file, shown:
         for work, batch in todo:
             # Images are opened when the first batch needs them: a run that has nothing left to do needs none.
             if work.task.name not in formatters:
@@ -242,7 +246,7 @@ def _run(
             rows = _answers(arm, formatters[work.task.name], work.task, batch, config.max_new_tokens)
             file.write("".join(row.to_line() for row in rows))
             file.flush()  # killed later, this batch is not made again
-            bar.update(len(batch))
+            shown.update(len(batch))
 
 
 def _answers(

@@ -14,7 +14,7 @@ from prunetune.cli.group import Commands
 from prunetune.errors import PrunetuneError
 
 INTERRUPTED = "interrupted; run the same command again"
-GO_ON = {"cache", "evaluate", "recalibrate", "teach"}
+GO_ON = {"cache", "evaluate", "recalibrate", "table", "teach"}
 """The commands that continue what was interrupted; the others start over, and leave nothing half written."""
 
 

@@ -135,3 +135,26 @@ DEMO = Kind(
     ),
     ((".prunetune-demo", ""),),
 )
+
+
+TABLE = Kind(
+    "table",
+    (
+        *_TRACKED,
+        "failures/*.txt",
+        "launch.log",
+        "runs.json",
+        "submitit/**",
+        "workers/#.log",
+        "table.md",
+        "table.csv",
+        "table.tex",
+        "table.json",
+        "report.html",
+        "plot.png",
+        "comparison.json",
+        *EVALUATION.below("arms/*/*/*"),
+        *RECALIBRATION.below("trained/*/*"),
+        *FEATURES.below("features/*"),
+    ),
+)

@@ -1,0 +1,251 @@
+"""Where a table's jobs run: this process, a pool of processes, Ray's actors, or jobs that submitit sends to Slurm."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Protocol
+
+from prunetune.configs import ConfigError, TableConfig
+from prunetune.scripts.tables.work import Job, Outcome, Worker
+
+TRIES = 2
+"""How often a job is begun whose process died; what it had answered by then is not answered again."""
+LOST = "its process died {tries} times (killed, or out of memory); what it had answered is kept, run the table again"
+
+
+class Engine(Protocol):
+    """Runs jobs anywhere; each goes on from what it finds on the disk."""
+
+    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
+        """Yield how each job ended, as they end; a job takes so many devices."""
+        ...
+
+
+def engine_of(config: TableConfig) -> Engine:
+    """Return the engine that the YAML names.
+
+    Raises:
+        ConfigError: if its library is not installed, or its options are wrong.
+    """
+    workers = config.workers
+    if workers.engine == "ray":
+        return RayActors(config)
+    if workers.engine in ("slurm", "submitit-local"):
+        return Submitted(config)
+    if workers.options:
+        raise ConfigError(f"workers.options {sorted(workers.options)} belong to ray and slurm; local has none")
+    return Here(config) if devices_of(config) == 1 else Pool(config)
+
+
+def devices_of(config: TableConfig) -> int:
+    """Return how many processes run at once: as the YAML says, or one a GPU, or one."""
+    if config.workers.devices is not None:
+        return config.workers.devices
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+class Here:
+    """One job after another in this process."""
+
+    def __init__(self, config: TableConfig) -> None:
+        self.worker = Worker(config)
+        if config.workers.threads is not None:
+            _limit_threads(config.workers.threads)
+
+    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
+        """Yield how each job ended."""
+        for job in jobs:
+            yield self.worker.run(job)
+
+
+_WORKER: Worker | None = None
+"""Of a process of the pool: what it keeps from job to job."""
+
+
+class Pool:
+    """Processes of this machine, one a device; one that dies is replaced, and its job begun again."""
+
+    def __init__(self, config: TableConfig) -> None:
+        self.config = config
+        self.devices = devices_of(config)
+
+    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
+        """Yield how each job ended, as they end."""
+        left, tries = list(jobs), dict.fromkeys(jobs, 0)
+        while left:
+            ended: list[Job] = []
+            begun: list[Job] = []
+            yield from self._until_broken(left, ended, begun)
+            left = [job for job in left if job not in ended]
+            for job in begun:  # those that were running as a process died; nobody knows which of them killed it
+                tries[job] += 1
+                if tries[job] >= TRIES:
+                    left.remove(job)
+                    yield Outcome(job, LOST.format(tries=TRIES))
+
+    def _until_broken(self, jobs: list[Job], ended: list[Job], begun: list[Job]) -> Iterator[Outcome]:
+        """Yield outcomes until all jobs have ended or a process died; note what ended, and what was running then."""
+        context = multiprocessing.get_context("spawn")  # CUDA can't be used in a forked process
+        places = context.Queue()
+        for device in range(self.devices):
+            places.put(device)
+        arguments = (self.config, places, self.devices)
+        with ProcessPoolExecutor(self.devices, context, _begin, arguments) as pool:
+            futures = {pool.submit(_run, job): job for job in jobs[: self.devices]}
+            waiting = jobs[self.devices :]
+            try:
+                while futures:
+                    # A job is handed out when a process is free, so what is running is known if one dies.
+                    done, _ = wait(futures, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield future.result()
+                        ended.append(futures.pop(future))
+                        if waiting:
+                            job = waiting.pop(0)
+                            futures[pool.submit(_run, job)] = job
+            except BrokenProcessPool:
+                begun += [job for job in futures.values() if job not in ended]
+            except BaseException:
+                _kill(pool)  # Ctrl-C: the cells go on where they are from their files
+                raise
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    for process in list((pool._processes or {}).values()):
+        process.terminate()
+
+
+def _begin(config: TableConfig, places: Any, devices: int) -> None:
+    """Begin a process of the pool: take a device, and as many cores as there are for each."""
+    global _WORKER
+    place = places.get()
+    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[place] if place < len(visible) else str(place)
+    _limit_threads(config.workers.threads or max(1, (os.cpu_count() or 1) // devices))
+    _quiet(Path(config.output) / "workers", f"{place}")
+    _WORKER = Worker(config)
+
+
+def _run(job: Job) -> Outcome:
+    assert _WORKER is not None  # the pool began this process
+    return _WORKER.run(job)
+
+
+def _limit_threads(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _quiet(folder: Path, name: str) -> None:
+    """Send what a process prints to a file: the screen is the table's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+
+
+class RayActors:
+    """Ray's actors, on any machine that sees the output folder; Ray restarts those that die, and their jobs."""
+
+    def __init__(self, config: TableConfig) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError("workers.engine is ray, which is not installed; pip install 'prunetune[ray]'") from None
+        self.ray, self.config = ray, config
+        self.devices = devices_of(config)
+
+    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
+        """Yield how each job ended, as they end."""
+        if not self.ray.is_initialized():
+            try:
+                self.ray.init(**{"logging_level": "ERROR", "log_to_driver": False, **self.config.workers.options})
+            except (TypeError, ValueError, ConnectionError) as error:
+                raise ConfigError(f"workers.options: ray.init says {error}") from None
+        gpus = devices if self.ray.cluster_resources().get("GPU") else 0
+        remote = self.ray.remote(num_gpus=gpus, num_cpus=1, max_restarts=-1, max_task_retries=TRIES - 1)(Worker)
+        actors = [remote.remote(self.config) for _ in range(min(self.devices, len(jobs)))]
+        waiting, running = list(jobs), {}
+        for actor in actors:
+            job = waiting.pop(0)
+            running[actor.run.remote(job)] = (actor, job)
+        while running:
+            (ready,), _ = self.ray.wait(list(running), num_returns=1)
+            actor, job = running.pop(ready)
+            yield self._outcome(ready, job)
+            if waiting:
+                job = waiting.pop(0)
+                running[actor.run.remote(job)] = (actor, job)
+        for actor in actors:
+            self.ray.kill(actor)
+
+    def _outcome(self, ready: Any, job: Job) -> Outcome:
+        try:
+            outcome: Outcome = self.ray.get(ready)
+            return outcome
+        except self.ray.exceptions.RayError as error:
+            return Outcome(job, f"{LOST.format(tries=TRIES)} ({type(error).__name__})")
+
+
+class Submitted:
+    """Jobs of a Slurm array, or processes of this machine that submitit starts in the same way; each does a share."""
+
+    def __init__(self, config: TableConfig) -> None:
+        try:
+            import submitit
+        except ImportError:
+            engine = config.workers.engine
+            raise ConfigError(
+                f"workers.engine is {engine}, and submitit is not installed; pip install 'prunetune[slurm]'"
+            ) from None
+        self.submitit, self.config = submitit, config
+        self.devices = config.workers.devices or 1
+
+    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
+        """Yield how each job ended; those of one share come together."""
+        cluster = "local" if self.config.workers.engine == "submitit-local" else "slurm"
+        executor = self.submitit.AutoExecutor(folder=Path(self.config.output) / "submitit", cluster=cluster)
+        try:
+            executor.update_parameters(**{"timeout_min": 24 * 60, **self.config.workers.options})
+        except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+            raise ConfigError(f"workers.options: submitit says {error}") from None
+        left = {tuple(share): 0 for share in _shares(jobs, self.devices)}
+        while left:
+            submitted = executor.map_array(_run_share, [self.config] * len(left), [list(share) for share in left])
+            shares = dict(zip(submitted, left, strict=True))
+            again = {}
+            for task in self.submitit.helpers.as_completed(submitted):
+                share = shares[task]
+                try:
+                    yield from task.result()
+                except (self.submitit.core.utils.UncompletedJobError, self.submitit.core.utils.FailedJobError):
+                    again[share] = left[share] + 1
+            lost = {share: tries for share, tries in again.items() if tries >= TRIES}
+            for share in lost:
+                for job in share:
+                    yield Outcome(job, LOST.format(tries=TRIES))
+            left = {share: tries for share, tries in again.items() if share not in lost}
+
+
+def _shares(jobs: Sequence[Job], number: int) -> list[list[Job]]:
+    """Return jobs in so many shares of neighbours, which are of one model where that can be."""
+    size = max(1, math.ceil(len(jobs) / number))
+    return [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
+
+
+def _run_share(config: TableConfig, jobs: list[Job]) -> list[Outcome]:
+    """Do a share of the jobs in one process, which loads the model once."""
+    if config.workers.threads is not None:
+        _limit_threads(config.workers.threads)
+    worker = Worker(config)
+    return [worker.run(job) for job in jobs]

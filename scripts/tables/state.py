@@ -1,0 +1,72 @@
+"""What of a table is there already, and is what the YAML asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from prunetune.configs import to_yaml
+from prunetune.errors import PrunetuneError
+from prunetune.evaluation.records import MANIFEST, RESULTS, Manifest, read_begun, results_hash
+from prunetune.models.record import read_record
+from prunetune.scripts.tables.cells import Cell, Training
+from prunetune.train.checkpoints import FINISHED
+
+
+def is_trained(training: Training) -> bool:
+    """Return whether a recalibration has finished with these very settings and its adapter is as it was written."""
+    output = Path(training.config.output)
+    if not (output / FINISHED).is_file() or not _same_config(output, training.config):
+        return False
+    try:
+        read_record(training.adapter)
+    except PrunetuneError:
+        return False
+    return True
+
+
+def is_evaluated(cell: Cell) -> bool:
+    """Return whether a cell is complete, of these very settings and this very projector, and as it was written.
+
+    The weights of the base are not read again here: cells of one model that ran with other ones are refused when they
+    are put together.
+    """
+    if not (cell.folder / MANIFEST).is_file() or not _same_config(cell.folder, cell.config):
+        return False
+    try:
+        manifest = read_begun(cell.folder)
+        return manifest.complete and _same_projector(cell, manifest) and _as_written(cell.folder, manifest)
+    except PrunetuneError:
+        return False
+
+
+def items_done(cell: Cell) -> int:
+    """Return how many items of a cell were answered: lines of all its shards."""
+    done = 0
+    for file in cell.folder.glob("results*.jsonl"):
+        try:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    done += block.count(b"\n")
+        except OSError:  # gathered just now
+            continue
+    return done
+
+
+def _same_projector(cell: Cell, manifest: Manifest) -> bool:
+    if cell.config.adapter is None:
+        return True
+    return bool(read_record(cell.config.adapter).get("projector_hash") == manifest.projector.stored_hash)
+
+
+def _as_written(folder: Path, manifest: Manifest) -> bool:
+    return (folder / RESULTS).is_file() and results_hash(folder) == manifest.results_hash
+
+
+def _same_config(folder: Path, config: BaseModel) -> bool:
+    try:
+        written = (folder / "config.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return written == to_yaml(config.model_copy(update={"overwrite": False}))
