@@ -273,6 +273,18 @@ class TrackingConfig(Section):
     )
     project: str = Field("prunetune", description="W&B project")
     name: str | None = Field(None, description="run name; None is the output folder's name")
+    group: str | None = Field(
+        None,
+        description="W&B group; the trainings, arms and report of a table share one",
+        exclude_if=lambda group: group is None,  # effective configurations without these stay, to the byte
+    )
+    job_type: str | None = Field(None, description="W&B job type", exclude_if=lambda job_type: job_type is None)
+    tags: list[str] = Field(default_factory=list, description="W&B tags", exclude_if=lambda tags: not tags)
+    adapters: bool = Field(
+        True,
+        description="keep recalibrated projectors as W&B artefacts",
+        exclude_if=lambda adapters: adapters,
+    )
 
 
 class PluggedConfig(Section):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prunetune.configs import EvaluateConfig, TrackingConfig
 from prunetune.evaluation.metrics.averages import average
-from prunetune.evaluation.records import read_results
+from prunetune.evaluation.records import Manifest, read_manifest, read_results
 from prunetune.evaluation.report.compare import Row, compare
 from prunetune.evaluation.report.comparison import write_comparison
 from prunetune.evaluation.report.plot import plot_rows
@@ -39,6 +39,7 @@ def tracked_evaluate(config: EvaluateConfig, arm: Arm | None = None, bar: bool =
 
 def _track(tracker: Tracker, folder: Path) -> None:
     rows = read_results(folder)
+    tracker.note({"hashes": _hashes(read_manifest(folder))})
     mean = average([row.score for row in rows], [f"{row.task}/{row.source}" for row in rows])
     if mean.overall is None:  # every benchmark hides its answers
         tracker.log({})
@@ -46,6 +47,19 @@ def _track(tracker: Tracker, folder: Path) -> None:
         accuracy = {"overall": mean.overall, **mean.by_source}
         tracker.log({name: round(value, 4) for name, value in accuracy.items()})
     tracker.close()
+
+
+def _hashes(manifest: Manifest) -> dict[str, Any]:
+    """Return what an arm's numbers hang on."""
+    return {
+        "frozen": manifest.frozen_hash,
+        "projector": manifest.projector.hash,
+        "adapter": manifest.projector.stored_hash,
+        "settings": manifest.settings_hash,
+        "template": manifest.template_hash,
+        "questions": {name: task.hash for name, task in manifest.tasks.items()},
+        "results": manifest.results_hash,
+    }
 
 
 def tracked_compare(

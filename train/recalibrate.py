@@ -281,6 +281,10 @@ def save(
     if trained.held_out is not None:
         record["held_out"] = trained.held_out
     write_adapter(run.output / "adapter", tensors, peft_model, record)
+    if tracker is not None:
+        hashes = {name: value for name, value in record.items() if name.endswith("_hash")}
+        tracker.note({"hashes": hashes})
+        tracker.log_adapter(run.output / "adapter", {"pruning": record["pruning"], **hashes})
     mark_finished(run.output, trained.step, run.settings, made_with)
     say(f"recalibrated projector: {run.output / 'adapter'}")
 

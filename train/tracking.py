@@ -31,6 +31,7 @@ class Tracker:
     def __init__(
         self, config: TrackingConfig, folder: Path, settings: dict[str, Any], first_step: int | None = None
     ) -> None:
+        self.config = config
         self.path = folder / "log.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         if first_step is not None and self.path.exists():
@@ -66,6 +67,45 @@ class Tracker:
 
             self.run.log({name: wandb.Table(columns=list(columns), data=rows)})
 
+    def note(self, values: dict[str, Any]) -> None:
+        """Add to the W&B run's configuration what is known once the run is under way, such as hashes."""
+        if self.run is not None:
+            self.run.config.update(values, allow_val_change=True)
+
+    def log_adapter(self, folder: Path, about: dict[str, Any]) -> None:
+        """Send a recalibrated projector to W&B as an artefact, with its hashes."""
+        if self.run is not None and self.config.adapters:
+            import wandb
+
+            artifact = wandb.Artifact(f"projector-{self.run.id}", type="adapter", metadata=about)
+            for file in sorted(folder.iterdir()):  # one by one, which W&B says nothing about
+                artifact.add_file(str(file))
+            self.run.log_artifact(artifact)
+
+    def log_report(self, name: str, path: Path) -> None:
+        """Send an HTML page to W&B."""
+        if self.run is not None:
+            import wandb
+
+            self.run.log({name: wandb.Html(path.read_text(encoding="utf-8"), inject=False)})
+
+    def log_pictures(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Send a table to W&B in which PNG files, as bytes, are pictures."""
+        if self.run is None:
+            return
+        import io
+
+        import PIL.Image
+        import wandb
+
+        drawn = []
+        for row in rows:
+            cells = []
+            for cell in row:
+                cells.append(wandb.Image(PIL.Image.open(io.BytesIO(cell))) if isinstance(cell, bytes) else cell)
+            drawn.append(cells)
+        self.run.log({name: wandb.Table(columns=list(columns), data=drawn)})
+
     def log_image(self, name: str, path: Path) -> None:
         """Send a picture to W&B."""
         if self.run is not None:
@@ -87,6 +127,9 @@ class Tracker:
             "name": config.name or folder.name,
             "dir": str(folder),
             "config": settings,
+            "group": config.group,
+            "job_type": config.job_type,
+            "tags": config.tags or None,
             "settings": wandb.Settings(silent=True),  # where the run is, we say ourselves
         }
         id_file = folder / "wandb_id.txt"

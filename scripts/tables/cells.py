@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from prunetune.configs import (
     TableConfig,
     TableMethod,
     TableModel,
+    TrackingConfig,
     load_config,
 )
 from prunetune.configs.table import ProjectorKind
@@ -183,6 +184,7 @@ class Plan:
             max_pixels=config.max_pixels,
             video=config.video,
             features=str(self.features(arm.model)) if config.features else None,
+            tracking=tracked(config, "evaluate", f"{arm.name}/{task}", [arm.label, arm.kind, task]),
             output=str(self.output / ARMS / arm.name / task),
         )
 
@@ -205,6 +207,15 @@ def lay_out(config: TableConfig) -> Plan:
             plan.impossible.append(f"{model.name}: {error}")
     _each_once("rows", [arm.name for arm in plan.arms], "give one of the methods a name")
     return plan
+
+
+def tracked(config: TableConfig, job_type: str, name: str, tags: Sequence[str] = ()) -> TrackingConfig:
+    """Return how one of a table's runs is tracked: all of them are one group."""
+    if config.tracking.wandb == "off":
+        return config.tracking
+    group = config.tracking.group or slug(Path(config.output).name)
+    own = {"group": group, "job_type": job_type, "name": name, "tags": [*config.tracking.tags, *tags]}
+    return config.tracking.model_copy(update=own)
 
 
 def slug(text: str) -> str:
@@ -307,6 +318,7 @@ def _trainings(
     options: dict[str, Any] = {**config.training}
     if kind == "tuned" and spec is not None:
         options["pruning"] = spec.model_dump(exclude_defaults=True)
+    tags = [kind] if spec is None else [kind, spec.pruner, str(spec.keep)]
     if config.plugins:
         options["plugins"] = config.plugins
     if config.training_features:
@@ -318,6 +330,7 @@ def _trainings(
         if seed is not None:
             own["train.seed"] = seed
             folder += f"_seed{seed}"
+        own["tracking"] = tracked(config, "recalibrate", folder, tags).model_dump()
         own["output"] = str(Path(config.output) / TRAINED / folder)
         overrides = []
         for key, value in own.items():

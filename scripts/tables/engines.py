@@ -174,8 +174,9 @@ class RayActors:
                 raise ConfigError(f"workers.options: ray.init says {error}") from None
         gpus = devices if self.ray.cluster_resources().get("GPU") else 0
         remote = self.ray.remote(num_gpus=gpus, num_cpus=1, max_restarts=-1, max_task_retries=TRIES - 1)(Worker)
-        actors = [remote.remote(self.config) for _ in range(min(self.devices, len(jobs)))]
-        waiting, running = list(jobs), {}
+        actors: list[Any] = [remote.remote(self.config) for _ in range(min(self.devices, len(jobs)))]
+        waiting = list(jobs)
+        running: dict[Any, tuple[Any, Job]] = {}
         for actor in actors:
             job = waiting.pop(0)
             running[actor.run.remote(job)] = (actor, job)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from prunetune.configs import to_yaml
+from prunetune.configs import ConfigError, to_yaml
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.records import MANIFEST, RESULTS, Manifest, read_begun, results_hash
 from prunetune.models.record import read_record
+from prunetune.reading import parse_yaml, read_yaml
 from prunetune.scripts.tables.cells import Cell, Training
 from prunetune.train.checkpoints import FINISHED
 
@@ -66,7 +67,13 @@ def _as_written(folder: Path, manifest: Manifest) -> bool:
 
 def _same_config(folder: Path, config: BaseModel) -> bool:
     try:
-        written = (folder / "config.yaml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        written = read_yaml(folder / "config.yaml", ConfigError)
+    except (OSError, ConfigError):
         return False
-    return written == to_yaml(config.model_copy(update={"overwrite": False}))
+    asked = parse_yaml(to_yaml(config.model_copy(update={"overwrite": False})), "the configuration", ConfigError)
+    # Where numbers were sent to changes none of them.
+    for values in (written, asked):
+        if not isinstance(values, dict):
+            return False
+        values.pop("tracking", None)
+    return bool(written == asked)
