@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol
 
 from prunetune.configs import ConfigError, TableConfig
+from prunetune.reading import one_line
 from prunetune.scripts.tables.work import Job, Outcome, Worker
 
 TRIES = 2
@@ -71,7 +72,7 @@ _WORKER: Worker | None = None
 
 
 class Pool:
-    """Processes of this machine, one a device; one that dies is replaced, and its job begun again."""
+    """Processes of this machine, one a device. Where one dies, what was running is begun again, each alone."""
 
     def __init__(self, config: TableConfig) -> None:
         self.config = config
@@ -79,43 +80,41 @@ class Pool:
 
     def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
         """Yield how each job ended, as they end."""
-        left, tries = list(jobs), dict.fromkeys(jobs, 0)
+        left = list(jobs)
         while left:
-            ended: list[Job] = []
-            begun: list[Job] = []
-            yield from self._until_broken(left, ended, begun)
-            left = [job for job in left if job not in ended]
-            for job in begun:  # those that were running as a process died; nobody knows which of them killed it
-                tries[job] += 1
-                if tries[job] >= TRIES:
-                    left.remove(job)
+            ended, running = yield from self._until_broken(left, self.devices)
+            left = [job for job in left if job not in ended and job not in running]
+            # A pool breaks as a whole, and does not say which of its processes died: alone, a job dies for itself.
+            for job in running:
+                ended, _ = yield from self._until_broken([job], 1)
+                if not ended:
                     yield Outcome(job, LOST.format(tries=TRIES))
 
-    def _until_broken(self, jobs: list[Job], ended: list[Job], begun: list[Job]) -> Iterator[Outcome]:
-        """Yield outcomes until all jobs have ended or a process died; note what ended, and what was running then."""
+    def _until_broken(self, jobs: Sequence[Job], devices: int) -> Generator[Outcome, None, tuple[list[Job], list[Job]]]:
+        """Yield outcomes until all jobs have ended or a process died; return which ended, and which were running."""
         context = multiprocessing.get_context("spawn")  # CUDA can't be used in a forked process
         places = context.Queue()
-        for device in range(self.devices):
+        for device in range(devices):
             places.put(device)
-        arguments = (self.config, places, self.devices)
-        with ProcessPoolExecutor(self.devices, context, _begin, arguments) as pool:
-            futures = {pool.submit(_run, job): job for job in jobs[: self.devices]}
-            waiting = jobs[self.devices :]
+        waiting, ended = list(jobs), []
+        futures: dict[Future[Outcome], Job] = {}
+        with ProcessPoolExecutor(devices, context, _begin, (self.config, places, self.devices)) as pool:
             try:
-                while futures:
+                while waiting or futures:
                     # A job is handed out when a process is free, so what is running is known if one dies.
+                    while waiting and len(futures) < devices:
+                        job = waiting.pop(0)
+                        futures[pool.submit(_run, job)] = job
                     done, _ = wait(futures, return_when=FIRST_COMPLETED)
                     for future in done:
                         yield future.result()
                         ended.append(futures.pop(future))
-                        if waiting:
-                            job = waiting.pop(0)
-                            futures[pool.submit(_run, job)] = job
             except BrokenProcessPool:
-                begun += [job for job in futures.values() if job not in ended]
+                pass  # what is in futures now was running
             except BaseException:
-                _kill(pool)  # Ctrl-C: the cells go on where they are from their files
+                _kill(pool)  # Ctrl-C: cells go on from their files
                 raise
+        return ended, list(futures.values())
 
 
 def _kill(pool: ProcessPoolExecutor) -> None:
@@ -218,8 +217,8 @@ class Submitted:
         executor = self.submitit.AutoExecutor(folder=Path(self.config.output) / "submitit", cluster=cluster)
         try:
             executor.update_parameters(**{"timeout_min": 24 * 60, **self.config.workers.options})
-        except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-            raise ConfigError(f"workers.options: submitit says {error}") from None
+        except (TypeError, ValueError, NameError, NotImplementedError, RuntimeError) as error:
+            raise ConfigError(f"workers.options: submitit says {one_line(error)}") from None
         left = {tuple(share): 0 for share in _shares(jobs, self.devices)}
         while left:
             submitted = executor.map_array(_run_share, [self.config] * len(left), [list(share) for share in left])

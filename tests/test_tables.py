@@ -1,0 +1,304 @@
+"""`prunetune table`: what it is made of, what can't be, what is run again, and where it runs."""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import ROOT
+
+from prunetune import plugins
+from prunetune.configs import ConfigError, TableConfig, load_config
+from prunetune.evaluation.run.evaluate import evaluate
+from prunetune.pruning import registered_methods, registry
+from prunetune.scripts.tables.cells import lay_out
+from prunetune.scripts.tables.cost import plan_text, questions_of
+from prunetune.scripts.tables.engines import engine_of
+from prunetune.scripts.tables.make import make_table
+from prunetune.scripts.tables.state import is_evaluated, is_trained
+from prunetune.train.gpus import gpu_named
+
+RECALIBRATION = "recalibrate/tiny_divprune_16"
+ELASTIC = "recalibrate/tiny_elastic"
+
+
+def table(output, **changes) -> TableConfig:
+    values = {
+        "models": [{"name": "tiny", "recalibrate": RECALIBRATION}],
+        "methods": ["fastervlm", "divprune"],
+        "budgets": [16],
+        "tasks": ["tiny_world"],
+        "limit": 24,
+        "batch_size": 8,
+        "max_new_tokens": 4,
+        "layouts": ["json", "csv"],
+        "examples": 0,
+        "output": str(output),
+        **changes,
+    }
+    return TableConfig.model_validate(values)
+
+
+def names(config: TableConfig) -> list[str]:
+    return [arm.name for arm in lay_out(config).arms]
+
+
+def test_arms_are_dense_then_every_method_budget_and_projector(tmp_path):
+    config = table(tmp_path, models=[{"name": "tiny", "recalibrate": RECALIBRATION, "elastic": ELASTIC}],
+                   budgets=[36, "11.1%"], projectors=["training-free", "tuned", "elastic"],
+                   methods=["fastervlm", {"pruner": "divprune", "budgets": [8], "projectors": ["tuned"]}])  # fmt: skip
+    assert names(config) == [
+        "tiny/dense",
+        "tiny/fastervlm_36", "tiny/fastervlm_36_tuned", "tiny/fastervlm_36_elastic",
+        "tiny/fastervlm_11.1pct", "tiny/fastervlm_11.1pct_tuned", "tiny/fastervlm_11.1pct_elastic",
+        "tiny/divprune_8_tuned",
+        "tiny/dense_elastic",
+    ]  # fmt: skip
+    plan = lay_out(config)
+    # One elastic projector for all rows, one tuned one for each.
+    assert [training.name for training in plan.trainings] == [
+        "tiny/fastervlm_36", "tiny/elastic", "tiny/fastervlm_11.1pct", "tiny/divprune_8"]  # fmt: skip
+    tuned = plan.trainings[0].config
+    assert (tuned.pruning.pruner, tuned.pruning.keep) == ("fastervlm", 36)
+    assert plan.trainings[1].config.pruning.pruner == "divprune"  # its own home setting, not a row's
+    assert all(cell.config.features == str(tmp_path / "features" / "tiny") for cell in plan.cells)
+
+
+def test_seeds_are_trainings_of_one_row(tmp_path):
+    plan = lay_out(table(tmp_path, projectors=["training-free", "tuned"], seeds=[1, 2], methods=["divprune"]))
+    assert [arm.name for arm in plan.arms] == [
+        "tiny/dense", "tiny/divprune_16", "tiny/divprune_16_tuned_seed1", "tiny/divprune_16_tuned_seed2"]  # fmt: skip
+    assert {arm.row for arm in plan.arms[2:]} == {"divprune_16_tuned"}
+    assert [training.config.train.seed for training in plan.trainings] == [1, 2]
+    assert len({training.config.output for training in plan.trainings}) == 2
+
+
+def test_all_that_can_not_be_is_told_at_once_and_nothing_is_written(tmp_path):
+    config = table(tmp_path / "out", methods=["fastervlm", "crisprune", "nonsense"], budgets=[16, 200],
+                   projectors=["training-free", "elastic"], tasks=["tiny_world", "pope"])  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        make_table(config)
+    text = str(error.value)
+    assert "asks for 200 visual tokens" in text and "fastervlm_200" in text
+    assert "unknown pruner 'nonsense'" in text and "crisprune_16" in text and "text_tower" in text
+    assert "benchmark pope: " in text and "no elastic row can be made" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"methods": ["divprune", "divprune"]}, "two rows of the table are called 'tiny/divprune_16'; give one of the"),
+    ({"models": [{"name": "a", "recalibrate": RECALIBRATION}] * 2}, "two models of the table are called 'a'"),
+    ({"methods": [{"pruner": "divprune", "pruning": {"newlines": "all"}}]}, "methods: divprune: newlines: Extra"),
+    ({"models": [{"recalibrate": RECALIBRATION, "model": {"path": "assets/tiny_vlm"}}]}, "dtype 'bfloat16' and 'fl"),
+])  # fmt: skip
+def test_a_yaml_that_contradicts_itself_is_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match="^.*" + message.replace("(", r"\(")):
+        lay_out(table(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("text", ["tasks: []", "budgets: [16, 16]", "models: [{name: x}]", "engine: ray"])
+def test_the_schema_names_the_key_that_is_wrong(tmp_path, text):
+    (tmp_path / "table.yaml").write_text(
+        f"models: [{{recalibrate: {RECALIBRATION}}}]\nmethods: [divprune]\nbudgets: [16]\ntasks: [tiny_world]\n"
+        f"output: out\n".replace(text.partition(":")[0] + ":", "#")
+        + text
+        + "\n"
+    )
+    with pytest.raises(ConfigError, match=text.partition(":")[0]):
+        load_config(TableConfig, tmp_path / "table.yaml")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "tables").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_tables_can_be_laid_out(file):
+    plan = lay_out(load_config(TableConfig, file))
+    assert plan.impossible == [] and plan.arms[0].row == "dense"
+    assert len(plan.cells) == len(plan.arms) * len(plan.config.tasks)
+
+
+def test_the_plan_says_what_is_missing_and_what_it_costs(tmp_path):
+    plan = lay_out(table(tmp_path, projectors=["training-free", "tuned"]))
+    text = plan_text(plan, questions_of(plan), gpu_named("h200"), 8)
+    assert "5 of 5" in text and "tiny_world 24 questions" in text
+    assert "to train: tiny/divprune_16: " in text and "predicted on 8 H200: trainings" in text
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A table with two trainings, made once."""
+    output = tmp_path_factory.mktemp("table") / "out"
+    config = table(output, projectors=["training-free", "tuned"], hard=16,
+                   training={"train.max_steps": 2, "train.save_steps": 2, "train.batch_size": 8})  # fmt: skip
+    ended = make_table(config)
+    assert ended.failed == {} and ended.status == 0
+    return config
+
+
+def test_cells_are_what_separate_evaluations_give(made, tmp_path):
+    """From pixels, each with a model of its own: the same results to the byte."""
+    for cell in lay_out(made).cells:
+        if cell.arm.row not in ("dense", "divprune_16_tuned", "fastervlm_16"):
+            continue
+        alone = evaluate(cell.config.model_copy(update={"features": None, "output": str(tmp_path / cell.arm.row)}))
+        assert (alone / "results.jsonl").read_bytes() == (cell.folder / "results.jsonl").read_bytes()
+
+
+def test_a_finished_table_is_not_made_again(made):
+    plan = lay_out(made)
+    assert all(is_evaluated(cell) for cell in plan.cells) and all(is_trained(one) for one in plan.trainings)
+    before = {cell.name: (cell.folder / "results.jsonl").stat().st_mtime_ns for cell in plan.cells}
+    assert make_table(made).failed == {}
+    assert before == {cell.name: (cell.folder / "results.jsonl").stat().st_mtime_ns for cell in plan.cells}
+
+
+def test_what_a_kill_left_goes_on_to_the_same_bytes(made, tmp_path):
+    copy = made.model_copy(update={"output": str(tmp_path / "copy")})
+    shutil.copytree(made.output, copy.output)
+    for file in (tmp_path / "copy").rglob("config.yaml"):  # a table knows its folders by their paths
+        file.write_text(file.read_text().replace(made.output, copy.output))
+    whole = {cell.name: (cell.folder / "results.jsonl").read_bytes() for cell in lay_out(made).cells}
+    cell = next(cell for cell in lay_out(made).cells if cell.arm.row == "divprune_16")
+    results = tmp_path / "copy" / "arms" / cell.name / "results.jsonl"
+    results.write_bytes(b"".join(results.read_bytes().splitlines(keepends=True)[:11]) + b'{"task": "ti')
+    manifest = results.parent / "manifest.json"
+    unfinished = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(unfinished)[:-3])  # torn as well
+    manifest.unlink()
+    plan = lay_out(copy)
+    begun = [one.name for one in plan.cells if not is_evaluated(one)]
+    assert "tiny/divprune_16/tiny_world" in begun
+    make_table(copy)
+    assert whole == {one.name: (one.folder / "results.jsonl").read_bytes() for one in plan.cells}
+
+
+def test_an_edited_cell_is_not_taken_for_finished(made, tmp_path):
+    cell = lay_out(made).cells[0]
+    text = (cell.folder / "results.jsonl").read_text()
+    try:
+        (cell.folder / "results.jsonl").write_text(text.replace('"score": 1.0', '"score": 0.0', 1))
+        assert not is_evaluated(cell)
+    finally:
+        (cell.folder / "results.jsonl").write_text(text)
+    assert is_evaluated(cell)
+
+
+MORTAL = """
+import os, signal
+from dataclasses import dataclass
+from pathlib import Path
+from prunetune.pruning.methods.fastervlm import FasterVLM
+from prunetune.pruning.registry import register_pruner
+
+@register_pruner("mortal", paper="none")
+@dataclass(frozen=True)
+class Mortal(FasterVLM):
+    always: bool = False
+
+    def __call__(self, tokens, keep):
+        mark = Path({mark!r})
+        if self.always or not mark.exists():
+            mark.write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(tokens, keep)
+"""
+
+
+@pytest.fixture
+def _registry(monkeypatch):
+    """What a test registers goes with it."""
+    registered_methods()
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(plugins, "_LOADED", dict(plugins._LOADED))
+
+
+def outcomes(config: TableConfig) -> dict:
+    cells = [cell.name for cell in lay_out(config).cells]
+    return {outcome.job[1]: outcome for outcome in engine_of(config).run([("cell", name) for name in cells])}
+
+
+def results(config: TableConfig) -> list[bytes]:
+    return [(cell.folder / "results.jsonl").read_bytes() for cell in lay_out(config).cells]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """Two cells as this process fills them."""
+    config = table(tmp_path_factory.mktemp("here"), methods=["fastervlm"], features=False, limit=16)
+    assert all(outcome.error is None for outcome in outcomes(config).values())
+    return results(config)
+
+
+@pytest.mark.parametrize(("workers", "library"), [
+    ({"engine": "ray", "devices": 2, "options": {"num_cpus": 2, "include_dashboard": False}}, "ray"),
+    ({"engine": "submitit-local", "devices": 2, "options": {"timeout_min": 10}}, "submitit"),
+])  # fmt: skip
+def test_every_engine_gives_the_same_results(tmp_path, here, workers, library):
+    pytest.importorskip(library)
+    config = table(tmp_path, methods=["fastervlm"], features=False, limit=16, workers={"threads": 1, **workers})
+    found = outcomes(config)
+    assert all(outcome.error is None for outcome in found.values()), found
+    assert results(config) == here
+    where = {outcome.where for outcome in found.values()}
+    assert f"{os.uname().nodename}:{os.getpid()}" not in where
+
+
+def test_a_process_that_dies_loses_its_cell_at_most(tmp_path, _registry):
+    plugin = tmp_path / "mortal.py"
+    plugin.write_text(MORTAL.format(mark=str(tmp_path / "mark")))
+    always = {"pruner": "mortal", "options": {"always": True}, "name": "always"}
+    config = table(tmp_path / "out", methods=["mortal", always, "fastervlm"], features=False, limit=16,
+                   plugins=[str(plugin)], workers={"devices": 2, "threads": 1})  # fmt: skip
+    found = {name.split("/")[1]: outcome.error for name, outcome in outcomes(config).items()}
+    assert found.pop("always_16") == "its process died 2 times (killed, or out of memory); what it had answered is " \
+                                     "kept, run the table again"  # fmt: skip
+    assert found == {"dense": None, "mortal_16": None, "fastervlm_16": None}
+    cells = {cell.arm.row: cell.folder / "results.jsonl" for cell in lay_out(config).cells}
+    assert cells["mortal_16"].read_text() == cells["fastervlm_16"].read_text()
+
+
+def test_an_arm_that_fails_does_not_stop_the_others_and_is_told(tmp_path, _registry, capsys):
+    plugin = tmp_path / "broken.py"
+    plugin.write_text(
+        MORTAL.replace("mortal", "broken").format(mark="").replace("os.kill(os.getpid(), signal.SIGKILL)", "pass")
+        .replace("mark = Path('')", "raise ValueError('no such thing')")
+    )  # fmt: skip
+    config = table(tmp_path / "out", methods=["broken", "fastervlm"], features=False, limit=8, plugins=[str(plugin)])
+    ended = make_table(config)
+    assert list(ended.failed) == ["tiny/broken_16/tiny_world"]
+    assert "ValueError: no such thing" in ended.failed["tiny/broken_16/tiny_world"]
+    assert (tmp_path / "out" / "failures" / "cell-tiny-broken_16-tiny_world.txt").is_file()
+    written = (tmp_path / "out" / "table.csv").read_text()
+    assert "fastervlm" in written and "broken" not in written.replace("broken_16 failed", "")
+
+
+@pytest.mark.parametrize(("workers", "message"), [
+    ({"options": {"address": "auto"}}, "belong to ray and slurm"),
+    ({"engine": "submitit-local", "options": {"slurm_nonsense": 1}}, "submitit says"),
+])  # fmt: skip
+def test_options_of_an_engine_are_checked(tmp_path, workers, message):
+    if workers.get("engine"):
+        pytest.importorskip("submitit")
+    with pytest.raises(ConfigError, match=message):
+        list(engine_of(table(tmp_path, workers=workers)).run([("cell", "tiny/dense/tiny_world")]))
+
+
+def test_an_unfinished_training_fails_its_own_rows_alone(tmp_path, monkeypatch):
+    from prunetune.scripts.tables import train
+
+    config = table(tmp_path / "out", projectors=["training-free", "tuned"])
+    plan = lay_out(config)
+    launches = []
+
+    def launch(devices, runs, folder, grace):
+        launches.append([run[run.index("--output") + 1] for run in runs])
+        return 1
+
+    monkeypatch.setattr(train, "launch_several", launch)
+
+    class Folder:
+        path = tmp_path
+
+    failed, status = train.train_missing(plan.trainings, Folder())
+    # The first ends the launch, the next one goes on with the others.
+    assert status == 0 and set(failed) == {"tiny/fastervlm_16", "tiny/divprune_16"}
+    assert [len(launch) for launch in launches] == [2, 1]
+    assert "status 1" in failed["tiny/divprune_16"]
