@@ -1,15 +1,22 @@
-"""A table as Markdown and CSV: exact lines, what is left empty, and names that hold a layout's own marks."""
+"""A table as Markdown, CSV, LaTeX and JSON: exact lines, what is left empty, names that hold a layout's own marks."""
 
 import csv
 import io
+import re
+import shutil
+import subprocess
 
 import pytest
-from hand_made_tables import many_benchmarks, one_benchmark, renamed
+from hand_made_tables import many_benchmarks, one_benchmark, renamed, value
 
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.report.tables.layouts.csv import to_csv
+from prunetune.evaluation.report.tables.layouts.files import write_layouts
 from prunetune.evaluation.report.tables.layouts.grid import written_p
+from prunetune.evaluation.report.tables.layouts.json import to_json
+from prunetune.evaluation.report.tables.layouts.latex import to_latex
 from prunetune.evaluation.report.tables.layouts.markdown import to_markdown
+from prunetune.evaluation.report.tables.table import Table
 
 
 def test_one_benchmark_in_markdown():
@@ -128,3 +135,112 @@ def test_quotes_and_lines_in_names_come_back_from_csv():
     text = 'a "quoted", name\nin two lines'
     rows = read(to_csv(renamed(one_benchmark(), text)))
     assert [row["arm"] for row in rows] == [f"dense {text}", f"divprune {text}", f"divprune + tuned projector {text}"]
+
+
+# ---- LaTeX -----------------------------------------------------------------------------------------------------------
+
+
+def cells_of(line):
+    return [cell.strip() for cell in re.split(r"(?<!\\)&", line.removesuffix(r"\\"))]
+
+
+def test_one_benchmark_in_latex():
+    lines = to_latex(one_benchmark(), caption="Small", label="tab:small").splitlines()
+    assert lines[1:6] == [
+        r"\begin{table*}",
+        r"  \centering\small\setlength{\tabcolsep}{4pt}",
+        r"  \caption{Small}",
+        r"  \label{tab:small}",
+        r"  \begin{tabular}{lrrrr@{\,}lrr@{\,}l}",
+    ]
+    assert [cells_of(line) for line in lines[7:9]] == [
+        ["arm", "tokens", "where", "what", r"\multicolumn{2}{c}{world accuracy}", "of dense",
+         r"\multicolumn{2}{c}{tuned - training-free}"],
+        ["", "", r"\%", r"\%", r"\multicolumn{2}{c}{\%}", r"\%", r"\multicolumn{2}{c}{points}"],
+    ]  # fmt: skip
+    assert [cells_of(line) for line in lines[11:13]] == [
+        ["divprune", "64", "60.0", "41.0", "50.5", r"{\scriptsize [48.0, 53.0]}", "59.3", "", ""],
+        ["divprune + tuned projector", "64", r"\textbf{72.0}", r"\textbf{50.5}", r"\textbf{61.2}",
+         r"{\scriptsize [59.0, 63.5]}", r"\textbf{72.0}", "+10.8",
+         r"$^{*}${\scriptsize [+8.0, +13.5] p \textless{} 0.001}"],
+    ]  # fmt: skip
+    assert lines[-1] == r"\end{table*}" and r"asterisk below 0.05\par" in lines[-3]
+
+
+def test_the_best_tuned_row_of_a_budget_is_bold():
+    """Of two tuned rows at 64 tokens; less is better in CHAIR, and 1402.2 twice is bold twice."""
+    table = many_benchmarks()
+    second = table.rows[2].model_copy(
+        update={
+            "id": "elastic", "projector": "elastic", "label": "divprune + elastic projector",
+            "values": {**table.rows[2].values, "pope/f1": value(81), "chair/chairs": value(50),
+                       "mme/perception": value(1402.246)},
+        }
+    )  # fmt: skip
+    lines = to_latex(table.model_copy(update={"rows": [*table.rows, second]})).splitlines()
+    tuned = next(cells_of(line) for line in lines if line.strip().startswith("divprune + tuned"))
+    elastic = next(cells_of(line) for line in lines if line.strip().startswith("divprune + elastic"))
+    assert tuned[2] == "80.5" and elastic[2] == r"\textbf{81.0}"
+    assert r"\textbf{49.0}" in tuned and "50.0" in elastic
+    assert r"\textbf{1402.2}" in tuned and r"\textbf{1402.2}" in elastic
+    assert r"\textbf" not in "".join(line for line in lines if line.strip().startswith(("dense", "divprune &")))
+
+
+@pytest.mark.parametrize("intervals", [True, False])
+@pytest.mark.parametrize("table", [one_benchmark(), many_benchmarks()], ids=["one", "many"])
+def test_every_line_of_latex_fits_its_columns(table, intervals):
+    text = to_latex(renamed(table, r"50 % & a_b #1 $x$ {y} ~ ^ \z < > [w] ±"), intervals=intervals)
+    check_latex(text)
+    assert r"50 \% \& a\_b \#1 \$x\$ \{y\} \textasciitilde{} \textasciicircum{} \textbackslash{}z" in text
+
+
+def check_latex(text):
+    """What would stop LaTeX: unbalanced braces, an environment left open, a row with too many columns."""
+    bare = re.sub(r"\\[\\&%$#_{}]", "", re.sub("(?m)^%.*$", "", text))
+    depth = 0
+    for mark in bare:
+        depth += {"{": 1, "}": -1}.get(mark, 0)
+        assert depth >= 0
+    assert depth == 0 and bare.count("$") % 2 == 0 and not set(bare) & set("%#~")
+    opened = re.findall(r"\\(begin|end)\{(.*?)\}", text)
+    assert opened == [("begin", "table*"), ("begin", "tabular"), ("end", "tabular"), ("end", "table*")]
+    (layout,) = re.findall(r"\\begin\{tabular\}\{(.*)\}\n", text)
+    width = len(re.sub(r"@\{\\,\}", "", layout))
+    body = text.partition(r"\toprule")[2].partition(r"\bottomrule")[0]
+    rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+    for row in rows:
+        assert sum(2 if r"\multicolumn{2}" in cell else 1 for cell in cells_of(row)) == width, row
+    assert len(rows) >= 5
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
+def test_latex_compiles(tmp_path):
+    tables = [
+        renamed(table, r"50 % & a_b #1 $x$ {y} ~ ^ \z < > [w] ±") for table in (one_benchmark(), many_benchmarks())
+    ]
+    drawn = "\n".join(to_latex(table) for table in [one_benchmark(), many_benchmarks(), *tables])
+    (tmp_path / "main.tex").write_text(
+        f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}\n{drawn}\\end{{document}}\n"
+    )
+    done = subprocess.run(["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "main.tex"], cwd=tmp_path,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "main.pdf").stat().st_size > 0, done.stdout[-2000:]
+
+
+# ---- JSON, and files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", [one_benchmark(), many_benchmarks()], ids=["one", "many"])
+def test_json_gives_back_the_same_table(table):
+    assert Table.model_validate_json(to_json(renamed(table, '"quoted" <b> é'))) == renamed(table, '"quoted" <b> é')
+    third = table.rows[0].model_copy(update={"kept": 1 / 3})
+    assert Table.model_validate_json(to_json(table.model_copy(update={"rows": [third]}))).rows[0].kept == 1 / 3
+
+
+def test_files_of_the_layouts(tmp_path):
+    table = many_benchmarks()
+    written = write_layouts(table, tmp_path, also=["TFLOPs"])
+    assert [path.name for path in written] == ["table.md", "table.csv", "table.tex", "table.json"]
+    assert "TFLOPs" in written[0].read_text() and written[3].read_text() == to_json(table)
+    with pytest.raises(TaskError, match="'word' is no layout of a table; choose among markdown, csv, latex, json"):
+        write_layouts(table, tmp_path / "absent", layouts=["csv", "word"])

@@ -145,7 +145,9 @@ def _headings(table: Table, also: Sequence[str]) -> list[Heading]:
     for column in table.columns:
         if column.headline or column.key in also:
             found += _of_metric(table, column)
-    if any(row.relative is not None for row in (*table.rows, *table.quoted)):
+    relative = [row.relative for row in table.rows]
+    relative_quoted = [quote.relative for quote in table.quoted]
+    if any(value is not None for value in (*relative, *relative_quoted)):
         found.append(Heading("relative", "", "of dense" if alone else "relative average"))
     found += _gain(table, headlines)
     for name in cost_names(table):
