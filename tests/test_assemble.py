@@ -88,7 +88,10 @@ def test_intervals_of_metric_and_averages_equal_a_bootstrap_written_as_loops(arm
     for _ in range(4000):
         images, others = random.integers(0, 30, 30), random.integers(0, 20, 20)
         found.append(counts("free", images))
-        ratios = [counts("free", images) / counts("dense", images), accuracy("free", others) / accuracy("dense", others)]
+        ratios = [
+            counts("free", images) / counts("dense", images),
+            accuracy("free", others) / accuracy("dense", others),
+        ]
         shares.append(100 * np.mean(ratios))
     value = free.values["yes_no/f1"]
     assert value.value == pytest.approx(counts("free", range(30)))

@@ -7,7 +7,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from prunetune.evaluation.metrics.metric import Tally
+from prunetune.evaluation.metrics.metric import Metric, Tally
 from prunetune.evaluation.metrics.significance import (
     PERMUTATIONS,
     exchanged,
@@ -100,14 +100,20 @@ def test_an_undefined_exchange_never_makes_p_smaller():
     assert permutation_p(0.0, permuted) == 1.0
 
 
-def test_mcnemar_is_for_single_questions_that_are_right_or_wrong():
+def test_mcnemar_is_for_units_that_are_right_or_wrong():
+    def outcome(counts, value=accuracy):
+        metric = Metric("m", "%", "", None, lambda counts: 100 * np.array(value(counts)) / 100)
+        found = right_or_wrong(metric, [tally(counts)])
+        return None if found is None else found[0].tolist()
+
     single = [[1, 1], [0, 1], [1, 1], [1, 1]]
-    assert right_or_wrong([tally(single)], [75.0])
-    assert not right_or_wrong([tally(single)], [60.0])  # another metric of the same counts
-    assert not right_or_wrong([tally([[0.3, 1], [1, 1]])], [65.0])  # VQA accuracy
-    assert not right_or_wrong([tally([[1, 2], [1, 1]])], [100 * 2 / 3])  # two questions of one image
-    assert not right_or_wrong([tally([[1, 1, 0]])], [100.0])
-    assert not right_or_wrong([tally(single)], [None])
+    assert outcome(single) == [1, 0, 1, 1]
+    assert outcome([[1, 1, 9], [0, 1, 9]]) == [1, 0]  # whatever else is counted, as circular groups do
+    assert outcome(single, lambda counts: 100 * counts[..., 0]) is None  # a sum
+    assert outcome([[0.3, 1], [1, 1]]) is None  # VQA accuracy
+    assert outcome([[1, 2], [1, 1]]) is None  # two questions of one image
+    assert outcome([[2, 2], [0, 1]]) is None  # which weighs more than the other
+    assert outcome([[0, 0], [1, 1]]) is None  # a unit without a question
 
 
 def test_holm_by_hand():

@@ -8,7 +8,7 @@ from math import isfinite
 import numpy as np
 
 from prunetune.evaluation.metrics.intervals import DRAWS_AT_ONCE
-from prunetune.evaluation.metrics.metric import Tally
+from prunetune.evaluation.metrics.metric import Metric, Tally
 
 PERMUTATIONS = 10_000
 MCNEMAR = "McNemar, exact"
@@ -32,22 +32,26 @@ def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
     return min(1.0, 2 * tail / 2**number)
 
 
-def right_or_wrong(tallies: Sequence[Tally], totals: Sequence[float | None]) -> bool:
-    """Return whether every unit is a single question that is right or wrong, and the metric the share of right ones.
+def right_or_wrong(metric: Metric, tallies: Sequence[Tally]) -> list[np.ndarray] | None:
+    """Return whether each unit is right (U,), by arm; None where units are more than that.
 
-    Only then has McNemar's test what it asks for. Where units hold several questions, these hang together, and the
-    permutation test, which exchanges whole units, stands for it.
+    Only where a unit has one outcome and the metric is the share of right units does McNemar's test have what it asks
+    for: independent questions. Where an image holds several, these hang together, and the permutation test, which
+    exchanges whole units, stands for it.
 
     Args:
+        metric: in percent.
         tallies: of the arms.
-        totals: their values of the metric, in percent.
     """
-    for tally, total in zip(tallies, totals, strict=True):
-        if tally.counts.shape[1] != 2 or total is None or not (tally.counts[:, 1] == 1).all():
-            return False
-        if not np.isin(tally.counts[:, 0], (0, 1)).all() or abs(total - 100 * tally.counts[:, 0].mean()) > 1e-9:
-            return False
-    return True
+    found = []
+    for tally in tallies:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            alone = metric.value(tally.counts) / 100
+            whole = float(metric.value(tally.counts.sum(axis=0))) / 100
+        if not np.isin(alone, (0, 1)).all() or not abs(whole - alone.mean()) < 1e-9:
+            return None
+        found.append(alone)
+    return found
 
 
 def exchanged(pairs: Sequence[tuple[Tally, Tally]], seed: int = 0) -> np.ndarray:

@@ -38,9 +38,10 @@ def check_allowed(names: Sequence[str]) -> list[str]:
     for name in (part.strip() for text in names for part in text.split(",")):
         field, _, part = name.partition(".")
         if field in NEVER:
+            others = ", ".join(one for one in NEVER if one != field)
             raise TaskError(
-                f"{name} may never differ between arms of one table (nor {', '.join(one for one in NEVER if one != field)}"
-                "): the numbers would not be of the same thing"
+                f"{name} may never differ between arms of one table (nor {others}): the numbers would not be of the "
+                "same thing"
             )
         if field not in ALLOWABLE or (part and field not in ("model", "versions", "prunetune")):
             raise TaskError(

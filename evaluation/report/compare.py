@@ -34,6 +34,4 @@ def compare(
     Raises:
         TaskError: if the arms can't be compared.
     """
-    return assemble(
-        folders, baseline=hard_for, quoted=quoted, allow=allow, rescore=rescore, output=output, seed=seed
-    )
+    return assemble(folders, baseline=hard_for, quoted=quoted, allow=allow, rescore=rescore, output=output, seed=seed)

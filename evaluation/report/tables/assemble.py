@@ -231,8 +231,8 @@ def _hard(
         if total == 0:
             raise TaskError(f"{below.folder} answers everything, so no item is hard; use a smaller budget")
         notes.append(
-            f"Hard part: {total:,} of {len(below.ids):,} items, those that downsample at {below.budget} answers wrongly "
-            "(after VTC-Bench)."
+            f"Hard part: {total:,} of {len(below.ids):,} items, those that downsample at {below.budget} answers "
+            "wrongly (after VTC-Bench)."
         )
     return found, notes
 

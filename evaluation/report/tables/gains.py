@@ -70,31 +70,11 @@ def gains(
     found = {pair.row: Gains() for pair in pairs}
     if not pairs:
         return found
-    weighed = [column for column in columns if column.weighed]
-    orders = dict(zip((column.column.key for column in weighed), sample_orders(len(weighed), seed), strict=True))
-    # Of the relative average: each benchmark's exchanges as a share of the dense arm, which is exchanged with nobody.
-    shares = np.zeros((PERMUTATIONS, len(pairs)))
-    for numbers, own in _counted_alike(columns):
-        moved = _exchanged(pairs, numbers, seed)
-        for column in own:
-            differences = moved.of(column.numbers)
-            for place, pair in enumerate(pairs):
-                if _both(column.numbers, pair):
-                    p, test = _tested(column.numbers, pair, differences[:, place])
-                    found[pair.row].by_column[column.column.key] = _difference(column.numbers, pair, p, test)
-                if column.weighed:
-                    base = dense[pair.twin]
-                    value = None if base is None else column.numbers.values[base]
-                    share = np.nan if not value else 100 / value / len(weighed)
-                    shares[:, place] += share * differences[orders[column.column.key], place]
-    for column in columns:
-        for pair in pairs:
-            if not column.numbers.tallies and _both(column.numbers, pair):
-                found[pair.row].by_column[column.column.key] = _difference(column.numbers, pair, None, "")
+    shares = _of_columns(found, pairs, columns, dense, seed)
+    # Of one benchmark the averages are its difference once more: tested there, and not twice.
+    alone = sum(column.weighed for column in columns) == 1
     for place, pair in enumerate(pairs):
         if relative is not None and _both(relative, pair):
-            # Of one benchmark it is that benchmark's difference once more: tested there, and not twice.
-            alone = len(weighed) == 1
             p = None if alone else permutation_p(_observed(relative, pair), shares[:, place])
             found[pair.row].relative = _difference(relative, pair, p, "" if alone else PERMUTATION)
     if pooled is not None:
@@ -104,6 +84,37 @@ def gains(
             p, test = (None, "") if alone else _tested(pooled, pair, differences[:, place])
             found[pair.row].pooled = _difference(pooled, pair, p, test)
     return _corrected(found)
+
+
+def _of_columns(
+    found: dict[str, Gains],
+    pairs: Sequence[Pair],
+    columns: Sequence[Measured],
+    dense: Sequence[int | None],
+    seed: int,
+) -> np.ndarray:
+    """Put the differences of every column, and return those of the relative average of exchanged arms (.., pairs)."""
+    weighed = [column for column in columns if column.weighed]
+    orders = dict(zip((column.column.key for column in weighed), sample_orders(len(weighed), seed), strict=True))
+    # Each benchmark's exchanges as a share of the dense arm, which is exchanged with nobody.
+    shares = np.zeros((PERMUTATIONS, len(pairs)))
+    by_key: dict[str, np.ndarray] = {}
+    for numbers, own in _counted_alike(columns):
+        moved = _exchanged(pairs, numbers, seed)
+        for column in own:
+            key = column.column.key
+            by_key[key] = moved.of(column.numbers)
+            if column.weighed:
+                values = [None if base is None else column.numbers.values[base] for base in dense]
+                scale = [100 / value / len(weighed) if value else np.nan for value in (values[p.twin] for p in pairs)]
+                shares += by_key[key][orders[key]] * scale
+    for column in columns:
+        for place, pair in enumerate(pairs):
+            if _both(column.numbers, pair):
+                key = column.column.key
+                p, test = _tested(column.numbers, pair, by_key[key][:, place]) if key in by_key else (None, "")
+                found[pair.row].by_column[key] = _difference(column.numbers, pair, p, test)
+    return shares
 
 
 @dataclass(frozen=True)
@@ -144,10 +155,10 @@ def _counted_alike(columns: Sequence[Measured]) -> list[tuple[Numbers, list[Meas
 def _tested(numbers: Numbers, pair: Pair, differences: np.ndarray) -> tuple[float, str]:
     """Return p that nothing differs, and the test's name."""
     if len(pair.tuned) == 1:
-        arms = (*pair.tuned, pair.twin)
-        tallies = [numbers.tallies[arm] for arm in arms]
-        if right_or_wrong(tallies, [numbers.values[arm] for arm in arms]):
-            return mcnemar(tallies[0].counts[:, 0], tallies[1].counts[:, 0]), MCNEMAR
+        assert numbers.metric is not None  # it has tallies
+        right = right_or_wrong(numbers.metric, [numbers.tallies[arm] for arm in (*pair.tuned, pair.twin)])
+        if right is not None:
+            return mcnemar(*right), MCNEMAR
     return permutation_p(_observed(numbers, pair), differences), PERMUTATION
 
 

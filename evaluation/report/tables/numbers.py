@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.metrics.intervals import RESAMPLES
 from prunetune.evaluation.metrics.metric import Metric, Tally, interval, resampled, tallied
 from prunetune.evaluation.report.arms import EvaluatedArm
@@ -91,7 +92,11 @@ def numbers_of(metrics: Sequence[Metric], answers: Sequence[Sequence[Scored]], s
     found = []
     for metric in metrics:
         if metric.tally not in drawn:
-            tallies = [metric.tally(own) for own in answers]
+            try:
+                tallies = [metric.tally(own) for own in answers]
+            except TaskError as error:  # what counts captions needs a program that may not be here
+                found.append(Numbers([None] * len(answers), note=f"{error}; manifest.json has what was reached"))
+                continue
             drawn[metric.tally] = tallies, resampled(tallies, seed)
         tallies, counts = drawn[metric.tally]
         with np.errstate(divide="ignore", invalid="ignore"):  # not defined is NaN, which is looked for
