@@ -266,6 +266,7 @@ def _answers(
             kept_per_frame=None if answer.kept_per_frame is None else list(answer.kept_per_frame),
             # The record takes no others, and what a method counts on the side should not stop an evaluation.
             notes={name: value for name, value in answer.notes.items() if math.isfinite(value)},
+            kinds=dict(item.kinds),
         )
         rows.append(row)
     return rows

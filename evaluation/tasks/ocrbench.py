@@ -8,8 +8,9 @@ from typing import Any
 
 from prunetune.evaluation.files import find_file, read_json
 from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
+from prunetune.evaluation.metrics.metric import Metric
 from prunetune.evaluation.readers import PublishedFiles, images_below
-from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, Scorer, register_task
+from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, Scorer, register_task, tally_scores
 
 SOURCE = "https://github.com/Yuliang-Liu/MultimodalOCR (OCRBench/OCRBench.json and its pictures)"
 # Handwritten mathematics, the only part whose answers are LaTeX.
@@ -64,6 +65,8 @@ def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     return {"score": sum(kinds.values()), "of": len(scored), "by_kind": kinds}
 
 
+METRICS = (Metric("score", "points", "answers found; pictures are drawn", tally_scores, lambda counts: counts[..., 0]),)
+
 register_task(
     Benchmark(
         name="ocrbench",
@@ -71,6 +74,7 @@ register_task(
         prompt="question",
         about="OCRBench: reading text in pictures (answers found, of 1,000)",
         readers=[PublishedFiles(read_items, images_below("OCRBench_Images")), ParquetRows("ocrbench", read_row)],
-        scorer=Scorer(score, summarise),
+        scorer=Scorer(score, summarise, METRICS),
+        source_is="kind",
     )
 )

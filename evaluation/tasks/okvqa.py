@@ -7,7 +7,7 @@ from pathlib import Path
 from prunetune.evaluation.lmms_lab import ParquetRows
 from prunetune.evaluation.readers import PublishedFiles, images_below
 from prunetune.evaluation.tasks.base import Benchmark, Item, Scorer, register_task
-from prunetune.evaluation.tasks.vqa import coco_items, read_row, score, summarise
+from prunetune.evaluation.tasks.vqa import METRICS, coco_items, read_row, score, summarise
 
 # VQAv2's names but for their "v2_": files are found by their whole names, so one folder can hold both.
 QUESTIONS = "OpenEnded_mscoco_val2014_questions.json"
@@ -27,6 +27,7 @@ register_task(
         prompt="question, short answer",
         about="OK-VQA validation: questions that need knowledge (VQA accuracy)",
         readers=[PublishedFiles(read_items, images_below("val2014")), ParquetRows("okvqa", read_row)],
-        scorer=Scorer(score, summarise),
+        scorer=Scorer(score, summarise, METRICS),
+        source_is="answer type",
     )
 )

@@ -19,7 +19,7 @@ from prunetune.evaluation.tasks.base import (
     Scorer,
     register_task,
 )
-from prunetune.evaluation.tasks.vqa import LLAVA_EVAL, people, score
+from prunetune.evaluation.tasks.vqa import LLAVA_EVAL, METRICS, people, score
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
 WITH_OCR = "llava_textvqa_val_v051_ocr.jsonl"
@@ -122,7 +122,7 @@ for _name, _read, _ocr in (("textvqa", read_items_with_ocr, True), ("textvqa_no_
                 PublishedFiles(_read, images_below("train_images"), answers=read_items),
                 ParquetRows(_name, partial(read_row, ocr=_ocr), repeats=True),
             ],
-            scorer=Scorer(score),
+            scorer=Scorer(score, metrics=METRICS),
             pairing=Pairing(item_ids),
         )
     )

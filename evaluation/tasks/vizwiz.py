@@ -18,7 +18,7 @@ from prunetune.evaluation.tasks.base import (
     Scorer,
     register_task,
 )
-from prunetune.evaluation.tasks.vqa import hidden_items, people, score, summarise, write_answers
+from prunetune.evaluation.tasks.vqa import METRICS, hidden_items, people, score, summarise, write_answers
 
 QUESTIONS = "val.json"
 TEST = "llava_test.jsonl"
@@ -76,7 +76,8 @@ register_task(
         prompt="question, unanswerable hint, short answer",
         about="VizWiz validation: blind people's questions (VQA accuracy)",
         readers=[PublishedFiles(read_items, images_below("val")), ParquetRows("vizwiz", read_row)],
-        scorer=Scorer(score, summarise),
+        scorer=Scorer(score, summarise, METRICS),
+        source_is="answer type",
         pairing=Pairing(item_ids),
     )
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import find_file, read_json, read_questions
 from prunetune.evaluation.lmms_lab import Row, image_in_row
 from prunetune.evaluation.metrics.vqa import normalize, vqa_accuracy
-from prunetune.evaluation.tasks.base import SHORT_ANSWER, Item, Scored, averaged
+from prunetune.evaluation.tasks.base import ACCURACY, SHORT_ANSWER, Item, Scored, averaged
 from prunetune.outputs import write_text
 
 LLAVA_EVAL = "LLaVA's eval.zip, see its docs/Evaluation.md"
@@ -26,6 +27,9 @@ def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     """Return VQA accuracy in percent, of all and by answer type."""
     mean = averaged(scored)
     return {"accuracy": mean.overall, "by_answer_type": mean.by_source}
+
+
+METRICS = (replace(ACCURACY, about="VQA accuracy against people's answers; pictures are drawn"),)
 
 
 def coco_items(data: Path, questions: str, annotations: str, source: str) -> list[Item]:

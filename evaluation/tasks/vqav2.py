@@ -8,7 +8,7 @@ from pathlib import Path
 from prunetune.evaluation.lmms_lab import ParquetRows
 from prunetune.evaluation.readers import PublishedFiles, images_below
 from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, Scorer, register_task
-from prunetune.evaluation.tasks.vqa import coco_items, hidden_items, read_row, score, summarise, write_answers
+from prunetune.evaluation.tasks.vqa import METRICS, coco_items, hidden_items, read_row, score, summarise, write_answers
 
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
@@ -39,7 +39,8 @@ register_task(
         prompt="question, short answer",
         about="VQAv2 validation (VQA accuracy); test-dev is vqav2_testdev",
         readers=[PublishedFiles(read_items, images_below("val2014")), ParquetRows("vqav2", read_row)],
-        scorer=Scorer(score, summarise),
+        scorer=Scorer(score, summarise, METRICS),
+        source_is="answer type",
     )
 )
 register_task(
