@@ -171,7 +171,7 @@ def tally(scored: Sequence[Scored]) -> Tally:
         row = np.zeros((len(SUBTASKS), 4))
         row[SUBTASKS.index(subtask)] = sum(scores), len(scores), all(scores), 1
         units.append(f"{subtask}/{image}")
-        rows.append(row.ravel())
+        rows.append(row.ravel().tolist())
     return tallied(units, rows)
 
 

@@ -121,7 +121,7 @@ def tally(scored: Sequence[Scored]) -> Tally:
     for one in scored:
         row = np.zeros((len(tasks), 2))
         row[tasks.index(one.item.source)] = one.score or 0, 1
-        rows.append(row.ravel())
+        rows.append(row.ravel().tolist())
     return tallied([unit_of(one.item) for one in scored], rows)
 
 

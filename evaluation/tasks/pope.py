@@ -139,7 +139,7 @@ def tally(scored: Sequence[Scored]) -> Tally:
         right = one.score == 1
         row[CATEGORIES.index(one.item.source), (0 if right else 3) if yes else (2 if right else 1)] = 1
         units.append(_picture(one.item))
-        rows.append(row.ravel())
+        rows.append(row.ravel().tolist())
     return tallied(units, rows)
 
 
