@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,11 +139,13 @@ class Scorer:
         score: compares one prediction with its item, from 0 to 1; None where only a whole set has a score.
         summarise: computes all metrics of scored predictions, from the scores that they carry.
         metrics: those that tables have columns for, each with an interval of its own; papers print the first.
+        notes: where numbers are defined otherwise than by the published scorer, on purpose.
     """
 
     score: Callable[[str, Item], float | None]
     summarise: Callable[[Sequence[Scored]], dict[str, Any]] = accuracy
     metrics: Sequence[Metric] = (ACCURACY,)
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,10 @@ class Benchmark:
         readers: the layouts its files come in, the one to ask for first.
         scorer: compares predictions with answers; None where the answers are hidden, so that only the benchmark's
             server can score.
+        others: scorers by other rules, by the protocol's name, see :meth:`under`.
         upload: writes the file that the server takes into a folder, and returns its path.
+        unasked: reads from a folder the questions that are not asked, but without which the server takes no upload:
+            their answers there are empty.
         pairing: how saved predictions find their items.
         notes: where numbers are defined otherwise than by the published scorer, on purpose.
         source_is: what an item's source tells apart: "category", "subtask", "answer type".
@@ -208,11 +213,27 @@ class Benchmark:
     notes: Sequence[str] = ()
     source_is: str = "source"
     video: bool = False
+    others: Mapping[str, Scorer] = field(default_factory=dict)
+    unasked: Callable[[Path], list[Item]] | None = None
 
     @property
     def hidden(self) -> bool:
         """Whether the answers are hidden."""
         return self.scorer is None
+
+    def under(self, protocol: str | None) -> Benchmark:
+        """Return the benchmark scored by another protocol's rules, called ``NAME@PROTOCOL``; None is its own.
+
+        Raises:
+            TaskError: if it can't be scored by them.
+        """
+        if protocol in (None, self.protocol):
+            return self
+        if protocol not in self.others:
+            known = " or ".join(repr(name) for name in (self.protocol, *self.others))
+            raise TaskError(f"{self.name} is scored by protocol {known}, not {protocol!r}")
+        # Under a name of its own: its scores are other numbers, and nothing may take the one for the other.
+        return replace(self, name=f"{self.name}@{protocol}", protocol=protocol, scorer=self.others[protocol], others={})
 
     def open(self, data: Path, answers_only: bool = False) -> Questions:
         """Return the items in a folder, by the first reader whose files are there.
@@ -320,10 +341,18 @@ def tasks() -> dict[str, Benchmark]:
 def get_task(name: str) -> Benchmark:
     """Return the benchmark of a name, or the object that ``package.module:NAME`` names.
 
+    Args:
+        name: ``vqav2``, or ``vqav2@official`` for the rules of another protocol than its own.
+
     Raises:
-        TaskError: if there is none, with the nearest name.
+        TaskError: if there is none, with the nearest name, or no such protocol.
         PluginError: if its module can't be imported.
     """
+    name, _, protocol = name.partition("@")
+    return _named(name).under(protocol or None)
+
+
+def _named(name: str) -> Benchmark:
     if ":" in name:
         task = named(name)
         if not isinstance(task, Benchmark):
@@ -351,6 +380,7 @@ def task_folder(data: str | Path | None, name: str) -> Path:
     if data is None:
         return UNSET
     root = Path(data)
+    name = name.partition("@")[0]  # whose rules score the answers says nothing about the files
     if not root.is_dir():
         raise TaskError(f"data folder {str(root)!r} does not exist; set data to the folder of the benchmarks' files")
     # Variants of one benchmark share its files: vqav2_testdev lies with vqav2.

@@ -101,14 +101,19 @@ def read_row(row: Row, number: int) -> Item:
 
 
 def _item(subtask: str, stem: str, image: str, question: str, answer: str) -> Item:
-    question = plain(question)
-    return Item(f"{subtask}/{stem}/{question}", subtask, image, f"{question}\n{SHORT_ANSWER}", answer)
+    # Some questions have two spaces within a sentence, and LLaVA's file asks them so: another prompt, another token.
+    asked = f"{_unformatted(question)}\n{SHORT_ANSWER}"
+    return Item(f"{subtask}/{stem}/{plain(question)}", subtask, image, asked, answer)
 
 
 def plain(question: str) -> str:
-    """Return a question without the two answer formats, single-spaced."""
+    """Return a question without the two answer formats, single-spaced, by which it is known."""
+    return " ".join(_unformatted(question).split())
+
+
+def _unformatted(question: str) -> str:
     # MME asks for yes or no, LLaVA's question file for a short answer; the question itself is what both share.
-    return " ".join(question.replace(SHORT_ANSWER, "").replace(YES_OR_NO, "").split())
+    return question.replace(SHORT_ANSWER, "").replace(YES_OR_NO, "").strip()
 
 
 def says(prediction: str) -> str:

@@ -18,13 +18,11 @@ from prunetune.evaluation.tasks.base import (
     Scorer,
     register_task,
 )
-from prunetune.evaluation.tasks.vqa import METRICS, hidden_items, people, score, summarise, write_answers
+from prunetune.evaluation.tasks.vqa import METRICS, UNANSWERABLE, hidden_items, people, score, summarise, write_answers
 
 QUESTIONS = "val.json"
 TEST = "llava_test.jsonl"
 SOURCE = "https://vizwiz.org/tasks-and-datasets/vqa/"
-# LLaVA's hint: about a third of the questions can't be answered from the photograph, and saying so is right there.
-UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 
 def read_items(data: Path) -> list[Item]:
