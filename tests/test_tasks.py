@@ -87,13 +87,14 @@ def test_prompts_are_the_published_ones(tmp_path):
         fill(tmp_path / name)
     asked = {name: get_task(name).read(tmp_path / name)[1].question for name in FILES}
     assert asked["gqa"] == f"what number is shown ?\n{S}"
-    assert asked["textvqa"] == f"what number is shown ? 1\nReference OCR token: 4, 7\n{S}"
+    assert asked["textvqa"] == f"What number is shown ? 1\nReference OCR token: 4, 7\n{S}"
     assert asked["textvqa_no_ocr"] == f"What number is shown ? 1\n{S}"
     assert asked["vizwiz"].splitlines() == [
         "what number is shown ?",
         "When the provided information is insufficient, respond with 'Unanswerable'.",
         S,
     ]
+    assert asked["okvqa"].splitlines() == asked["vizwiz"].splitlines()
     assert asked["scienceqa"].endswith("C. red\nAnswer with the option's letter from the given choices directly.")
     assert asked["mme"] == f"Is there a star?\n{S}" and asked["pope"] == f"Is there a star in the image?\n{S}"
 

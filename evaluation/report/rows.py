@@ -98,7 +98,7 @@ def check_results_hash(folder: Path, manifest: Manifest) -> None:
 
 def item_of(row: Result) -> Item:
     """Return the question that a row answers."""
-    return Item(row.id, row.source, row.image, row.question, row.answer)
+    return Item(row.id, row.source, row.image, row.question, row.answer, row.kinds)
 
 
 def _task(folder: Path, manifest: Manifest, name: str) -> Benchmark:
