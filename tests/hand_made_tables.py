@@ -1,5 +1,9 @@
 """Tables made by hand, whose looks are known line by line."""
 
+import numpy as np
+from PIL import Image
+
+from prunetune.evaluation.report.tables.layouts.examples import Answered, Example, Examples, Picture
 from prunetune.evaluation.report.tables.table import Column, Difference, QuotedRow, Row, Table, Value
 
 ACCURACY = Column(task="world", metric="accuracy", unit="%", about="share of right answers", items=1200)
@@ -91,3 +95,80 @@ def renamed(table, text):
     return table.model_copy(
         update={"title": text, "columns": columns, "rows": rows, "quoted": quoted, "footnotes": [text]}
     )
+
+
+METHODS = ("fastervlm", "divprune", "visionzip", "promprune", "adaptive")
+BUDGETS = (192, 128, 64)
+
+
+def wide_table():
+    """A dense arm and five methods at three budgets, tuned and not: as a paper's main table."""
+    columns = [POPE, POPE_ACCURACY, MME, CHAIR, UPLOAD]
+    random = np.random.default_rng(0)
+
+    def row(share, costs, **fields):
+        noise = iter(random.normal(0, 0.4, 5))
+        own = {
+            POPE.key: 85.9 * share + next(noise),
+            POPE_ACCURACY.key: 86.5 * share + next(noise),
+            MME.key: 1506 * share + 20 * next(noise),
+            CHAIR.key: 48 / share + next(noise),
+        }
+        values = {key: value(number, number * 0.985, number * 1.015) for key, number in own.items()}
+        values[UPLOAD.key] = value(None, note="hidden answers: vqav2_upload.json")
+        relative = 100 * share
+        return Row(
+            values=values, relative=value(relative, relative - 1.1, relative + 1.1), facts={"items": 11_000},
+            pooled=value(80 * share, 79.5 * share, 80.5 * share),
+            costs={"TFLOPs": value(costs), "prefill ms": value(6 + 5 * costs, 5.7 + 5 * costs, 6.3 + 5 * costs)},
+            **fields,
+        )  # fmt: skip
+
+    rows = [row(1, 8.6, **DENSE)]
+    for place, method in enumerate(METHODS):
+        for budget in BUDGETS:
+            lost = (0.03 + 0.012 * place) * (192 / budget)
+            tflops = 0.5 + 8.1 * budget / 576
+            own = {"model": "llava", "method": method, "budget": str(budget), "kept": budget}
+            free = f"{method}-{budget}"
+            rows.append(row(1 - lost, tflops, id=free, label=method, projector="training-free", **own))
+            gain = 45 * lost
+            p = {"p": 0.0001, "adjusted": 0.0016} if gain > 2 else {"p": 0.06, "adjusted": 0.3}
+            tuned = {"id": f"{free}-tuned", "label": f"{method} + tuned projector", "projector": "tuned", "twin": free}
+            difference = Difference(value=gain, interval=(gain - 1, gain + 1), test="paired permutation", **p)
+            rows.append(row(1 - 0.55 * lost, tflops, relative_gain=difference, **tuned, **own))
+    quoted = QuotedRow(label="DivPrune", model="llava", method="divprune", budget=64, cite="arXiv 2503.02175, table 1",
+                       values={POPE.key: 73.1, MME.key: 1310}, relative=86.2, beside="divprune-64",
+                       differences={POPE.key: 0.15, MME.key: 5.46})  # fmt: skip
+    return Table(title="LLaVA-1.5 7B: five methods, training-free and tuned", columns=columns, rows=rows,
+                 quoted=[quoted], footnotes=["arms may differ in device: cpu, cuda"])  # fmt: skip
+
+
+def photograph(seed, side=336):
+    """Pixels with the smooth parts and the grain of a photograph."""
+    random = np.random.default_rng(seed)
+    coarse = random.uniform(0, 255, (6, 6, 3)).astype(np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC), dtype=float)
+    return (smooth + random.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+def examples_of(table, count, side=336, grid=24, said="answer"):
+    """Questions with random kept tokens; the more are kept, the likelier an arm is right."""
+    random = np.random.default_rng(1)
+    found = []
+    for number in range(count):
+        hardness, arms = random.uniform(0, 1), {}
+        for row in table.rows:
+            kept = random.permutation(grid * grid)[: min(int(row.kept), grid * grid)]
+            right = row.relative is not None and (row.relative.value or 0) / 100 + random.normal(0, 0.1) > hardness
+            arms[row.id] = Answered(
+                prediction=f"{said} {number}" if right else f"not {said} {number}",
+                score=float(right),
+                kept=sorted(kept.tolist()),
+                grid=(grid, grid),
+            )
+        found.append(
+            Example(task="pope", id=str(number), question=f"What is in picture {number}?", answer=f"{said} {number}",
+                    picture=Picture.of(photograph(number, side)), arms=arms)
+        )  # fmt: skip
+    return Examples(how="The first questions on which arms differ, of a picture each.", examples=found)
