@@ -109,7 +109,10 @@ class World:
         self.write(
             "evaluate.yaml", model % "divprune" + "tasks: [tiny_world_validation]\nlimit: 4\noutput: evaluated\n"
         )
-        self.write("quoted.yaml", "- {arm: theirs, kept: 64, values: {overall: 61.9}, cite: 'their table 1'}\n")
+        self.write(
+            "quoted.yaml",
+            "- {arm: theirs, kept: 64, values: {tiny_world_validation/accuracy: 61.9}, cite: 'their table 1'}\n",
+        )
         self.write("template.jinja", (ROOT / "data_recipes" / "templates" / "vicuna_v1.jinja").read_text())
         self.write("plugin.py", "x = 1\n")
         self.write("zero.json", (ROOT / "configs" / "deepspeed" / "zero2.json").read_text())

@@ -53,6 +53,7 @@ class Result(_Record):
         kept: how many visual tokens reached the LLM.
         kept_per_frame: of a video, how many of each frame did; not in the file otherwise.
         notes: what the pruner noted of the item by name, such as ``ran_dry``; not in the file if that is nothing.
+        kinds: further kinds of question that it is one of, for breakdowns; not in the file if there are none.
     """
 
     task: str
@@ -66,6 +67,7 @@ class Result(_Record):
     kept: int
     kept_per_frame: list[int] | None = None
     notes: dict[str, float] = {}
+    kinds: dict[str, str] = {}
 
     @property
     def key(self) -> tuple[str, str]:
@@ -79,6 +81,8 @@ class Result(_Record):
         left_out = {"kept_per_frame"} if self.kept_per_frame is None else set()
         if not self.notes:
             left_out.add("notes")
+        if not self.kinds:
+            left_out.add("kinds")
         return json.dumps(self.model_dump(exclude=left_out)) + "\n"
 
 

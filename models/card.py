@@ -201,37 +201,47 @@ def measured_rows(table: Path, record: Mapping[str, Any]) -> str:
         rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
     except (UnicodeDecodeError, csv.Error) as error:
         raise CheckpointError(f"{path} is no table of prunetune compare: {error}") from None
-    needed = ("arm", "kept_tokens", "overall", "relative_to_dense", "tuned_minus_training_free", "frozen_hash")
-    lacking = [name for name in (*needed, "adapter_hash") if not rows or name not in rows[0]]
+    lacking = [name for name in ("arm", "kept", "frozen_hash", "adapter_hash") if not rows or name not in rows[0]]
     if lacking:
         raise CheckpointError(f"{path} is no table of this version's prunetune compare: it lacks {', '.join(lacking)}")
     own = False
-    lines = [
-        "| arm | visual tokens | overall | of dense | tuned - training-free |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
     for row in rows:
-        if not row["quoted"] and row["frozen_hash"] != str(record.get("frozen_hash"))[:16]:
+        if not row.get("quoted") and row["frozen_hash"] != str(record.get("frozen_hash"))[:16]:
             raise CheckpointError(
                 f"{path}: {row['arm']} ran on frozen weights {row['frozen_hash']}, the projector is for "
                 f"{str(record.get('frozen_hash'))[:16]}; give a comparison of the same base"
             )
-        own = own or row["adapter_hash"] == str(record.get("projector_hash"))[:16]
-        lines.append(_row(row))
+        own = own or str(record.get("projector_hash"))[:16] in row["adapter_hash"].split()
     if not own:
         raise CheckpointError(
             f"{path} has no row of the projector {str(record.get('projector_hash'))[:16]}; compare an arm with this "
             "adapter"
         )
-    return "\n".join(lines) + "\n"
+    titles = _titles(list(rows[0]))
+    lines = [["arm", "visual tokens", *titles.values()], ["---", *["---:"] * (1 + len(titles))]]
+    lines += [_row(row, list(titles)) for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _row(row: Mapping[str, str]) -> str:
-    name = f"{row['arm']} (quoted: {row['quoted']})" if row["quoted"] else row["arm"]
-    numbers = [f"{float(row[key]):g}" if row[key] else "" for key in ("kept_tokens",)]
-    for key in ("overall", "relative_to_dense", "tuned_minus_training_free"):
-        numbers.append(f"{float(row[key]):.1f}" if row[key] else "")
-    return f"| {' | '.join([name, *numbers])} |"
+def _titles(names: list[str]) -> dict[str, str]:
+    """Return which of the table's columns a card shows, and what it calls them."""
+    metrics = [name for name in names if "/" in name and " " not in name]
+    titles = {name: name.replace("/", " ") for name in metrics}
+    # Of a single metric what it gains, of several what their average does.
+    gains = ["relative gain"] if len(metrics) > 1 else [f"{name} gain" for name in metrics]
+    for name, title in (("relative", "of dense"), *((gain, "tuned - training-free") for gain in gains)):
+        if name in names:
+            titles[name] = title
+    return titles
+
+
+def _row(row: Mapping[str, str], names: list[str]) -> list[str]:
+    quoted = row.get("quoted")
+    cells = [f"{row['arm']} (quoted: {quoted})" if quoted else row["arm"]]
+    cells.append(f"{float(row['kept']):g}" if row["kept"] else "")
+    for name in names:
+        cells.append(f"{float(row[name]):.1f}" if row[name] else "")
+    return cells
 
 
 def write_card(folder: Path, table: Path | None = None) -> Path:

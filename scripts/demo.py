@@ -15,8 +15,8 @@ from prunetune.configs import (
 )
 from prunetune.data_recipes import load_recipe
 from prunetune.evaluation.report.arms import read_arm
-from prunetune.evaluation.report.compare import Row
-from prunetune.evaluation.report.table import to_markdown
+from prunetune.evaluation.report.tables.layouts.markdown import to_markdown
+from prunetune.evaluation.report.tables.table import Row, Table
 from prunetune.evaluation.run.answers import ShownArm, show_answers
 from prunetune.evaluation.run.features import feature_data
 from prunetune.models import Arm
@@ -164,10 +164,10 @@ def _run(folder: OutputFolder, world: World, size: Size, began: float) -> None:
     measure("dense_elastic", dense.with_adapter(_adapter(output, ELASTIC)))
 
     say("\n== 5/5  compare")
-    rows = tracked_compare(arms, output / "comparison", TrackingConfig(wandb="offline", name="demo"), overwrite=True)
-    print(to_markdown(rows))
-    folder.write_text(SUMMARY, summary(rows))
-    print(summary(rows))
+    table = tracked_compare(arms, output / "comparison", TrackingConfig(wandb="offline", name="demo"), overwrite=True)
+    print(to_markdown(table))
+    folder.write_text(SUMMARY, summary(table))
+    print(summary(table))
     _show(output, world, dense)
     print(f"{time.monotonic() - began:.0f} s in all.")
     print(
@@ -245,22 +245,29 @@ def _show(output: Path, world: World, dense: Arm) -> None:
     show_answers(shown, world.task, wrong_in=1, count=4, output=output / "answers")
 
 
-def summary(rows: list[Row]) -> str:
+def summary(table: Table) -> str:
     """Return a Markdown table with a row for each method at the tuned budget, and a column for each projector."""
-    names = {row.label: row for row in rows if row.kept == KEEP or row.label.startswith("dense")}
+    names = {row.label: row for row in table.rows if row.kept == KEEP or row.label.startswith("dense")}
+    (column,) = table.columns  # the demo has one benchmark, which has one metric
     lines = [["", "base's projector", *PROJECTORS.values()], ["---", *["---:"] * (1 + len(PROJECTORS))]]
     for method in (*METHODS, "dense"):
         told = "no pruning, 144 tokens" if method == "dense" else f"{method}, {KEEP} tokens"
-        base = names[method]
-        cells = [f"{base.overall:.1f} [{base.interval[0]:.1f}, {base.interval[1]:.1f}]"]
+        cells = [_reached(names[method], column.key)]
         for label in PROJECTORS:
             row = names.get(f"{method} + {label}")
-            cells.append("" if row is None else _gained(row))
+            cells.append("" if row is None else _gained(row, column.key))
         lines.append([told, *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _gained(row: Row) -> str:
-    assert row.gain is not None and row.gain_interval is not None  # every tuned row has its training-free one
-    low, high = row.gain_interval
-    return f"{row.overall:.1f} (**{row.gain:+.1f}** [{low:+.1f}, {high:+.1f}])"
+def _reached(row: Row, key: str) -> str:
+    value = row.values[key]
+    assert value.interval is not None  # every question has a score
+    return f"{value.value:.1f} [{value.interval[0]:.1f}, {value.interval[1]:.1f}]"
+
+
+def _gained(row: Row, key: str) -> str:
+    gain = row.gains[key]
+    assert gain.interval is not None  # every tuned row has its training-free one
+    low, high = gain.interval
+    return f"{row.values[key].value:.1f} (**{gain.value:+.1f}** [{low:+.1f}, {high:+.1f}])"

@@ -90,7 +90,11 @@ def task_rows() -> Rows:
     """Return a row per benchmark."""
     from prunetune.evaluation.tasks import tasks
 
-    return [["name", "protocol", "about"]] + [[task.name, task.protocol, task.about] for task in tasks().values()]
+    rows = [["name", "protocol", "about"]]
+    for task in tasks().values():
+        # Its own first; the others are named behind an @, as in vqav2@official.
+        rows.append([task.name, ", ".join((task.protocol, *task.others)), task.about])
+    return rows
 
 
 def template_rows() -> Rows:

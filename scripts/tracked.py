@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from prunetune.configs import EvaluateConfig, TrackingConfig
 from prunetune.evaluation.metrics.averages import average
 from prunetune.evaluation.records import Manifest, read_manifest, read_results
-from prunetune.evaluation.report.compare import Row, compare
-from prunetune.evaluation.report.comparison import write_comparison
-from prunetune.evaluation.report.plot import plot_rows
-from prunetune.evaluation.report.quoted import Quoted
-from prunetune.evaluation.report.table import to_csv, to_markdown
+from prunetune.evaluation.report.compare import compare
+from prunetune.evaluation.report.comparison import LAYOUTS, write_comparison
+from prunetune.evaluation.report.plot import plot_table
+from prunetune.evaluation.report.quoted import Quote
+from prunetune.evaluation.report.tables.layouts.csv import to_csv
+from prunetune.evaluation.report.tables.layouts.files import write_layouts
+from prunetune.evaluation.report.tables.table import Table
 from prunetune.outputs import COMPARISON, OutputFolder
 from prunetune.train.tracking import Tracker
 
@@ -67,10 +69,12 @@ def tracked_compare(
     output: Path,
     tracking: TrackingConfig,
     hard_for: Path | None = None,
-    quoted: Sequence[Quoted] = (),
+    quoted: Sequence[Quote] = (),
     overwrite: bool = False,
-) -> list[Row]:
-    """Write table.md, table.csv and plot.png to ``output``, send them to W&B when asked, and return the rows.
+    allow: Sequence[str] = (),
+    rescore: bool = False,
+) -> Table:
+    """Write the table, its plot and comparison.json to ``output``, send them to W&B when asked, and return the table.
 
     Quoted rows stand in the tables only.
 
@@ -78,22 +82,21 @@ def tracked_compare(
         OutputError: if the folder holds something else, or can't be written.
         TaskError: for arms that can't be compared.
     """
-    rows = compare([*runs], hard_for=hard_for)
+    table = compare([*runs], hard_for=hard_for, quoted=quoted, allow=allow, rescore=rescore, output=output)
     with OutputFolder(output, COMPARISON, overwrite, reads=(*runs, hard_for)) as folder:
         with folder.staged() as new:
-            (new / "table.md").write_text(to_markdown(rows, quoted), encoding="utf-8")
-            (new / "table.csv").write_text(to_csv(rows, quoted), encoding="utf-8")
-            write_comparison(new, runs, hard_for, final=output)
-            plot_rows(rows, new / "plot.png")
-        _send(rows, runs, output, tracking)
-    return rows
+            files = write_layouts(table, new, LAYOUTS)
+            write_comparison(new, files, runs, hard_for, allow, rescore, final=output)
+            plot_table(table, new / "plot.png")
+        _send(table, runs, output, tracking)
+    return table
 
 
-def _send(rows: list[Row], runs: list[Path], output: Path, tracking: TrackingConfig) -> None:
+def _send(table: Table, runs: list[Path], output: Path, tracking: TrackingConfig) -> None:
     """Send a comparison to W&B, when asked."""
     if tracking.wandb != "off":
         tracker = Tracker(tracking, output, {"runs": [str(run) for run in runs]})
-        header, *body = csv.reader(to_csv(rows).splitlines())
+        header, *body = csv.reader(to_csv(table.model_copy(update={"quoted": []})).splitlines())
         tracker.log_table("comparison", header, body)
         tracker.log_image("plot", output / "plot.png")
         tracker.close()

@@ -16,9 +16,9 @@ from prunetune.errors import PrunetuneError
 from prunetune.evaluation.files import file_hash
 from prunetune.evaluation.records import MANIFEST, Manifest, Result, read_manifest, read_results
 from prunetune.evaluation.report.compare import compare
-from prunetune.evaluation.report.comparison import COMPARISON, read_comparison
+from prunetune.evaluation.report.comparison import COMPARISON, TABLE, read_comparison, read_table
 from prunetune.evaluation.report.rows import check_results_hash, check_rows, check_scores
-from prunetune.evaluation.report.table import to_csv
+from prunetune.evaluation.report.tables.layouts.files import LAYOUTS
 from prunetune.models.code import code_record, told
 from prunetune.models.dial import DIAL, read_dial
 from prunetune.models.errors import CheckpointError
@@ -414,8 +414,12 @@ def _numbers(folder: Path, values: dict[str, Any]) -> str:
     missing = [arm for arm in [*arms, *([hard_for] if hard_for else [])] if not (arm / MANIFEST).is_file()]
     if missing:
         raise _CantTell(f"{missing[0]} is not here")
-    rows = to_csv(compare(arms, hard_for=hard_for))
-    # Quoted rows stand behind those that were measured.
-    if not (folder / "table.csv").read_bytes().startswith(rows.encode()):
-        raise CheckpointError(f"{folder / 'table.csv'} has other numbers than its arms; compare them again")
+    stored = read_table(folder)
+    table = compare(arms, hard_for=hard_for, allow=values["allow"], rescore=values["rescore"], output=folder)
+    # Quoted rows stand beside those that were measured, and are of no arm.
+    if table.model_dump() != stored.model_copy(update={"quoted": []}).model_dump():
+        raise CheckpointError(f"{folder / TABLE} has other numbers than its arms; compare them again")
+    for file, draw in LAYOUTS.values():
+        if file in values["tables"] and (folder / file).read_bytes() != draw(stored, ()).encode():
+            raise CheckpointError(f"{folder / file} has other numbers than {TABLE}; compare the arms again")
     return "the arms' answers give this table"

@@ -170,7 +170,7 @@ def call(world, monkeypatch):
 
 WRITTEN = {
     "evaluate": {"results.jsonl", "manifest.json", "config.yaml", "log.jsonl"},
-    "compare": {"table.md", "table.csv", "plot.png"},
+    "compare": {"table.md", "table.csv", "table.tex", "table.json", "plot.png"},
     "visualize": {"kept_00.png", "kept_01.png"},
     "export": {"model.safetensors", "config.json", "mm_projector.bin", "tokenizer.json"},
     "demo": {"comparison/table.md", "recalibrate/elastic/adapter/prunetune.json", "arms/dense/manifest.json"},

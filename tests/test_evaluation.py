@@ -13,8 +13,10 @@ from prunetune.configs import EvaluateConfig, load_config
 from prunetune.evaluation.metrics.intervals import bootstrap_interval
 from prunetune.evaluation.records import read_manifest, read_results, results_hash, write_manifest, write_results
 from prunetune.evaluation.report.compare import compare
-from prunetune.evaluation.report.plot import kept_overlay, plot_rows
-from prunetune.evaluation.report.table import to_csv, to_markdown
+from prunetune.evaluation.report.plot import kept_overlay, plot_table
+from prunetune.evaluation.report.quoted import beside, read_quoted
+from prunetune.evaluation.report.tables.layouts.csv import to_csv
+from prunetune.evaluation.report.tables.layouts.markdown import to_markdown
 from prunetune.evaluation.run import evaluate as evaluate_module
 from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.evaluation.run.visualize import visualize
@@ -38,6 +40,7 @@ def settings(untrained_folder, tmp_path):
 
 
 DIVPRUNE = ("--pruning.pruner", "divprune", "--pruning.keep", "16")
+KEY = "tiny_world_validation/accuracy"
 
 
 @pytest.fixture
@@ -152,43 +155,42 @@ def test_compare_computes_what_its_columns_say(arms):
     scores = {name: rng.random(24) < p for name, p in (("dense", 0.9), ("free", 0.4), ("tuned", 0.7))}
     for name, values in scores.items():
         rescore(arms[name], values)
-    rows = compare([arms["tuned"], arms["free"], arms["dense"]])
-    assert [row.label for row in rows] == ["dense", "divprune", "divprune + tuned projector"]
-    dense, free, tuned = rows
+    made = compare([arms["tuned"], arms["free"], arms["dense"]])
+    assert [row.label for row in made.rows] == ["dense", "divprune", "divprune + tuned projector"]
+    dense, free, tuned = made.rows
     sources = np.array([row.source for row in read_results(arms["dense"])])
     for row, name in ((dense, "dense"), (free, "free"), (tuned, "tuned")):
-        assert row.overall == pytest.approx(100 * scores[name].mean())
-        assert row.relative == pytest.approx(100 * scores[name].mean() / scores["dense"].mean())
-        for source, value in row.per_source.items():
-            assert value == pytest.approx(100 * scores[name][sources == source].mean())
-    assert tuned.gain == pytest.approx(100 * (scores["tuned"].mean() - scores["free"].mean()))
-    assert tuned.gain_interval[0] < tuned.gain < tuned.gain_interval[1]
-    assert free.gain is None and dense.kept == 144 and tuned.kept == 16
-    table = to_markdown(rows)
-    assert table.count("\n") == 5 and f"**{tuned.gain:+.1f}**" in table
-    parsed = list(csv.DictReader(to_csv(rows).splitlines()))
-    assert float(parsed[2]["tuned_minus_training_free"]) == pytest.approx(tuned.gain, abs=1e-4)
+        assert row.values[KEY].value == row.pooled.value == pytest.approx(100 * scores[name].mean())
+        assert row.relative.value == pytest.approx(100 * scores[name].mean() / scores["dense"].mean())
+        for source, value in row.by_type[KEY].items():
+            assert value.value == pytest.approx(100 * scores[name][sources == source].mean())
+    gain = tuned.gains[KEY]
+    assert gain.value == pytest.approx(100 * (scores["tuned"].mean() - scores["free"].mean()))
+    assert gain.interval[0] < gain.value < gain.interval[1]
+    assert free.gains == {} and dense.kept == 144 and tuned.kept == 16
+    table = to_markdown(made).partition("\n\n")[0] + "\n"
+    assert table.count("\n") == 5 and f"{gain.value:+.1f}" in table
+    parsed = list(csv.DictReader(to_csv(made).splitlines()))
+    assert float(parsed[2][f"{KEY} gain"]) == pytest.approx(gain.value, abs=1e-4)
 
 
 def test_rows_say_how_they_came_about_and_quoted_rows_stay_out_of_computations(arms, tmp_path):
-    from prunetune.evaluation.report.quoted import read_quoted
-
-    folders = [arms["dense"], arms["free"], arms["tuned"]]
-    rows = compare(folders)
+    table = compare([arms["dense"], arms["free"], arms["tuned"]])
     (tmp_path / "q.yaml").write_text(
-        "- {arm: PrismPrune, kept: 64, values: {overall: 96.9, vg: 1.5}, cite: 'supplement, table 5'}\n"
+        f"- {{arm: PrismPrune, kept: 64, values: {{{KEY}: 96.9, gqa/accuracy: 1.5}}, cite: 'supplement, table 5'}}\n"
     )
-    quoted = read_quoted(tmp_path / "q.yaml")
-    table = to_markdown(rows, quoted)
-    assert table.splitlines()[:-1] == to_markdown(rows).splitlines()  # nothing else changes
-    assert "PrismPrune (quoted: supplement, table 5) | 64 |" in table and "| 96.9 |" in table
-    parsed = list(csv.DictReader(to_csv(rows, quoted).splitlines()))
+    quoted = beside(table, read_quoted(tmp_path / "q.yaml"))
+    assert quoted.rows == table.rows  # nothing else changes
+    lines, plain = to_markdown(quoted).splitlines(), to_markdown(table).splitlines()
+    assert lines[:5] == plain[:5] and "PrismPrune (quoted: supplement, table 5) | 64 |" in lines[5]
+    assert "| 96.9 |" in lines[5] and "1.5" not in lines[5]
+    parsed = list(csv.DictReader(to_csv(quoted).splitlines()))
     manifest = json.loads((arms["tuned"] / "manifest.json").read_text())
     tuned = next(row for row in parsed if "tuned" in row["arm"])
     assert (tuned["items"], tuned["batch_size"], tuned["dtype"], tuned["quoted"]) == ("24", "8", "float32", "")
     assert tuned["projector_hash"] == manifest["projector"]["hash"][:16] != parsed[0]["projector_hash"]
     assert json.loads(tuned["pruning"])["keep"] == 16 and tuned["protocol"] and tuned["prompt"]
-    assert parsed[-1]["quoted"] == "supplement, table 5" and parsed[-1]["overall"] == "96.9"
+    assert parsed[-1]["quoted"] == "supplement, table 5" and parsed[-1][KEY] == "96.9"
     (tmp_path / "q.yaml").write_text("- {arm: x, kept: 1}\n")
     with pytest.raises(TaskError, match="row 1: a quoted row has exactly arm, kept, values and cite"):
         read_quoted(tmp_path / "q.yaml")
@@ -202,9 +204,11 @@ def test_the_difficulty_filter_compares_what_downsampling_gets_wrong(arms, setti
         rescore(arms[name], values)
     easy = (np.arange(24) % 3 == 0).astype(float)
     rescore(down, easy)
-    rows = compare([arms["dense"], arms["free"], arms["tuned"]], hard_for=down)
-    for row, name in zip(rows, ("dense", "free", "tuned"), strict=True):
-        assert row.overall == pytest.approx(100 * scores[name][easy == 0].mean()) and row.facts["items"] == 16
+    table = compare([arms["dense"], arms["free"], arms["tuned"]], hard_for=down)
+    for row, name in zip(table.rows, ("dense", "free", "tuned"), strict=True):
+        assert row.hard[KEY].value == pytest.approx(100 * scores[name][easy == 0].mean())
+        assert row.values[KEY].value == pytest.approx(100 * scores[name].mean())
+    assert any("16 of 24 items" in note for note in table.footnotes)
     with pytest.raises(TaskError, match="no training-free arm of downsample"):
         compare([arms["dense"]], hard_for=arms["free"])
     rescore(down, np.ones(24))
@@ -241,7 +245,7 @@ def test_compare_refuses_other_items_and_a_tuned_arm_without_its_twin(arms, sett
 def test_a_projector_tuned_for_another_budget_says_so(arms, settings, adapter):
     other = ("--pruning.pruner", "divprune", "--pruning.keep", "9")
     free, tuned = evaluate(settings("free9", *other)), evaluate(settings("tuned9", *other, "--adapter", adapter))
-    assert compare([free, tuned])[1].label == "divprune + tuned projector (for divprune, 16)"
+    assert compare([free, tuned]).rows[1].label == "divprune + tuned projector (for divprune, 16)"
 
 
 def test_an_edited_template_or_processor_is_a_difference(arms, settings, untrained_folder, tmp_path):
@@ -297,7 +301,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_the_plot_shows_every_arm(arms, tmp_path):
-    plot_rows(compare(list(arms.values())), tmp_path / "plot.png")
+    plot_table(compare(list(arms.values())), tmp_path / "plot.png")
     picture = np.asarray(Image.open(tmp_path / "plot.png").convert("RGB"))
     assert picture.shape[0] > 300 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
 
@@ -308,7 +312,7 @@ def test_the_plot_names_a_projector_tuned_for_another_budget(arms, settings, ada
     other = ("--pruning.pruner", "divprune", "--pruning.keep", "9")
     more = [evaluate(settings("free9", *other)), evaluate(settings("tuned9", *other, "--adapter", adapter))]
     monkeypatch.setattr(plt, "close", lambda _figure: None)
-    plot_rows(compare([*arms.values(), *more]), tmp_path / "plot.png")
+    plot_table(compare([*arms.values(), *more]), tmp_path / "plot.png")
     names = {text.get_text() for text in plt.gcf().axes[0].get_legend().get_texts()}
     tuned = "divprune + tuned projector"
     assert names == {"divprune", tuned, f"{tuned} (for divprune, 16)"}
@@ -340,4 +344,4 @@ def test_unknown_tasks_are_answered_with_the_nearest():
 
 def test_an_adapter_folder_may_move(arms, tmp_path):
     shutil.move(arms["tuned"], tmp_path / "elsewhere")
-    assert len(compare([arms["free"], tmp_path / "elsewhere"])) == 2
+    assert len(compare([arms["free"], tmp_path / "elsewhere"]).rows) == 2

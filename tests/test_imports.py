@@ -96,7 +96,7 @@ def test_reading_results_loads_no_model_library():
     """Listing benchmarks, comparing arms and scoring saved answers: what is waited for is the reading alone."""
     code = (
         "import sys; import prunetune.evaluation.tasks as t; t.tasks(); import prunetune.evaluation.report.compare; "
-        "import prunetune.evaluation.report.table, prunetune.evaluation.report.score; "
+        "import prunetune.evaluation.report.tables.layouts.files, prunetune.evaluation.report.score; "
         "import prunetune.evaluation.report.plot, prunetune.scripts.tracked; print([name for name in "
         "('torch', 'transformers', 'datasets', 'matplotlib', 'inflect', 'openpyxl') if name in sys.modules])"
     )

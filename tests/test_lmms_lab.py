@@ -100,7 +100,7 @@ def test_both_layouts_hold_the_same(name, both):
     loose = name in ("scienceqa", "chartqa", "ocrbench")  # these rows carry no id of their own
     for one, other in zip(theirs.items, ours.items, strict=True):
         assert (one.source, one.answer) == (other.source, other.answer)
-        assert one.question.lower() == other.question.lower() and (loose or one.id == other.id)
+        assert one.question == other.question and (loose or one.id == other.id)
         if one.image is None:
             assert other.image is None
             continue

@@ -36,10 +36,12 @@ def test_an_earlier_arm_is_read_and_written_to_the_byte(arm):
 
 
 def test_an_earlier_arm_is_compared(arm):
-    (row,) = compare([arm])
+    (row,) = compare([arm]).rows
     stored = json.loads((arm / "manifest.json").read_text())["metrics"]["tiny_world_validation"]
     assert row.label == "divprune" and row.kept == 16
-    assert row.overall == stored["accuracy"] and list(row.interval) == stored["interval_95"]
+    value = row.values["tiny_world_validation/accuracy"]
+    assert value.value == stored["accuracy"] and list(value.interval) == stored["interval_95"]
+    assert row.pooled == value
     assert read_arm(arm).ids[0].startswith("tiny_world_validation/")
 
 

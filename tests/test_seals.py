@@ -359,11 +359,11 @@ def test_arms_of_other_code_are_not_a_pair(copy):
         with pytest.raises(TaskError, match=message):
             compare(arms)
     path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"prunetune": code | {"commit": "x"}})))
-    assert len(compare(arms)) == 3  # a commit alone changes no number
+    assert len(compare(arms).rows) == 3  # a commit alone changes no number
 
 
 def test_unsealed_arms_are_compared_among_themselves_alone(copy, tmp_path):
-    assert compare([EARLIER])[0].kept == 16
+    assert compare([EARLIER]).rows[0].kept == 16
     with pytest.raises(TaskError, match="did not record the base's projector .format 1.*evaluate it again"):
         compare([EARLIER, copy.arm("free")])
     assert states(verify(EARLIER))["seal"] is None and states(verify(EARLIER))["scores"]
@@ -379,7 +379,7 @@ def test_verify_finds_everything_whole(world, capsys):
         assert {*links, "prunetune"} - {"projector_hash"} <= found.keys() and False not in found.values(), (path, found)
         assert found["prunetune"] and found["frozen_hash"] and found["original_projector_hash"]
     found = states(verify(world.folder / "comparison"))
-    assert len(found) == 8 and set(found.values()) == {True}
+    assert len(found) == 10 and set(found.values()) == {True}
     with pytest.raises(SystemExit) as end:
         main(["verify", str(world.folder / "run")])  # the base is found through the run's own configuration
     printed = capsys.readouterr().out
@@ -401,6 +401,9 @@ def test_verify_finds_what_is_broken(copy, tmp_path, capsys):
     table = copy.folder / "comparison" / "table.csv"
     table.write_text(table.read_text().replace("100.0000", "100.1"))
     assert broken(copy.folder / "comparison") == ["numbers", "table.csv"]
+    table = copy.folder / "comparison" / "table.json"
+    table.write_text(table.read_text().replace("\"kept\": 16.0", "\"kept\": 17.0"))
+    assert broken(copy.folder / "comparison") == ["numbers", "table.csv", "table.json"]
     evaluated(copy, "other", *DIVPRUNE)
     shutil.copy(copy.arm("other") / "manifest.json", copy.arm("dense") / "manifest.json")
     assert "arm dense" in broken(copy.folder / "comparison")
@@ -484,7 +487,7 @@ def test_a_card_is_written_anew_unless_somebody_edited_it(copy, world, tmp_path)
     for file, message in (
         (other, f"has no row of the projector {digits}"),
         (foreign, "ran on frozen weights 0000"),
-        (tmp_path / "no.csv", "it lacks arm, kept_tokens"),
+        (tmp_path / "no.csv", "it lacks arm, kept"),
         (tmp_path / "missing.csv", "does not exist"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -664,6 +667,7 @@ def test_no_damage_is_a_traceback_and_none_to_weights_or_answers_goes_unseen(cop
         arm / "results.jsonl": lambda: compare([copy.arm("free"), arm]),
         comparison / "comparison.json": lambda: read_comparison(comparison),
         comparison / "table.csv": lambda: None,
+        comparison / "table.json": lambda: None,
     }
     for file, use in uses.items():
         whole = file.read_bytes()
@@ -678,7 +682,7 @@ def test_no_damage_is_a_traceback_and_none_to_weights_or_answers_goes_unseen(cop
                 assert any(check.holds is False for check in checks), file
             try:
                 use()
-                assert file.parent == old or file.name == "table.csv", file
+                assert file.parent == old or file.name in ("table.csv", "table.json"), file
             except (CheckpointError, TaskError) as error:
                 assert "\n" not in str(error), file
         file.write_bytes(whole)

@@ -212,7 +212,7 @@ def test_prompts_and_scores_of_the_multiple_choice_benchmarks(tmp_path):
     task = get_task("mvbench")
     assert [task.score(text, one).score for text, _ in rows] == [right for _, right in rows]
     summary = task.summarise([task.score("B", one), task.score("A", replace(one, source="other"))]).metrics
-    assert summary == {"accuracy": 50, "task_mean": 50}
+    assert summary == {"accuracy": 50, "task_mean": 50, "intervals": {"task_mean": [50, 50]}}
     by_length = get_task("videomme").summarise([get_task("videomme").score("B.", two)]).metrics
     assert by_length == {"accuracy": 100, "long_accuracy": 100}
 

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from prunetune.evaluation.errors import TaskError
 
 
+@dataclass(frozen=True)
+class CaptionScores:
+    """CIDEr and BLEU of a corpus.
+
+    Attributes:
+        metrics: CIDEr and BLEU-1 to BLEU-4, as lmms-eval reports them (CIDEr 1.1 is often written 110).
+        cider: of each image (M,), in the order of the captions; CIDEr is their mean.
+    """
+
+    metrics: dict[str, float]
+    cider: list[float]
+
+
 def caption_metrics(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Return CIDEr and BLEU-1 to BLEU-4 of a corpus, as lmms-eval reports them (CIDEr 1.1 is often written 110).
+    """Return CIDEr and BLEU-1 to BLEU-4 of a corpus, see :func:`caption_scores`."""
+    return caption_scores(captions, references).metrics
+
+
+def caption_scores(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> CaptionScores:
+    """Return CIDEr and BLEU of a corpus, and every image's part in CIDEr.
 
     Args:
         captions: one per image.
@@ -39,10 +58,10 @@ def caption_metrics(captions: Mapping[str, str], references: Mapping[str, Sequen
     tokenizer = PTBTokenizer()
     said, true = tokenizer.tokenize(said), tokenizer.tokenize(true)
 
-    # Both also return a score per image, but CIDEr's weights come from the whole set: no image has one by itself.
-    cider, _ = Cider().compute_score(true, said)
+    # An image's CIDEr weighs words by how rare they are in the whole set: no image has one by itself.
+    cider, by_image = Cider().compute_score(true, said)
     bleu, _ = Bleu(4).compute_score(true, said, verbose=0)
     metrics = {"CIDEr": float(cider)}
     for n, value in enumerate(bleu, start=1):
         metrics[f"BLEU-{n}"] = float(value)
-    return metrics
+    return CaptionScores(metrics, [float(value) for value in by_image])

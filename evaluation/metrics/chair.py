@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import inflect
@@ -46,12 +46,15 @@ class Objects:
             if words:  # an empty line is no object
                 self.names |= dict.fromkeys(words, words[0])
         self.pairs = _pairs()
+        self._singulars: dict[str, str] = {}
 
     def of(self, text: str) -> list[str]:
         """Return the objects that a text names, in order and as often as it names them."""
         words = []
         for word in _WORD.findall(text.lower()):
-            words.append(self._singular(word))
+            if word not in self._singulars:  # inflect takes a while, and captions repeat their words
+                self._singulars[word] = self._singular(word)
+            words.append(self._singulars[word])
         found = []
         index = 0
         while index < len(words):
@@ -106,19 +109,8 @@ def chair(captions: Mapping[str, str], truth: Mapping[str, set[str]], objects: O
         truth: the objects that are in each image.
         objects: the vocabulary.
     """
-    named = invented = wrong = known = found = words = 0
-    for image, text in captions.items():
-        mentioned = objects.of(text)
-        false = 0
-        for name in mentioned:
-            false += name not in truth[image]
-        # C_I counts every mention, an object said twice is two; recall counts every object once.
-        named += len(mentioned)
-        invented += false
-        wrong += bool(false)
-        known += len(truth[image])
-        found += len(set(mentioned) & truth[image])
-        words += len(text.split())
+    every = [count(text, truth[image], objects) for image, text in captions.items()]
+    wrong, named, invented, known, found, words = (sum(column) for column in zip(*every, strict=True))
     return {
         "C_S": 100 * wrong / len(captions),
         # Captions that name nothing invent nothing: there is no share to give, and 0 would look like a good one.
@@ -126,3 +118,32 @@ def chair(captions: Mapping[str, str], truth: Mapping[str, set[str]], objects: O
         "recall": 100 * found / known if known else None,
         "length": words / len(captions),
     }
+
+
+class Count(NamedTuple):
+    """What one caption adds to the metrics.
+
+    Attributes:
+        wrong: 1 if it invents anything.
+        named: mentions of objects; one that is mentioned twice is two.
+        invented: mentions of objects that are not in the image.
+        known: objects that are in the image.
+        found: those of them that the caption mentions.
+        words: of the caption.
+    """
+
+    wrong: int
+    named: int
+    invented: int
+    known: int
+    found: int
+    words: int
+
+
+def count(caption: str, truth: set[str], objects: Objects) -> Count:
+    """Return what a caption of an image with the objects ``truth`` adds to the metrics."""
+    mentioned = objects.of(caption)
+    invented = sum(name not in truth for name in mentioned)
+    # C_I counts every mention, recall every object once.
+    found = len(set(mentioned) & truth)
+    return Count(int(invented > 0), len(mentioned), invented, len(truth), found, len(caption.split()))

@@ -60,6 +60,17 @@ class Metric:
         return value if np.isfinite(value) else None
 
 
+def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Return part / whole; NaN where the whole is nothing, which is a metric that is not defined."""
+    part, whole = np.broadcast_arrays(np.asarray(part, dtype=float), np.asarray(whole, dtype=float))
+    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole != 0)
+
+
+def mean_of_groups(values: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Return the mean of values (..., G) over the groups that are there (..., G); NaN where none is."""
+    return share(np.where(there, values, 0.0).sum(axis=-1), there.sum(axis=-1))
+
+
 def tallied(units: Sequence[Hashable], rows: Sequence[Sequence[float]]) -> Tally:
     """Return rows of counts (M, P) added up by unit (M,)."""
     names, owner = np.unique(np.asarray([str(unit) for unit in units]), return_inverse=True)
@@ -94,6 +105,18 @@ def resampled(tallies: Sequence[Tally], seed: int = 0) -> np.ndarray:
         times = np.bincount(draws.ravel(), minlength=number * len(units)).reshape(number, len(units))
         found[start : start + number] = times.astype(float) @ flat
     return found.reshape(RESAMPLES, *counts.shape[1:])
+
+
+def intervals(metrics: Sequence[Metric], scored: Sequence[Scored]) -> dict[str, list[float] | None]:
+    """Return the 95 % interval of every metric of some answers by its name; None where it has none."""
+    found: dict[str, list[float] | None] = {}
+    drawn: dict[Callable[..., Tally], np.ndarray] = {}
+    for metric in metrics:
+        if metric.tally not in drawn:  # most metrics of a benchmark count the same
+            drawn[metric.tally] = resampled([metric.tally(scored)])[:, 0]
+        limits = interval(metric.value(drawn[metric.tally]))
+        found[metric.name] = None if limits is None else list(limits)
+    return found
 
 
 def interval(values: np.ndarray) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""VQA accuracy as the VQA challenge's server computes it: answers are normalised, then compared with ten people's."""
+"""VQA accuracy by three published rules: answers are normalised, then compared with ten people's."""
 
 from __future__ import annotations
 
@@ -65,8 +65,12 @@ def normalize(answer: str) -> str:
     words become digits, articles go, and missing apostrophes are put back.
     """
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    # Always False, since the commas are gone by now; LLaVA's copy of the challenge's processor has it in this order.
+    return _words(_without_marks(text.replace("\n", " ").replace("\t", " ").strip()))
+
+
+def _without_marks(text: str) -> str:
+    """Return a text without punctuation marks: each is removed, or becomes a space."""
+    # Never so in normalize, where the commas are gone by now: LLaVA's copy of the processor has it in this order.
     grouped = _COMMA_BETWEEN_DIGITS.search(text) is not None
     result = text
     for mark in _PUNCTUATION:
@@ -74,9 +78,13 @@ def normalize(answer: str) -> str:
         # anywhere decides for all of its kind ("black -white-red" becomes "black whitered").
         remove = grouped or f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if remove else " ")
-    result = _PERIOD.sub("", result, count=_PERIODS_AT_MOST)
+    return _PERIOD.sub("", result, count=_PERIODS_AT_MOST)
+
+
+def _words(text: str) -> str:
+    """Return a text's words in lower case, without articles, number words as digits, apostrophes put back."""
     words = []
-    for word in result.lower().split():
+    for word in text.lower().split():
         word = _DIGITS.get(word, word)
         # Articles before contractions, as published: what a contraction becomes is no article.
         if word not in _ARTICLES:
@@ -94,10 +102,37 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
         prediction: raw text.
         answers: what people answered, usually ten; not empty.
     """
-    said = normalize(prediction)
-    same = 0
-    for answer in answers:
-        same += normalize(answer) == said
+    return _left_out(normalize(prediction), [normalize(answer) for answer in answers])
+
+
+def vqav2_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Return the accuracy of a prediction as lmms-eval's VQAv2 has it, from 0 to 1.
+
+    Both sides go through the challenge's processor, and not through the steps before it: ``'s`` stays where it is, and
+    a comma between words becomes a space.
+    """
+    return _left_out(_processed(prediction), [_processed(answer) for answer in answers])
+
+
+def official_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Return the accuracy of a prediction that LLaVA converts and the official vqaEval scores, from 0 to 1.
+
+    The prediction is normalised by the conversion and processed again by vqaEval. People's answers stay as they are
+    where all agree; where they do not, their marks go, and nothing else: an article, a number word, a capital or a
+    possessive of theirs is matched by no prediction.
+    """
+    if len(set(answers)) > 1:
+        answers = [_without_marks(answer) for answer in answers]
+    return _left_out(_processed(normalize(prediction)), answers)
+
+
+def _processed(answer: str) -> str:
+    return _words(_without_marks(answer.replace("\n", " ").replace("\t", " ").strip()))
+
+
+def _left_out(said: str, answers: Sequence[str]) -> float:
+    """Return the mean of min(1, matches / 3), each person left out in turn."""
+    same = sum(answer == said for answer in answers)
     others = len(answers) - same
     # Two kinds of people can be left out: one who agrees, so that one match fewer remains, or one who does not.
     return (same * min(1.0, (same - 1) / 3) + others * min(1.0, same / 3)) / len(answers)

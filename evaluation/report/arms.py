@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import compress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.metrics.averages import Average, average
 from prunetune.evaluation.records import Manifest, read_manifest, read_results
-from prunetune.evaluation.report.rows import check_results_hash, check_rows, check_scores
+from prunetune.evaluation.report.rows import check_results_hash, check_rows, scored_again
+from prunetune.evaluation.report.tables.table import Projector
+from prunetune.evaluation.tasks.base import Scored
 from prunetune.models.record import portable
 from prunetune.pruning.spec import PruningSpec
 
@@ -24,18 +23,17 @@ class EvaluatedArm:
     Attributes:
         folder: where it lies.
         manifest: how its numbers came about.
+        answers: what it said, with scores, by benchmark in the order of the questions. A score is None where the
+            answer is hidden or only a whole set has one.
         ids: task and id of every item, in order.
-        sources: source of every item, with its task where there are several.
-        images: image of every item, or its id where it has none: what the bootstrap resamples.
-        scores: score of every item (M,), from 0 to 1.
+        rescored: how many answers of a benchmark have another score than when they were given.
     """
 
     folder: Path
     manifest: Manifest
+    answers: Mapping[str, list[Scored]]
     ids: list[str]
-    sources: list[str]
-    images: list[str]
-    scores: np.ndarray
+    rescored: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def pruner(self) -> str:
@@ -59,6 +57,22 @@ class EvaluatedArm:
         return self.manifest.kept_tokens.mean
 
     @property
+    def budget(self) -> str:
+        """The budget as it was asked for; empty without pruning."""
+        return "" if self.pruner == "identity" else str(self.manifest.pruning.keep)
+
+    @property
+    def projector(self) -> Projector:
+        """Whose projector it ran with."""
+        if not self.tuned:
+            return "training-free"
+        record = self.manifest.projector
+        if record.elastic is not None:
+            return "elastic"
+        own = self._projector() == " + tuned projector" and record.strength is None and record.soup is None
+        return "tuned" if own else "other"
+
+    @property
     def label(self) -> str:
         """Method, options that are set, and whether it is tuned."""
         name = "dense" if self.pruner == "identity" else self.pruner
@@ -71,6 +85,17 @@ class EvaluatedArm:
         if options:
             name += f" ({', '.join(options)})"
         return name + self._tuned_for()
+
+    @property
+    def adapter(self) -> str:
+        """What tells the arm's projector from others that are described alike: its run's folder, or its hash."""
+        record = self.manifest.projector
+        if record.adapter is None:
+            return record.hash[:8]
+        parts = [part for part in record.adapter.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        if len(parts) > 1 and parts[-1] == "adapter":  # the folder that a recalibration puts it into
+            parts.pop()
+        return parts[-1] if parts else record.hash[:8]
 
     def _tuned_for(self) -> str:
         """Return " + tuned projector", and for which pruning if that is another than the arm's; or " + elastic"."""
@@ -110,23 +135,26 @@ class EvaluatedArm:
         return f" + tuned projector (for {target.get('pruner')}, {target.get('keep')})"
 
     def average(self) -> Average:
-        """Return the mean scores in percent, overall and by source."""
-        # As Python's floats, which are added up as when the metrics of the manifest were made.
-        return average(self.scores.tolist(), self.sources)
-
-    def only(self, mask: np.ndarray) -> EvaluatedArm:
-        """Return the arm with the items where ``mask`` (M,) is true."""
-        return replace(
-            self,
-            ids=list(compress(self.ids, mask)),
-            sources=list(compress(self.sources, mask)),
-            images=list(compress(self.images, mask)),
-            scores=self.scores[mask],
-        )
+        """Return the mean scores in percent of all items that have one, overall and by source."""
+        scores, sources = [], []
+        for name, answers in self.answers.items():
+            for one in answers:
+                scores.append(one.score)
+                # One task's sources need no prefix.
+                sources.append(f"{name}/{one.item.source}" if len(self.answers) > 1 else one.item.source)
+        return average(scores, sources)
 
 
-def read_arm(folder: str | Path) -> EvaluatedArm:
-    """Read a finished arm; raises TaskError if it is missing, unfinished, short of rows, or was edited."""
+def read_arm(folder: str | Path, rescore: bool = False) -> EvaluatedArm:
+    """Read a finished arm.
+
+    Args:
+        folder: where it lies.
+        rescore: whether the scorers of today count where they say something else than when it was evaluated.
+
+    Raises:
+        TaskError: if it is missing, unfinished, short of rows, or was edited.
+    """
     folder = Path(folder)
     manifest = read_manifest(folder)
     rows = read_results(folder)
@@ -137,21 +165,6 @@ def read_arm(folder: str | Path) -> EvaluatedArm:
     if not rows:
         raise TaskError(f"{folder} holds no result; evaluate it with at least one item")
     check_rows(folder, manifest, rows)
-    hidden = sorted({row.task for row in rows if row.score is None})
-    if hidden:
-        raise TaskError(
-            f"{folder}: {', '.join(hidden)} has no score per item (hidden answers, or a score of the whole set); "
-            "see its upload file or the metrics in manifest.json"
-        )
-    check_scores(folder, manifest, rows)
+    answers, rescored = scored_again(folder, manifest, rows, rescore)
     check_results_hash(folder, manifest)
-    values: dict[str, list[Any]] = {"ids": [], "sources": [], "images": [], "scores": []}
-    for row in rows:
-        values["ids"].append(f"{row.task}/{row.id}")
-        # One task's sources need no prefix, and a table of it stays narrow.
-        values["sources"].append(f"{row.task}/{row.source}" if len(manifest.tasks) > 1 else row.source)
-        # A question about text alone hangs together with no other, so it is a cluster of its own.
-        values["images"].append(str(row.image or row.id))
-        values["scores"].append(row.score)
-    scores = np.array(values["scores"], dtype=float)
-    return EvaluatedArm(folder, manifest, values["ids"], values["sources"], values["images"], scores)
+    return EvaluatedArm(folder, manifest, answers, [f"{row.task}/{row.id}" for row in rows], rescored)

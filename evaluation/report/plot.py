@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-if TYPE_CHECKING:
-    from prunetune.evaluation.report.compare import Row
+from prunetune.evaluation.report.tables.table import Row, Table, Value
 
 
 @lru_cache(maxsize=1)
@@ -27,35 +26,60 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def plot_rows(rows: list[Row], path: Path) -> None:
-    """Draw overall accuracy over kept visual tokens: a line per training-free method, a star per tuned arm."""
+def plot_table(table: Table, path: Path) -> None:
+    """Draw a table over kept visual tokens: a line per training-free method, a star per tuned arm.
+
+    Its height is the metric of a single benchmark, of several the relative average, without a dense arm the pooled
+    accuracy. Nothing is drawn where all answers are hidden.
+    """
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130)
-    labels = sorted({row.label for row in rows} - {"dense"})  # sorted, so that a method's colour stays what it is
+    name, values = _heights(table)
+    rows = [row for row in table.rows if values[row.id].value is not None]
+    labels = sorted({row.label for row in rows if not _dense(row)})  # so that a method's colour stays what it is
     colors = _colors(labels)
     for row in rows:
         # Dense is a line across the plot: it has no budget, and every method is read against it.
-        if row.label == "dense":
-            axes.axhline(row.overall, color="black", linewidth=1, linestyle="--")
-            at = (0.99, row.overall)
-            axes.annotate("dense", at, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        if _dense(row):
+            height = values[row.id].value
+            axes.axhline(height, color="black", linewidth=1, linestyle="--")
+            at = (0.99, height)
+            axes.annotate(row.label, at, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     # By label and not by method: two sets of options are two lines, and a tuned arm stands beside its twin.
     for label in labels:
         points = [row for row in rows if row.label == label]
         points.sort(key=lambda row: row.kept)
-        _points(axes, points, colors[label])
+        _points(axes, points, values, colors[label])
     axes.set_xscale("log", base=2)  # budgets are halved from one to the next
     # At the budgets themselves, of which there are few; the powers of two between them were measured by nobody.
-    ticks = sorted({row.kept for row in rows if row.label != "dense"})
+    ticks = sorted({row.kept for row in rows if not _dense(row)})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("visual tokens per image")
-    axes.set_ylabel("accuracy, %")
+    axes.set_ylabel(name)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if labels:
+        axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)  # pyplot keeps every figure that is not closed
+
+
+def _dense(row: Row) -> bool:
+    return row.method == "dense" and row.projector == "training-free"
+
+
+def _heights(table: Table) -> tuple[str, dict[str, Value]]:
+    """Return what is drawn of each row, and its name."""
+    headlines = [column for column in table.columns if column.headline]
+    nothing = Value(value=None)
+    if len(headlines) == 1:
+        (column,) = headlines
+        name = f"{column.task} {column.metric}" + (f", {column.unit}" if column.unit != "score" else "")
+        return name, {row.id: row.values[column.key] for row in table.rows}
+    if any(row.relative is not None for row in table.rows):
+        return "relative average, % of dense", {row.id: row.relative or nothing for row in table.rows}
+    return "pooled accuracy, %", {row.id: row.pooled or nothing for row in table.rows}
 
 
 def _colors(labels: list[str]) -> dict[str, Any]:
@@ -71,24 +95,25 @@ def _colors(labels: list[str]) -> dict[str, Any]:
     return colors
 
 
-def _points(axes: Any, rows: list[Row], color: Any) -> None:
+def _points(axes: Any, rows: list[Row], values: Mapping[str, Value], color: Any) -> None:
     """Draw the arms of one label; all of them are tuned, or none is."""
-    label = rows[0].label
     style, size = "o-", 5
-    if " + " in label:
+    if rows[0].projector != "training-free":
         style, size = "*--", 13
-    points = np.array([(row.kept, row.overall, *row.interval) for row in rows])
-    kept, overall, low, high = points.T
+    heights = np.array([values[row.id].value for row in rows], dtype=float)
+    # Without an interval the whisker is as short as can be.
+    ends = np.array([values[row.id].interval or (height, height) for row, height in zip(rows, heights, strict=True)])
     axes.errorbar(
-        kept,
-        overall,
-        yerr=np.array([overall - low, high - overall]),  # matplotlib takes lengths, not ends
+        [row.kept for row in rows],
+        heights,
+        # matplotlib takes lengths, not ends, and none below zero: a metric that is no mean may lie outside.
+        yerr=np.clip([heights - ends[:, 0], ends[:, 1] - heights], 0, None),
         fmt=style,
         color=color,
         markersize=size,
         linewidth=1.2,
         capsize=2,
-        label=label,
+        label=rows[0].label,
     )
 
 

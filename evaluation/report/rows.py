@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import RESULTS, Manifest, Result, results_hash
-from prunetune.evaluation.tasks.base import Benchmark, Item, get_task, items_hash
+from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, get_task, items_hash
 from prunetune.models.seal import short
 
 
@@ -33,17 +33,55 @@ def check_scores(folder: Path, manifest: Manifest, rows: Sequence[Result]) -> No
     Raises:
         TaskError: naming the first row whose score is another, or a benchmark that is not loaded here.
     """
+    scored_again(folder, manifest, rows)
+
+
+def scored_again(
+    folder: Path, manifest: Manifest, rows: Sequence[Result], rescore: bool = False
+) -> tuple[dict[str, list[Scored]], dict[str, int]]:
+    """Score the predictions once more.
+
+    Args:
+        folder: the arm's, for messages.
+        manifest: the arm's.
+        rows: the arm's.
+        rescore: whether the scorers of today count where they say something else than when the arm was evaluated.
+
+    Returns:
+        The answers with their scores, by benchmark, and how many of each benchmark have another score than is stored.
+
+    Raises:
+        TaskError: naming the first row whose score is another, unless that is what was asked for, or a benchmark that
+            is not loaded here.
+    """
     tasks = {name: _task(folder, manifest, name) for name in manifest.tasks}
+    scored: dict[str, list[Scored]] = {name: [] for name in tasks}
+    changed: dict[str, int] = {}
     for row in rows:
-        if row.score is None:
-            continue
-        own = tasks[row.task].score(row.prediction, item_of(row)).score
-        if own is None or not math.isclose(own, row.score, abs_tol=1e-9):
-            raise TaskError(
-                f"{folder / RESULTS}: row {row.id!r} of {row.task} has score {row.score:g}, its prediction "
-                f"{row.prediction!r} gets {'none' if own is None else f'{own:g}'}; the file was edited, or the scorer "
-                "is another: evaluate again"
-            )
+        one = Scored(row.prediction, item_of(row), row.score)
+        if row.score is not None or rescore:
+            again = tasks[row.task].score(row.prediction, one.item)
+            if not _same(again.score, row.score):
+                if not rescore:
+                    raise TaskError(_edited(folder, row, again.score))
+                one = again
+                changed[row.task] = changed.get(row.task, 0) + 1
+        scored[row.task].append(one)
+    return scored, changed
+
+
+def _same(one: float | None, other: float | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return math.isclose(one, other, abs_tol=1e-9)
+
+
+def _edited(folder: Path, row: Result, score: float | None) -> str:
+    return (
+        f"{folder / RESULTS}: row {row.id!r} of {row.task} has score {row.score:g}, its prediction {row.prediction!r} "
+        f"gets {'none' if score is None else f'{score:g}'}; the file was edited, or the scorer is another: evaluate "
+        "again, or take today's scores with --rescore"
+    )
 
 
 def check_results_hash(folder: Path, manifest: Manifest) -> None:
@@ -60,7 +98,7 @@ def check_results_hash(folder: Path, manifest: Manifest) -> None:
 
 def item_of(row: Result) -> Item:
     """Return the question that a row answers."""
-    return Item(row.id, row.source, row.image, row.question, row.answer)
+    return Item(row.id, row.source, row.image, row.question, row.answer, row.kinds)
 
 
 def _task(folder: Path, manifest: Manifest, name: str) -> Benchmark:

@@ -25,7 +25,7 @@ def score_file(
         name: the task.
         predictions: JSONL file, see :func:`prunetune.evaluation.report.predictions.read_predictions`.
         data: folder with the published annotation files.
-        protocol: whose rules; each task has one, which None takes.
+        protocol: whose rules; each task has its own, which None takes, and some can be scored by others.
         grader: judges open answers beside the task's own metrics.
 
     Raises:
@@ -33,8 +33,8 @@ def score_file(
             answers are hidden, or a protocol the task does not follow.
     """
     # What the user may have got wrong is told in the order in which it is quickest to put right.
-    task = get_task(name)
-    _check(task, data, protocol)
+    task = get_task(name).under(protocol)
+    _check(task, data)
     items = {item.id: item for item in task.read_answers(data)}
     found = read_predictions(predictions, name)
     by_item = _by_item(task, found, items, data, str(predictions))
@@ -51,14 +51,12 @@ def score_file(
         **summary.metrics,
         **grades,
         "interval_95": summary.interval_95,
-        "notes": list(task.notes),
+        "notes": [*task.notes, *(task.scorer.notes if task.scorer else ())],
     }
 
 
-def _check(task: Benchmark, data: Path, protocol: str | None) -> None:
+def _check(task: Benchmark, data: Path) -> None:
     """Check what can be checked before anything is read."""
-    if protocol not in (None, task.protocol):
-        raise TaskError(f"{task.name} is scored by protocol {task.protocol!r}, not {protocol!r}")
     if task.hidden:
         raise TaskError(f"the answers of {task.name} are hidden; upload the file that prunetune evaluate wrote")
     if not data.is_dir():

@@ -270,6 +270,7 @@ def _answers(
             kept_per_frame=None if answer.kept_per_frame is None else list(answer.kept_per_frame),
             # The record takes no others, and what a method counts on the side should not stop an evaluation.
             notes={name: value for name, value in answer.notes.items() if math.isfinite(value)},
+            kinds=dict(item.kinds),
         )
         rows.append(row)
     return rows
@@ -286,6 +287,8 @@ def _summary(work: Work, rows: list[Result], folder: OutputFolder) -> TaskSummar
     summary = work.task.summarise(scored)
     if work.task.upload is None:
         return summary
+    if work.task.unasked is not None:
+        scored += [Scored("", item, None) for item in work.task.unasked(work.questions.data)]
     # Staged: what a benchmark of somebody else's calls its file must not replace one that is not ours.
     with folder.staged() as staged:
         name = work.task.upload(scored, staged).name

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunetune.evaluation.errors import MissingFile, TaskError
 from prunetune.evaluation.metrics.averages import Average, average
 from prunetune.evaluation.metrics.intervals import bootstrap_interval
-from prunetune.evaluation.metrics.metric import Metric, Tally, tallied
+from prunetune.evaluation.metrics.metric import Metric, Tally, intervals, share, tallied
 from prunetune.evaluation.records import TaskSummary
 from prunetune.names import nearest
 from prunetune.plugins import import_folder, load_installed, named
@@ -31,7 +31,16 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 @dataclass(frozen=True)
 class Item:
-    """One question about at most one image, and what the scorer compares the prediction with (JSON values)."""
+    """One question about at most one image, and what the scorer compares the prediction with (JSON values).
+
+    Attributes:
+        id: names it within its benchmark.
+        source: which part of the benchmark it belongs to, see :attr:`Benchmark.source_is`.
+        image: reference of its image; None asks about text alone.
+        question: the prompt.
+        answer: JSON values.
+        kinds: further kinds of question that it is one of, by what they tell apart: ``{"semantic": "attr"}``.
+    """
 
     id: str
     source: str
@@ -39,10 +48,12 @@ class Item:
     question: str
     # Any: a list of ten answers, a letter with its options, or nothing at all. Its scorer alone reads it.
     answer: Any
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     def key(self) -> str:
         """Return the item as one line, for hashing."""
         # A list, so that no field's name is part of the hash: hashes stand in manifests, and must stay what they are.
+        # Without the kinds, by which answers are only told apart: they decide no answer and no score.
         return json.dumps([self.id, self.source, self.image, self.question, self.answer], ensure_ascii=False)
 
 
@@ -97,8 +108,21 @@ ACCURACY = Metric(
     unit="%",
     about="mean score of the questions; images are drawn",
     tally=tally_scores,
-    value=lambda counts: 100 * counts[..., 0] / counts[..., 1],
+    value=lambda counts: 100 * share(counts[..., 0], counts[..., 1]),
 )
+
+
+def accuracy_of(source: str, name: str, about: str) -> Metric:
+    """Return the mean score in percent of the questions of one source alone."""
+
+    def tally(scored: Sequence[Scored]) -> Tally:
+        rows = []
+        for one in scored:
+            own = one.item.source == source
+            rows.append(((one.score or 0.0) * own, float(own)))
+        return tallied([unit_of(one.item) for one in scored], rows)
+
+    return Metric(name, "%", about, tally, lambda counts: 100 * share(counts[..., 0], counts[..., 1]))
 
 
 def score_as_a_set(prediction: str, item: Item) -> None:
@@ -115,11 +139,13 @@ class Scorer:
         score: compares one prediction with its item, from 0 to 1; None where only a whole set has a score.
         summarise: computes all metrics of scored predictions, from the scores that they carry.
         metrics: those that tables have columns for, each with an interval of its own; papers print the first.
+        notes: where numbers are defined otherwise than by the published scorer, on purpose.
     """
 
     score: Callable[[str, Item], float | None]
     summarise: Callable[[Sequence[Scored]], dict[str, Any]] = accuracy
     metrics: Sequence[Metric] = (ACCURACY,)
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -166,9 +192,13 @@ class Benchmark:
         readers: the layouts its files come in, the one to ask for first.
         scorer: compares predictions with answers; None where the answers are hidden, so that only the benchmark's
             server can score.
+        others: scorers by other rules, by the protocol's name, see :meth:`under`.
         upload: writes the file that the server takes into a folder, and returns its path.
+        unasked: reads from a folder the questions that are not asked, but without which the server takes no upload:
+            their answers there are empty.
         pairing: how saved predictions find their items.
         notes: where numbers are defined otherwise than by the published scorer, on purpose.
+        source_is: what an item's source tells apart: "category", "subtask", "answer type".
         video: whether it asks about videos: an item's ``image`` is a video's reference then.
     """
 
@@ -181,12 +211,29 @@ class Benchmark:
     upload: Callable[[Sequence[Scored], Path], Path] | None = None
     pairing: Pairing = Pairing()
     notes: Sequence[str] = ()
+    source_is: str = "source"
     video: bool = False
+    others: Mapping[str, Scorer] = field(default_factory=dict)
+    unasked: Callable[[Path], list[Item]] | None = None
 
     @property
     def hidden(self) -> bool:
         """Whether the answers are hidden."""
         return self.scorer is None
+
+    def under(self, protocol: str | None) -> Benchmark:
+        """Return the benchmark scored by another protocol's rules, called ``NAME@PROTOCOL``; None is its own.
+
+        Raises:
+            TaskError: if it can't be scored by them.
+        """
+        if protocol in (None, self.protocol):
+            return self
+        if protocol not in self.others:
+            known = " or ".join(repr(name) for name in (self.protocol, *self.others))
+            raise TaskError(f"{self.name} is scored by protocol {known}, not {protocol!r}")
+        # Under a name of its own: its scores are other numbers, and nothing may take the one for the other.
+        return replace(self, name=f"{self.name}@{protocol}", protocol=protocol, scorer=self.others[protocol], others={})
 
     def open(self, data: Path, answers_only: bool = False) -> Questions:
         """Return the items in a folder, by the first reader whose files are there.
@@ -233,9 +280,22 @@ class Benchmark:
         score = None if self.scorer is None else self.scorer.score(prediction, item)
         return Scored(prediction, item, score)
 
+    def kinds(self, item: Item) -> dict[str, str]:
+        """Return the kinds of question that an item is one of, for breakdowns: its source, and its further kinds.
+
+        Where all items are of one kind there is nothing to break down.
+        """
+        return {self.source_is: item.source, **item.kinds}
+
     def summarise(self, scored: Sequence[Scored]) -> TaskSummary:
-        """Return all metrics, none of them where the answers are hidden, and the interval of the mean score."""
-        metrics = {} if self.scorer is None else self.scorer.summarise(scored)
+        """Return all metrics, none of them where the answers are hidden, and the interval of the mean score.
+
+        Metrics other than the mean score have an interval of their own, in ``intervals`` by their names.
+        """
+        metrics = {} if self.scorer is None else dict(self.scorer.summarise(scored))
+        own = [] if self.scorer is None else [one for one in self.scorer.metrics if one.value is not ACCURACY.value]
+        if own and scored:
+            metrics["intervals"] = intervals(own, scored)
         scores = []
         images = []
         for one in scored:
@@ -281,10 +341,18 @@ def tasks() -> dict[str, Benchmark]:
 def get_task(name: str) -> Benchmark:
     """Return the benchmark of a name, or the object that ``package.module:NAME`` names.
 
+    Args:
+        name: ``vqav2``, or ``vqav2@official`` for the rules of another protocol than its own.
+
     Raises:
-        TaskError: if there is none, with the nearest name.
+        TaskError: if there is none, with the nearest name, or no such protocol.
         PluginError: if its module can't be imported.
     """
+    name, _, protocol = name.partition("@")
+    return _named(name).under(protocol or None)
+
+
+def _named(name: str) -> Benchmark:
     if ":" in name:
         task = named(name)
         if not isinstance(task, Benchmark):
@@ -312,6 +380,7 @@ def task_folder(data: str | Path | None, name: str) -> Path:
     if data is None:
         return UNSET
     root = Path(data)
+    name = name.partition("@")[0]  # whose rules score the answers says nothing about the files
     if not root.is_dir():
         raise TaskError(f"data folder {str(root)!r} does not exist; set data to the folder of the benchmarks' files")
     # Variants of one benchmark share its files: vqav2_testdev lies with vqav2.

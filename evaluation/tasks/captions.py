@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import find_file, read_json
-from prunetune.evaluation.metrics.captions import caption_metrics
+from prunetune.evaluation.metrics.captions import CaptionScores, caption_scores
+from prunetune.evaluation.metrics.metric import Metric, Tally, share, tallied
 from prunetune.evaluation.tasks.base import Item, Scored
 
 # lmms-eval's, for both sets alike: LLaVA-1.5's scripts have neither.
@@ -54,9 +56,36 @@ def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
 
 
 def _corpus(scored: Sequence[Scored]) -> dict[str, float]:
-    captions = {}
-    references = {}
-    for one in scored:
-        captions[one.item.id] = one.prediction
-        references[one.item.id] = one.item.answer
-    return caption_metrics(captions, references)
+    return _scores(*_captions(scored)).metrics
+
+
+def _captions(scored: Sequence[Scored]) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, tuple[str, ...]], ...]]:
+    captions = tuple((one.item.id, one.prediction) for one in scored)
+    return captions, tuple((one.item.id, tuple(one.item.answer)) for one in scored)
+
+
+@lru_cache(maxsize=2)
+def _scores(
+    captions: tuple[tuple[str, str], ...], references: tuple[tuple[str, tuple[str, ...]], ...]
+) -> CaptionScores:
+    # Kept, since metrics and interval want the same, and the tokenizer is a Java program of its own.
+    return caption_scores(dict(captions), dict(references))
+
+
+def tally(scored: Sequence[Scored]) -> Tally:
+    """Return by image its CIDEr, with the word frequencies of all images, and 1 (U, 2)."""
+    scores = _scores(*_captions(scored)).cider
+    return tallied([one.item.id for one in scored], [(score, 1.0) for score in scores])
+
+
+# The weights of words stay those of the whole set when images are drawn: they belong to the benchmark, as its
+# references do, and not to the answers whose spread is asked for. BLEU has no column: papers print CIDEr.
+METRICS = (
+    Metric(
+        name="CIDEr",
+        unit="score",
+        about="CIDEr times 100, as papers print it; pictures are drawn, word frequencies are the whole set's",
+        tally=tally,
+        value=lambda counts: 100 * share(counts[..., 0], counts[..., 1]),
+    ),
+)

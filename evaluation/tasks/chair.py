@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from prunetune.evaluation.files import find_file, read_json
-from prunetune.evaluation.metrics.chair import Objects, chair
+from prunetune.evaluation.metrics.chair import Objects, chair, count
+from prunetune.evaluation.metrics.metric import Metric, Tally, share, tallied
 from prunetune.evaluation.readers import PublishedFiles, images_below
 from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, Scorer, register_task, score_as_a_set
 
@@ -45,13 +47,44 @@ def read_items(data: Path) -> list[Item]:
 
 def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     """Return C_S, C_I, recall and length."""
-    objects = Objects(scored[0].item.answer["words"])  # the same for all items
+    objects = _objects(tuple(scored[0].item.answer["words"]))  # the same for all items
     captions = {}
     truth = {}
     for one in scored:
         captions[one.item.id] = one.prediction
         truth[one.item.id] = set(one.item.answer["objects"])
     return chair(captions, truth, objects)
+
+
+@lru_cache(maxsize=4)
+def _objects(lines: tuple[str, ...]) -> Objects:
+    return Objects(lines)
+
+
+def tally(scored: Sequence[Scored]) -> Tally:
+    """Return by image 1 and the six numbers of :class:`Count` (U, 7)."""
+    objects = _objects(tuple(scored[0].item.answer["words"]))
+    rows = [[1, *count(one.prediction, set(one.item.answer["objects"]), objects)] for one in scored]
+    return tallied([one.item.id for one in scored], rows)
+
+
+def _metric(name: str, about: str, part: int, whole: int, higher: bool) -> Metric:
+    """Return the share in percent of one count in another."""
+    return Metric(
+        name=name,
+        unit="%",
+        about=f"{about}; pictures are drawn",
+        tally=tally,
+        value=lambda counts: 100 * share(counts[..., part], counts[..., whole]),
+        higher=higher,
+    )
+
+
+METRICS = (
+    _metric("C_S", "CHAIR_s: captions that name an object which is not there", 1, 0, higher=False),
+    _metric("C_I", "CHAIR_i: mentions of objects that are not there", 3, 2, higher=False),
+    _metric("recall", "objects of the picture that the caption names", 5, 4, higher=True),
+)
 
 
 register_task(
@@ -61,7 +94,7 @@ register_task(
         prompt="describe in detail",
         about="CHAIR on COCO val2014: objects that descriptions invent (C_S, C_I, recall, length)",
         readers=[PublishedFiles(read_items, images_below("val2014"))],
-        scorer=Scorer(score_as_a_set, summarise),
+        scorer=Scorer(score_as_a_set, summarise, METRICS),
         notes=("plurals are resolved by inflect; the published script used another library",),
     )
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prunetune.evaluation.files import find_file, read_json
 from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
 from prunetune.evaluation.readers import PublishedFiles, images_below
-from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, Scorer, averaged, register_task
+from prunetune.evaluation.tasks.base import ACCURACY, Benchmark, Item, Scored, Scorer, averaged, register_task
 
 SOURCE = "https://github.com/vis-nlp/ChartQA (ChartQA Dataset/test)"
 KINDS = ("human", "augmented")
@@ -80,6 +81,7 @@ register_task(
         prompt="question, single word",
         about="ChartQA test: questions about charts (relaxed accuracy)",
         readers=[PublishedFiles(read_items, images_below("png")), ParquetRows("chartqa", read_row)],
-        scorer=Scorer(score, summarise),
+        scorer=Scorer(score, summarise, (replace(ACCURACY, about="relaxed accuracy; pictures are drawn"),)),
+        source_is="kind",
     )
 )

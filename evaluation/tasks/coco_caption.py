@@ -7,7 +7,7 @@ from pathlib import Path
 from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
 from prunetune.evaluation.readers import PublishedFiles, images_below
 from prunetune.evaluation.tasks.base import Benchmark, Item, Scorer, register_task, score_as_a_set
-from prunetune.evaluation.tasks.captions import PROMPT, coco_captions, summarise
+from prunetune.evaluation.tasks.captions import METRICS, PROMPT, coco_captions, summarise
 
 ANNOTATIONS = "captions_val2017.json"
 SOURCE = "https://cocodataset.org/#download (annotations, 2017)"
@@ -31,6 +31,6 @@ register_task(
         prompt="one-sentence caption",
         about="COCO 2017 validation captions (CIDEr, BLEU)",
         readers=[PublishedFiles(read_items, images_below("val2017")), ParquetRows("coco_caption", read_row)],
-        scorer=Scorer(score_as_a_set, summarise),
+        scorer=Scorer(score_as_a_set, summarise, METRICS),
     )
 )

@@ -35,7 +35,10 @@ def _item(number: str, record: dict[str, Any], image: str) -> Item:
     # Only a "query" asks for a word; verify, logical, choose and compare name their answers in the question.
     kind = "open" if record["types"]["structural"] == "query" else "binary"
     question = f"{record['question']}\n{SHORT_ANSWER}"
-    return Item(number, kind, image.format(record["imageId"]), question, record["answer"])
+    kinds = {"structural": record["types"]["structural"]}
+    if record["types"].get("semantic"):
+        kinds["semantic"] = record["types"]["semantic"]
+    return Item(number, kind, image.format(record["imageId"]), question, record["answer"], kinds)
 
 
 def clean(prediction: str) -> str:
@@ -67,5 +70,6 @@ register_task(
         about="GQA test-dev balanced: compositional questions (exact match)",
         readers=[PublishedFiles(read_items, images_below("images")), ParquetRows("gqa", read_row)],
         scorer=Scorer(score, summarise),
+        source_is="form",
     )
 )

@@ -19,6 +19,7 @@ from prunetune.data_recipes.sample import DataError
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import find_file
 from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
+from prunetune.evaluation.metrics.metric import Metric, Tally, share, tallied
 from prunetune.evaluation.readers import PublishedFiles
 from prunetune.evaluation.tasks.base import LETTER, Benchmark, Item, Scored, Scorer, register_task
 
@@ -95,18 +96,60 @@ def score(prediction: str, item: Item) -> float:
 
 
 def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
-    """Return accuracy in percent: a question counts when all its circular copies are right."""
-    groups: dict[int, list[float]] = {}
-    for one in scored:
-        groups.setdefault(int(one.item.id) % ROUND, []).append(one.score or 0)
+    """Return accuracy in percent: a question counts when all its circular copies are right.
+
+    ``single_round`` is that of the questions as they are asked first, with none of their options turned.
+    """
+    groups = grouped(scored)
     # Circular evaluation asks each question with its options turned; who guesses is right once, not every time.
     right = sum(all(scores) for scores in groups.values())
     circular = any(len(scores) > 1 for scores in groups.values())
+    first = [one.score or 0 for one in scored if int(one.item.id) < ROUND]
     return {
         "accuracy": 100 * right / len(groups),
+        "single_round": 100 * sum(first) / len(first) if first else None,
         "questions": len(groups),
         "evaluation": "circular" if circular else "single round",
     }
+
+
+def grouped(scored: Sequence[Scored]) -> dict[int, list[float]]:
+    """Return the scores of each question and of its circular copies."""
+    groups: dict[int, list[float]] = {}
+    for one in scored:
+        groups.setdefault(int(one.item.id) % ROUND, []).append(one.score or 0)
+    return groups
+
+
+def tally(scored: Sequence[Scored]) -> Tally:
+    """Return by circular group whether all is right, 1, the first round's right answers and its questions (U, 4)."""
+    rows = {}
+    for number, scores in grouped(scored).items():
+        rows[number] = [float(all(scores)), 1.0, 0.0, 0.0]
+    for one in scored:
+        if int(one.item.id) < ROUND:
+            row = rows[int(one.item.id)]
+            row[2] += one.score or 0
+            row[3] += 1
+    return tallied(list(rows), list(rows.values()))
+
+
+METRICS = (
+    Metric(
+        name="accuracy",
+        unit="%",
+        about="questions right in every circular copy that the table has; questions are drawn with their copies",
+        tally=tally,
+        value=lambda counts: 100 * share(counts[..., 0], counts[..., 1]),
+    ),
+    Metric(
+        name="single_round",
+        unit="%",
+        about="questions right as they are asked first; questions are drawn",
+        tally=tally,
+        value=lambda counts: 100 * share(counts[..., 2], counts[..., 3]),
+    ),
+)
 
 
 def upload(name: str, scored: Sequence[Scored], folder: Path) -> Path:
@@ -164,7 +207,8 @@ for _name, _language in (("mmbench", "English"), ("mmbench_cn", "Chinese")):
                 PublishedFiles(partial(read_items, _name), partial(open_images, _name)),
                 ParquetRows(_name, partial(read_row, _name)),
             ],
-            scorer=Scorer(score, summarise),
+            scorer=Scorer(score, summarise, METRICS),
+            source_is="category",
             upload=partial(upload, _name),
         )
     )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from prunetune.data_recipes.images import FolderImages
 from prunetune.evaluation.errors import MissingFile, TaskError
 from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
+from prunetune.evaluation.metrics.metric import Metric, Tally, share, tallied
 from prunetune.evaluation.readers import PublishedFiles
 from prunetune.evaluation.tasks.base import (
     SHORT_ANSWER,
@@ -97,14 +101,19 @@ def read_row(row: Row, number: int) -> Item:
 
 
 def _item(subtask: str, stem: str, image: str, question: str, answer: str) -> Item:
-    question = plain(question)
-    return Item(f"{subtask}/{stem}/{question}", subtask, image, f"{question}\n{SHORT_ANSWER}", answer)
+    # Some questions have two spaces within a sentence, and LLaVA's file asks them so: another prompt, another token.
+    asked = f"{_unformatted(question)}\n{SHORT_ANSWER}"
+    return Item(f"{subtask}/{stem}/{plain(question)}", subtask, image, asked, answer)
 
 
 def plain(question: str) -> str:
-    """Return a question without the two answer formats, single-spaced."""
+    """Return a question without the two answer formats, single-spaced, by which it is known."""
+    return " ".join(_unformatted(question).split())
+
+
+def _unformatted(question: str) -> str:
     # MME asks for yes or no, LLaVA's question file for a short answer; the question itself is what both share.
-    return " ".join(question.replace(SHORT_ANSWER, "").replace(YES_OR_NO, "").split())
+    return question.replace(SHORT_ANSWER, "").replace(YES_OR_NO, "").strip()
 
 
 def says(prediction: str) -> str:
@@ -124,7 +133,7 @@ def score(prediction: str, item: Item) -> float:
 def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     """Return the score of every subtask (accuracy plus accuracy over whole images, in percent) and the two sums.
 
-    Sums are over the subtasks that are there; the others are listed.
+    Sums are over the subtasks that are there, None where none is; the others are listed.
     """
     # Papers add the subtasks' scores up (2,000 points of perception, 800 of cognition), so a sum without one of them
     # can't be compared: it is listed as missing beside the sum.
@@ -136,10 +145,11 @@ def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
             subtasks[subtask] = _subtask(own)
         else:
             missing.append(subtask)
-    sums: dict[str, float] = {}
-    for kind, names in (("perception", PERCEPTION), ("cognition", COGNITION)):
-        sums[kind] = sum(subtasks[name]["score"] for name in names if name in subtasks)
-    return {**sums, "total": sum(sums.values()), "subtasks": subtasks, "missing_subtasks": missing}
+    sums: dict[str, float | None] = {}
+    for kind, names in (("perception", PERCEPTION), ("cognition", COGNITION), ("total", SUBTASKS)):
+        scores = [subtasks[name]["score"] for name in names if name in subtasks]
+        sums[kind] = sum(scores) if scores else None
+    return {**sums, "subtasks": subtasks, "missing_subtasks": missing}
 
 
 def _subtask(scored: Sequence[Scored]) -> dict[str, float]:
@@ -153,6 +163,37 @@ def _subtask(scored: Sequence[Scored]) -> dict[str, float]:
     accuracy = 100 * right / len(scored)
     plus = 100 * whole / len(images)
     return {"score": accuracy + plus, "accuracy": accuracy, "accuracy_plus": plus}
+
+
+def tally(scored: Sequence[Scored]) -> Tally:
+    """Return by image and subtask its right answers, questions, whether all are right, and 1: a row of (14, 4)."""
+    images: dict[tuple[str, str], list[float]] = {}
+    for one in scored:
+        images.setdefault((one.item.source, one.item.id.split("/")[1]), []).append(one.score or 0)
+    units = []
+    rows = []
+    for (subtask, image), scores in images.items():
+        row = np.zeros((len(SUBTASKS), 4))
+        row[SUBTASKS.index(subtask)] = sum(scores), len(scores), all(scores), 1
+        units.append(f"{subtask}/{image}")
+        rows.append(row.ravel().tolist())
+    return tallied(units, rows)
+
+
+def points(counts: np.ndarray, subtasks: Sequence[str]) -> np.ndarray:
+    """Return the sum of the scores of some subtasks, of counts (..., 56); NaN where none of them is there."""
+    right, questions, whole, images = np.moveaxis(counts.reshape(*counts.shape[:-1], len(SUBTASKS), 4), -1, 0)
+    scores = 100 * share(right, questions) + 100 * share(whole, images)
+    own = scores[..., [SUBTASKS.index(name) for name in subtasks]]
+    return np.where(np.isnan(own).all(axis=-1), np.nan, np.nansum(own, axis=-1))
+
+
+def _sum(name: str, subtasks: Sequence[str]) -> Metric:
+    about = f"accuracy plus accuracy over whole pictures, added over {len(subtasks)} subtasks; pictures are drawn"
+    return Metric(name, "points", about, tally, partial(points, subtasks=subtasks))
+
+
+METRICS = (_sum("perception", PERCEPTION), _sum("cognition", COGNITION), _sum("total", SUBTASKS))
 
 
 def item_ids(predictions: list[Prediction], data: Path, where: str) -> list[str]:
@@ -180,7 +221,8 @@ register_task(
         prompt="question, short answer",
         about="MME: perception and cognition (accuracy + accuracy over pictures)",
         readers=[PublishedFiles(read_items, FolderImages), ParquetRows("mme", read_row)],
-        scorer=Scorer(score, summarise),
+        scorer=Scorer(score, summarise, METRICS),
+        source_is="subtask",
         pairing=Pairing(item_ids, first_counts=True),
         notes=(
             "questions are paired by subtask, picture and text, not by their order in the files",

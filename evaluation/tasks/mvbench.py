@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from prunetune.data_recipes.parquet import parquet_rows
 from prunetune.data_recipes.videos import NamedVideos, part_of
 from prunetune.evaluation.errors import MissingFile, TaskError
 from prunetune.evaluation.files import read_json
 from prunetune.evaluation.metrics.choices import chosen_letter
+from prunetune.evaluation.metrics.metric import Metric, Tally, mean_of_groups, share, tallied
 from prunetune.evaluation.readers import PublishedFiles, videos_below
-from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, Scorer, averaged, register_task
+from prunetune.evaluation.tasks.base import ACCURACY, Benchmark, Item, Scored, Scorer, averaged, register_task, unit_of
 
 SOURCE = "https://huggingface.co/datasets/OpenGVLab/MVBench (the folder json, and video unpacked)"
 INSTRUCTION = (
@@ -110,6 +114,29 @@ def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     return {"accuracy": mean.overall, "task_mean": sum(mean.by_source.values()) / len(mean.by_source)}
 
 
+def tally(scored: Sequence[Scored]) -> Tally:
+    """Return right answers and questions of every task that is there, by video (U, 2 tasks)."""
+    tasks = sorted({one.item.source for one in scored})
+    rows = []
+    for one in scored:
+        row = np.zeros((len(tasks), 2))
+        row[tasks.index(one.item.source)] = one.score or 0, 1
+        rows.append(row.ravel().tolist())
+    return tallied([unit_of(one.item) for one in scored], rows)
+
+
+def mean_over_tasks(counts: np.ndarray) -> np.ndarray:
+    """Return the mean of the tasks' accuracies in percent, of counts (..., 2 tasks)."""
+    right, questions = np.moveaxis(counts.reshape(*counts.shape[:-1], -1, 2), -1, 0)
+    return 100 * mean_of_groups(share(right, questions), questions > 0)
+
+
+METRICS = (
+    Metric("task_mean", "%", "mean of the tasks' accuracies; videos are drawn", tally, mean_over_tasks),
+    replace(ACCURACY, about="accuracy over all questions; videos are drawn"),
+)
+
+
 register_task(
     Benchmark(
         name="mvbench",
@@ -117,7 +144,8 @@ register_task(
         prompt="instruction, question, options",
         about="MVBench: 20 kinds of questions about videos, multiple choice",
         readers=[PublishedFiles(read_items, videos_below("video", "videos")), Tables()],
-        scorer=Scorer(score, summarise),
+        scorer=Scorer(score, summarise, METRICS),
+        source_is="task",
         notes=('the published prompt also begins the answer, "Best option:("; here the model begins it itself',),
         video=True,
     )

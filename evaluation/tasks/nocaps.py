@@ -7,7 +7,7 @@ from pathlib import Path
 from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
 from prunetune.evaluation.readers import PublishedFiles, images_below
 from prunetune.evaluation.tasks.base import Benchmark, Item, Scorer, register_task, score_as_a_set
-from prunetune.evaluation.tasks.captions import PROMPT, coco_captions, summarise
+from prunetune.evaluation.tasks.captions import METRICS, PROMPT, coco_captions, summarise
 
 ANNOTATIONS = "nocaps_val_4500_captions.json"
 SOURCE = "https://nocaps.org/download"
@@ -32,6 +32,7 @@ register_task(
         prompt="one-sentence caption",
         about="NoCaps validation captions (CIDEr, BLEU)",
         readers=[PublishedFiles(read_items, images_below("val")), ParquetRows("nocaps", read_row)],
-        scorer=Scorer(score_as_a_set, summarise),
+        source_is="domain",
+        scorer=Scorer(score_as_a_set, summarise, METRICS),
     )
 )

@@ -8,12 +8,15 @@ from typing import Any
 
 from prunetune.evaluation.files import find_file, read_json
 from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
+from prunetune.evaluation.metrics.metric import Metric
 from prunetune.evaluation.readers import PublishedFiles, images_below
-from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, Scorer, register_task
+from prunetune.evaluation.tasks.base import Benchmark, Item, Scored, Scorer, register_task, tally_scores
 
 SOURCE = "https://github.com/Yuliang-Liu/MultimodalOCR (OCRBench/OCRBench.json and its pictures)"
 # Handwritten mathematics, the only part whose answers are LaTeX.
 FORMULAS = "HME100k"
+# Unicode has the printable ASCII characters once more, as wide as a Chinese one, 0xFEE0 further on.
+_PLAIN = {code + 0xFEE0: code for code in range(ord("!"), ord("~") + 1)} | {0x3000: ord(" ")}
 
 
 def read_items(data: Path) -> list[Item]:
@@ -40,13 +43,30 @@ def answer_of(answers: Any, dataset: str) -> dict[str, Any]:
 
 
 def score(prediction: str, item: Item) -> float:
-    """Return 1 if the prediction holds one of the answers: of formulas without spaces, else whatever the case."""
+    """Return 1 if the prediction holds one of the answers, full-width letters and digits taken for plain ones.
+
+    Of formulas spaces don't count, of everything else the case.
+    """
+    if item.answer["formula"]:
+        return official_score(prediction, item)
+    answers = [fold(answer) for answer in item.answer["any"]]
+    return _held(fold(prediction), answers, formula=False)
+
+
+def official_score(prediction: str, item: Item) -> float:
+    """Return 1 if the prediction holds one of the answers as they are; see :func:`score` for what does not count."""
+    return _held(prediction, item.answer["any"], item.answer["formula"])
+
+
+def fold(text: str) -> str:
+    """Return a text with full-width ASCII and the ideographic space as plain ASCII, and all else as it is."""
+    return text.translate(_PLAIN)
+
+
+def _held(prediction: str, answers: Sequence[str], formula: bool) -> float:
     # Held and not equal: models read the text out within a sentence, and reading is what is asked for.
-    said = _comparable(prediction, item.answer["formula"])
-    for answer in item.answer["any"]:
-        if _comparable(answer, item.answer["formula"]) in said:
-            return 1.0
-    return 0.0
+    said = _comparable(prediction, formula)
+    return float(any(_comparable(answer, formula) in said for answer in answers))
 
 
 def _comparable(text: str, formula: bool) -> str:
@@ -64,6 +84,8 @@ def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     return {"score": sum(kinds.values()), "of": len(scored), "by_kind": kinds}
 
 
+METRICS = (Metric("score", "points", "answers found; pictures are drawn", tally_scores, lambda counts: counts[..., 0]),)
+
 register_task(
     Benchmark(
         name="ocrbench",
@@ -71,6 +93,8 @@ register_task(
         prompt="question",
         about="OCRBench: reading text in pictures (answers found, of 1,000)",
         readers=[PublishedFiles(read_items, images_below("OCRBench_Images")), ParquetRows("ocrbench", read_row)],
-        scorer=Scorer(score, summarise),
+        scorer=Scorer(score, summarise, METRICS),
+        others={"official": Scorer(official_score, summarise, METRICS)},
+        source_is="kind",
     )
 )

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import find_file, read_lines, read_questions
 from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
+from prunetune.evaluation.metrics.metric import Metric, Tally, mean_of_groups, share, tallied
 from prunetune.evaluation.readers import PublishedFiles, images_below
 from prunetune.evaluation.tasks.base import (
     SHORT_ANSWER,
@@ -126,6 +129,50 @@ def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     return {"categories": categories, "mean": mean}
 
 
+def tally(scored: Sequence[Scored]) -> Tally:
+    """Return TP, FP, TN and FN of each category by image (U, 12); an image is asked about in all three."""
+    units = []
+    rows = []
+    for one in scored:
+        row = np.zeros((len(CATEGORIES), 4))
+        yes = one.item.answer == "yes"
+        right = one.score == 1
+        row[CATEGORIES.index(one.item.source), (0 if right else 3) if yes else (2 if right else 1)] = 1
+        units.append(_picture(one.item))
+        rows.append(row.ravel().tolist())
+    return tallied(units, rows)
+
+
+def _picture(item: Item) -> str:
+    # By its published name: in lmms-lab's table the three categories have a row, and so a reference, each.
+    return item.id.split("/")[1]
+
+
+def _by_category(counts: np.ndarray) -> np.ndarray:
+    return counts.reshape(*counts.shape[:-1], len(CATEGORIES), 4)
+
+
+def f1(counts: np.ndarray) -> np.ndarray:
+    """Return the mean over categories of F1 in percent, of counts (..., 12); NaN where one of them has none."""
+    tp, fp, _, fn = np.moveaxis(_by_category(counts), -1, 0)
+    # Without a true positive precision and recall are both 0, or not defined.
+    values = share(np.where(tp > 0, 2 * tp, np.nan), 2 * tp + fp + fn)
+    return 100 * mean_of_groups(values, _by_category(counts).sum(axis=-1) > 0)
+
+
+def mean_accuracy(counts: np.ndarray) -> np.ndarray:
+    """Return the mean over categories of the accuracy in percent, of counts (..., 12)."""
+    tp, fp, tn, fn = np.moveaxis(_by_category(counts), -1, 0)
+    there = tp + fp + tn + fn
+    return 100 * mean_of_groups(share(tp + tn, there), there > 0)
+
+
+METRICS = (
+    Metric("f1", "%", "F1 of yes, mean over the three categories; images are drawn", tally, f1),
+    Metric("accuracy", "%", "accuracy, mean over the three categories; images are drawn", tally, mean_accuracy),
+)
+
+
 def item_ids(predictions: list[Prediction], data: Path, where: str) -> list[str]:
     """Return the item of each prediction: LLaVA's ids go through its question file, ours are the items' own."""
     # Ours need no further file, so they are looked at first.
@@ -151,7 +198,8 @@ register_task(
         prompt="question, short answer",
         about="POPE on COCO: object hallucination (accuracy, F1)",
         readers=[PublishedFiles(read_items, images_below("val2014")), ParquetRows("pope", read_row)],
-        scorer=Scorer(score, summarise),
+        scorer=Scorer(score, summarise, METRICS),
+        source_is="category",
         pairing=Pairing(item_ids),
         notes=(
             "predictions are paired with labels by category, picture and question; LLaVA's scorer pairs them by order",

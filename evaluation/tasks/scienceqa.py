@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import find_file, read_json
 from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
 from prunetune.evaluation.readers import PublishedFiles, images_below
-from prunetune.evaluation.tasks.base import LETTER, Benchmark, Item, Pairing, Scored, Scorer, averaged, register_task
+from prunetune.evaluation.tasks.base import (
+    ACCURACY,
+    LETTER,
+    Benchmark,
+    Item,
+    Pairing,
+    Scored,
+    Scorer,
+    accuracy_of,
+    averaged,
+    register_task,
+)
 
 # No problem of the test split has more than five choices.
 LETTERS = "ABCDE"
 SOURCE = "https://github.com/lupantech/ScienceQA (problems.json and pid_splits.json in data/scienceqa)"
 QUESTIONS = "llava_test_CQM-A.json"
+# Papers call them NAT, SOC and LAN.
+SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 _ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
 
 
@@ -43,7 +57,7 @@ def read_answers(data: Path) -> list[Item]:
     for number in split:
         problem = problems[number]
         image = f"{number}/{problem['image']}" if problem.get("image") else None
-        items.append(_item(str(number), image, problem["question"], problem["answer"], problem["choices"]))
+        items.append(_item(str(number), image, problem["question"], problem))
     return items
 
 
@@ -55,12 +69,15 @@ def read_row(row: Row, number: int) -> Item:
     for letter, choice in zip(LETTERS, row["choices"], strict=False):
         lines.append(f"{letter}. {choice}")
     image = image_in_row(number) if row.get("image") else None
-    return _item(f"row {number}", image, "\n".join([*lines, LETTER]), row["answer"], row["choices"])
+    return _item(f"row {number}", image, "\n".join([*lines, LETTER]), row)
 
 
-def _item(name: str, image: str | None, question: str, index: int, choices: Sequence[str]) -> Item:
+def _item(name: str, image: str | None, question: str, record: Mapping[str, Any]) -> Item:
     source = "text" if image is None else "image"
-    return Item(name, source, image, question, {"index": index, "choices": len(choices)})
+    answer = {"index": record["answer"], "choices": len(record["choices"])}
+    subject = record.get("subject")
+    kinds = {"subject": SUBJECTS.get(subject, subject)} if subject else {}
+    return Item(name, source, image, question, answer, kinds)
 
 
 def chosen(prediction: str, choices: int) -> int:
@@ -100,7 +117,12 @@ register_task(
             PublishedFiles(read_items, images_below("test"), answers=read_answers),
             ParquetRows("scienceqa", read_row),
         ],
-        scorer=Scorer(score, summarise),
+        scorer=Scorer(
+            score,
+            summarise,
+            (accuracy_of("image", "image_accuracy", "accuracy over the problems with an image (IMG)"), ACCURACY),
+        ),
+        source_is="picture",
         pairing=Pairing(failed="FAILED"),
         notes=("a missing answer counts as wrong, and in no group, as in LLaVA's scorer",),
     )

@@ -19,7 +19,7 @@ from prunetune.evaluation.tasks.base import (
     Scorer,
     register_task,
 )
-from prunetune.evaluation.tasks.vqa import LLAVA_EVAL, people, score
+from prunetune.evaluation.tasks.vqa import LLAVA_EVAL, METRICS, people, score
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
 WITH_OCR = "llava_textvqa_val_v051_ocr.jsonl"
@@ -38,8 +38,7 @@ def read_items(data: Path) -> list[Item]:
         answers[name] = record["answers"]
     items = []
     for record, name, number in zip(records, names, number_repeats(names), strict=True):
-        # Capitalised as in LLaVA's file; the annotations are lower-case.
-        question = f"{record['question'].capitalize()}\n{SHORT_ANSWER}"
+        question = f"{capitalised(record['question'])}\n{SHORT_ANSWER}"
         items.append(Item(number, "textvqa", f"{record['image_id']}.jpg", question, answers[name]))
     return items
 
@@ -59,18 +58,31 @@ def read_items_with_ocr(data: Path) -> list[Item]:
     for (line, record), number in zip(lines, number_repeats(names), strict=True):
         if number not in answers:
             raise TaskError(f"{path}, line {line}: question {number!r} is not in {ANNOTATIONS}")
-        items.append(Item(number, "textvqa", record["image"], record["text"], answers[number]))
+        items.append(Item(number, "textvqa", record["image"], capitalised(record["text"]), answers[number]))
     return items
 
 
 def read_row(row: Row, number: int, ocr: bool) -> Item:
     """Return a row of lmms-lab's table, which has the OCR tokens in a column, in the same prompt."""
-    lines = [row["question"].capitalize()]
+    lines = [capitalised(row["question"])]
     if ocr:
         lines.append(f"Reference OCR token: {', '.join(row['ocr_tokens'])}")
     lines.append(SHORT_ANSWER)
     name = _id(row["image_id"], row["question"])
     return Item(name, "textvqa", image_in_row(number), "\n".join(lines), people(row))
+
+
+def capitalised(prompt: str) -> str:
+    """Return a prompt whose first line, the question, is capitalised as lmms-eval does it, in every layout alike.
+
+    LLaVA's file of prompts has it so; annotations and lmms-lab's table are lower-case.
+    """
+    # Whatever a capital within the question is, "NASA" or "What is this? Who", lower case: the two layouts write it
+    # differently, and one benchmark must not ask two questions. A prompt that begins with its OCR tokens stays.
+    question, line, rest = prompt.partition("\n")
+    if question.startswith(("OCR tokens: ", "Reference OCR token: ")):
+        return prompt
+    return question.capitalize() + line + rest
 
 
 def question_of(prompt: str, where: str) -> str:
@@ -122,7 +134,7 @@ for _name, _read, _ocr in (("textvqa", read_items_with_ocr, True), ("textvqa_no_
                 PublishedFiles(_read, images_below("train_images"), answers=read_items),
                 ParquetRows(_name, partial(read_row, ocr=_ocr), repeats=True),
             ],
-            scorer=Scorer(score),
+            scorer=Scorer(score, metrics=METRICS),
             pairing=Pairing(item_ids),
         )
     )

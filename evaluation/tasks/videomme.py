@@ -68,6 +68,7 @@ register_task(
         about="Video-MME without subtitles: short, medium and long videos, multiple choice",
         readers=[PublishedFiles(read_items, VIDEOS), VideoRows(ParquetRows("videomme", read_row), VIDEOS)],
         scorer=Scorer(score, summarise),
+        source_is="length",
         video=True,
     )
 )

@@ -18,13 +18,11 @@ from prunetune.evaluation.tasks.base import (
     Scorer,
     register_task,
 )
-from prunetune.evaluation.tasks.vqa import hidden_items, people, score, summarise, write_answers
+from prunetune.evaluation.tasks.vqa import METRICS, UNANSWERABLE, hidden_items, people, score, summarise, write_answers
 
 QUESTIONS = "val.json"
 TEST = "llava_test.jsonl"
 SOURCE = "https://vizwiz.org/tasks-and-datasets/vqa/"
-# LLaVA's hint: about a third of the questions can't be answered from the photograph, and saying so is right there.
-UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 
 def read_items(data: Path) -> list[Item]:
@@ -76,7 +74,8 @@ register_task(
         prompt="question, unanswerable hint, short answer",
         about="VizWiz validation: blind people's questions (VQA accuracy)",
         readers=[PublishedFiles(read_items, images_below("val")), ParquetRows("vizwiz", read_row)],
-        scorer=Scorer(score, summarise),
+        scorer=Scorer(score, summarise, METRICS),
+        source_is="answer type",
         pairing=Pairing(item_ids),
     )
 )

@@ -98,7 +98,7 @@ RECALIBRATION = Kind(
 
 COMPARISON = Kind(
     "comparison",
-    (*_TRACKED, "table.md", "table.csv", "comparison.json", "plot.png"),
+    (*_TRACKED, "table.md", "table.csv", "table.tex", "table.json", "comparison.json", "plot.png"),
     (("table.csv", "tuned_minus_training_free"), ("table.md", "| arm |")),
 )
 

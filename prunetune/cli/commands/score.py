@@ -12,7 +12,7 @@ from prunetune.cli.options import plugins_option
 @click.argument("task")
 @click.option("--predictions", type=Path, required=True, help="our results.jsonl or LLaVA's answers.jsonl")
 @click.option("--data", type=Path, required=True, help="folder with the published annotation files")
-@click.option("--protocol", help="whose rules; each task has one, which is the default")
+@click.option("--protocol", help="whose rules; each task has its own by default, some can be scored by others")
 @click.option("--grader", metavar="URL", help="OpenAI-compatible endpoint that judges open answers too")
 @click.option("--grader-model", default="gpt-3.5-turbo", help="the model's name there")
 @plugins_option

@@ -1,0 +1,90 @@
+"""Writes the page: the template filled in, style and scripts within it, and a policy that lets nothing else in."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from prunetune.evaluation.report.tables.layouts.examples import Examples
+from prunetune.evaluation.report.tables.layouts.grid import cost_names, grid
+from prunetune.evaluation.report.tables.layouts.html.page_data import page_data
+from prunetune.evaluation.report.tables.layouts.html.series import SHAPES, series_of
+from prunetune.evaluation.report.tables.table import Table
+from prunetune.outputs import write_text
+
+_HERE = Path(__file__).parent
+_SCRIPTS = ("page.js", "sorting.js", "chart.js", "pictures.js", "flips.js", "budgets.js")
+
+
+def write_report(table: Table, examples: Examples | None, path: Path) -> None:
+    """Write one HTML page that works from a disk, without a network.
+
+    Args:
+        table: what it shows.
+        examples: questions with answers and kept tokens; None leaves their parts out.
+        path: of the file.
+
+    Raises:
+        OutputError: if it can't be written.
+    """
+    write_text(path, to_html(table, examples))
+
+
+def to_html(table: Table, examples: Examples | None = None) -> str:
+    """Return the page as text, see :func:`write_report`."""
+    more = [column.key for column in table.columns if not column.headline] + cost_names(table)
+    drawn = grid(table, more, mark="asterisk")
+    series = series_of(table)
+    style = (_HERE / "report.css").read_text(encoding="utf-8")
+    script = "".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    # Text from models and files is escaped by the template, and put on the page as text by the scripts.
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html").render(
+        table=table,
+        grid=drawn,
+        usual=_usual(table),
+        shapes=SHAPES,
+        series=series,
+        examples=examples,
+        facts=_facts(table),
+        policy=_policy(style, script),
+        style=style,
+        script=script,
+        data=_in_script(page_data(table, drawn, series, examples)),
+    )
+
+
+def _usual(table: Table) -> set[str]:
+    """Return the keys of the columns that are shown before anybody asks for more."""
+    return {heading.key for heading in grid(table).headings}
+
+
+def _facts(table: Table) -> list[str]:
+    return list(dict.fromkeys(name for row in table.rows for name in row.facts))
+
+
+def _policy(style: str, script: str) -> str:
+    """Return the page's content policy: this very style and script, pictures in the page, and no network at all."""
+    return (
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _in_script(data: dict[str, Any]) -> str:
+    """Return data as JSON that can't end the element it stands in."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    for mark in "<>&":
+        text = text.replace(mark, f"\\u{ord(mark):04x}")
+    return text
