@@ -323,7 +323,10 @@ OPTIONS = {"A": "red", "B": "dark blue", "C": "blue"}
 @pytest.mark.parametrize(
     ("said", "letter"),
     [("B", "B"), ("B. dark blue", "B"), ("(C)", "C"), ("A red one", "A"), ("Apple", ""), ("it is red", "A"),
-     ("dark blue", ""), ("D", ""), ("", "")],
+     ("dark blue", ""), ("D", ""), ("", ""), ("The answer is C.", "C"), ("Option B", "B"), ("A B", ""),
+     ("**C**", "C"), ("[B], I think", "B"), ("B is what I would say here", ""), ("C as in dark blue sea", ""),
+     ("A. red or maybe another", "A"), ("b", ""), ("Z", "Z"), ("Cannot determine the answer from A", "Z"),
+     ("it is red, " * 4, "")],
 )  # fmt: skip
 def test_mmbench_reads_the_letter_or_the_only_option_named(said, letter):
     assert mmbench.chosen(said, OPTIONS) == letter

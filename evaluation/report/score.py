@@ -40,7 +40,7 @@ def score_file(
     by_item = _by_item(task, found, items, data, str(predictions))
     scored = _scored(task, by_item, items)
     summary = task.summarise(scored)
-    grades = {} if grader is None else _graded(grader, scored)
+    grades = {} if grader is None else _graded(grader, task, scored)
     return {
         "task": name,
         "protocol": task.protocol,
@@ -88,8 +88,12 @@ def _scored(task: Benchmark, by_item: dict[str, Prediction], items: dict[str, It
     return scored + missing
 
 
-def _graded(grader: Grader, scored: Sequence[Scored]) -> dict[str, Any]:
+def _graded(grader: Grader, task: Benchmark, scored: Sequence[Scored]) -> dict[str, Any]:
     """Return what a grader says of the predictions."""
+    if task.scorer is not None and task.scorer.judged is not None:
+        # Beside the metrics of the rules alone, which are the same for everybody, every time.
+        metrics = task.summarise(task.scorer.judged(scored, grader.choose)).metrics
+        return {"graded": metrics, "grader": grader.model}
     triples = []
     for one in scored:
         triples.append((one.item.question, str(one.item.answer), one.prediction))
