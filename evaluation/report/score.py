@@ -71,7 +71,8 @@ def _by_item(
     ids = [prediction.id for prediction in found]
     if pairing.ids is not None:  # other programs name questions in ways of their own
         ids = pairing.ids(found, data, where)
-    complete = pairing.failed is None  # nothing else stands for a prediction that is missing
+    # Nothing else stands for a prediction that is missing, unless nobody expects one of every item.
+    complete = pairing.failed is None and not pairing.subset
     return paired(found, ids, list(items), where, complete=complete, first_counts=pairing.first_counts)
 
 
@@ -82,7 +83,7 @@ def _scored(task: Benchmark, by_item: dict[str, Prediction], items: dict[str, It
     for number, item in items.items():
         if number in by_item:
             scored.append(task.score(by_item[number].text, item))
-        else:
+        elif not task.pairing.subset:
             # As LLaVA's scorer has it: wrong, and of no source, since it goes by the prompt that is not there.
             missing.append(task.score(task.pairing.failed or "", replace(item, source="missing")))
     return scored + missing

@@ -166,12 +166,14 @@ class Pairing:
             makes a missing prediction an error.
         first_counts: whether of several predictions of one question the first counts, as the published scorer has it;
             otherwise a repeated prediction is an error.
+        subset: whether items without a prediction are left out, where papers take some of them.
     """
 
     # All predictions at once, not one by one: POPE's need a file that is read for all of them.
     ids: Callable[[list[Prediction], Path, str], list[str]] | None = None
     failed: str | None = None
     first_counts: bool = False
+    subset: bool = False
 
 
 @dataclass(frozen=True)
