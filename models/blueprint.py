@@ -110,7 +110,7 @@ def formatter_without_model(config: ModelConfig, images: ImageOpener) -> Formatt
     # Anything from a wrong id to no network; the user's way out is the same.
     except Exception as error:
         raise CheckpointError(f"the processor of {config.path!r} can't be read: {one_line(error)}") from error
-    return Formatter(processor, images, config.template, config.square)
+    return Formatter(processor, images, config.template, config.square, tokens=config.tokens)
 
 
 def _check_budget(pruned: PrunedModel) -> None:
