@@ -15,25 +15,16 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from PIL import Image
 from torch import Tensor
 
-from prunetune.data_recipes.chat_templates import check_marks, template_text
+from prunetune.data_recipes.chat_templates import V1, check_marks, template_text
 from prunetune.data_recipes.images import Counted, ImageOpener, pad_to_square
 from prunetune.data_recipes.pixels import PIXELS, Pictures, look_up, mean_color
 from prunetune.data_recipes.sample import DataError, Sample
-from prunetune.data_recipes.segments import (
-    MODELS_TOKENS,
-    Row,
-    Segments,
-    Tokens,
-    first_difference,
-    segments_of,
-)
+from prunetune.data_recipes.segments import MODELS_TOKENS, Row, Segments, Tokens, first_difference, segments_of
 from prunetune.data_recipes.templated import for_text_alone, with_fast_masks
 from prunetune.data_recipes.videos import VIDEO, Clip
 from prunetune.reading import one_line
 
 IGNORE_INDEX = -100
-V1 = "vicuna_v1"
-"""The template that is built by segments."""
 COMPARED = 64
 """Samples of each kind whose segments are compared with the template, by every formatter."""
 SUPERVISED = 1_000
@@ -95,7 +86,7 @@ class Formatter:
         if tokens != MODELS_TOKENS and self.segments is None:
             raise DataError(
                 f"model.tokens {tokens} builds LLaVA's own prompts: it needs model.template {V1} and a tokenizer of "
-                "Llama's kind (a BPE with byte fallback that writes spaces as \"▁\"); leave model.tokens out, or choose "
+                'Llama\'s kind (a BPE with byte fallback that writes spaces as "▁"); leave model.tokens out, or choose '
                 "another model or template"
             )
 
@@ -167,9 +158,9 @@ class Formatter:
         built = None if of_samples else self._by_rows(samples, opened, padding_side, answered)
         if built is None and self.tokens != MODELS_TOKENS:
             raise DataError(
-                f"samples {samples[0].id!r} to {samples[-1].id!r}: model.tokens {self.tokens} builds LLaVA's prompts of "
-                "text with at most one picture, and here is a video, or a picture with text of its own around it; set "
-                "model.tokens to model"
+                f"samples {samples[0].id!r} to {samples[-1].id!r}: model.tokens {self.tokens} builds LLaVA's prompts, "
+                "of text with at most one picture, and here is a video, or a picture with text of its own around it; "
+                "set model.tokens to model"
             )
         if built is None:
             opened = [image.blank() if isinstance(image, Counted) else image for image in opened]

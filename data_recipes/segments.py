@@ -18,14 +18,13 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from prunetune.data_recipes.pieces import SPACE, Merges
 from prunetune.data_recipes.sample import Sample
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-SPACE = "▁"
-"""How Llama's tokenizer writes a space."""
 Prefix = Literal["always", "unless space", "never"]
 """When a tokenizer writes a space in front of a piece: always (files as published), not before a piece that begins with
 one, or never (tokenizers that transformers built anew)."""
@@ -36,8 +35,6 @@ Of the latter there are three, which differ in the first tokens of every round b
 `legacy=True` of the tokenizer ("▁US ER :"), and with `legacy=False` in transformers 4.31 ("US ER :"), which LLaVA-1.5's
 repository asked for, and in 4.37 ("USER :"), which 1.6's did."""
 MODELS_TOKENS: Tokens = "model"
-Merges = Sequence[tuple[str, str]]
-"""The pairs that a BPE merges, the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -100,25 +97,35 @@ class Segments:
         tokenizer: a Llama-type one, see :func:`segments_of`.
         image: the token of a picture; None where the model has none.
         rule: what is put in front of a piece.
+        file: its tokenizer.json, parsed.
         exact: whether the rows are LLaVA's own. Then special tokens in a text are read here, and labels follow from
             lengths alone, as LLaVA counts them; otherwise such samples are left to the template.
         merges: of the tokenizer; None takes its file's.
     """
 
     def __init__(
-        self, tokenizer: Any, image: str | None, rule: Rule, exact: bool = False, merges: Merges | None = None
+        self,
+        tokenizer: Any,
+        image: str | None,
+        rule: Rule,
+        file: Mapping[str, Any],
+        exact: bool = False,
+        merges: Merges | None = None,
     ) -> None:
         self.rule = rule
         self.exact = exact
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._unknown = tokenizer.unk_token_id
         self.image = None if image is None else tokenizer.convert_tokens_to_ids(image)
-        self.raw = _raw(tokenizer, exact, merges)
+        self.raw = _raw(tokenizer, file, exact, merges)
         marks = [re.escape(token) for token in tokenizer.get_added_vocab()]
         self._marked = re.compile("|".join(marks)) if marks and not exact else None
-        self._words = _Words(self.raw) if _spaces_begin_words(self.raw.get_vocab()) else None
         self._bare: dict[int, list[int]] = {}
         self._head = self._encoded([self._piece(f"{SYSTEM} USER: ", self.rule.first)])[0]
+
+    @cached_property
+    def _words(self) -> _Words | None:
+        return _Words(self.raw) if _spaces_begin_words(self.raw.get_vocab()) else None
 
     def rows(self, samples: Sequence[Sample]) -> list[Row | None]:
         """Return the row of each sample; None for one that only a template can write.
@@ -286,11 +293,11 @@ def segments_of(tokenizer: Any, image: str | None, tokens: Tokens = MODELS_TOKEN
     if prefix is None:
         return None
     if tokens != MODELS_TOKENS:
-        return None if tokenizer.unk_token_id is None else Segments(tokenizer, image, RULES[tokens], exact=True)
+        return None if tokenizer.unk_token_id is None else Segments(tokenizer, image, RULES[tokens], file, exact=True)
     for token in file["added_tokens"]:
         if any(token[side] for side in ("lstrip", "rstrip", "single_word", "normalized")):
             return None
-    return Segments(tokenizer, image, Rule(prefix, prefix))
+    return Segments(tokenizer, image, Rule(prefix, prefix), file)
 
 
 def is_llama_like(tokenizer: Any, image: str | None) -> bool:
@@ -328,17 +335,19 @@ def prefix_of(file: Mapping[str, Any]) -> Prefix | None:
     return "unless space" if pre_tokenizer["prepend_scheme"] == "always" else "never"
 
 
-def _raw(tokenizer: Any, exact: bool, merges: Merges | None) -> Tokenizer:
+def _raw(tokenizer: Any, file: Mapping[str, Any], exact: bool, merges: Merges | None) -> Tokenizer:
     """Return the tokenizer without anything that adds or splits, but special tokens where they are read here."""
-    file = json.loads(tokenizer.backend_tokenizer.to_str())
-    file["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    file |= {"pre_tokenizer": None, "post_processor": None, "truncation": None, "padding": None}
     special = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token} if exact else set()
     plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
-    file["added_tokens"] = [token | plain for token in file["added_tokens"] if token["content"] in special]
+    raw = {
+        **file,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "added_tokens": [token | plain for token in file["added_tokens"] if token["content"] in special],
+    }
+    raw |= dict.fromkeys(("pre_tokenizer", "post_processor", "truncation", "padding"))
     if merges is not None:
-        file["model"]["merges"] = merges
-    return Tokenizer.from_str(json.dumps(file))
+        raw["model"] = {**file["model"], "merges": merges}
+    return Tokenizer.from_str(json.dumps(raw))
 
 
 def _spaces_begin_words(vocabulary: Any) -> bool:

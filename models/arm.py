@@ -22,6 +22,7 @@ from prunetune.data_recipes.formatting import Formatter
 from prunetune.data_recipes.images import ImageOpener
 from prunetune.data_recipes.sample import Sample
 from prunetune.data_recipes.segments import MODELS_TOKENS
+from prunetune.data_recipes.tokens import check_tokens
 from prunetune.models.adapter import load_projector, projector_state
 from prunetune.models.errors import CheckpointError
 from prunetune.models.hashes import tensor_hash, text_tower_hash
@@ -84,6 +85,9 @@ class Base:
             name_projector(self.model, config.projector)
         if quantization is None:  # quantised weights stay where they were loaded
             self.model.to(device)  # type: ignore[arg-type] # a string is as good as a device
+        difference = check_tokens(self.processor, config.template, config.tokens, self.folder)
+        if difference is not None and launched_ranks().is_zero:
+            say(f"{config.path}: {difference}")
         self.told: set[str] = set()  # methods of which it was said that they are not fitted to this model
 
     @cached_property

@@ -128,10 +128,10 @@ def test_truncation_is_that_of_the_template(small):
 @pytest.fixture(scope="module")
 def llavas():
     """Formatters with the tokenizer that LLaVA's code was run with; its `legacy` mode is what published files do."""
-    path = golden_file()
-    if path is None or not GOLDEN_TOKENS.is_dir():
+    content = golden_file()
+    if content is None or not GOLDEN_TOKENS.is_dir():
         pytest.skip("golden ids, or the tokenizer that they were made with, are not here (see llama_tokenizers.py)")
-    model = golden(path)
+    model = golden(content)
     return {form: Formatter(llava(tokenizer(model, form)), Noise(), "vicuna_v1", "pad") for form in FORMS[:2]}
 
 
