@@ -37,6 +37,12 @@ class ModelConfig(Section):
         description="chat template: the model's own, vicuna_v1 as LLaVA-1.5's, one that a plug-in registers, or a "
         ".jinja file",
     )
+    tokens: Literal["model", "legacy", "nonlegacy_431", "nonlegacy_437"] = Field(
+        "model",
+        description="whose tokens template vicuna_v1 gives: what the loaded tokenizer makes of the prompt, or what "
+        "LLaVA's own code made of it: legacy, nonlegacy_431 (as LLaVA-1.5 was trained), nonlegacy_437 (as 1.6 was)",
+        exclude_if=lambda tokens: tokens == "model",  # records without it stay, to the byte
+    )
     projector: str | None = Field(
         None,
         description="the projector's path below `model.`, for architectures without a family; None guesses",

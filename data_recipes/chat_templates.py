@@ -11,6 +11,8 @@ from prunetune.plugins import load_installed
 from prunetune.reading import read_text
 
 MODELS_OWN = "model"
+V1 = "vicuna_v1"
+"""LLaVA's v1 prompt, which is built by segments."""
 _TEMPLATES = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
 
 

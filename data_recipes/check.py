@@ -22,10 +22,13 @@ from prunetune.data_recipes.llava_json import (
     parse_record,
     read_records,
 )
+from prunetune.data_recipes.oddities import oddities
 from prunetune.data_recipes.parquet import ROW, ParquetImages, parquet_rows
 from prunetune.data_recipes.recipe import read_recipe
 from prunetune.data_recipes.sample import DataError, Sample
 from prunetune.data_recipes.sampling import VideoSampling
+from prunetune.data_recipes.segments import MODELS_TOKENS, Tokens, segments_of
+from prunetune.data_recipes.tokens import check_tokens
 from prunetune.data_recipes.videos import VIDEO, FolderVisuals
 
 PERCENTILES = (50, 90, 95, 99, 100)
@@ -40,6 +43,7 @@ KINDS = (
     "malformed",
     "over-length",
     "duplicate id",
+    "odd in LLaVA's prompt",
 )
 """All problems, in the order of the report; those that were not found are shown with 0."""
 
@@ -54,6 +58,8 @@ class Report:
         problems: for each kind of problem its samples, by id or where they stand, with a word on each.
         lengths: percentiles of tokens per sample, if a tokenizer was given.
         text_only: samples without an image.
+        tokens: what the tokenizer does not give of LLaVA's own tokens, see
+            :func:`prunetune.data_recipes.tokens.check_tokens`.
     """
 
     recipe: str
@@ -61,6 +67,7 @@ class Report:
     problems: dict[str, list[str]] = field(default_factory=dict)
     lengths: dict[int, int] = field(default_factory=dict)
     text_only: int = 0
+    tokens: str | None = None
 
     @property
     def total(self) -> int:
@@ -111,6 +118,8 @@ class Report:
         if self.lengths:
             measured = ", ".join(f"{share} %: {length:,}" for share, length in self.lengths.items())
         lines.append(f"tokens per sample     {measured}")
+        if self.tokens is not None:
+            lines.append(f"tokenizer             {self.tokens}")
         return "\n".join(lines)
 
 
@@ -123,6 +132,8 @@ def check_data(
     max_length: int = 2048,
     num_proc: int = 1,
     max_pixels: int = MAX_PIXELS,
+    tokens: Tokens = MODELS_TOKENS,
+    folder: Path | None = None,
 ) -> Report:
     """Read every sample of a recipe once: records, images and, with a processor, lengths in tokens.
 
@@ -135,25 +146,31 @@ def check_data(
         max_length: longest sample in tokens that training takes whole.
         num_proc: processes that decode images.
         max_pixels: largest image that is decoded.
+        tokens: whose tokens, as ``model.tokens``.
+        folder: of the model, whose tokenizer.model says in what order pieces are merged.
 
     Raises:
-        DataError: if the file can't be read at all; single records that are wrong are reported instead.
+        DataError: if the file can't be read at all, or the tokens can't be given; single records that are wrong are
+            reported instead.
     """
     recipe = read_recipe(recipe_name)
     if not isinstance(recipe, LlavaJsonRecipe):
         raise DataError(f"recipe {recipe_name!r} draws its samples; there is no file to check")
     file = str(recipe.data_file(file, image_root))
     check_sources(recipe.sources or ())
-    tokens_per_image = None
+    if processor is None and tokens != MODELS_TOKENS:
+        raise DataError(f"tokens {tokens} are measured with a model's tokenizer; give --model")
+    tokens_per_image = differs = None
     if processor is not None:  # before the file is read: an unfit processor should not cost minutes
         tokens_per_image = _tokens_per_image(processor)
-    report = Report(recipe.name)
+        differs = check_tokens(processor, template, tokens, folder)
+    report = Report(recipe.name, tokens=differs)
     samples = _samples(recipe, file, report)
     if any(sample.image is not None for sample in samples):
         images = _opener(samples, file, image_root, recipe.video)
         _check_images(samples, limited(images, max_pixels), report, num_proc)
     if tokens_per_image is not None and samples:
-        _measure(samples, processor, template, max_length, tokens_per_image, report)
+        _measure(samples, processor, template, tokens, max_length, tokens_per_image, report)
     return report
 
 
@@ -174,6 +191,8 @@ def _samples(recipe: LlavaJsonRecipe, file: str, report: Report) -> list[Sample]
         seen[sample.source, sample.id] += 1
         if seen[sample.source, sample.id] == 2:  # named once, however often it repeats
             report.add("duplicate id", f"{sample.source} {sample.id}")
+        for oddity in oddities(sample):
+            report.add("odd in LLaVA's prompt", oddity)
         samples.append(sample)
     return samples
 
@@ -234,18 +253,27 @@ def _decode(row: dict[str, str], images: ImageOpener) -> dict[str, str]:
 
 
 def _measure(
-    samples: list[Sample], processor: Any, template: str, max_length: int, tokens_per_image: int, report: Report
+    samples: list[Sample],
+    processor: Any,
+    template: str,
+    tokens: Tokens,
+    max_length: int,
+    tokens_per_image: int,
+    report: Report,
 ) -> None:
-    source = template_text(processor, template)
     if any((sample.image or "").startswith(VIDEO) for sample in samples):
         raise DataError("how many tokens a video has depends on its size and length; leave --model out")
+    source = template_text(processor, template)
+    exact = None
+    if tokens != MODELS_TOKENS:
+        exact = segments_of(processor.tokenizer, getattr(processor, "image_token", None), tokens)
     lengths = []
     for sample in tqdm(samples, desc="lengths", unit="sample", dynamic_ncols=True):
-        with readable_template():
-            text = processor.apply_chat_template(_messages(sample), chat_template=source, tokenize=False)
-        length = len(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        length = None if exact is None else exact.lengths([sample])[0]
+        if length is None:
+            length = _templated_length(sample, processor, source)
         if sample.image is not None:
-            length += tokens_per_image - 1  # the placeholder is one token of the text
+            length += tokens_per_image
         lengths.append(length)
         if length > max_length:
             report.add("over-length", f"{sample.id}: {length:,} tokens, max_length is {max_length:,}")
@@ -254,6 +282,14 @@ def _measure(
     for percentile in PERCENTILES:
         rank = round(percentile / 100 * last)
         report.lengths[percentile] = lengths[min(last, rank)]
+
+
+def _templated_length(sample: Sample, processor: Any, source: str) -> int:
+    """Return the tokens of a sample as its template writes it, without its picture's."""
+    with readable_template():
+        text = processor.apply_chat_template(_messages(sample), chat_template=source, tokenize=False)
+    length = len(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return length - (sample.image is not None)  # the placeholder is one token of the text
 
 
 def _messages(sample: Sample) -> list[dict[str, Any]]:

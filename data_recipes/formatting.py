@@ -15,18 +15,16 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from PIL import Image
 from torch import Tensor
 
-from prunetune.data_recipes.chat_templates import check_marks, template_text
+from prunetune.data_recipes.chat_templates import V1, check_marks, template_text
 from prunetune.data_recipes.images import Counted, ImageOpener, pad_to_square
 from prunetune.data_recipes.pixels import PIXELS, Pictures, look_up, mean_color
 from prunetune.data_recipes.sample import DataError, Sample
-from prunetune.data_recipes.segments import Row, Segments, first_difference, segments_of
+from prunetune.data_recipes.segments import MODELS_TOKENS, Row, Segments, Tokens, first_difference, segments_of
 from prunetune.data_recipes.templated import for_text_alone, with_fast_masks
 from prunetune.data_recipes.videos import VIDEO, Clip
 from prunetune.reading import one_line
 
 IGNORE_INDEX = -100
-V1 = "vicuna_v1"
-"""The template that is built by segments."""
 COMPARED = 64
 """Samples of each kind whose segments are compared with the template, by every formatter."""
 SUPERVISED = 1_000
@@ -53,9 +51,11 @@ class Formatter:
             ``instructions``, one text per sample. Training and inference get it the same way, answers are left out.
         raw_pixels: leave ``pixel_values`` uint8 where the fast way is exact, a quarter of the bytes; :meth:`finish`
             makes the numbers of them.
+        tokens: whose tokens LLaVA's v1 prompt has: what the loaded tokenizer makes of it ("model"), or what LLaVA's own
+            code made of it in one of its modes, see :data:`prunetune.data_recipes.segments.Tokens`.
 
     Raises:
-        DataError: if the template is unknown.
+        DataError: if the template is unknown, or LLaVA's tokens are asked for and can't be had.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Formatter:
         max_length: int | None = None,
         instructions: Callable[[Sequence[str]], str] | None = None,
         raw_pixels: bool = False,
+        tokens: Tokens = MODELS_TOKENS,
     ) -> None:
         self.processor = processor
         self.images = images
@@ -81,13 +82,20 @@ class Formatter:
         self._tables: dict[torch.device, Tensor] = {}
         self._compared = {"training": 0, "prompt": 0}
         self._supervised = 0
+        self.tokens = tokens
+        if tokens != MODELS_TOKENS and self.segments is None:
+            raise DataError(
+                f"model.tokens {tokens} builds LLaVA's own prompts: it needs model.template {V1} and a tokenizer of "
+                'Llama\'s kind (a BPE with byte fallback that writes spaces as "▁"); leave model.tokens out, or choose '
+                "another model or template"
+            )
 
     @cached_property
     def segments(self) -> Segments | None:
         """What builds rows of LLaVA's v1 prompt; None for another template, or a tokenizer of another kind."""
         if self.takes_suffix or self.template != template_text(self.processor, V1):
             return None
-        return segments_of(self.processor.tokenizer, getattr(self.processor, "image_token", None))
+        return segments_of(self.processor.tokenizer, getattr(self.processor, "image_token", None), self.tokens)
 
     @cached_property
     def pictures(self) -> Pictures:
@@ -148,6 +156,12 @@ class Formatter:
         of_samples = [(s, clip) for s, clip in zip(samples, opened, strict=True) if isinstance(clip, Clip)]
         by_segments: Sequence[bool] = [False] * len(samples)
         built = None if of_samples else self._by_rows(samples, opened, padding_side, answered)
+        if built is None and self.tokens != MODELS_TOKENS:
+            raise DataError(
+                f"samples {samples[0].id!r} to {samples[-1].id!r}: model.tokens {self.tokens} builds LLaVA's prompts, "
+                "of text with at most one picture, and here is a video, or a picture with text of its own around it; "
+                "set model.tokens to model"
+            )
         if built is None:
             opened = [image.blank() if isinstance(image, Counted) else image for image in opened]
         if built is not None:
@@ -192,8 +206,14 @@ class Formatter:
         if self.segments is None:
             return self._template_rows(samples, answered), [False] * len(samples)
         found = self.segments.rows(samples)
-        self._compare(samples, found, answered)
+        if self.tokens == MODELS_TOKENS:
+            self._compare(samples, found, answered)
         left = [sample for sample, row in zip(samples, found, strict=True) if row is None]
+        if left and self.tokens != MODELS_TOKENS:
+            raise DataError(
+                f"sample {left[0].id!r}: a turn before the last has no answer, and LLaVA's code, which model.tokens "
+                f"{self.tokens} follows, writes none; set model.tokens to model"
+            )
         others = iter(self._template_rows(left, answered) if left else [])
         rows = [next(others) if row is None else row for row in found]
         return rows, [row is not None for row in found]

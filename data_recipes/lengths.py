@@ -16,6 +16,7 @@ from prunetune.data_recipes import store
 from prunetune.data_recipes.formatting import PLACE, Formatter, conversation, readable_template
 from prunetune.data_recipes.recipe import RecipeData
 from prunetune.data_recipes.sample import Sample, Turn, samples_of
+from prunetune.data_recipes.segments import MODELS_TOKENS
 from prunetune.data_recipes.videos import VIDEO
 
 FORMAT = 1
@@ -190,6 +191,8 @@ def _key(data: RecipeData, formatter: Formatter) -> str:
         tokenizer.special_tokens_map,
         words,
     ]
+    if formatter.tokens != MODELS_TOKENS:
+        parts.append(formatter.tokens)  # named where it is not the default: what was kept before stays
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
 
 

@@ -9,24 +9,53 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
+from prunetune.data_recipes.pieces import SPACE, Merges
 from prunetune.data_recipes.sample import Sample
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-SPACE = "▁"
-"""How Llama's tokenizer writes a space."""
 Prefix = Literal["always", "unless space", "never"]
-"""When the loaded tokenizer writes a space in front of a piece: always (files as published), not before a piece that
-begins with one, or never (tokenizers that transformers built anew)."""
+"""When a tokenizer writes a space in front of a piece: always (files as published), not before a piece that begins with
+one, or never (tokenizers that transformers built anew)."""
+Tokens = Literal["model", "legacy", "nonlegacy_431", "nonlegacy_437"]
+"""Whose tokens a prompt has: what the loaded tokenizer makes of it, or what LLaVA's own code made of it.
+
+Of the latter there are three, which differ in the first tokens of every round behind an end token alone: with
+`legacy=True` of the tokenizer ("▁US ER :"), and with `legacy=False` in transformers 4.31 ("US ER :"), which LLaVA-1.5's
+repository asked for, and in 4.37 ("USER :"), which 1.6's did."""
+MODELS_TOKENS: Tokens = "model"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is put in front of a piece.
+
+    Attributes:
+        first: of the pieces that begin the text or stand behind the picture.
+        later: of those behind an end token; "taken off" encodes with a space, which the first token then loses.
+    """
+
+    first: Prefix
+    later: Prefix | Literal["taken off"]
+
+
+RULES: dict[Tokens, Rule] = {
+    "legacy": Rule("always", "always"),
+    "nonlegacy_431": Rule("always", "taken off"),
+    "nonlegacy_437": Rule("always", "never"),
+}
+"""Of LLaVA's own code, whatever the loaded tokenizer does."""
 
 
 @dataclass
@@ -67,23 +96,43 @@ class Segments:
     Args:
         tokenizer: a Llama-type one, see :func:`segments_of`.
         image: the token of a picture; None where the model has none.
-        prefix: what it puts in front of a piece.
+        rule: what is put in front of a piece.
+        file: its tokenizer.json, parsed.
+        exact: whether the rows are LLaVA's own. Then special tokens in a text are read here, and labels follow from
+            lengths alone, as LLaVA counts them; otherwise such samples are left to the template.
+        merges: of the tokenizer; None takes its file's.
     """
 
-    def __init__(self, tokenizer: Any, image: str | None, prefix: Prefix) -> None:
-        self.prefix = prefix
+    def __init__(
+        self,
+        tokenizer: Any,
+        image: str | None,
+        rule: Rule,
+        file: Mapping[str, Any],
+        exact: bool = False,
+        merges: Merges | None = None,
+    ) -> None:
+        self.rule = rule
+        self.exact = exact
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self._unknown = tokenizer.unk_token_id
         self.image = None if image is None else tokenizer.convert_tokens_to_ids(image)
-        self.raw = _raw(tokenizer)
+        self.raw = _raw(tokenizer, file, exact, merges)
         marks = [re.escape(token) for token in tokenizer.get_added_vocab()]
-        self._marked = re.compile("|".join(marks)) if marks else None
-        self._words = _Words(self.raw) if _spaces_begin_words(self.raw.get_vocab()) else None
-        self._head = self._encoded([self._piece(f"{SYSTEM} USER: ")])[0]
+        self._marked = re.compile("|".join(marks)) if marks and not exact else None
+        self._bare: dict[int, list[int]] = {}
+        self._head = self._encoded([self._piece(f"{SYSTEM} USER: ", self.rule.first)])[0]
+
+    @cached_property
+    def _words(self) -> _Words | None:
+        return _Words(self.raw) if _spaces_begin_words(self.raw.get_vocab()) else None
 
     def rows(self, samples: Sequence[Sample]) -> list[Row | None]:
-        """Return the row of each sample; None for one whose text holds a special token, which only a template splits.
+        """Return the row of each sample; None for one that only a template can write.
 
-        The last turn may be a question without an answer: its row ends where the answer begins.
+        Those are samples with a turn but the last that has no answer and, unless the rows are LLaVA's own, samples
+        whose text holds a special token. The last turn may be a question without an answer: its row ends where the
+        answer begins.
         """
         texts: list[str] = []
         built = [self._takes(sample) for sample in samples]
@@ -99,7 +148,7 @@ class Segments:
     def lengths(self, samples: Sequence[Sample]) -> list[int | None]:
         """Return the tokens of each sample without its picture's, in a tenth of the time of :meth:`rows`.
 
-        None for a sample whose text holds a special token.
+        None for a sample that :meth:`rows` has no row for.
         """
         lengths: list[int | None] = []
         for sample in samples:
@@ -113,6 +162,8 @@ class Segments:
                 length = sum(self._words.tokens(piece) for piece in pieces)
             ends = sum(turn.answer is not None for turn in sample.turns)
             head = 0 if sample.image is None else len(self._head)
+            if self.rule.later == "taken off":
+                length -= self._lost * (len(pieces) - 1)
             lengths.append(1 + head + length + ends)
         return lengths
 
@@ -137,7 +188,7 @@ class Segments:
                 asked = " ASSISTANT:" if bare else f"\n{turn.question} ASSISTANT:"
             elif number == 0:
                 asked = f"{SYSTEM} {asked}"
-            asked = self._piece(asked)
+            asked = self._piece(asked, self.rule.later if number else self.rule.first)
             rounds.append((asked if turn.answer is None else f"{asked} {turn.answer}", f"{asked} "))
         return rounds
 
@@ -149,31 +200,53 @@ class Segments:
                 texts.append(instruction)
         return texts
 
-    def _row(self, sample: Sample, encoded: Any) -> Row | None:
+    def _row(self, sample: Sample, encoded: Iterator[list[int]]) -> Row | None:
         ids = [self.bos]
         spans = []
         whole = True
         if sample.image is not None:
             ids += self._head
             ids.append(self.image)
-        for turn in sample.turns:
-            piece = next(encoded)
+        for number, turn in enumerate(sample.turns):
+            taken_off = number > 0 and self.rule.later == "taken off"
+            piece = self._without_space(next(encoded)) if taken_off else next(encoded)
             start = len(ids)
             ids += piece
             if turn.answer is None:
                 continue
-            instruction = next(encoded)
+            instruction = self._without_space(next(encoded)) if taken_off else next(encoded)
             # Its last token is the space, which the answer's first one may hold.
             asked = len(instruction) - 1
             whole = whole and piece[:asked] == instruction[:asked]
             ids.append(self.eos)
             spans.append((start + asked, len(ids)))
-        return Row(ids, spans) if whole else None
+        return Row(ids, spans) if whole or self.exact else None
 
-    def _piece(self, text: str) -> str:
-        if self.prefix == "never" or (self.prefix == "unless space" and text.startswith((" ", SPACE))):
+    def _piece(self, text: str, prefix: Prefix | Literal["taken off"]) -> str:
+        if prefix == "never" or (prefix == "unless space" and text.startswith((" ", SPACE))):
             return text
         return f"{SPACE}{text}"
+
+    def _without_space(self, ids: list[int]) -> list[int]:
+        """Return a piece whose first token has lost the space that it begins with, as transformers 4.31 wrote it."""
+        first = ids[0]
+        if first not in self._bare:
+            token = self.raw.id_to_token(first)
+            bare = token.removeprefix(SPACE)
+            found = self.raw.token_to_id(bare)
+            if bare == token:
+                self._bare[first] = [first]
+            elif not bare:
+                self._bare[first] = []
+            else:  # a word that the vocabulary has with a space alone is unknown without
+                self._bare[first] = [self._unknown if found is None else found]
+        return [*self._bare[first], *ids[1:]]
+
+    @cached_property
+    def _lost(self) -> int:
+        """How many tokens a round loses with its space."""
+        (ids,) = self._encoded([f"{SPACE}USER: "])
+        return len(ids) - len(self._without_space(ids))
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -202,34 +275,58 @@ class _Words(dict[str, int]):
         return sum(map(self.__getitem__, self.ONE.findall(text)))
 
 
-def segments_of(tokenizer: Any, image: str | None) -> Segments | None:
+def segments_of(tokenizer: Any, image: str | None, tokens: Tokens = MODELS_TOKENS) -> Segments | None:
     """Return what builds rows with this tokenizer; None if it is not of Llama's kind.
 
-    Llama's kind is a BPE with byte fallback that writes spaces as "▁" and splits at special tokens alone, of which
-    none takes the spaces beside it.
+    Llama's kind is a BPE with byte fallback that writes spaces as "▁" and splits at special tokens alone. For its own
+    tokens none of these may take the spaces beside it; LLaVA's do not ask what the loaded tokenizer does there.
+
+    Args:
+        tokenizer: the model's.
+        image: the token of a picture; None where the model has none.
+        tokens: whose tokens.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+    if not is_llama_like(tokenizer, image):
         return None
-    file = json.loads(backend.to_str())
-    prefix = _prefix(file["normalizer"], file["pre_tokenizer"])
-    model = file["model"]
-    if prefix is None or model["type"] != "BPE" or not model.get("byte_fallback") or model.get("dropout"):
+    file = json.loads(tokenizer.backend_tokenizer.to_str())
+    prefix = prefix_of(file)
+    if prefix is None:
         return None
-    special = {tokenizer.bos_token, tokenizer.eos_token, *([] if image is None else [image])}
+    if tokens != MODELS_TOKENS:
+        return None if tokenizer.unk_token_id is None else Segments(tokenizer, image, RULES[tokens], file, exact=True)
     for token in file["added_tokens"]:
         if any(token[side] for side in ("lstrip", "rstrip", "single_word", "normalized")):
             return None
-        special.discard(token["content"])
-    return None if special else Segments(tokenizer, image, prefix)
+    return Segments(tokenizer, image, Rule(prefix, prefix), file)
 
 
-def _prefix(normalizer: Any, pre_tokenizer: Any) -> Prefix | None:
-    """Return the rule of a tokenizer's file; None if it has another one."""
+def is_llama_like(tokenizer: Any, image: str | None) -> bool:
+    """Return whether a tokenizer is a BPE with byte fallback and a token for the space, as Llama's is.
+
+    What it makes of a text before that, its normaliser and the like, is not asked here.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        return False
+    model = backend.model
+    if not isinstance(model, BPE) or not model.byte_fallback or model.dropout:
+        return False
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    special = {tokenizer.bos_token, tokenizer.eos_token, *([] if image is None else [image])}
+    return special <= added and backend.token_to_id(SPACE) is not None
+
+
+def prefix_of(file: Mapping[str, Any]) -> Prefix | None:
+    """Return what a tokenizer.json puts in front of a piece; None if it has a rule that is none of Llama's."""
+    normalizer, pre_tokenizer = file["normalizer"], file["pre_tokenizer"]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
-    if pre_tokenizer is None and normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}:
-        return "always"
+    if pre_tokenizer is None and normalizer is not None:
+        steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+        # Without the prefix: as transformers makes it of a tokenizer.model beside a config.json.
+        if steps == [prepend, replace]:
+            return "always"
+        return "never" if steps == [replace] else None
     if normalizer is not None or pre_tokenizer is None or pre_tokenizer["type"] != "Metaspace":
         return None
     if pre_tokenizer["replacement"] != SPACE or pre_tokenizer["split"]:
@@ -238,12 +335,19 @@ def _prefix(normalizer: Any, pre_tokenizer: Any) -> Prefix | None:
     return "unless space" if pre_tokenizer["prepend_scheme"] == "always" else "never"
 
 
-def _raw(tokenizer: Any) -> Tokenizer:
-    """Return the tokenizer without anything that adds or splits."""
-    file = json.loads(tokenizer.backend_tokenizer.to_str())
-    file["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    file |= {"pre_tokenizer": None, "post_processor": None, "truncation": None, "padding": None, "added_tokens": []}
-    return Tokenizer.from_str(json.dumps(file))
+def _raw(tokenizer: Any, file: Mapping[str, Any], exact: bool, merges: Merges | None) -> Tokenizer:
+    """Return the tokenizer without anything that adds or splits, but special tokens where they are read here."""
+    special = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token} if exact else set()
+    plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    raw = {
+        **file,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "added_tokens": [token | plain for token in file["added_tokens"] if token["content"] in special],
+    }
+    raw |= dict.fromkeys(("pre_tokenizer", "post_processor", "truncation", "padding"))
+    if merges is not None:
+        raw["model"] = {**file["model"], "merges": merges}
+    return Tokenizer.from_str(json.dumps(raw))
 
 
 def _spaces_begin_words(vocabulary: Any) -> bool:

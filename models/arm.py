@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,8 @@ from prunetune.data_recipes.chat_templates import MODELS_OWN, template_file, tem
 from prunetune.data_recipes.formatting import Formatter
 from prunetune.data_recipes.images import ImageOpener
 from prunetune.data_recipes.sample import Sample
+from prunetune.data_recipes.segments import MODELS_TOKENS
+from prunetune.data_recipes.tokens import check_tokens
 from prunetune.models.adapter import load_projector, projector_state
 from prunetune.models.errors import CheckpointError
 from prunetune.models.hashes import tensor_hash, text_tower_hash
@@ -82,6 +85,9 @@ class Base:
             name_projector(self.model, config.projector)
         if quantization is None:  # quantised weights stay where they were loaded
             self.model.to(device)  # type: ignore[arg-type] # a string is as good as a device
+        difference = check_tokens(self.processor, config.template, config.tokens, self.folder)
+        if difference is not None and launched_ranks().is_zero:
+            say(f"{config.path}: {difference}")
         self.told: set[str] = set()  # methods of which it was said that they are not fitted to this model
 
     @cached_property
@@ -271,6 +277,13 @@ class Arm:
         """The source of the chat template that prompts are made with."""
         return template_text(self.processor, self.base.config.template)
 
+    @property
+    def template_hash(self) -> str:
+        """SHA-256 of the chat template, and of ``model.tokens`` where it is named: the prompt's tokens follow both."""
+        tokens = self.base.config.tokens
+        named = "" if tokens == MODELS_TOKENS else f"\nmodel.tokens {tokens}"
+        return hashlib.sha256(f"{self.template}{named}".encode()).hexdigest()
+
     def formatter(self, images: ImageOpener, max_length: int | None = None, raw_pixels: bool = False) -> Formatter:
         """Return what turns samples into batches for this arm.
 
@@ -283,7 +296,14 @@ class Arm:
         config = self.base.config
         read = instruction_text if self.pruned.reads_text else None
         return Formatter(
-            self.processor, images, config.template, config.square, max_length, instructions=read, raw_pixels=raw_pixels
+            self.processor,
+            images,
+            config.template,
+            config.square,
+            max_length,
+            instructions=read,
+            raw_pixels=raw_pixels,
+            tokens=config.tokens,
         )
 
     def place(self, batch: Mapping[str, Any], finish: Finish | None = None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from prunetune.configs import ModelConfig
 from prunetune.data_recipes.chat_templates import MODELS_OWN, check_marks, template_file, template_text
 from prunetune.data_recipes.formatting import Formatter
 from prunetune.data_recipes.images import ImageOpener
+from prunetune.data_recipes.tokens import check_tokens
 from prunetune.errors import PrunetuneError
 from prunetune.models.loading import CheckpointError, checkpoint_folder, load_processor
 from prunetune.models.profile import resolved
@@ -39,7 +40,7 @@ def check_model(config: ModelConfig, spec: PruningSpec, others: Sequence[Pruning
 
     Raises:
         CheckpointError: for a folder, file, processor or attention kernel that is missing or broken.
-        DataError: for a chat template that is missing or marks no answers.
+        DataError: for a chat template that is missing or marks no answers, or tokens that can't be given.
         PruningError: for a family that is not known, or that does not offer what the pruner reads.
     """
     model, tokenizer = _without_weights(config)
@@ -80,6 +81,7 @@ def _without_weights(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         raise CheckpointError(f"{config.path!r} can't be loaded as it is configured: {one_line(error)}") from error
     processor = load_processor(config.path, config.revision)
     check_marks(template_text(processor, config.template))
+    check_tokens(processor, config.template, config.tokens, folder)  # what only differs is said when weights are loaded
     return model, processor.tokenizer
 
 
@@ -128,7 +130,7 @@ def formatter_without_model(config: ModelConfig, images: ImageOpener) -> Formatt
 
     Raises:
         CheckpointError: if they are not there; of a hub id no weight file is fetched.
-        DataError: for a chat template that is not there.
+        DataError: for a chat template that is not there, or tokens that can't be given.
     """
     folder = shipped(config.path)
     try:
@@ -141,7 +143,8 @@ def formatter_without_model(config: ModelConfig, images: ImageOpener) -> Formatt
     # Anything from a wrong id to no network; the user's way out is the same.
     except Exception as error:
         raise CheckpointError(f"the processor of {config.path!r} can't be read: {one_line(error)}") from error
-    return Formatter(processor, images, config.template, config.square)
+    check_tokens(processor, config.template, config.tokens, Path(folder))
+    return Formatter(processor, images, config.template, config.square, tokens=config.tokens)
 
 
 def _check_budget(pruned: PrunedModel) -> None:

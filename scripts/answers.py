@@ -180,7 +180,7 @@ def _about(settings: RecalibrateConfig, asking: Asking, asked: _Questions, arm: 
         "frozen_hash": arm.base.hashes.frozen_hash,
         "original_projector_hash": arm.base.hashes.original_projector_hash,
         "settings_hash": arm.base.settings_hash,
-        "template_hash": hashlib.sha256(arm.template.encode()).hexdigest(),
+        "template_hash": arm.template_hash,
         "data": {**asked.about, "count": len(asked.samples)},
         "max_new_tokens": asking.max_new_tokens,
         "batch_size": asking.batch_size,

@@ -2,12 +2,15 @@
 
 import hashlib
 import importlib.util
+import json
 import os
+import zipfile
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
+ROOT = Path(__file__).resolve().parent.parent
 FORMS = ("published", "rebuilt, legacy", "rebuilt")
 """Prepend and Replace as in the files; Metaspace as transformers builds it anew of them, legacy true and false."""
 GOLDEN_HASH = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
@@ -31,35 +34,35 @@ def trained():
 
 
 def _merges(tokenizer):
-    import json
-
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def golden_file():
-    """Return the SentencePiece model that the golden ids were made with; None if it is nowhere.
+    """Return the bytes of the SentencePiece model that the golden ids were made with; None if it is nowhere.
 
-    It is a file of the package mistral-common 1.12, which needs another NumPy than ours: unpack it anywhere and set
-    GOLDEN_TOKENIZER to the file, where it is not installed.
+    It is a file of the package mistral-common 1.12, which must not be installed beside ours: it needs an older NumPy,
+    and without what it depends on transformers can't be imported. So `make test` fetches the wheel and leaves it
+    packed. GOLDEN_TOKENIZER names the file, where it was unpacked.
     """
-    path = os.environ.get("GOLDEN_TOKENIZER")
-    if path is None:
-        found = importlib.util.find_spec("mistral_common")
-        if found is None or found.origin is None:
-            return None
-        path = Path(found.origin).parent / "data" / "tokenizer.model.v1"
-    path = Path(path)
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != GOLDEN_HASH:
-        return None
-    return path
+    found = None
+    wheel = ROOT / "build" / "wheels" / "mistral_common-1.12.0-py3-none-any.whl"
+    if "GOLDEN_TOKENIZER" in os.environ:
+        found = Path(os.environ["GOLDEN_TOKENIZER"]).read_bytes()
+    elif installed := importlib.util.find_spec("mistral_common"):
+        path = Path(installed.origin).parent / "data" / "tokenizer.model.v1"
+        found = path.read_bytes() if path.is_file() else None
+    elif wheel.is_file():
+        with zipfile.ZipFile(wheel) as files:
+            found = files.read("mistral_common/data/tokenizer.model.v1")
+    return found if found is not None and hashlib.sha256(found).hexdigest() == GOLDEN_HASH else None
 
 
-def golden(path):
+def golden(content):
     """The model as transformers 4.37 wrote it to a tokenizer.json: merges in the order of scores."""
     from transformers.utils import sentencepiece_model_pb2_new as sentencepiece
 
     model = sentencepiece.ModelProto()
-    model.ParseFromString(path.read_bytes())
+    model.ParseFromString(content)
     ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
     scores = [piece.score for piece in model.pieces]
     ranked = []
@@ -70,6 +73,34 @@ def golden(path):
                 ranked.append((-scores[number], number, ids[left], ids[right], left, right))
     merges = [(left, right) for *_, left, right in sorted(ranked)]
     return models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+
+
+def spaced(first=False):
+    """The small BPE with pieces of two and three spaces, merged behind all others; or first, as by their ids."""
+    own = json.loads(Tokenizer(trained()).to_str())["model"]
+    ids = own["vocab"]
+    for piece in ("▁▁", "▁▁▁"):
+        ids[piece] = len(ids)
+    spaces = [("▁", "▁"), ("▁▁", "▁"), ("▁", "▁▁")]
+    words = [tuple(pair) for pair in own["merges"]]
+    merges = spaces + words if first else words + spaces
+    return models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+
+
+def sentence_pieces(model):
+    """A tokenizer.model of a BPE, written by protobuf: scores fall with the rank of the merge, those of spaces last."""
+    from transformers.utils import sentencepiece_model_pb2_new as sentencepiece
+
+    own = json.loads(Tokenizer(model).to_str())["model"]
+    ranks = {}
+    for left, right in own["merges"]:
+        ranks.setdefault(left + right, len(ranks))
+    written = sentencepiece.ModelProto()
+    for piece, _ in sorted(own["vocab"].items(), key=lambda pair: pair[1]):
+        blank = not piece.strip("▁")
+        written.pieces.add(piece=piece, score=-1e9 if blank else -float(ranks.get(piece, 0)))
+    written.trainer_spec.model_type = 2
+    return written.SerializeToString()
 
 
 def tokenizer(model, form="published"):

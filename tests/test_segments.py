@@ -13,6 +13,7 @@ from tokenizers import normalizers
 
 from prunetune.data_recipes import DataError, Formatter, Sample, Turn
 from prunetune.data_recipes.llava_json import parse_record
+from prunetune.data_recipes.segments import Rule
 
 GOLDEN_TOKENS = GOLDEN.parent / "golden_tokens"
 SAMPLES = [
@@ -103,12 +104,12 @@ def test_tokenizers_of_another_kind_go_by_the_template(small, processor):
 
 def test_a_tokenizer_that_does_not_do_what_its_file_says_is_named(small):
     formatter = Formatter(llava(tokenizer(small)), Noise(), "vicuna_v1")
-    formatter.segments.prefix = "never"
+    formatter.segments.rule = Rule("never", "never")
     with pytest.raises(DataError, match=r"'text', built by segments: token 1 is .* by the chat template it is '▁"):
         formatter.training_batch(SAMPLES[2:3])
     formatter = Formatter(llava(tokenizer(small)), Noise(), "vicuna_v1")
     formatter.training_batch(SAMPLES[2:3] * 64)  # compared, and no more after that
-    formatter.segments.prefix = "never"
+    formatter.segments.rule = Rule("never", "never")
     formatter.training_batch(SAMPLES[2:3])
 
 
@@ -127,10 +128,10 @@ def test_truncation_is_that_of_the_template(small):
 @pytest.fixture(scope="module")
 def llavas():
     """Formatters with the tokenizer that LLaVA's code was run with; its `legacy` mode is what published files do."""
-    path = golden_file()
-    if path is None or not GOLDEN_TOKENS.is_dir():
+    content = golden_file()
+    if content is None or not GOLDEN_TOKENS.is_dir():
         pytest.skip("golden ids, or the tokenizer that they were made with, are not here (see llama_tokenizers.py)")
-    model = golden(path)
+    model = golden(content)
     return {form: Formatter(llava(tokenizer(model, form)), Noise(), "vicuna_v1", "pad") for form in FORMS[:2]}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import platform
 import time
@@ -349,7 +348,7 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm, store: Featur
         original_projector_hash=arm.base.hashes.original_projector_hash,
         projectors=list(arm.base.hashes.projectors),
         settings_hash=arm.base.settings_hash,
-        template_hash=hashlib.sha256(arm.template.encode()).hexdigest(),
+        template_hash=arm.template_hash,
         projector=projector,
         pruning=arm.pruning,
         profile=None if arm.profile is None else arm.profile.link(),

@@ -31,6 +31,7 @@ from torch import Tensor
 from prunetune.configs import ConfigError, RecalibrateConfig
 from prunetune.data_recipes import RecipeData
 from prunetune.data_recipes.formatting import supervised
+from prunetune.data_recipes.segments import MODELS_TOKENS
 from prunetune.models import Arm
 from prunetune.models.seal import SEAL, sealed, why_unsealed
 from prunetune.outputs import write_text
@@ -49,7 +50,7 @@ _ANEW = "`prunetune teach` with the same configuration makes what is missing ane
 def parts_of(config: RecalibrateConfig, arm: Arm) -> dict[str, Any]:
     """Return what the teacher's outputs depend on beside the samples, by the name that a refusal gives it."""
     model = config.model
-    return {
+    parts: dict[str, Any] = {
         "base model": arm.base.frozen_hash,
         "original projector": arm.base.hashes.original_projector_hash,
         "tokenizer, processor or configuration": arm.base.settings_hash,
@@ -61,6 +62,9 @@ def parts_of(config: RecalibrateConfig, arm: Arm) -> dict[str, Any]:
         "objective.temperature": config.objective.temperature,
         "objective.hidden_layer": config.objective.hidden_layer,
     }
+    if model.tokens != MODELS_TOKENS:  # teachers of before there was a choice stay
+        parts["model.tokens"] = model.tokens
+    return parts
 
 
 def keys_of(inputs: Mapping[str, Any]) -> list[bytes]:
@@ -193,7 +197,7 @@ class StoredTeacher:
                 self._places.setdefault(key, (shard, number))
 
     def _check(self, index: dict[str, Any], now: dict[str, Any], objective: Objective, same_data: bool) -> None:
-        used = dict(now)
+        used = {"model.tokens": None, **now}
         reads = objective.teacher_reads
         if reads is None or not reads.hidden:
             del used["objective.hidden_layer"]

@@ -42,6 +42,12 @@ def prepare(recipe: str, file: str | None, image_root: str | None) -> None:
 @recipe_options
 @click.option("--model", help="folder or hub id; its tokenizer and template measure lengths")
 @click.option("--template", default="model", help="chat template, as model.template names it")
+@click.option(
+    "--tokens",
+    type=click.Choice(["model", "legacy", "nonlegacy_431", "nonlegacy_437"]),
+    default="model",
+    help="whose tokens, as model.tokens names them",
+)
 @click.option("--max-length", type=int, callback=at_least_one, default=2048, help="longest sequence in tokens")
 @click.option(
     "--max-missing", type=float, callback=share, help="largest share of unusable images; the recipe's, or 0.01"
@@ -55,6 +61,7 @@ def check(
     image_root: str | None,
     model: str | None,
     template: str,
+    tokens: Any,
     max_length: int,
     max_missing: float | None,
     max_broken: float | None,
@@ -64,10 +71,11 @@ def check(
     """Read a recipe's data once and report what is wrong; exits with 1 if it is beyond the thresholds."""
     from prunetune.data_recipes.check import check_data
     from prunetune.data_recipes.recipe import read_recipe, tolerated
-    from prunetune.models.loading import load_processor
+    from prunetune.models.loading import checkpoint_folder, load_processor
 
     processor = load_processor(model) if model else None
-    report = check_data(recipe, file, image_root, processor, template, max_length, num_proc, max_pixels)
+    folder = checkpoint_folder(model) if model else None
+    report = check_data(recipe, file, image_root, processor, template, max_length, num_proc, max_pixels, tokens, folder)
     print(report.to_text())
     asked = read_recipe(recipe)
     failures = report.failures(tolerated(asked.max_missing, max_missing), tolerated(asked.max_broken, max_broken))
