@@ -58,10 +58,18 @@ class Grader:
     def ask(self, question: str, correct: str, predicted: str) -> tuple[bool, int]:
         """Return whether the prediction is right, and its score from 0 to 5."""
         content = f"Question: {question}\nCorrect answer: {correct}\nPredicted answer: {predicted}"
+        return read_grade(self.reply(INSTRUCTION, content))
+
+    def reply(self, system: str, content: str) -> str:
+        """Return what the language model replies to a system's and a user's message.
+
+        Raises:
+            TaskError: if the endpoint can't be reached, or its answer is of another shape.
+        """
         body = {
             "model": self.model,
             "temperature": 0,  # the same answers get the same grades when they are graded again
-            "messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": content}],
+            "messages": [{"role": "system", "content": system}, {"role": "user", "content": content}],
         }
         headers = {"Content-Type": "application/json"}
         key = os.environ.get(self.key_variable)
@@ -72,12 +80,11 @@ class Grader:
         try:
             request = urllib.request.Request(url, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                text = json.load(reply)["choices"][0]["message"]["content"]
+                return str(json.load(reply)["choices"][0]["message"]["content"])
         # One failed answer stops it all: a mean over those that came back would be of other questions.
         # ValueError: the address is none, or the reply is no JSON; the others: it is JSON of another shape.
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise TaskError(f"the grader at {url} did not answer: {one_line(error)}") from error
-        return read_grade(text)
 
 
 def read_grade(text: str) -> tuple[bool, int]:

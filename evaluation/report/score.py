@@ -34,13 +34,13 @@ def score_file(
     """
     # What the user may have got wrong is told in the order in which it is quickest to put right.
     task = get_task(name)
-    _check(task, data, protocol)
+    _check(task, data, protocol, grader)
     items = {item.id: item for item in task.read_answers(data)}
     found = read_predictions(predictions, name)
     by_item = _by_item(task, found, items, data, str(predictions))
     scored = _scored(task, by_item, items)
     summary = task.summarise(scored)
-    grades = {} if grader is None else _graded(grader, scored)
+    grades = {} if grader is None else _graded(grader, task, scored)
     return {
         "task": name,
         "protocol": task.protocol,
@@ -55,11 +55,13 @@ def score_file(
     }
 
 
-def _check(task: Benchmark, data: Path, protocol: str | None) -> None:
+def _check(task: Benchmark, data: Path, protocol: str | None, grader: Grader | None) -> None:
     """Check what can be checked before anything is read."""
     if protocol not in (None, task.protocol):
         raise TaskError(f"{task.name} is scored by protocol {task.protocol!r}, not {protocol!r}")
-    if task.hidden:
+    if task.judge is not None and grader is None:
+        raise TaskError(f"answers of {task.name} are judged by a language model; name one with --grader")
+    if task.hidden and task.judge is None:
         raise TaskError(f"the answers of {task.name} are hidden; upload the file that prunetune evaluate wrote")
     if not data.is_dir():
         raise TaskError(f"{data} is no folder; give the folder of the benchmark's annotation files")
@@ -90,8 +92,10 @@ def _scored(task: Benchmark, by_item: dict[str, Prediction], items: dict[str, It
     return scored + missing
 
 
-def _graded(grader: Grader, scored: Sequence[Scored]) -> dict[str, Any]:
+def _graded(grader: Grader, task: Benchmark, scored: Sequence[Scored]) -> dict[str, Any]:
     """Return what a grader says of the predictions."""
+    if task.judge is not None:
+        return {**task.judge(grader.reply, scored), "grader": grader.model}
     triples = []
     for one in scored:
         triples.append((one.item.question, str(one.item.answer), one.prediction))

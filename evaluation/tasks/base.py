@@ -167,6 +167,8 @@ class Benchmark:
         scorer: compares predictions with answers; None where the answers are hidden, so that only the benchmark's
             server can score.
         upload: writes the file that the server takes into a folder, and returns its path.
+        judge: asks a language model about predictions where only one can compare them, given what asks it (a system's
+            and a user's message, answered by a text); returns metrics.
         pairing: how saved predictions find their items.
         notes: where numbers are defined otherwise than by the published scorer, on purpose.
         video: whether it asks about videos: an item's ``image`` is a video's reference then.
@@ -179,6 +181,7 @@ class Benchmark:
     readers: Sequence[Reader]
     scorer: Scorer | None
     upload: Callable[[Sequence[Scored], Path], Path] | None = None
+    judge: Callable[[Callable[[str, str], str], Sequence[Scored]], dict[str, Any]] | None = None
     pairing: Pairing = Pairing()
     notes: Sequence[str] = ()
     video: bool = False
