@@ -48,12 +48,12 @@ def read_row(name: str, split: str, row: Row, number: int) -> Item | None:
 
 def _item(name: str, record: Mapping[str, Any], image: str) -> Item:
     """Return a question as lmms-eval asks it, which is LLaVA's form; the answers of the test sets are hidden."""
-    answers = record.get("answers")
+    answers = list(record.get("answers") or [])
     if not name.endswith("_test") and not answers:
         raise TaskError(f"{name}: question {record['questionId']} has no answers; is it the file of the test set?")
     question = f"{record['question']}\n{SHORT_ANSWER}"
     source = "hidden" if name.endswith("_test") else _kind(record)
-    return Item(str(record["questionId"]), source, image, question, None if name.endswith("_test") else list(answers))
+    return Item(str(record["questionId"]), source, image, question, None if name.endswith("_test") else answers)
 
 
 def _kind(record: Mapping[str, Any]) -> str:
