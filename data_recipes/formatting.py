@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from prunetune.data_recipes.chat_templates import V1, check_marks, template_text
-from prunetune.data_recipes.images import Counted, ImageOpener, pad_to_square
+from prunetune.data_recipes.images import HERE, Album, Counted, ImageOpener, pad_to_square
 from prunetune.data_recipes.pixels import PIXELS, Pictures, look_up, mean_color
 from prunetune.data_recipes.sample import DataError, Sample
 from prunetune.data_recipes.segments import MODELS_TOKENS, Row, Segments, Tokens, first_difference, segments_of
@@ -175,14 +175,15 @@ class Formatter:
         if of_samples and len(seconds) == len(of_samples):
             batch["video_seconds"] = seconds  # for budgets; a list, which no dtype rounds
         if self.instructions is not None:
-            batch["instructions"] = [self.instructions([turn.question for turn in s.turns]) for s in samples]
+            asked = [[turn.question.replace(HERE, "") for turn in sample.turns] for sample in samples]
+            batch["instructions"] = [self.instructions(questions) for questions in asked]
         return batch, by_segments
 
     def _by_rows(
         self, samples: Sequence[Sample], opened: Sequence[Any], padding_side: str, answered: bool
     ) -> tuple[dict[str, Any], Sequence[bool]] | None:
         """Return a batch of rows made without the processor; None where that might not be the processor's own."""
-        if self.takes_suffix or not self.pictures.plain:
+        if self.takes_suffix or not self.pictures.plain or any(isinstance(image, Album) for image in opened):
             return None
         rows, by_segments = self._rows(samples, answered)
         token = self.processor.image_token_id
@@ -317,10 +318,12 @@ class Formatter:
         """
         images, prompts = [], []
         for sample, messages in zip(samples, conversations, strict=True):
-            if sample.image is None or len(sample.turns) > 1:
+            pictures = sum(part["type"] == "image" for part in messages[0]["content"])
+            if pictures != 1 or len(sample.turns) > 1:
                 raise DataError(
                     f"sample {sample.id!r}: a {type(self.processor).__name__} takes one picture with one question, got "
-                    f"{'no' if sample.image is None else 'a'} picture and {len(sample.turns)} turns; leave it out"
+                    f"{['no picture', 'a picture'][pictures] if pictures < 2 else f'{pictures} pictures'} and "
+                    f"{len(sample.turns)} turns; leave it out"
                 )
             images.append(messages[0]["content"][0]["image"])
             with readable_template():
@@ -344,8 +347,8 @@ class Formatter:
             batch["assistant_masks"] = batch["token_type_ids"].clone()
         return batch
 
-    def _open(self, sample: Sample) -> Image.Image | Clip | Counted:
-        opened: Image.Image | Clip | Counted = self.images.open(str(sample.image), sample.id)
+    def _open(self, sample: Sample) -> Image.Image | Album | Clip | Counted:
+        opened: Image.Image | Album | Clip | Counted = self.images.open(str(sample.image), sample.id)
         if isinstance(opened, Clip) and getattr(self.processor, "video_processor", None) is None:
             raise DataError(
                 f"sample {sample.id!r} is about a video, and {type(self.processor).__name__} takes no videos; choose a "
@@ -353,13 +356,15 @@ class Formatter:
             )
         return opened
 
-    def _squared(self, opened: Image.Image | Clip | None) -> Image.Image | Clip | None:
-        """Return a picture, or the frames of a clip, padded to a square if that is asked for."""
+    def _squared(self, opened: Image.Image | Album | Clip | None) -> Image.Image | Album | Clip | None:
+        """Return a picture, or those of an album or a clip, padded to a square if that is asked for."""
         if self.square != "pad" or opened is None:
             return opened
         color = mean_color(self.processor)
         if isinstance(opened, Clip):
             return replace(opened, frames=tuple(pad_to_square(frame, color) for frame in opened.frames))
+        if isinstance(opened, Album):
+            return Album(tuple(pad_to_square(image, color) for image in opened.images))
         return pad_to_square(opened, color)
 
     def _truncate(self, batch: dict[str, Tensor], samples: Sequence[Sample]) -> None:
@@ -385,13 +390,15 @@ def conversation(sample: Sample, opened: Any) -> list[dict[str, Any]]:
 
     Args:
         sample: the conversation.
-        opened: its picture or clip; ``PLACE`` for the place of one alone, None for no picture.
+        opened: its picture, album or clip; ``PLACE`` for the place of one alone, None for no picture.
     """
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(sample.turns):
         content: list[dict[str, Any]] = [{"type": "text", "text": turn.question}]
         if number == 0 and opened is PLACE:
             content.insert(0, {"type": "video" if str(sample.image).startswith(VIDEO) else "image"})
+        elif number == 0 and isinstance(opened, Album):
+            content = opened.placed(turn.question)
         elif number == 0 and isinstance(opened, Clip):
             frames = np.stack([np.asarray(frame) for frame in opened.frames])  # (F, height, width, 3)
             content.insert(0, {"type": "video", "video": frames})

@@ -26,7 +26,10 @@ class ImageOpener(Protocol):
         ...
 
     def open(self, reference: str, sample_id: str) -> Any:
-        """Return the RGB image, or the ``Clip`` of a video; raises DataError naming the sample if it can't."""
+        """Return the RGB image, the ``Album`` of several or the ``Clip`` of a video.
+
+        Raises DataError naming the sample if it can't.
+        """
         ...
 
 
@@ -45,6 +48,34 @@ class Counted:
     def blank(self) -> Image.Image:
         """Return a black image of this size, for processors that count places themselves."""
         return Image.new("RGB", self.size)
+
+
+HERE = "\ufffc"
+"""Stands in a question where an image of its album belongs (Unicode's own sign for it)."""
+
+
+@dataclass(frozen=True)
+class Album:
+    """The images of a sample that has several; each is pruned to the budget by itself.
+
+    Where the question holds :data:`HERE` once for each, they stand in those places, and otherwise before the question.
+    """
+
+    images: tuple[Image.Image, ...]
+
+    def placed(self, question: str) -> list[dict[str, Any]]:
+        """Return question and images in their order, as chat templates read them."""
+        images = [{"type": "image", "image": image} for image in self.images]
+        texts = question.split(HERE)
+        if len(texts) != len(images) + 1:
+            return [*images, {"type": "text", "text": question.replace(HERE, "")}]
+        parts: list[dict[str, Any]] = []
+        for text, image in zip(texts[:-1], images, strict=True):
+            if text:
+                parts.append({"type": "text", "text": text})
+            parts.append(image)
+        # Templates look at the last part for the question, which may be empty.
+        return [*parts, {"type": "text", "text": texts[-1]}]
 
 
 class TooLarge(DataError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from prunetune.data_recipes.images import StoredImages
+from prunetune.data_recipes.images import Album, StoredImages
 from prunetune.data_recipes.sample import DataError
 from prunetune.reading import one_line, shown
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 ROW, NAMED = "row:", "id:"
 """How an image in a file is referred to: by its row, or by the value of the file's ``id`` column."""
+COLUMNS = "/"
+"""Stands between a row and its columns of images, with a comma between two, where that is not ``image``."""
 
 
 def parquet_rows(paths: Path | Sequence[Path]) -> Dataset:
@@ -53,9 +55,12 @@ def _table(path: Path) -> Dataset:
     except Exception as error:
         cause = error.__cause__ or error
         raise DataError(f"{path} can't be read as Parquet or Arrow data: {one_line(cause)}") from error
-    # As bytes: reading a row for its text must not decode its image.
-    if isinstance(rows.features.get("image"), ImageColumn):
-        rows = rows.cast_column("image", ImageColumn(decode=False))
+    # As bytes: reading a row for its text must not decode its images.
+    for name, kind in rows.features.items():
+        if isinstance(kind, ImageColumn):
+            rows = rows.cast_column(name, ImageColumn(decode=False))
+        elif isinstance(getattr(kind, "feature", None), ImageColumn):
+            rows = rows.cast_column(name, type(kind)(ImageColumn(decode=False)))
     return rows
 
 
@@ -72,7 +77,11 @@ def _without_its_errors() -> Iterator[None]:
 
 
 class ParquetImages(StoredImages):
-    """Images in the ``image`` column of rows; a reference is ``row:NUMBER`` or ``id:NAME``."""
+    """Images in columns of rows.
+
+    A reference is ``row:NUMBER`` or ``id:NAME`` for the column ``image``, or ``row:NUMBER/COLUMN,COLUMN``; a column may
+    hold lists of images. Several images are an :class:`Album`.
+    """
 
     def __init__(self, rows: Dataset) -> None:
         self._rows = rows
@@ -80,7 +89,7 @@ class ParquetImages(StoredImages):
 
     def _index(self, reference: str) -> int | None:
         if reference.startswith(ROW):
-            number = reference.removeprefix(ROW)
+            number = reference.removeprefix(ROW).split(COLUMNS)[0]
             if number.isdigit() and int(number) < len(self._rows):
                 return int(number)
             return None
@@ -95,19 +104,37 @@ class ParquetImages(StoredImages):
         return self._index(reference) is not None
 
     def size(self, reference: str, sample_id: str) -> tuple[int, int]:
-        """Return width and height, of which the image's head knows."""
-        return self.size_in(self._content(reference, sample_id), f"sample {sample_id!r}: the image in {reference}")
+        """Return width and height of the image, or of the first of several, of which the image's head knows."""
+        return self.size_in(self._contents(reference, sample_id)[0], self._what(reference, sample_id))
 
-    def open(self, reference: str, sample_id: str) -> Image.Image:
-        """Return the decoded RGB image."""
-        return self.decode(self._content(reference, sample_id), f"sample {sample_id!r}: the image in {reference}")
+    def open(self, reference: str, sample_id: str) -> Image.Image | Album:
+        """Return the decoded RGB image, or several."""
+        what = self._what(reference, sample_id)
+        images = [self.decode(content, what) for content in self._contents(reference, sample_id)]
+        return images[0] if len(images) == 1 else Album(tuple(images))
 
-    def _content(self, reference: str, sample_id: str) -> io.BytesIO:
+    def _what(self, reference: str, sample_id: str) -> str:
+        return f"sample {sample_id!r}: the image in {reference}"
+
+    def _contents(self, reference: str, sample_id: str) -> list[io.BytesIO]:
+        """Return the files of the images, of which there is at least one."""
         index = self._index(reference)
         if index is None:
             raise DataError(f"sample {sample_id!r}: {reference!r} is no row of the data file")
-        cell: Any = self._rows[index].get("image")
-        content = cell.get("bytes") if isinstance(cell, dict) else None
-        if not isinstance(content, bytes):
+        columns = ["image"]
+        if reference.startswith(ROW) and COLUMNS in reference:
+            columns = reference.split(COLUMNS, 1)[1].split(",")
+        row = self._rows[index]
+        cells: list[Any] = []
+        for column in columns:
+            cell = row.get(column)
+            cells += cell if isinstance(cell, list) else [cell]
+        contents = []
+        for cell in cells:
+            content = cell.get("bytes") if isinstance(cell, dict) else None
+            if not isinstance(content, bytes):
+                raise DataError(f"sample {sample_id!r}: {reference} of the data file holds no image")
+            contents.append(io.BytesIO(content))
+        if not contents:
             raise DataError(f"sample {sample_id!r}: {reference} of the data file holds no image")
-        return io.BytesIO(content)
+        return contents

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunetune.data_recipes.parquet import NAMED, ROW, ParquetImages, parquet_rows
+from prunetune.data_recipes.parquet import COLUMNS, NAMED, ROW, ParquetImages, parquet_rows
 from prunetune.evaluation.errors import MissingFile, TaskError
 from prunetune.evaluation.readers import number_repeats
 
@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def image_in_row(number: int) -> str:
-    """Return the reference of the image in a row of the table, counted from 0."""
-    return f"{ROW}{number}"
+def image_in_row(number: int, *columns: str) -> str:
+    """Return the reference of the image in a row of the table, counted from 0.
+
+    Args:
+        number: of the row.
+        columns: with the images, several for a question about several; none is the column ``image``.
+    """
+    return f"{ROW}{number}{COLUMNS}{','.join(columns)}" if columns else f"{ROW}{number}"
 
 
 def image_named(name: str) -> str:
@@ -37,13 +42,15 @@ class ParquetRows:
 
     Attributes:
         name: the benchmark's, for messages.
-        item: makes an item of a row and its number, counted from 0 over all files.
+        item: makes an item of a row and its number, counted from 0 over all files; None leaves the row out.
         repeats: whether an image may be asked the same twice; the ids are numbered then.
+        source: where to get the files, for benchmarks that are published in this layout.
     """
 
     name: str
-    item: Callable[[Row, int], Item]
+    item: Callable[[Row, int], Item | None]
     repeats: bool = False
+    source: str = ""
 
     def read(self, data: Path) -> list[Item]:
         """Return the items in the order of the files.
@@ -52,18 +59,22 @@ class ParquetRows:
             MissingFile: if there is no Parquet file.
             TaskError: if a column is missing, or items repeat.
         """
-        rows = _tables(data)[0]
+        rows = _tables(data, self.source)[0]
         items = []
         # What a benchmark's row function looks up and does not find names the column; the rest of the message says
         # what there is instead, since lmms-lab has several data sets of most benchmarks.
         try:
             for number, row in enumerate(rows):
-                items.append(self.item(row, number))
+                item = self.item(row, number)
+                if item is not None:
+                    items.append(item)
         except KeyError as error:
             there = ", ".join(rows.column_names)
             raise TaskError(
                 f"{data}: the Parquet files of {self.name} have no column {error}; they have {there}"
             ) from None
+        if not items:
+            raise TaskError(f"{data}: none of the {len(rows)} rows is a question of {self.name}")
         if self.repeats:
             items = _numbered(items)
         ids = {item.id for item in items}
@@ -119,13 +130,14 @@ def _numbered(items: list[Item]) -> list[Item]:
     return numbered
 
 
-def _tables(data: Path) -> tuple[Any, Any]:
+def _tables(data: Path, source: str = "") -> tuple[Any, Any]:
     """Return the rows with questions, and the rows with nothing but images, or None if there are no such."""
     questions: list[Path] = []
     images: list[Path] = []
     files = sorted(data.rglob("*.parquet"))
     if not files:
-        raise MissingFile(f"{data} holds no Parquet file")
+        where = f"; get it from {source}" if source else ""
+        raise MissingFile(f"{data} holds no Parquet file{where}")
     # By their columns and not by their names, which differ from data set to data set.
     for path in files:
         columns = set(parquet_rows(path).column_names)

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 
+from more_benchmark_files import MORE
 from PIL import Image
 
 from prunetune.tiny_world import render, sample_scene
@@ -232,4 +233,5 @@ FILES = {
     "vizwiz_test": vizwiz_test,
     "vqav2": vqav2,
     "vqav2_testdev": vqav2_testdev,
+    **MORE,
 }

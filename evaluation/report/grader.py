@@ -64,7 +64,7 @@ class Grader:
     def ask(self, question: str, correct: str, predicted: str) -> tuple[bool, int]:
         """Return whether the prediction is right, and its score from 0 to 5."""
         content = f"Question: {question}\nCorrect answer: {correct}\nPredicted answer: {predicted}"
-        return read_grade(self._reply(INSTRUCTION, content))
+        return read_grade(self.reply(INSTRUCTION, content))
 
     def choose(self, question: str, options: Mapping[str, str], predicted: str) -> str:
         """Return the letter of the option that an answer means, or nothing if it means none.
@@ -74,14 +74,18 @@ class Grader:
         """
         listed = "\n".join(f"{letter}. {text}" for letter, text in options.items())
         content = f"Question: {question}\nOptions:\n{listed}\nAnswer: {predicted}"
-        return read_choice(self._reply(CHOICE, content), options)
+        return read_choice(self.reply(CHOICE, content), options)
 
-    def _reply(self, instruction: str, content: str) -> str:
-        """Return what the model says; raises TaskError if it does not."""
+    def reply(self, system: str, content: str) -> str:
+        """Return what the language model replies to a system's and a user's message.
+
+        Raises:
+            TaskError: if the endpoint can't be reached, or its answer is of another shape.
+        """
         body = {
             "model": self.model,
             "temperature": 0,  # the same answers get the same grades when they are graded again
-            "messages": [{"role": "system", "content": instruction}, {"role": "user", "content": content}],
+            "messages": [{"role": "system", "content": system}, {"role": "user", "content": content}],
         }
         headers = {"Content-Type": "application/json"}
         key = os.environ.get(self.key_variable)

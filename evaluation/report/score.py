@@ -34,7 +34,7 @@ def score_file(
     """
     # What the user may have got wrong is told in the order in which it is quickest to put right.
     task = get_task(name).under(protocol)
-    _check(task, data)
+    _check(task, data, grader)
     items = {item.id: item for item in task.read_answers(data)}
     found = read_predictions(predictions, name)
     by_item = _by_item(task, found, items, data, str(predictions))
@@ -55,9 +55,11 @@ def score_file(
     }
 
 
-def _check(task: Benchmark, data: Path) -> None:
+def _check(task: Benchmark, data: Path, grader: Grader | None) -> None:
     """Check what can be checked before anything is read."""
-    if task.hidden:
+    if task.judge is not None and grader is None:
+        raise TaskError(f"answers of {task.name} are judged by a language model; name one with --grader")
+    if task.hidden and task.judge is None:
         raise TaskError(f"the answers of {task.name} are hidden; upload the file that prunetune evaluate wrote")
     if not data.is_dir():
         raise TaskError(f"{data} is no folder; give the folder of the benchmark's annotation files")
@@ -95,6 +97,8 @@ def _graded(grader: Grader, task: Benchmark, scored: Sequence[Scored]) -> dict[s
         # Beside the metrics of the rules alone, which are the same for everybody, every time.
         metrics = task.summarise(task.scorer.judged(scored, grader.choose)).metrics
         return {"graded": metrics, "grader": grader.model}
+    if task.judge is not None:
+        return {**task.judge(grader.reply, scored), "grader": grader.model}
     triples = []
     for one in scored:
         triples.append((one.item.question, str(one.item.answer), one.prediction))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prunetune.data_recipes import Sample, Turn
-from prunetune.data_recipes.images import limited
+from prunetune.data_recipes.images import Album, limited
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.tasks import Item, get_task
 from prunetune.evaluation.tasks.base import Questions, task_folder
@@ -52,7 +52,10 @@ class TaskImages:
     def open(self, reference: str, sample_id: str) -> Any:
         """Return the image."""
         task, _, own = reference.partition("/")
-        return self._opener(task).open(own, sample_id)
+        opened = self._opener(task).open(own, sample_id)
+        if isinstance(opened, Album):
+            raise TaskError(f"{task} asks about several images at once, of which no features are stored; run without")
+        return opened
 
     def _opener(self, task: str) -> Any:
         if task not in self._openers:

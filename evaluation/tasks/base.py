@@ -205,6 +205,8 @@ class Benchmark:
         upload: writes the file that the server takes into a folder, and returns its path.
         unasked: reads from a folder the questions that are not asked, but without which the server takes no upload:
             their answers there are empty.
+        judge: asks a language model about predictions where only one can compare them, given what asks it (a system's
+            and a user's message, answered by a text); returns metrics.
         pairing: how saved predictions find their items.
         notes: where numbers are defined otherwise than by the published scorer, on purpose.
         source_is: what an item's source tells apart: "category", "subtask", "answer type".
@@ -218,6 +220,7 @@ class Benchmark:
     readers: Sequence[Reader]
     scorer: Scorer | None
     upload: Callable[[Sequence[Scored], Path], Path] | None = None
+    judge: Callable[[Callable[[str, str], str], Sequence[Scored]], dict[str, Any]] | None = None
     pairing: Pairing = Pairing()
     notes: Sequence[str] = ()
     source_is: str = "source"
