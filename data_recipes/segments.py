@@ -232,6 +232,7 @@ class Segments:
         first = ids[0]
         if first not in self._bare:
             token = self.raw.id_to_token(first)
+            assert token is not None  # the tokenizer itself gave it
             bare = token.removeprefix(SPACE)
             found = self.raw.token_to_id(bare)
             if bare == token:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prunetune.evaluation.errors import TaskError
-from prunetune.evaluation.report.arms import EvaluatedArm, read_arm
+from prunetune.evaluation.report.arms import EvaluatedArm, read_tasks
 from prunetune.evaluation.report.comparable import twin_of
 from prunetune.models.record import portable
 
@@ -18,11 +18,12 @@ class ArmRuns:
 
     Attributes:
         label: the row's; empty is the method, its options that are set, and which projector.
-        folders: of the evaluations, one for each training (another ``train.seed``, say).
+        folders: of the evaluations, one for each training (another ``train.seed``, say); or several, where benchmarks
+            were evaluated into a folder each.
     """
 
     label: str
-    folders: Sequence[str | Path]
+    folders: Sequence[str | Path | Sequence[str | Path]]
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,19 @@ def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False) ->
         one = run if isinstance(run, ArmRuns) else ArmRuns("", [run])
         if not one.folders:
             raise TaskError(f"the row {one.label!r} names no folder; name at least one evaluated arm")
-        for folder in map(Path, one.folders):
+        places = [_folders(folder) for folder in one.folders]
+        for folder in (Path(folder) for parts in places for folder in parts):
             if folder.resolve() in seen:
                 raise TaskError(f"{folder} is named twice (as {seen[folder.resolve()]}); name every arm once")
             seen[folder.resolve()] = str(folder)
-        arms = tuple(read_arm(folder, rescore) for folder in one.folders)
+        arms = tuple(read_tasks(parts, rescore) for parts in places)
         _check_trainings(arms)
         entries.append(Entry(arms, one.label or arms[0].label))
     return entries
+
+
+def _folders(folder: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [folder] if isinstance(folder, str | Path) else folder
 
 
 def _check_trainings(arms: Sequence[EvaluatedArm]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.metrics.intervals import RESAMPLES
 from prunetune.evaluation.metrics.significance import MCNEMAR, PERMUTATIONS
-from prunetune.evaluation.report.arms import EvaluatedArm, read_arm
+from prunetune.evaluation.report.arms import EvaluatedArm, read_tasks
 from prunetune.evaluation.report.comparable import (
     allowed_differences,
     check_allowed,
@@ -42,7 +42,7 @@ from prunetune.models.code import told
 def assemble(
     runs: Sequence[ArmRuns | str | Path],
     title: str = "",
-    baseline: str | Path | Sequence[str | Path] | None = None,
+    baseline: str | Path | Sequence[str | Path | Sequence[str | Path]] | None = None,
     quoted: Sequence[Quote] = (),
     allow: Sequence[str] = (),
     rescore: bool = False,
@@ -56,8 +56,8 @@ def assemble(
     Args:
         runs: a row each: the folder of an arm, or :class:`ArmRuns` for one that was trained several times.
         title: of the table.
-        baseline: an arm of the ``downsample`` baseline (of several models one each): the items that it gets wrong are
-            the hard part (the idea of VTC-Bench, arXiv 2510.07143: the others are answered by a smaller image as well).
+        baseline: an arm of the ``downsample`` baseline (of several models one each; a list of folders where benchmarks
+            were evaluated into a folder each): the items that it gets wrong are the hard part (the idea of VTC-Bench, arXiv 2510.07143: the others are answered by a smaller image as well).
         quoted: rows from papers.
         allow: fields of the manifests that may differ between arms; how they did stands in a footnote.
         rescore: whether the scorers of today count where they say something else than when an arm was evaluated.
@@ -200,7 +200,7 @@ def _kinds(
 def _hard(
     entries: Sequence[Entry],
     arms: Sequence[EvaluatedArm],
-    baseline: str | Path | Sequence[str | Path] | None,
+    baseline: str | Path | Sequence[str | Path | Sequence[str | Path]] | None,
     allowed: Sequence[str],
     rescore: bool,
     seed: int,
@@ -210,7 +210,7 @@ def _hard(
     notes = []
     folders = [baseline] if isinstance(baseline, str | Path) else list(baseline or ())
     for folder in folders:
-        below = read_arm(folder, rescore)
+        below = read_tasks([folder] if isinstance(folder, str | Path) else folder, rescore)
         if below.pruner != "downsample" or below.tuned:
             raise TaskError(f"{below.folder} is no training-free arm of downsample, which the difficulty filter needs")
         own = [entry for entry in entries if entry.first.manifest.frozen_hash == below.manifest.frozen_hash]
