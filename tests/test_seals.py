@@ -402,7 +402,7 @@ def test_verify_finds_what_is_broken(copy, tmp_path, capsys):
     table.write_text(table.read_text().replace("100.0000", "100.1"))
     assert broken(copy.folder / "comparison") == ["numbers", "table.csv"]
     table = copy.folder / "comparison" / "table.json"
-    table.write_text(table.read_text().replace("\"kept\": 16.0", "\"kept\": 17.0"))
+    table.write_text(table.read_text().replace('"kept": 16.0', '"kept": 17.0'))
     assert broken(copy.folder / "comparison") == ["numbers", "table.csv", "table.json"]
     evaluated(copy, "other", *DIVPRUNE)
     shutil.copy(copy.arm("other") / "manifest.json", copy.arm("dense") / "manifest.json")
