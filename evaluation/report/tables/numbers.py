@@ -12,7 +12,7 @@ from prunetune.evaluation.metrics.intervals import RESAMPLES
 from prunetune.evaluation.metrics.metric import Metric, Tally, interval, resampled, tallied
 from prunetune.evaluation.report.arms import EvaluatedArm
 from prunetune.evaluation.report.tables.table import Column, Value
-from prunetune.evaluation.tasks.base import ACCURACY, Benchmark, Item, Scored, get_task, tally_scores, unit_of
+from prunetune.evaluation.tasks.base import ACCURACY, Benchmark, Scored, get_task, tally_scores, unit_of
 
 UNDEFINED = "not defined for these answers"
 
@@ -177,7 +177,7 @@ def kinds_of(task: Benchmark, answers: Sequence[Scored]) -> dict[str, list[int]]
     """Return the positions of the answers of each kind of question; nothing where all are of one kind."""
     aspects: dict[str, dict[str, list[int]]] = {}
     for place, one in enumerate(answers):
-        for aspect, kind in item_kinds(task, one.item).items():
+        for aspect, kind in task.kinds(one.item).items():
             aspects.setdefault(aspect, {}).setdefault(kind, []).append(place)
     found: dict[str, list[int]] = {}
     for aspect, kinds in aspects.items():
@@ -187,11 +187,6 @@ def kinds_of(task: Benchmark, answers: Sequence[Scored]) -> dict[str, list[int]]
             # Two aspects may share a kind's name: the later one says which it is.
             found[kind if kind not in found else f"{aspect} {kind}"] = kinds[kind]
     return found
-
-
-def item_kinds(task: Benchmark, item: Item) -> dict[str, str]:
-    """Return the kinds of question that an item is one of, by what they tell apart."""
-    return {"source": item.source}
 
 
 def _native(name: str, task: Benchmark, arms: Sequence[EvaluatedArm], seed: int) -> list[Measured]:
