@@ -57,7 +57,8 @@ def assemble(
         runs: a row each: the folder of an arm, or :class:`ArmRuns` for one that was trained several times.
         title: of the table.
         baseline: an arm of the ``downsample`` baseline (of several models one each; a list of folders where benchmarks
-            were evaluated into a folder each): the items that it gets wrong are the hard part (the idea of VTC-Bench, arXiv 2510.07143: the others are answered by a smaller image as well).
+            were evaluated into a folder each): the items that it gets wrong are the hard part (the idea of VTC-Bench,
+            arXiv 2510.07143: the others are answered by a smaller image as well).
         quoted: rows from papers.
         allow: fields of the manifests that may differ between arms; how they did stands in a footnote.
         rescore: whether the scorers of today count where they say something else than when an arm was evaluated.
