@@ -231,8 +231,7 @@ class Segments:
         """Return a piece whose first token has lost the space that it begins with, as transformers 4.31 wrote it."""
         first = ids[0]
         if first not in self._bare:
-            token = self.raw.id_to_token(first)
-            assert token is not None  # the tokenizer itself gave it
+            token = str(self.raw.id_to_token(first))
             bare = token.removeprefix(SPACE)
             found = self.raw.token_to_id(bare)
             if bare == token:
