@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from hand_made_tables import many_benchmarks, one_benchmark, renamed, value
+from hand_made_tables import ACCURACY, POPE, many_benchmarks, one_benchmark, renamed, value
 
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.report.tables.layouts.csv import to_csv
@@ -65,7 +65,17 @@ def test_many_benchmarks_in_markdown():
 def test_columns_that_are_asked_for():
     header = to_markdown(many_benchmarks(), also=["pope/accuracy", "TFLOPs"]).splitlines()[2]
     assert "| pope accuracy (%) | mme" in header and "| TFLOPs ↓ | pooled accuracy (%) |" in header
-    with pytest.raises(TaskError, match="no column 'pope/recall'; it has pope/f1, pope/accuracy, mme/perception, "):
+    lines = to_markdown(many_benchmarks(), also=["pope/f1 gain"]).splitlines()
+    assert (
+        "| pope f1, tuned - training-free (points) | mme" in lines[2]
+        and "| **+10.2** [+9.0, +11.5], p < 0.001 |" in lines[6]
+    )
+    table = one_benchmark(columns=[ACCURACY, POPE])
+    assert "world where" not in to_markdown(table)
+    assert "| world where (%) | world what (%) | world accuracy (%) |" in to_markdown(
+        table, also=["world/accuracy kinds"]
+    )
+    with pytest.raises(TaskError, match="no column 'pope/recall'; it has pope/f1, pope/f1 gain, pope/accuracy, mme"):
         to_markdown(many_benchmarks(), also=["pope/recall"])
 
 
