@@ -378,6 +378,7 @@ LINES = [
         ("baby animals and baby bears", ["bear"]),
         ("a baby and adult dogs", ["person", "dog"]),
         ("Two hot dogs. A hot day, dogs", ["hot dog", "dog"]),
+        ("a **dog**, 'stop' and a 'train'; bus\u2014dog", ["dog", "train", "bus", "dog"]),
         ("a bow tie, bow ties", ["tie", "tie"]),
         ("passenger trains", ["train"]),
     ],

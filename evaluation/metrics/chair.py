@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Words as NLTK's word_tokenize cuts them, which the published script runs: these marks stand alone, and so does a full
 # stop behind a word. Hyphens and slashes hold words together: a "bus-stop" names no bus, and "man/woman" nobody.
-_MARKS = re.compile(r"[;@#$%&?!\[\](){}<>\"“”«»`]|--+|\.\.\.|[,:](?!\d)")
+_MARKS = re.compile(r"[;@#$%&*?!\[\](){}<>\"“”«»`\u2013\u2014]|--+|\.\.\.|[,:](?!\d)")
 _ENDING = re.compile(r"(?<=.)(?:n't|'(?:s|m|d|ll|re|ve)|')$")
 _ANIMALS = "bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, animal, cub"
 _VEHICLES = "jet, train"
@@ -89,7 +89,7 @@ def tokens(text: str) -> list[str]:
     """Return the words of a text in lower case, with "'s", "n't" and their like cut off: "a man's hand" has a man."""
     words = []
     for word in _MARKS.sub(" ", text.lower().replace("\u2019", "'")).split():
-        words.append(_ENDING.sub("", word.removesuffix(".")))
+        words.append(_ENDING.sub("", word.removesuffix(".").lstrip("'")))
     return words
 
 
