@@ -238,3 +238,13 @@ def test_rows_hold_the_kinds_that_a_source_does_not(tmp_path):
     assert [task.kinds(item_of(row))["subject"] for row in rows["scienceqa"]] == ["NAT", "LAN"] * 6
     assert {task.kinds(item_of(row))["picture"] for row in rows["scienceqa"]} == {"image", "text"}
     assert not any(row.kinds for row in rows["vqav2"]) and '"kinds"' not in rows["vqav2"][0].to_line()
+
+
+@pytest.mark.parametrize("world", [pope_world, mme_world])
+def test_questions_of_no_known_part_are_in_no_metric(world):
+    task, scored, *_ = world(np.random.default_rng(1))
+    other = [dataclasses.replace(one, item=dataclasses.replace(one.item, source="else")) for one in scored[:7]]
+    rest = scored[7:]
+    for metric in task.scorer.metrics:
+        whole = expected(task, metric.name, task.scorer.summarise([*rest, *other]))
+        assert metric.of([*rest, *other]) == pytest.approx(whole) == metric.of(rest)

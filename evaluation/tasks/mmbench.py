@@ -90,7 +90,10 @@ def item_of(row: dict[str, Any], suffix: str) -> Item:
     # The test split has no answers: it is asked all the same, for the upload.
     answer = {"letter": cells["answer"], "options": options} if "answer" in cells else None
     question = "\n".join([*lines, suffix])
-    return Item(cells["index"], cells.get("category", ""), f"index:{cells['index']}", question, answer)
+    # MMBench's twenty abilities are the categories; they are grouped into six, which the two layouts name differently.
+    group = cells.get("l2-category", cells.get("L2-category"))
+    kinds = {"group": group} if group else {}
+    return Item(cells["index"], cells.get("category", ""), f"index:{cells['index']}", question, answer, kinds)
 
 
 def stem(item: Item) -> str:
