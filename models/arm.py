@@ -82,7 +82,7 @@ class Base:
             name_projector(self.model, config.projector)
         if quantization is None:  # quantised weights stay where they were loaded
             self.model.to(device)  # type: ignore[arg-type] # a string is as good as a device
-        self.told: set[str] = set()  # methods of which it was said that they are not fitted to this model, and other words
+        self.told: set[str] = set()  # what was said once: methods that are not fitted to this model, and other words
 
     @cached_property
     def hashes(self) -> BaseHashes:

@@ -636,7 +636,7 @@ class PrunedModel:
         image, and then nothing is shared.
 
         Args:
-            images: for each row what its image or video is called, None for text alone; the same name is the same image.
+            images: for each row what its image or video is called, None for text alone; one name is one image.
             max_new_tokens: longest answer in tokens.
             keep: the budget of this call, as of :meth:`prepare`.
             vision: the images, if they were encoded before.
@@ -662,9 +662,7 @@ class PrunedModel:
         """Check that :meth:`generate_shared` can run; raises PruningError in one line if it can't."""
         check_shares(self.model, self.family)
 
-    def _prompts(
-        self, inputs: Mapping[str, Any], keep: Budget | None, vision: Mapping[str, Vision] | None
-    ) -> Pruned:
+    def _prompts(self, inputs: Mapping[str, Any], keep: Budget | None, vision: Mapping[str, Vision] | None) -> Pruned:
         """Return pruned prompts, padded on the left, so that every row's answer begins in the same column."""
         pruned = self.prepare(
             _shifted(inputs, self.family.first_position), padding_side="left", keep=keep, vision=vision

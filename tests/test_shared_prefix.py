@@ -48,7 +48,9 @@ def asked(family, rows, questions):
     """Rows of a family's batch with a question behind each, padded on the left."""
     inputs = family.batch(rows, "left", False)
     real = inputs["attention_mask"].bool()
-    ids = [row[there].tolist() + list(more) for row, there, more in zip(inputs["input_ids"], real, questions)]
+    ids = [
+        row[there].tolist() + list(more) for row, there, more in zip(inputs["input_ids"], real, questions, strict=True)
+    ]
     length = max(map(len, ids))
     for name in ("input_ids", *ALIGNED):
         if name in inputs:
@@ -106,7 +108,7 @@ def check_same(expected, shared, whole, found):
     assert torch.equal(shared.tokens, expected.tokens)
     assert (shared.kept, shared.rows, shared.notes) == (expected.kept, expected.rows, expected.notes)
     assert list(shared.kept_per_frame) == list(expected.kept_per_frame) and len(found) == len(whole)
-    for ours, theirs in zip(found, whole):
+    for ours, theirs in zip(found, whole, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
@@ -141,7 +143,7 @@ def test_one_question_an_image_is_generated_as_ever(family):
     expected, shared, whole, found = both(family, family.model, pruned, inputs, ["one", "other"])
     assert shared.prefixes is None and shared.why_whole is None
     check_same(expected, shared, whole, found)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, whole))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, whole, strict=True))
 
 
 def family_of(name):
