@@ -244,9 +244,10 @@ def share(
     begun["mm_encoder_outputs"] = _features_of(family, pruned, {group.rows[0] for group in groups})
     if not begun["mm_encoder_outputs"]:
         del begun["mm_encoder_outputs"]
-    if model._supports_logits_to_keep():
+    stock: Any = model  # what generation has comes from a mixin that the type of all models does not have
+    if stock._supports_logits_to_keep():
         begun["logits_to_keep"] = 1  # nobody reads them; stock generation asks the same way
-    model(**begun, past_key_values=cache, use_cache=True)
+    stock(**begun, past_key_values=cache, use_cache=True)
     cache.batch_select_indices(of_row.to(device))
 
     columns = torch.arange(width)
