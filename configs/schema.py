@@ -363,6 +363,12 @@ class EvaluateConfig(PluggedConfig):
     limit: int | None = Field(None, ge=1, description="first items of every task only")
     batch_size: int = Field(1, ge=1, description="scores shift with it in half precision, so it is in the manifest")
     max_new_tokens: int = Field(128, ge=1, description="longest answer in tokens")
+    share_prefix: bool = Field(
+        False,
+        description="compute what the questions about one image begin with once, where they share a batch; the same "
+        "but for last bits, so it is in the manifest",
+        exclude_if=lambda share: not share,  # effective configurations without it stay, to the byte
+    )
     max_pixels: int = Field(
         50_000_000, ge=1, description="images with more pixels are refused before they are decoded, 3 bytes each"
     )

@@ -91,6 +91,12 @@ class TableConfig(PluggedConfig):
     limit: int | None = Field(None, ge=1, description="first items of every task only")
     batch_size: int = Field(1, ge=1, description="of evaluations; scores shift with it in half precision")
     max_new_tokens: int = Field(128, ge=1, description="longest answer in tokens")
+    share_prefix: bool = Field(
+        False,
+        description="compute what the questions about one image begin with once, where they share a batch; the same "
+        "but for last bits, so it is in every arm's manifest",
+        exclude_if=lambda share: not share,
+    )
     max_pixels: int = Field(50_000_000, ge=1, description="images with more pixels are refused before they are decoded")
     video: VideoSampling = VideoSampling()
     hard: int | float | str | None = Field(

@@ -203,6 +203,8 @@ class Manifest(_Record):
         tasks: which questions, by benchmark.
         batch_size: items per step, which moves scores in half precision.
         max_new_tokens: longest answer.
+        share_prefix: whether what questions about one image begin with was computed once, which moves last bits; not in
+            the file where it was not.
         image_processor: class of the image processor, since fast and slow ones differ in their last bits.
         features: seal of the feature cache that was read in place of pixels; None, and not in the file, without one.
         video: which frames of videos were looked at; None, and not in the file, where no task has videos.
@@ -232,6 +234,7 @@ class Manifest(_Record):
     tasks: dict[str, TaskRecord]
     batch_size: int
     max_new_tokens: int
+    share_prefix: bool = False
     image_processor: str
     features: str | None = None
     video: VideoSampling | None = None
@@ -302,6 +305,8 @@ class Manifest(_Record):
         for name in ("features", "video"):
             if getattr(self, name) is None:
                 left_out.add(name)
+        if not self.share_prefix:
+            left_out.add("share_prefix")
         if not self.notes:
             left_out.add("notes")
         values = self.model_dump(exclude=left_out)

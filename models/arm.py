@@ -88,7 +88,7 @@ class Base:
         difference = check_tokens(self.processor, config.template, config.tokens, self.folder)
         if difference is not None and launched_ranks().is_zero:
             say(f"{config.path}: {difference}")
-        self.told: set[str] = set()  # methods of which it was said that they are not fitted to this model
+        self.told: set[str] = set()  # what was said once: methods that are not fitted to this model, and other words
 
     @cached_property
     def hashes(self) -> BaseHashes:
@@ -228,6 +228,25 @@ class Arm:
             "fits it, pruning.profile names the result"
         )
 
+    def check_shares_prefix(self) -> None:
+        """Check that :meth:`answer` can share prefixes, and say it once where it rarely will.
+
+        Raises:
+            PruningError: in one line, for a model that can't.
+        """
+        self.pruned.check_shares_prefixes()
+        if self.pruned.reads_text:
+            self._say_once(
+                f"share_prefix: {self.spec.pruner} reads the question, so that questions of one image share a prefix "
+                "only where they keep the same tokens"
+            )
+
+    def _say_once(self, words: str) -> None:
+        """Say something of this base's arms, once."""
+        if words not in self.base.told and launched_ranks().is_zero:
+            self.base.told.add(words)
+            say(words)
+
     def _check_text_tower(self) -> None:
         """Check that the text tower is the one that the adapter was recalibrated with, where both read one."""
         if self.adapter is None:
@@ -311,7 +330,11 @@ class Arm:
         return placed(batch, self.device, self.model.dtype, finish)
 
     def answer(
-        self, formatter: Formatter | FeatureFormatter, samples: Sequence[Sample], max_new_tokens: int
+        self,
+        formatter: Formatter | FeatureFormatter,
+        samples: Sequence[Sample],
+        max_new_tokens: int,
+        share_prefix: bool = False,
     ) -> list[Answer]:
         """Return the greedy answers to one batch of samples, which are one question each.
 
@@ -319,10 +342,19 @@ class Arm:
             formatter: made by :meth:`formatter` for the samples' images, or a ``FeatureFormatter`` of this arm.
             samples: the last turn of each is a question without an answer.
             max_new_tokens: longest answer in tokens.
+            share_prefix: compute what questions about one image begin with once, see `PrunedModel.generate_shared`.
         """
         with torch.inference_mode():
             inputs = self.place(formatter.prompt_batch(samples))
-            generated = self.pruned.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            if share_prefix:
+                images = [sample.image for sample in samples]
+                generated = self.pruned.generate_shared(
+                    **inputs, images=images, max_new_tokens=max_new_tokens, do_sample=False
+                )
+                if generated.why_whole is not None:
+                    self._say_once(f"share_prefix: some batches are computed without it: {generated.why_whole}")
+            else:
+                generated = self.pruned.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         texts = self.processor.batch_decode(generated.tokens, skip_special_tokens=True)
         kept = [0] * len(samples)
         notes: list[list[Mapping[str, float]]] = [[] for _ in samples]

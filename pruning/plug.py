@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +19,7 @@ from prunetune.pruning.errors import PruningError, Unprojected
 from prunetune.pruning.families.base import PrunedOutput, family_of
 from prunetune.pruning.hooks import frozen_parts_at_rest, is_partitioned
 from prunetune.pruning.live import check_can_choose, chosen_anew, live_vision, why_not_live
+from prunetune.pruning.prefix import SharedPrompts, check_shares, grouped, is_left_padded, prompts_of, share
 from prunetune.pruning.registry import merges, method_of
 from prunetune.pruning.rewrite import Chosen, Pruned, check_aligned, check_inputs, rewrite
 from prunetune.pruning.select import (
@@ -50,6 +51,8 @@ class Generated:
         notes: for each modality what the method noted of each image by name, such as ``ran_dry``.
         rows: for each modality the row of the batch that each image is in: where every tile counts as an image, a row
             has several.
+        prefixes: how many prefixes were computed for the batch; None if every prompt was computed whole.
+        why_whole: why it was, where prefixes were to be shared and could not.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -57,6 +60,8 @@ class Generated:
     kept_per_frame: Sequence[list[int]] = ()
     notes: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     rows: Mapping[str, list[int]] = field(default_factory=dict)
+    prefixes: int | None = None
+    why_whole: str | None = None
 
 
 class PrunedModel:
@@ -609,23 +614,85 @@ class PrunedModel:
                 stock method.
         """
         with torch.no_grad():
-            # On the left, so that every row's answer begins in the same column.
-            first = self.family.first_position
-            pruned = self.prepare(_shifted(inputs, first), padding_side="left", keep=keep, vision=vision)
-            encoded = pruned.inputs.get("mm_encoder_outputs", {})
-            for modality, counts in pruned.kept.items():
-                if not any(counts):
-                    del encoded[modality]  # stock generation can't repeat nothing for its beams
+            pruned = self._prompts(inputs, keep, vision)
             model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
-            output = model.generate(**_shifted(pruned.inputs, -first))
-        prompt_length = pruned.inputs["input_ids"].shape[1]
-        return Generated(
-            tokens=output[:, prompt_length:],
-            kept=pruned.kept,
-            kept_per_frame=pruned.kept_per_frame,
-            notes=pruned.notes_per_image,
-            rows=pruned.rows,
+            output = model.generate(**_shifted(pruned.inputs, -self.family.first_position))
+        return _generated(output[:, pruned.inputs["input_ids"].shape[1] :], pruned)
+
+    def generate_shared(
+        self,
+        *,
+        images: Sequence[Hashable],
+        max_new_tokens: int,
+        keep: Budget | None = None,
+        vision: Mapping[str, Vision] | None = None,
+        **inputs: Any,
+    ) -> Generated:
+        """Generate as :meth:`generate` does, computing what prompts about one image begin with once.
+
+        Rows of the batch share a prefix if their prompts begin with the same ids, all visual tokens among them, and the
+        same tokens of the same image are kept. Its keys and values are those of the whole prompt but for rounding:
+        matrices have other shapes. A method that reads the question may keep other tokens for each question of an
+        image, and then nothing is shared.
+
+        Args:
+            images: for each row what its image or video is called, None for text alone; one name is one image.
+            max_new_tokens: longest answer in tokens.
+            keep: the budget of this call, as of :meth:`prepare`.
+            vision: the images, if they were encoded before.
+            inputs: what the processor returned, and other options of greedy or sampled generation, one answer a row.
+
+        Raises:
+            PruningError: if a model can't share prefixes, or an option of generation can't.
+        """
+        check_shares(self.model, self.family, inputs)
+        with torch.no_grad():
+            pruned = self._prompts(inputs, keep, vision)
+            shared, why = self._shared(pruned, inputs, images, max_new_tokens)
+            model: Any = self.model
+            width = pruned.inputs["input_ids"].shape[1] if shared is None else shared.width
+            prompts = pruned.inputs if shared is None else shared.inputs
+            prompts = _shifted(prompts, -self.family.first_position)
+            if shared is not None and model.generation_config.cache_implementation is not None:
+                prompts["cache_implementation"] = None  # there is a cache
+            output = model.generate(**prompts, max_new_tokens=max_new_tokens)
+        return _generated(output[:, width:], pruned, None if shared is None else shared.prefixes, why)
+
+    def check_shares_prefixes(self) -> None:
+        """Check that :meth:`generate_shared` can run; raises PruningError in one line if it can't."""
+        check_shares(self.model, self.family)
+
+    def _prompts(self, inputs: Mapping[str, Any], keep: Budget | None, vision: Mapping[str, Vision] | None) -> Pruned:
+        """Return pruned prompts, padded on the left, so that every row's answer begins in the same column."""
+        pruned = self.prepare(
+            _shifted(inputs, self.family.first_position), padding_side="left", keep=keep, vision=vision
         )
+        encoded = pruned.inputs.get("mm_encoder_outputs", {})
+        for modality, counts in pruned.kept.items():
+            if not any(counts):
+                del encoded[modality]  # stock generation can't repeat nothing for its beams
+        return pruned
+
+    def _shared(
+        self, pruned: Pruned, inputs: Mapping[str, Any], images: Sequence[Hashable], max_new_tokens: int
+    ) -> tuple[SharedPrompts | None, str | None]:
+        """Return prompts whose prefixes were computed, or None and why there are none, if that is worth a word."""
+        full = self.family.renamed(inputs)
+        if len(images) != len(full["input_ids"]):
+            raise PruningError(f"there are {len(full['input_ids'])} rows and the names of {len(images)} images")
+        if not is_left_padded(pruned.inputs["attention_mask"]):
+            return None, "prompts are padded on the right"
+        visual = self.family.token_ids(self.model)
+        # Where a question decides what is merged, the same slots may hold something else for each.
+        by_features = self.merges and self.reads_text
+        prompts = prompts_of(pruned, full["input_ids"], full["attention_mask"], visual, images, by_features)
+        groups = grouped(prompts)
+        if groups is None:
+            return None, None
+        shared = share(self.model, self.family, pruned, prompts, groups, max_new_tokens)
+        if shared is None:
+            return None, "a sliding window is shorter than prompts and answers"
+        return shared, None
 
     @contextmanager
     def attach(
@@ -678,6 +745,20 @@ class PrunedModel:
         if has_pixels and later:
             raise PruningError("images in a later turn can't be pruned: the cache holds the turns before as they were")
         return bool(encoded) or later  # beyond the prefill there is nothing to prune, and nothing to send along
+
+
+def _generated(
+    tokens: Int[Tensor, "B T"], pruned: Pruned, prefixes: int | None = None, why_whole: str | None = None
+) -> Generated:
+    return Generated(
+        tokens=tokens,
+        kept=pruned.kept,
+        kept_per_frame=pruned.kept_per_frame,
+        notes=pruned.notes_per_image,
+        rows=pruned.rows,
+        prefixes=prefixes,
+        why_whole=why_whole,
+    )
 
 
 def _has_cells() -> PruningError:

@@ -104,6 +104,8 @@ def _fill(
         arm = Arm.load(config.model, config.pruning, config.adapter, device)
     _check_is_configured(arm, config)
     _check_takes_videos(arm, works)
+    if config.share_prefix:
+        arm.check_shares_prefix()
     if ranks.is_zero:
         _say_seen(arm, config)
     store = _open_features(config, works, arm)
@@ -242,20 +244,27 @@ def _run(
             # Images are opened when the first batch needs them: a run that has nothing left to do needs none.
             if work.task.name not in formatters:
                 formatters[work.task.name] = _formatter(config, work, arm, store)
-            rows = _answers(arm, formatters[work.task.name], work.task, batch, config.max_new_tokens)
+            formatter = formatters[work.task.name]
+            rows = _answers(arm, formatter, work.task, batch, config.max_new_tokens, config.share_prefix)
             file.write("".join(row.to_line() for row in rows))
             file.flush()  # killed later, this batch is not made again
             shown.update(len(batch))
 
 
 def _answers(
-    arm: Arm, formatter: Formatter | FeatureFormatter, task: Benchmark, batch: list[Item], max_new_tokens: int
+    arm: Arm,
+    formatter: Formatter | FeatureFormatter,
+    task: Benchmark,
+    batch: list[Item],
+    max_new_tokens: int,
+    share_prefix: bool,
 ) -> list[Result]:
     """Generate the answers of one batch and score them, once and for all."""
     # No answer in the last turn: the prompt ends where the model is to go on.
     samples = [sample_of(item) for item in batch]
+    answers = arm.answer(formatter, samples, max_new_tokens, share_prefix)
     rows = []
-    for item, answer in zip(batch, arm.answer(formatter, samples, max_new_tokens), strict=True):
+    for item, answer in zip(batch, answers, strict=True):
         row = Result(
             task=task.name,
             id=item.id,
@@ -356,6 +365,7 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm, store: Featur
         tasks=tasks,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
+        share_prefix=config.share_prefix,
         # transformers has a slow and a fast one for many models, and takes one by what else is installed.
         image_processor=type(arm.processor.image_processor).__name__,
         features=None if store is None else store.seal,

@@ -58,6 +58,8 @@ class Family(ABC):
         projects_tokens: whether the projector is one module that maps each token for itself, (..., C) to (..., D), and
             every slot but row ends holds the projection of its token.
         unproven: whether a model is compared with the stock one on the first batch before anything is pruned.
+        causal: whether the model reads a prompt from left to right, images aside, which may see themselves both ways:
+            what a prompt begins with is then the same whatever follows.
         first_position: where plain positions begin; stock generation adds it by itself, so it is given them from 0.
     """
 
@@ -78,6 +80,7 @@ class Family(ABC):
     tower_features: ClassVar[bool] = True
     projects_tokens: ClassVar[bool] = False
     unproven: ClassVar[bool] = False
+    causal: ClassVar[bool] = True
     first_position: ClassVar[int] = 0
 
     @abstractmethod

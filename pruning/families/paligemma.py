@@ -23,6 +23,7 @@ class PaliGemma(Llava):
     unread = ("mm_token_type_ids",)
     one_tensor = ("image",)
     first_position = 1
+    causal = False
 
 
 register_family(PaliGemma())

@@ -181,6 +181,7 @@ class Plan:
             limit=config.limit,
             batch_size=config.batch_size,
             max_new_tokens=config.max_new_tokens,
+            share_prefix=config.share_prefix,
             max_pixels=config.max_pixels,
             video=config.video,
             features=str(self.features(arm.model)) if config.features else None,
