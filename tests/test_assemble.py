@@ -9,6 +9,7 @@ from synthetic_arms import BENCHMARKS, f1, questions, register, says, write_arm
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import TaskSummary
 from prunetune.evaluation.report.compare import compare
+from prunetune.evaluation.report.quoted import Quote
 from prunetune.evaluation.report.tables.arms import ArmRuns
 from prunetune.evaluation.report.tables.assemble import assemble
 from prunetune.evaluation.tasks.base import Benchmark, Scorer
@@ -335,6 +336,17 @@ def test_a_field_that_differs_is_refused_or_allowed_and_told(arm):
     assert compare([dense, free], allow=["device", "versions"]).rows == table.rows
 
 
+def test_the_same_weights_in_two_folders_are_one_model_where_that_is_allowed(arm):
+    few = {"few": (FEW, says(9, 36))}
+    free = arm("free", few, DIVPRUNE)
+    tuned = arm("tuned", few, DIVPRUNE, adapter="a", model="copy/model-7b", frozen_hash="some/model-7b-frozen")
+    with pytest.raises(TaskError, match=r"differ in model.path .*--allow model.path"):
+        compare([free, tuned])
+    rows = compare([free, tuned], allow=["model.path"]).rows
+    assert [row.label for row in rows] == ["divprune", "divprune + tuned projector"]
+    assert {row.model for row in rows} == {"some/model-7b"} and rows[1].twin == rows[0].id
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -396,6 +408,14 @@ def test_an_arm_is_scored_anew_when_asked_and_refused_otherwise(arm, monkeypatch
     register(monkeypatch)
     assert any("none differs" in note for note in compare([folder], rescore=True).footnotes)
     assert not any(note.startswith("Scored anew") for note in compare([folder]).footnotes)
+
+
+def test_a_quoted_row_with_an_unknown_name_stops_before_anything_is_computed(arm, monkeypatch):
+    folder = arm("dense", {"few": (FEW, says(30, 36))})
+    quote = Quote("theirs", 64, {"few/accuray": 1.0}, "a paper, table 1")
+    monkeypatch.setattr("prunetune.evaluation.report.tables.assemble.measured", lambda *_: pytest.fail("computed"))
+    with pytest.raises(TaskError, match="few has no metric 'accuray', did you mean 'accuracy'"):
+        compare([folder], quoted=[quote])
 
 
 def test_a_table_is_the_same_every_time_and_no_arm_is_one_line(arm):

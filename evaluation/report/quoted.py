@@ -98,7 +98,10 @@ def beside(table: Table, quotes: Sequence[Quote]) -> Table:
     """
     if not quotes:
         return table
-    check_names(table, quotes)
+    metrics = known_metrics()
+    for column in table.columns:
+        metrics.setdefault(column.task, set()).add(column.metric)
+    check_names(quotes, metrics, {row.method for row in table.rows})
     models = {plain_model(row.model) for row in table.rows}
     found = []
     for quote in quotes:
@@ -129,38 +132,46 @@ def beside(table: Table, quotes: Sequence[Quote]) -> Table:
     return table.model_copy(update={"quoted": [*table.quoted, *found]})
 
 
-def check_names(table: Table, quotes: Sequence[Quote]) -> None:
-    """Check that benchmarks, metrics and methods of quoted rows are known here.
+def check_names(quotes: Sequence[Quote], metrics: Mapping[str, set[str]], methods: set[str]) -> None:
+    """Check that benchmarks, metrics and methods of quoted rows are known.
+
+    Args:
+        quotes: the rows.
+        metrics: that columns can have, by benchmark.
+        methods: of a table's rows, beside those that are ours.
 
     Raises:
-        TaskError: for the first that is not, with the nearest name.
+        TaskError: for the first that is not known, with the nearest name.
     """
-    metrics = known_metrics()
-    for column in table.columns:
-        metrics.setdefault(column.task, set()).add(column.metric)
-    methods = {*known_methods(), *(row.method for row in table.rows)}
+    if not quotes:
+        return
+    known = known_methods() | methods
     for quote in quotes:
         where = f"the quoted row {quote.arm!r} ({quote.cite})"
-        if quote.method and quote.method not in methods:
+        if quote.method and quote.method not in known:
             raise TaskError(
-                f"{where}: unknown method {quote.method!r}{nearest(quote.method, methods)}; leave it out where we have "
+                f"{where}: unknown method {quote.method!r}{nearest(quote.method, known)}; leave it out where we have "
                 "none"
             )
         for key in quote.values:
-            task, _, metric = key.partition("/")
-            if task == "overall":
-                raise TaskError(
-                    f"{where}: 'overall' is no metric of a benchmark; name one, such as pope/f1, and give a paper's "
-                    "relative average as relative"
-                )
-            if task not in metrics:
-                raise TaskError(f"{where}: unknown benchmark {task!r}{nearest(task, metrics)}, in {key!r}")
-            if metric not in metrics[task]:
-                names = sorted(metrics[task])
-                raise TaskError(
-                    f"{where}: {task} has no metric {metric!r}{nearest(metric, names)}; it has "
-                    f"{', '.join(f'{task}/{name}' for name in names)}"
-                )
+            _check_key(key, metrics, where)
+
+
+def _check_key(key: str, metrics: Mapping[str, set[str]], where: str) -> None:
+    task, _, metric = key.partition("/")
+    if task == "overall":
+        raise TaskError(
+            f"{where}: 'overall' is no metric of a benchmark; name one, such as pope/f1, and give a paper's relative "
+            "average as relative"
+        )
+    if task not in metrics:
+        raise TaskError(f"{where}: unknown benchmark {task!r}{nearest(task, metrics)}, in {key!r}")
+    if metric not in metrics[task]:
+        names = sorted(metrics[task])
+        raise TaskError(
+            f"{where}: {task} has no metric {metric!r}{nearest(metric, names)}; it has "
+            f"{', '.join(f'{task}/{name}' for name in names)}"
+        )
 
 
 def known_metrics() -> dict[str, set[str]]:

@@ -33,12 +33,14 @@ class Entry:
     Attributes:
         arms: one, or one for each training.
         label: tells it from all other rows of its model and budget.
+        model: which model.
         id: tells it from all rows.
         places: of its arms among all arms of the table.
     """
 
     arms: tuple[EvaluatedArm, ...]
     label: str
+    model: str
     id: str = ""
     places: list[int] = field(default_factory=list)
 
@@ -46,11 +48,6 @@ class Entry:
     def first(self) -> EvaluatedArm:
         """Its first arm, which the others equal in everything but the projector."""
         return self.arms[0]
-
-    @property
-    def model(self) -> str:
-        """Which model, without the folders of any machine."""
-        return portable(self.first.manifest.model.path) or ""
 
 
 def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False) -> list[Entry]:
@@ -74,7 +71,8 @@ def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False) ->
             seen[folder.resolve()] = str(folder)
         arms = tuple(read_tasks(parts, rescore) for parts in places)
         _check_trainings(arms)
-        entries.append(Entry(arms, one.label or arms[0].label))
+        # Without the folders of any machine.
+        entries.append(Entry(arms, one.label or arms[0].label, portable(arms[0].manifest.model.path) or ""))
     return entries
 
 

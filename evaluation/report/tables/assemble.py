@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from prunetune.evaluation.report.comparable import (
     check_same_questions,
     twin_of,
 )
-from prunetune.evaluation.report.quoted import Quote, beside
+from prunetune.evaluation.report.quoted import Quote, beside, check_names, known_metrics
 from prunetune.evaluation.report.tables.arms import ArmRuns, Entry, named, read_entries
 from prunetune.evaluation.report.tables.gains import Gains, Pair, gains
 from prunetune.evaluation.report.tables.numbers import (
@@ -33,6 +34,7 @@ from prunetune.evaluation.report.tables.numbers import (
     only,
     pooled,
     relative,
+    set_metrics,
 )
 from prunetune.evaluation.report.tables.table import Row, Table, Value
 from prunetune.evaluation.tasks.base import get_task
@@ -77,7 +79,8 @@ def assemble(
     for own in by_model:
         check_comparable([arm for entry in own for arm in entry.arms], allowed)
         check_same_questions(entries[0].first, own[0].first)
-    entries = named(entries)
+    entries = named([entry for own in by_model for entry in own])
+    check_names(quoted, _known_here(entries[0].first), {entry.first.pruner for entry in entries})
     arms = [arm for entry in entries for arm in entry.arms]
     dense = _dense(entries)
     columns = measured(arms, seed)
@@ -124,10 +127,20 @@ def assemble(
     return beside(table, quoted)
 
 
+def _known_here(arm: EvaluatedArm) -> dict[str, set[str]]:
+    """Return the metrics that columns can have, by benchmark: also those that benchmarks only name in manifests."""
+    found = known_metrics()
+    for name, answers in arm.answers.items():
+        if not native(get_task(name), answers):
+            found[name] = found.get(name, set()) | set(set_metrics(arm, name))
+    return found
+
+
 def _by_model(entries: Sequence[Entry], several: bool) -> list[list[Entry]]:
     """Return the entries of each model, in the order in which models are named first."""
     if not several:
-        return [list(entries)]
+        # One model, wherever it lay: that its weights are the same is checked.
+        return [[replace(entry, model=entries[0].model) for entry in entries]]
     found: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         found.setdefault((entry.model, entry.first.manifest.frozen_hash), []).append(entry)
@@ -187,6 +200,8 @@ def _kinds(
         if metric is None or not column.column.headline:
             continue
         name = column.column.task
+        if any(one.score is None for one in arms[0].answers[name]):
+            continue  # a kind's CIDEr weighs words anew, minutes of another program for each arm: manifest.json has it
         for kind, places in kinds_of(get_task(name), arms[0].answers[name]).items():
             (numbers,) = numbers_of([metric], [only(arm.answers[name], places) for arm in arms], seed)
             for entry in entries:

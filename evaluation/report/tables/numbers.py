@@ -69,11 +69,11 @@ def measured(arms: Sequence[EvaluatedArm], seed: int) -> list[Measured]:
     for name in arms[0].manifest.tasks:
         task = get_task(name)
         if task.hidden:
-            found.append(_hidden(name, task, arms))
+            found.append(_hidden(name, arms))
         elif native(task, arms[0].answers[name]):
             found += _native(name, task, arms, seed)
         else:
-            found += _of_sets(name, task, arms)
+            found += _of_sets(name, arms)
     return found
 
 
@@ -200,7 +200,7 @@ def _native(name: str, task: Benchmark, arms: Sequence[EvaluatedArm], seed: int)
     return found
 
 
-def _hidden(name: str, task: Benchmark, arms: Sequence[EvaluatedArm]) -> Measured:
+def _hidden(name: str, arms: Sequence[EvaluatedArm]) -> Measured:
     uploads = []
     for arm in arms:
         summary = (arm.manifest.metrics or {}).get(name)
@@ -212,16 +212,19 @@ def _hidden(name: str, task: Benchmark, arms: Sequence[EvaluatedArm]) -> Measure
     return Measured(column, Numbers([None] * len(arms), note=note))
 
 
-def _of_sets(name: str, task: Benchmark, arms: Sequence[EvaluatedArm]) -> list[Measured]:
-    """Return the metrics that only whole sets have, as they were computed when the arms were evaluated."""
-    by_arm = []
-    for arm in arms:
-        summary = (arm.manifest.metrics or {}).get(name)
-        own: dict[str, float] = {}
-        for key, value in ({} if summary is None else summary.metrics).items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                own[key] = float(value)
-        by_arm.append(own)
+def set_metrics(arm: EvaluatedArm, name: str) -> dict[str, float]:
+    """Return a benchmark's metrics as they were computed when an arm was evaluated: those that are one number."""
+    summary = (arm.manifest.metrics or {}).get(name)
+    found = {}
+    for key, value in ({} if summary is None else summary.metrics).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[key] = float(value)
+    return found
+
+
+def _of_sets(name: str, arms: Sequence[EvaluatedArm]) -> list[Measured]:
+    """Return the metrics of a benchmark that only scores whole sets, as the arms' manifests have them."""
+    by_arm = [set_metrics(arm, name) for arm in arms]
     found = []
     for place, key in enumerate(by_arm[0]):
         column = _column(name, arms[0], key, "a score of the whole set").model_copy(update={"headline": place == 0})
