@@ -55,6 +55,7 @@ def test_many_benchmarks_in_markdown():
         "| DivPrune (quoted: arXiv 2503.02175, table 1) | 64 | 70.1 (+0.1) |  | 1200.04 (+5.5) |  |  |  | 81 |  |  |",
     ]
     assert lines[9:11] == ["- ¹ one score for the whole set", "- ² hidden answers: vqav2_upload.json"]
+    assert "- ±: standard deviation over 3 trainings; intervals are over images alone" in lines
     assert lines[-3:] == [
         "- quoted rows: the paper's number, and in parentheses our row's minus it",
         "- a quoted relative average is the paper's own, as it defines it",
@@ -159,7 +160,7 @@ def test_one_benchmark_in_latex():
     assert lines[1:6] == [
         r"\begin{table*}",
         r"  \centering\small\setlength{\tabcolsep}{4pt}",
-        r"  \caption{Small}",
+        r"  \caption{Small}\smallskip",
         r"  \label{tab:small}",
         r"  \begin{tabular}{lrrrr@{\,}lrr@{\,}l}",
     ]
@@ -194,6 +195,11 @@ def test_the_best_tuned_row_of_a_budget_is_bold():
     assert r"\textbf{49.0}" in tuned and "50.0" in elastic
     assert r"\textbf{1402.2}" in tuned and r"\textbf{1402.2}" in elastic
     assert r"\textbf" not in "".join(line for line in lines if line.strip().startswith(("dense", "divprune &")))
+
+
+def test_a_papers_whole_number_stands_at_the_same_point():
+    line = next(line for line in to_latex(many_benchmarks()).splitlines() if "quoted:" in line)
+    assert cells_of(line)[2:4] == ["70.1", r"{\scriptsize (+0.1)}"] and r"81\phantom{.0}" in cells_of(line)
 
 
 @pytest.mark.parametrize("intervals", [True, False])

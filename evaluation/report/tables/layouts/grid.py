@@ -307,7 +307,7 @@ def _legend(table: Table, drawn: Grid, mark: str) -> list[str]:
     if any(cell.interval for cell in cells):
         found.append("in brackets: 95 % interval")
     if any(cell.spread for cell in cells):
-        found.append("±: standard deviation over trainings; intervals are over images alone")
+        found.append(f"±: standard deviation over {_trainings(table)} trainings; intervals are over images alone")
     tests = dict.fromkeys(gain.test for gain in _gains(table, drawn) if gain.test and gain.adjusted is not None)
     if any(cell.p for cell in cells):
         by = f" ({'; '.join(tests)})" if tests else ""
@@ -317,6 +317,13 @@ def _legend(table: Table, drawn: Grid, mark: str) -> list[str]:
     if any(row.relative is not None for row in table.quoted):
         found.append("a quoted relative average is the paper's own, as it defines it")
     return [*found, *table.footnotes]
+
+
+def _trainings(table: Table) -> str:
+    """Return "3", or "2 to 3", of the rows that have a spread."""
+    values = [value for row in table.rows for value in (*row.values.values(), row.relative, row.pooled)]
+    seeds = {value.seeds for value in values if value is not None and value.between is not None}
+    return " to ".join(str(number) for number in sorted({min(seeds, default=2), max(seeds, default=2)}))
 
 
 def _gains(table: Table, drawn: Grid) -> Iterator[Difference]:
