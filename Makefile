@@ -49,8 +49,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
+# lmms-eval without its pins: it asks for a wandb older than ours, and for dozens of packages of models we don't run.
+# What it imports to run a task is in the dev extra.
+LMMS_EVAL ?= lmms-eval==0.7.3
+
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "$(LMMS_EVAL)"
 	touch $@
 
 clean:
