@@ -229,8 +229,6 @@ def test_two_processes_give_what_one_gives(config, tasks, one_process, tmp_path)
 def test_an_error_makes_the_run_fail(config, tasks, tmp_path):
     done, _ = command(config, tasks, ["film"], tmp_path / "out")
     assert done.returncode == 1 and "prunetune: film/test/0 comes with str" in done.stderr
-    done, _ = command(tmp_path / "none.yaml", tasks, ["asked"], tmp_path / "other")
-    assert done.returncode == 1 and "none.yaml" in done.stderr.splitlines()[-1]
 
 
 def request(context, doc, options=None, task="t"):
