@@ -49,10 +49,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
+# lmms-eval without its pins: it asks for a wandb older than ours, and for dozens of packages of models we don't run.
+# What it imports to run a task is in the dev extra.
+LMMS_EVAL ?= lmms-eval==0.7.3
+
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	# A tokenizer for tests, read from the wheel: installed, it would ask for an older NumPy. Without it they are skipped.
 	-$(BIN)/python -m pip download --quiet --no-deps --dest build/wheels mistral-common==1.12.0
+	$(BIN)/python -m pip install --quiet --no-deps "$(LMMS_EVAL)"
 	touch $@
 
 clean:

@@ -118,9 +118,11 @@ def _own_device(device: str | None) -> str | None:
     """Return the device of this process: of several on a machine each has its own GPU."""
     ranks = launched_ranks()
     there = torch.cuda.device_count()
-    if ranks.world == 1 or there == 0 or not (device is None or device.startswith("cuda")):
+    if there == 0 or not (device is None or device.startswith("cuda")):
         return device
-    # Some launchers show each process one GPU alone, which is number 0 there.
+    if ranks.world == 1 and device not in (None, "cuda"):
+        return device
+    # VLMEvalKit shows each process one GPU alone, which is number 0 there, and hides that there are others.
     return f"cuda:{ranks.local % there}"
 
 

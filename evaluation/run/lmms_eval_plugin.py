@@ -18,6 +18,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
@@ -65,6 +66,27 @@ def _below_command_line() -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+class Likelihood(tuple, GenerationResult):
+    """A sum of log-probabilities, and whether all its tokens are the likeliest: a pair, as lmms-eval documents it.
+
+    Its evaluator (0.7.3) makes a text of every pair that is no ``GenerationResult``, so this is one as well.
+    """
+
+    token_counts = None
+
+    def __new__(cls, total: float, greedy: bool) -> Likelihood:
+        """Return the pair."""
+        return super().__new__(cls, (total, greedy))
+
+    def __init__(self, total: float, greedy: bool) -> None:
+        """Leave out the fields of a generated text: the pair is all there is."""
+
+    @property
+    def text(self) -> tuple[float, bool]:  # type: ignore[override]
+        """The pair, which the evaluator hands on in place of a text."""
+        return self[0], self[1]
 
 
 class PrunetuneModel(lmms):
@@ -159,10 +181,10 @@ class PrunetuneModel(lmms):
                 return found
 
             found = self.batches.run(asked, likelihood)
-        signed = []
+        signed: list[tuple[float, bool]] = []
         for (total, greedy), (*_, doc_id, task, split) in zip(found, asked, strict=True):
             several = len(choices[task, split, doc_id]) > 1
-            signed.append((-total if several else total, greedy))
+            signed.append(Likelihood(-total if several else total, greedy))
         return signed
 
     @ends_the_run

@@ -1,10 +1,6 @@
 """The class that lets VLMEvalKit run any of its image benchmarks on a pruned, tuned model.
 
-VLMEvalKit finds its models in a dictionary, ``supported_VLM``; a script of a few lines adds one and starts it:
-
-    from functools import partial
-    from vlmeval.config import supported_VLM
-    from prunetune.evaluation.run.vlmeval_model import PrunetuneVLM
+VLMEvalKit finds its models in a dictionary, ``supported_VLM``, to which a script of a few lines adds one:
 
     supported_VLM["divprune_64"] = partial(PrunetuneVLM, config="configs/evaluate/FILE.yaml")
 
