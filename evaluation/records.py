@@ -66,8 +66,9 @@ class Result(_Record):
     score: float | None
     kept: int
     kept_per_frame: list[int] | None = None
-    notes: dict[str, float] = {}
-    kinds: dict[str, str] = {}
+    # Made by a factory: a default that stands there is copied for every row, which takes longer than reading it.
+    notes: dict[str, float] = Field(default_factory=dict)
+    kinds: dict[str, str] = Field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
