@@ -40,7 +40,8 @@ def gqa(data):
         picture(data / "images" / f"{n % 4}.jpg", n % 4)
         kind = "query" if n % 2 else "verify"
         questions[str(n)] = {"question": ASKED[n % 3], "answer": SAID[n % 3], "imageId": str(n % 4),
-                             "isBalanced": True, "types": {"structural": kind}}  # fmt: skip
+                             "isBalanced": True,
+                             "types": {"structural": kind, "semantic": ("attr", "rel")[n // 6]}}  # fmt: skip
     write(data / "testdev_balanced_questions.json", questions)
 
 
@@ -132,6 +133,7 @@ def scienceqa(data):
             "hint": "",
             "image": image,
             "answer": n % 3,
+            "subject": ("natural science", "language science")[n % 2],
         }
         choices = "\n".join(f"{letter}. {said}" for letter, said in zip("ABC", SAID, strict=True))
         text = f"Context: N/A\n{ASKED[n % 3]}\n{choices}"

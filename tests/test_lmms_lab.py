@@ -23,7 +23,7 @@ def row_of(name, item):
     if name == "gqa":
         kind = "query" if item.source == "open" else "verify"
         return {"id": item.id, "imageId": item.image.split(".")[0], "question": question, "answer": answers,
-                "types": {"structural": kind}}  # fmt: skip
+                "types": {"structural": kind, **item.kinds}}  # fmt: skip
     if name.startswith("textvqa"):
         return {"image_id": item.id.split("/")[0], "question": question, "answers": answers, "ocr_tokens": ["4", "7"]}
     if name in ("vqav2", "okvqa"):
@@ -41,7 +41,8 @@ def row_of(name, item):
     if name == "scienceqa":
         lines = item.question.splitlines()
         return {"question": lines[1], "hint": "N/A", "choices": [line[3:] for line in lines[2:-1]],
-                "answer": answers["index"]}  # fmt: skip
+                "answer": answers["index"],
+                "subject": {"NAT": "natural science", "LAN": "language science"}[item.kinds["subject"]]}  # fmt: skip
     if name.startswith("mmbench"):
         options = {letter: answers["options"].get(letter, "nan") for letter in "ABCD"}
         hint = question if question == "look" else "nan"
@@ -99,7 +100,7 @@ def test_both_layouts_hold_the_same(name, both):
     theirs, ours = task.open(published), task.open(lab)
     loose = name in ("scienceqa", "chartqa", "ocrbench")  # these rows carry no id of their own
     for one, other in zip(theirs.items, ours.items, strict=True):
-        assert (one.source, one.answer) == (other.source, other.answer)
+        assert (one.source, one.answer, one.kinds) == (other.source, other.answer, other.kinds)
         assert one.question == other.question and (loose or one.id == other.id)
         if one.image is None:
             assert other.image is None

@@ -6,10 +6,15 @@ import shutil
 import numpy as np
 import pytest
 from benchmark_files import FILES
+from test_scored_once import stub
 from video_world import write_videos
 
+from prunetune.configs import EvaluateConfig, ModelConfig
 from prunetune.evaluation.metrics import metric as module
 from prunetune.evaluation.metrics.metric import interval, resampled
+from prunetune.evaluation.records import read_results
+from prunetune.evaluation.report.rows import item_of
+from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.evaluation.tasks import Item, Scored, get_task, mmbench, mme, tasks
 from prunetune.evaluation.tasks.base import items_hash
 from prunetune.evaluation.tasks.captions import METRICS as CAPTIONS
@@ -215,8 +220,31 @@ def test_a_sum_of_no_subtask_is_no_number():
 
 def test_kinds_tell_questions_apart_and_are_in_no_hash(tmp_path):
     task, items = get_task("gqa"), items_of("gqa", tmp_path / "gqa")
-    assert task.kinds(items[0]) == {"form": "binary", "structural": "verify"}
+    assert task.kinds(items[0]) == {"form": "binary", "structural": "verify", "semantic": "attr"}
     without = [dataclasses.replace(item, kinds={}) for item in items]
     assert items_hash(without) == items_hash(items)
     assert get_task("vqav2").kinds(Item("1", "yes/no", "x", "?", [])) == {"answer type": "yes/no"}
     assert get_task("mmbench").kinds(Item("1", "ocr", "x", "?", {})) == {"category": "ocr"}
+
+
+def test_rows_hold_the_kinds_that_a_source_does_not(tmp_path):
+    for name in ("scienceqa", "vqav2"):
+        FILES[name](tmp_path / "data" / name)
+    config = EvaluateConfig(model=ModelConfig(path="none"), tasks=["scienceqa", "vqav2"], batch_size=4,
+                            data=str(tmp_path / "data"), output=str(tmp_path / "arm"))  # fmt: skip
+    folder = evaluate(config, stub(config))
+    rows = {name: [row for row in read_results(folder) if row.task == name] for name in config.tasks}
+    task = get_task("scienceqa")
+    assert [task.kinds(item_of(row))["subject"] for row in rows["scienceqa"]] == ["NAT", "LAN"] * 6
+    assert {task.kinds(item_of(row))["picture"] for row in rows["scienceqa"]} == {"image", "text"}
+    assert not any(row.kinds for row in rows["vqav2"]) and '"kinds"' not in rows["vqav2"][0].to_line()
+
+
+@pytest.mark.parametrize("world", [pope_world, mme_world])
+def test_questions_of_no_known_part_are_in_no_metric(world):
+    task, scored, *_ = world(np.random.default_rng(1))
+    other = [dataclasses.replace(one, item=dataclasses.replace(one.item, source="else")) for one in scored[:7]]
+    rest = scored[7:]
+    for metric in task.scorer.metrics:
+        whole = expected(task, metric.name, task.scorer.summarise([*rest, *other]))
+        assert metric.of([*rest, *other]) == pytest.approx(whole) == metric.of(rest)

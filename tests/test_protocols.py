@@ -10,9 +10,10 @@ from prunetune.cli import main
 from prunetune.configs import EvaluateConfig, ModelConfig
 from prunetune.evaluation.records import read_manifest, read_results
 from prunetune.evaluation.report.compare import compare
+from prunetune.evaluation.report.grader import Grader, read_choice
 from prunetune.evaluation.report.score import score_file
 from prunetune.evaluation.run.evaluate import evaluate
-from prunetune.evaluation.tasks import Item, TaskError, get_task, tasks
+from prunetune.evaluation.tasks import Item, TaskError, get_task, mmbench, tasks
 
 
 def wide(text):
@@ -154,3 +155,60 @@ def test_textvqa_is_capitalised_the_same_in_every_layout(tmp_path):
         task = get_task(name)
         (item,) = task.read(tmp_path)
         assert item.question == task.readers[1].item(row, 0).question == f"What does nasa say? who\n{ocr}{S}"
+
+
+@pytest.mark.parametrize(
+    ("cells", "asked", "options"),
+    [
+        ({"A": "red", "B": "None", "C": "blue"}, "Which?\nA. red", {"A": "red"}),
+        ({"A": "1", "B": "NA", "C": ""}, "Which?\nA. 1", {"A": "1"}),
+        ({"A": "1", "B": "2", "C": "NONE", "hint": "N/A"}, "Which?\nA. 1\nB. 2", {"A": "1", "B": "2"}),
+        (
+            {"A": "1", "B": "none of these", "C": None},
+            "Which?\nA. 1\nB. none of these",
+            {"A": "1", "B": "none of these"},
+        ),
+        ({"A": "1", "B": float("nan"), "hint": "None"}, "Which?\nA. 1", {"A": "1"}),
+        ({"A": "x", "B": "y", "hint": "look"}, "look\nWhich?\nA. x\nB. y", {"A": "x", "B": "y"}),
+    ],
+)
+def test_mmbench_takes_cells_for_missing_that_llava_does(cells, asked, options):
+    item = mmbench.item_of({"index": "1", "question": "Which?", "answer": "A", **cells}, "Letter.")
+    assert (item.question, item.answer["options"]) == (f"{asked}\nLetter.", options)
+    assert mmbench.stem(item) == asked.split("\nA. ")[0]
+
+
+def test_a_judge_reads_what_mmbenchs_rules_can_not(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    FILES["mmbench"](data)
+    items = get_task("mmbench").read(data)
+    said, asked = {}, []
+    for item in items:
+        # Two answers in three name no letter alone; one refuses, and no judge is asked about that.
+        right = item.answer["letter"]
+        said[item.id] = {0: right, 1: f"{right} {'A' if right != 'A' else 'B'}", 2: "Cannot determine the answer"}[
+            int(item.id) % mmbench.ROUND % 3
+        ]
+    rows = [{"id": name, "question": "", "prediction": text} for name, text in said.items()]
+    write_lines(tmp_path / "said.jsonl", rows)
+
+    def reply(self, instruction, content):
+        asked.append(content)
+        return f"The letter is {content.splitlines()[-1].removeprefix('Answer: ')[0]}"
+
+    monkeypatch.setattr(Grader, "_reply", reply)
+    result = score_file("mmbench", tmp_path / "said.jsonl", data, grader=Grader("http://x", "judge"))
+    assert result["accuracy"] == pytest.approx(100 / 3) and result["graded"]["accuracy"] == pytest.approx(200 / 3)
+    assert result["grader"] == "judge" and len(asked) == 4 and "Options:\nA. " in asked[0]
+    assert set(result["intervals"]) == {"accuracy", "single_round"} == set(result["graded"]["intervals"])
+
+
+@pytest.mark.parametrize(("reply", "letter"), [("B", "B"), ("It is (C).", "C"), ("NONE", ""), ("B, B", "B")])
+def test_a_judges_choice_is_read(reply, letter):
+    assert read_choice(reply, {"B": "x", "C": "y"}) == letter
+
+
+@pytest.mark.parametrize("reply", ["B or C", "", "the second"])
+def test_a_judge_that_does_not_choose_is_named(reply):
+    with pytest.raises(TaskError, match="expected one letter of B, C, or NONE"):
+        read_choice(reply, {"B": "x", "C": "y"})

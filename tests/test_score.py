@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from benchmark_files import FILES
 
 from prunetune.cli import main
 from prunetune.evaluation.metrics.chair import Objects
@@ -323,7 +324,10 @@ OPTIONS = {"A": "red", "B": "dark blue", "C": "blue"}
 @pytest.mark.parametrize(
     ("said", "letter"),
     [("B", "B"), ("B. dark blue", "B"), ("(C)", "C"), ("A red one", "A"), ("Apple", ""), ("it is red", "A"),
-     ("dark blue", ""), ("D", ""), ("", "")],
+     ("dark blue", ""), ("D", ""), ("", ""), ("The answer is C.", "C"), ("Option B", "B"), ("A B", ""),
+     ("**C**", "C"), ("[B], I think", "B"), ("B is what I would say here", ""), ("C as in dark blue sea", ""),
+     ("A. red or maybe another", "A"), ("b", ""), ("Z", "Z"), ("Cannot determine the answer from A", "Z"),
+     ("it is red, " * 4, "")],
 )  # fmt: skip
 def test_mmbench_reads_the_letter_or_the_only_option_named(said, letter):
     assert mmbench.chosen(said, OPTIONS) == letter
@@ -339,7 +343,20 @@ def test_mmbench_counts_a_question_when_all_its_turns_are_right():
     assert mmbench.summarise(scored[2:3])["evaluation"] == "single round"
 
 
-LINES = ["person, man, woman", "dog, puppy", "hot dog", "bus", "knife", "bear", "teddy bear", "train", "wine glass"]
+LINES = [
+    "person, man, woman, baby",
+    "toilet",
+    "chair, seat",
+    "tie",
+    "dog, puppy",
+    "hot dog",
+    "bus",
+    "knife",
+    "bear",
+    "teddy bear",
+    "train",
+    "wine glass",
+]
 
 
 @pytest.mark.parametrize(
@@ -351,10 +368,48 @@ LINES = ["person, man, woman", "dog, puppy", "hot dog", "bus", "knife", "bear", 
         ("a teddy bear and a baby bear", ["teddy bear", "bear"]),
         ("the passenger train, wine glasses", ["train", "wine glass"]),
         ("nothing here", []),
+        ("a man's hand, the dogs' bowl and women's hats", ["person", "dog", "person"]),
+        ("the man\u2019s dog isn't here.", ["person", "dog"]),
+        ("a toilet seat", ["toilet"]),
+        ("a toilet with its seat up beside a chair", ["toilet", "chair"]),
+        ("seats and chairs", ["chair", "chair"]),
+        ("a bus-stop, a man/woman sign and a dog-like thing", []),
+        ('dog,man:bus (knife)... bear; "train"!', ["dog", "person", "bus", "knife", "bear", "train"]),
+        ("baby animals and baby bears", ["bear"]),
+        ("a baby and adult dogs", ["person", "dog"]),
+        ("Two hot dogs. A hot day, dogs", ["hot dog", "dog"]),
+        ("a **dog**, 'stop' and a 'train'; bus\u2014dog", ["dog", "train", "bus", "dog"]),
+        ("a bow tie, bow ties", ["tie", "tie"]),
+        ("passenger trains", ["train"]),
     ],
 )
 def test_chair_knows_synonyms_plurals_and_double_words(text, named):
     assert Objects(LINES).of(text) == named
+
+
+def test_chair_takes_a_subset_of_images(tmp_path, capsys):
+    data = tmp_path / "data"
+    FILES["chair"](data)
+    said = {n: ("A man and a dog." if n % 2 else "Nothing.") for n in range(12)}
+    whole = answers(tmp_path, *[(n, "", text) for n, text in said.items()])
+    assert score_file("chair", whole, data)["missing"] == 0
+    # COCO's own form, and the names that papers' scripts write.
+    file = lines(
+        tmp_path / "captions.jsonl", [{"image_id": 3, "caption": said[3]}, {"image_id": 4, "caption": said[4]}]
+    )
+    part = score_file("chair", file, data)
+    assert (part["items"], part["missing"], part["C_S"], part["C_I"]) == (2, 10, 50, 50)
+    named = answers(
+        tmp_path, ("COCO_val2014_000000000003.jpg", "", said[3]), ("COCO_val2014_000000000004", "", said[4])
+    )
+    assert score_file("chair", named, data)["C_I"] == 50
+    (data / "chair_images.txt").write_text("7\nCOCO_val2014_000000000003.jpg\n\n")
+    assert [item.id for item in get_task("chair").read(data)] == ["7", "3"]
+    with pytest.raises(TaskError, match="line 2: question '4' is not in the annotations"):
+        score_file("chair", file, data)
+    (data / "chair_images.txt").write_text("7\n99\n")
+    with pytest.raises(TaskError, match="chair_images.txt, line 2: image '99' is not in instances_val2014.json"):
+        get_task("chair").read(data)
 
 
 def test_chair_counts_what_is_invented():

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import inflect
 
-# Letters and an apostrophe within a word: hyphens and digits end one, so "bus-stop" names the bus.
-_WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
+# Words as NLTK's word_tokenize cuts them, which the published script runs: these marks stand alone, and so does a full
+# stop behind a word. Hyphens and slashes hold words together: a "bus-stop" names no bus, and "man/woman" nobody.
+_MARKS = re.compile(r"[;@#$%&*?!\[\](){}<>\"“”«»`\u2013\u2014]|--+|\.\.\.|[,:](?!\d)")
+_ENDING = re.compile(r"(?<=.)(?:n't|'(?:s|m|d|ll|re|ve)|')$")
 _ANIMALS = "bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, animal, cub"
 _VEHICLES = "jet, train"
 _PAIRS = """
@@ -51,11 +53,11 @@ class Objects:
     def of(self, text: str) -> list[str]:
         """Return the objects that a text names, in order and as often as it names them."""
         words = []
-        for word in _WORD.findall(text.lower()):
+        for word in tokens(text):
             if word not in self._singulars:  # inflect takes a while, and captions repeat their words
                 self._singulars[word] = self._singular(word)
             words.append(self._singulars[word])
-        found = []
+        joined = []
         index = 0
         while index < len(words):
             pair = " ".join(words[index : index + 2])
@@ -66,9 +68,11 @@ class Objects:
             else:
                 word = words[index]
                 index += 1
-            if word in self.names:
-                found.append(self.names[word])
-        return found
+            joined.append(word)
+        # The seat of a toilet is no chair, wherever the two words stand.
+        if "toilet" in joined:
+            joined = [word for word in joined if word != "seat"]
+        return [self.names[word] for word in joined if word in self.names]
 
     def _singular(self, word: str) -> str:
         """Return a word's singular where it is needed to know the word."""
@@ -79,6 +83,14 @@ class Objects:
         if isinstance(single, str) and (single in self.names or single in _LAST):
             return single
         return word
+
+
+def tokens(text: str) -> list[str]:
+    """Return the words of a text in lower case, with "'s", "n't" and their like cut off: "a man's hand" has a man."""
+    words = []
+    for word in _MARKS.sub(" ", text.lower().replace("\u2019", "'")).split():
+        words.append(_ENDING.sub("", word.removesuffix(".").lstrip("'")))
+    return words
 
 
 def _pairs() -> dict[str, str]:
@@ -98,7 +110,7 @@ def _pairs() -> dict[str, str]:
 
 
 # Last words of pairs: "wine glasses" is known by its pair alone, since "glass" is no object.
-_LAST = {pair.split()[1] for pair in _listed(_PAIRS)}
+_LAST = {pair.split()[1] for pair in _listed(_PAIRS)} | {*_listed(_ANIMALS), *_listed(_VEHICLES), "tie", "seat"}
 
 
 def chair(captions: Mapping[str, str], truth: Mapping[str, set[str]], objects: Objects) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,12 @@ INSTRUCTION = (
     "You grade answers to questions about videos. Compare the predicted answer with the correct one: do they mean the "
     "same? Synonyms and paraphrases count. Reply with a JSON object only, with the keys pred, yes or no, and score, an "
     "integer from 0 (wrong) to 5 (fully right)."
+)
+
+CHOICE = (
+    "You read answers to multiple-choice questions. Given a question, its options and somebody's answer, say which "
+    "option the answer means. You need not know which option is right. Reply with its letter alone, or with NONE if "
+    "the answer means none of them or several."
 )
 
 
@@ -58,10 +64,24 @@ class Grader:
     def ask(self, question: str, correct: str, predicted: str) -> tuple[bool, int]:
         """Return whether the prediction is right, and its score from 0 to 5."""
         content = f"Question: {question}\nCorrect answer: {correct}\nPredicted answer: {predicted}"
+        return read_grade(self._reply(INSTRUCTION, content))
+
+    def choose(self, question: str, options: Mapping[str, str], predicted: str) -> str:
+        """Return the letter of the option that an answer means, or nothing if it means none.
+
+        Raises:
+            TaskError: if the endpoint can't be reached or does not answer as asked.
+        """
+        listed = "\n".join(f"{letter}. {text}" for letter, text in options.items())
+        content = f"Question: {question}\nOptions:\n{listed}\nAnswer: {predicted}"
+        return read_choice(self._reply(CHOICE, content), options)
+
+    def _reply(self, instruction: str, content: str) -> str:
+        """Return what the model says; raises TaskError if it does not."""
         body = {
             "model": self.model,
             "temperature": 0,  # the same answers get the same grades when they are graded again
-            "messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": content}],
+            "messages": [{"role": "system", "content": instruction}, {"role": "user", "content": content}],
         }
         headers = {"Content-Type": "application/json"}
         key = os.environ.get(self.key_variable)
@@ -72,12 +92,22 @@ class Grader:
         try:
             request = urllib.request.Request(url, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                text = json.load(reply)["choices"][0]["message"]["content"]
+                return str(json.load(reply)["choices"][0]["message"]["content"])
         # One failed answer stops it all: a mean over those that came back would be of other questions.
         # ValueError: the address is none, or the reply is no JSON; the others: it is JSON of another shape.
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise TaskError(f"the grader at {url} did not answer: {one_line(error)}") from error
-        return read_grade(text)
+
+
+def read_choice(text: str, options: Mapping[str, str]) -> str:
+    """Return the letter in a reply, nothing for NONE; raises TaskError if it is neither."""
+    words = re.findall(r"[A-Za-z]+", text)
+    letters = {word for word in words if word in options}
+    if len(letters) == 1:
+        return letters.pop()
+    if not letters and "NONE" in words:
+        return ""
+    raise TaskError(f"the grader replied {text!r}, expected one letter of {', '.join(options)}, or NONE")
 
 
 def read_grade(text: str) -> tuple[bool, int]:

@@ -16,7 +16,7 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
     Args:
         path: a JSONL file with ``question_id``, ``text`` and ``prompt`` (LLaVA's), or ``id``, ``prediction``,
             ``question`` and ``task`` (ours; rows of other tasks are not this task's and are left out), or ``id`` and
-            ``pred`` (Video-ChatGPT's).
+            ``pred`` (Video-ChatGPT's), or ``image_id`` and ``caption`` (COCO's captions).
         task: the task's name.
 
     Raises:
@@ -39,7 +39,7 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
 def _read(record: dict[str, Any], line: int, where: str) -> Prediction:
     """Return a line's prediction; raises TaskError for a line of no known format."""
     # A failed request of another program is often saved as null; no scorer would say which line it was.
-    for name in ("text", "prediction", "pred"):
+    for name in ("text", "prediction", "pred", "caption"):
         if name in record:
             if not isinstance(record[name], str):
                 raise TaskError(f"{where}: the answer is no text but {record[name]!r}")
@@ -51,6 +51,8 @@ def _read(record: dict[str, Any], line: int, where: str) -> Prediction:
         return _prediction(record, line, "id", "prediction", "question")
     if "id" in record and "pred" in record:
         return _prediction(record, line, "id", "pred", "question")
+    if "image_id" in record and "caption" in record:
+        return _prediction(record, line, "image_id", "caption", "question")
     raise TaskError(
         f"{where}: neither LLaVA's format (question_id, text, prompt) nor ours (id, prediction, question); it has "
         f"{', '.join(sorted(record))}"

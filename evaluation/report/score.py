@@ -40,7 +40,7 @@ def score_file(
     by_item = _by_item(task, found, items, data, str(predictions))
     scored = _scored(task, by_item, items)
     summary = task.summarise(scored)
-    grades = {} if grader is None else _graded(grader, scored)
+    grades = {} if grader is None else _graded(grader, task, scored)
     return {
         "task": name,
         "protocol": task.protocol,
@@ -71,7 +71,8 @@ def _by_item(
     ids = [prediction.id for prediction in found]
     if pairing.ids is not None:  # other programs name questions in ways of their own
         ids = pairing.ids(found, data, where)
-    complete = pairing.failed is None  # nothing else stands for a prediction that is missing
+    # Nothing else stands for a prediction that is missing, unless nobody expects one of every item.
+    complete = pairing.failed is None and not pairing.subset
     return paired(found, ids, list(items), where, complete=complete, first_counts=pairing.first_counts)
 
 
@@ -82,14 +83,18 @@ def _scored(task: Benchmark, by_item: dict[str, Prediction], items: dict[str, It
     for number, item in items.items():
         if number in by_item:
             scored.append(task.score(by_item[number].text, item))
-        else:
+        elif not task.pairing.subset:
             # As LLaVA's scorer has it: wrong, and of no source, since it goes by the prompt that is not there.
             missing.append(task.score(task.pairing.failed or "", replace(item, source="missing")))
     return scored + missing
 
 
-def _graded(grader: Grader, scored: Sequence[Scored]) -> dict[str, Any]:
+def _graded(grader: Grader, task: Benchmark, scored: Sequence[Scored]) -> dict[str, Any]:
     """Return what a grader says of the predictions."""
+    if task.scorer is not None and task.scorer.judged is not None:
+        # Beside the metrics of the rules alone, which are the same for everybody, every time.
+        metrics = task.summarise(task.scorer.judged(scored, grader.choose)).metrics
+        return {"graded": metrics, "grader": grader.model}
     triples = []
     for one in scored:
         triples.append((one.item.question, str(one.item.answer), one.prediction))

@@ -131,6 +131,10 @@ def score_as_a_set(prediction: str, item: Item) -> None:
     return
 
 
+Choose = Callable[[str, Mapping[str, str], str], str]
+"""A judge that returns the letter of the option that an answer means, given question, options and answer; or nothing"""
+
+
 @dataclass(frozen=True)
 class Scorer:
     """Compares predictions with answers.
@@ -140,12 +144,15 @@ class Scorer:
         summarise: computes all metrics of scored predictions, from the scores that they carry.
         metrics: those that tables have columns for, each with an interval of its own; papers print the first.
         notes: where numbers are defined otherwise than by the published scorer, on purpose.
+        judged: returns the answers with the scores that a judge gives those which the rules can't read; None where a
+            judge only says whether open answers are right.
     """
 
     score: Callable[[str, Item], float | None]
     summarise: Callable[[Sequence[Scored]], dict[str, Any]] = accuracy
     metrics: Sequence[Metric] = (ACCURACY,)
     notes: Sequence[str] = ()
+    judged: Callable[[Sequence[Scored], Choose], list[Scored]] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,12 +166,14 @@ class Pairing:
             makes a missing prediction an error.
         first_counts: whether of several predictions of one question the first counts, as the published scorer has it;
             otherwise a repeated prediction is an error.
+        subset: whether items without a prediction are left out, where papers take some of them.
     """
 
     # All predictions at once, not one by one: POPE's need a file that is read for all of them.
     ids: Callable[[list[Prediction], Path, str], list[str]] | None = None
     failed: str | None = None
     first_counts: bool = False
+    subset: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from prunetune.evaluation.files import find_file
 from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
 from prunetune.evaluation.metrics.metric import Metric, Tally, share, tallied
 from prunetune.evaluation.readers import PublishedFiles
-from prunetune.evaluation.tasks.base import LETTER, Benchmark, Item, Scored, Scorer, register_task
+from prunetune.evaluation.tasks.base import LETTER, Benchmark, Choose, Item, Scored, Scorer, register_task
 
 ROUND = 1_000_000
 """Circular copies of a question have its index plus a multiple of this."""
@@ -29,8 +28,23 @@ LETTERS = "ABCD"
 FILES = {"mmbench": "mmbench_dev_20230712.tsv", "mmbench_cn": "mmbench_dev_cn_20231003.tsv"}
 SUFFIXES = {"mmbench": LETTER, "mmbench_cn": "请直接回答选项字母。"}
 SOURCE = "https://github.com/open-compass/MMBench (the dev split, .tsv)"
-# The letter alone, in brackets, or with a full stop, but not the first of a word: "Apple" is no A.
-_LETTER = re.compile(r"^\(?([A-D])(?![A-Za-z])")
+# What pandas reads as a missing cell, by which LLaVA and OpenCompass read the table: an option "NA" is none to them.
+_MISSING = {
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "NULL", "NaN", "None", "n/a", "nan", "null",
+}  # fmt: skip
+# OpenCompass takes punctuation for spaces, so that a letter is a word of its own: "(B)", "C.", "D: four".
+_PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_LAST = 4
+"""Of how many words at the end one must be the letter."""
+REFUSED = "Z"
+"""No option's letter: what an answer that refuses to choose stands for."""
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -61,31 +75,71 @@ def item_of(row: dict[str, Any], suffix: str) -> Item:
     """Return one row of the table as an item."""
     cells = {}
     for name, value in row.items():
-        # An empty cell may also say "nan", as tables do that went through pandas.
-        if value not in (None, "") and str(value).lower() != "nan":
+        if not _missing(value):
             cells[name] = str(value)
     lines = []
     if "hint" in cells:
         lines.append(cells["hint"])
     lines.append(cells["question"])
-    options = {letter: cells[letter] for letter in LETTERS if letter in cells}
-    for letter, text in options.items():
-        lines.append(f"{letter}. {text}")
+    options = {}
+    for letter in LETTERS:
+        if letter not in cells:  # LLaVA reads the options up to the first that is missing
+            break
+        options[letter] = cells[letter]
+        lines.append(f"{letter}. {cells[letter]}")
     # The test split has no answers: it is asked all the same, for the upload.
     answer = {"letter": cells["answer"], "options": options} if "answer" in cells else None
     question = "\n".join([*lines, suffix])
-    return Item(cells["index"], cells.get("category", ""), f"index:{cells['index']}", question, answer)
+    # MMBench's twenty abilities are the categories; they are grouped into six, which the two layouts name differently.
+    group = cells.get("l2-category", cells.get("L2-category"))
+    kinds = {"group": group} if group else {}
+    return Item(cells["index"], cells.get("category", ""), f"index:{cells['index']}", question, answer, kinds)
 
 
-def chosen(prediction: str, options: dict[str, str]) -> str:
-    """Return the chosen letter: one at the start, or of the only option whose text the prediction holds; or nothing."""
-    text = prediction.strip()
-    start = _LETTER.match(text)
-    if start and start.group(1) in options:
-        return start.group(1)
-    held = [letter for letter, option in options.items() if option.lower() in text.lower()]
+def stem(item: Item) -> str:
+    """Return hint and question without the options."""
+    return item.question.rsplit("\nA. ", 1)[0]
+
+
+def _missing(value: Any) -> bool:
+    """Return whether LLaVA takes a cell for missing, which "None", in whatever case, is to it as well."""
+    if value is None or value != value:  # a table that went through pandas holds NaN, which no number equals
+        return True
+    return str(value) in _MISSING or str(value).lower() in ("nan", "none")
+
+
+def chosen(prediction: str, options: Mapping[str, str]) -> str:
+    """Return the letter that an answer chooses by OpenCompass's rules, :data:`REFUSED`, or nothing if they see none.
+
+    The only letter that is a word of its own, if it stands among the last four words; else that of the only option
+    whose text the answer holds, if the answer is not longer than all options twice. ``"The answer is C."`` chooses C,
+    ``"A B"`` nothing.
+    """
+    if any(refusal in prediction for refusal in _REFUSALS):
+        return REFUSED
+    words = prediction.translate(_PUNCTUATION).split()
+    letters = [letter for letter in options if letter in words]
+    if len(letters) == 1 and words.index(letters[0]) >= len(words) - _LAST:
+        return letters[0]
+    if not letters and REFUSED in words:
+        return REFUSED
+    if len(prediction) > 2 * sum(len(option) for option in options.values()):
+        return ""
+    held = [letter for letter, option in options.items() if option.lower() in prediction.lower()]
     # "dark blue" holds "blue" too: of two options that fit, neither was chosen clearly.
     return held[0] if len(held) == 1 else ""
+
+
+def judged(scored: Sequence[Scored], choose: Choose) -> list[Scored]:
+    """Return the answers with what a judge makes of those that the rules see no choice in."""
+    found = []
+    for one in scored:
+        answer = one.item.answer
+        if answer is not None and not chosen(one.prediction, answer["options"]):
+            letter = choose(stem(one.item), answer["options"], one.prediction)
+            one = replace(one, score=float(letter == answer["letter"]))
+        found.append(one)
+    return found
 
 
 def score(prediction: str, item: Item) -> float:
@@ -134,6 +188,10 @@ def tally(scored: Sequence[Scored]) -> Tally:
     return tallied(list(rows), list(rows.values()))
 
 
+NOTES = (
+    "letters are read by OpenCompass's rules; an answer in which they see no option is wrong unless a grader is asked, "
+    "where OpenCompass asks GPT",
+)
 METRICS = (
     Metric(
         name="accuracy",
@@ -162,9 +220,8 @@ def upload(name: str, scored: Sequence[Scored], folder: Path) -> Path:
     sheet.append(["index", "question", *LETTERS, "prediction"])
     for one in scored:
         options = (one.item.answer or {}).get("options", {})
-        question = one.item.question.rsplit("\nA. ", 1)[0]  # the options have columns of their own
         cells = [options.get(letter, "") for letter in LETTERS]
-        sheet.append([int(one.item.id), question, *cells, one.prediction])
+        sheet.append([int(one.item.id), stem(one.item), *cells, one.prediction])
     path = folder / f"{FILES[name].removesuffix('.tsv')}_upload.xlsx"
     book.save(path)
     return path
@@ -200,14 +257,14 @@ for _name, _language in (("mmbench", "English"), ("mmbench_cn", "Chinese")):
     register_task(
         Benchmark(
             name=_name,
-            protocol="llava",
+            protocol="opencompass",
             prompt="hint, question, options, letter",
             about=f"MMBench dev, {_language}: multiple choice, circular where the table allows; writes the sheet",
             readers=[
                 PublishedFiles(partial(read_items, _name), partial(open_images, _name)),
                 ParquetRows(_name, partial(read_row, _name)),
             ],
-            scorer=Scorer(score, summarise, METRICS),
+            scorer=Scorer(score, summarise, METRICS, NOTES, judged),
             source_is="category",
             upload=partial(upload, _name),
         )

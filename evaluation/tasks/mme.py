@@ -174,7 +174,8 @@ def tally(scored: Sequence[Scored]) -> Tally:
     rows = []
     for (subtask, image), scores in images.items():
         row = np.zeros((len(SUBTASKS), 4))
-        row[SUBTASKS.index(subtask)] = sum(scores), len(scores), all(scores), 1
+        if subtask in SUBTASKS:  # any other is in no sum, as in the summary
+            row[SUBTASKS.index(subtask)] = sum(scores), len(scores), all(scores), 1
         units.append(f"{subtask}/{image}")
         rows.append(row.ravel().tolist())
     return tallied(units, rows)

@@ -137,7 +137,8 @@ def tally(scored: Sequence[Scored]) -> Tally:
         row = np.zeros((len(CATEGORIES), 4))
         yes = one.item.answer == "yes"
         right = one.score == 1
-        row[CATEGORIES.index(one.item.source), (0 if right else 3) if yes else (2 if right else 1)] = 1
+        if one.item.source in CATEGORIES:  # a table with a fourth has it in no mean, as in the summary
+            row[CATEGORIES.index(one.item.source), (0 if right else 3) if yes else (2 if right else 1)] = 1
         units.append(_picture(one.item))
         rows.append(row.ravel().tolist())
     return tallied(units, rows)
