@@ -113,6 +113,15 @@ def test_what_is_drawn_are_the_tables_own_numbers():
     assert [one["title"] for one in kinds] == ["of dense (%)", "world accuracy (%)", "where (%)", "what (%)"]
 
 
+def test_examples_of_arms_that_are_not_in_the_table_are_left_out():
+    table = many_benchmarks()
+    two = table.model_copy(update={"rows": table.rows[:2], "quoted": []})
+    text = to_html(two, examples_of(table, 2))
+    assert [list(one["arms"]) for one in data_of(text)["examples"]] == [["dense", "free"]] * 2
+    none = to_html(two.model_copy(update={"rows": []}), examples_of(table, 2))
+    assert data_of(none)["examples"] == [] and "Answers that flipped" not in none
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (3, 5), (24, 24), (7, 9)])
 def test_packed_positions_are_the_kept_ones(grid):
     size = grid[0] * grid[1]
@@ -283,9 +292,15 @@ def test_missing_numbers_are_sorted_last_both_ways(opened):
 def test_further_columns_are_shown_on_request(opened):
     page = opened("wide")
     hidden = [one for one in page.find_elements("css selector", "#rows thead th") if not one.is_displayed()]
-    assert len(hidden) == 3  # POPE's accuracy, TFLOPs and latency
-    find(page, "#more").click()
-    assert all(one.is_displayed() for one in hidden)
+    titles = ["pope f1, tuned - training-free", "pope accuracy", "TFLOPs", "prefill ms"]
+    assert len(hidden) == len(titles)
+    for title, one in zip(titles, hidden, strict=True):
+        assert one.get_attribute("textContent").strip().startswith(title)
+    for title, shown in (("and gains", titles[:1]), ("and further metrics", titles[1:2]), ("and costs", titles[2:]),
+                         ("all", titles), ("usual", [])):  # fmt: skip
+        choose(page, "#columns", title)
+        assert [name for name, one in zip(titles, hidden, strict=True) if one.is_displayed()] == shown
+    choose(page, "#columns", "all")
     assert overflow(page) == []
 
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from hand_made_tables import many_benchmarks, one_benchmark, renamed, value
+from hand_made_tables import ACCURACY, POPE, many_benchmarks, one_benchmark, renamed, value
 
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.report.tables.layouts.csv import to_csv
@@ -55,6 +55,7 @@ def test_many_benchmarks_in_markdown():
         "| DivPrune (quoted: arXiv 2503.02175, table 1) | 64 | 70.1 (+0.1) |  | 1200.04 (+5.5) |  |  |  | 81 |  |  |",
     ]
     assert lines[9:11] == ["- ¹ one score for the whole set", "- ² hidden answers: vqav2_upload.json"]
+    assert "- ±: standard deviation over 3 trainings; intervals are over images alone" in lines
     assert lines[-3:] == [
         "- quoted rows: the paper's number, and in parentheses our row's minus it",
         "- a quoted relative average is the paper's own, as it defines it",
@@ -65,7 +66,17 @@ def test_many_benchmarks_in_markdown():
 def test_columns_that_are_asked_for():
     header = to_markdown(many_benchmarks(), also=["pope/accuracy", "TFLOPs"]).splitlines()[2]
     assert "| pope accuracy (%) | mme" in header and "| TFLOPs ↓ | pooled accuracy (%) |" in header
-    with pytest.raises(TaskError, match="no column 'pope/recall'; it has pope/f1, pope/accuracy, mme/perception, "):
+    lines = to_markdown(many_benchmarks(), also=["pope/f1 gain"]).splitlines()
+    assert (
+        "| pope f1, tuned - training-free (points) | mme" in lines[2]
+        and "| **+10.2** [+9.0, +11.5], p < 0.001 |" in lines[6]
+    )
+    table = one_benchmark(columns=[ACCURACY, POPE])
+    assert "world where" not in to_markdown(table)
+    assert "| world where (%) | world what (%) | world accuracy (%) |" in to_markdown(
+        table, also=["world/accuracy kinds"]
+    )
+    with pytest.raises(TaskError, match="no column 'pope/recall'; it has pope/f1, pope/f1 gain, pope/accuracy, mme"):
         to_markdown(many_benchmarks(), also=["pope/recall"])
 
 
@@ -149,7 +160,7 @@ def test_one_benchmark_in_latex():
     assert lines[1:6] == [
         r"\begin{table*}",
         r"  \centering\small\setlength{\tabcolsep}{4pt}",
-        r"  \caption{Small}",
+        r"  \caption{Small}\smallskip",
         r"  \label{tab:small}",
         r"  \begin{tabular}{lrrrr@{\,}lrr@{\,}l}",
     ]
@@ -184,6 +195,11 @@ def test_the_best_tuned_row_of_a_budget_is_bold():
     assert r"\textbf{49.0}" in tuned and "50.0" in elastic
     assert r"\textbf{1402.2}" in tuned and r"\textbf{1402.2}" in elastic
     assert r"\textbf" not in "".join(line for line in lines if line.strip().startswith(("dense", "divprune &")))
+
+
+def test_a_papers_whole_number_stands_at_the_same_point():
+    line = next(line for line in to_latex(many_benchmarks()).splitlines() if "quoted:" in line)
+    assert cells_of(line)[2:4] == ["70.1", r"{\scriptsize (+0.1)}"] and r"81\phantom{.0}" in cells_of(line)
 
 
 @pytest.mark.parametrize("intervals", [True, False])

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from prunetune.evaluation.errors import TaskError
-from prunetune.evaluation.records import Result, read_results
+from prunetune.evaluation.records import Result
 from prunetune.evaluation.report.plot import Shown, answers_figure
-from prunetune.evaluation.run.features import sample_of
-from prunetune.evaluation.run.visualize import base_view, seen_image
+from prunetune.evaluation.run.panels import Panels, ShownArm, panels, read_answers
 from prunetune.evaluation.tasks import Item, get_task
 from prunetune.evaluation.tasks.base import task_folder
-from prunetune.models import Arm
 from prunetune.outputs import ANSWERS, OutputFolder
-
-
-@dataclass(frozen=True)
-class ShownArm:
-    """An arm in the figure.
-
-    Attributes:
-        label: above its column.
-        arm: to draw what it keeps.
-        folder: of its finished evaluation, to read what it answered.
-    """
-
-    label: str
-    arm: Arm
-    folder: Path
 
 
 def show_answers(
@@ -56,26 +37,22 @@ def show_answers(
     """
     questions = get_task(task).open(task_folder(data, task))
     items = {item.id: item for item in questions.items}
-    answered = [{row.id: row for row in read_results(own.folder) if row.task == task} for own in arms]
+    answered = read_answers(arms, task)
     wrong = _first_wrong(answered[wrong_in], items, count)
     if not wrong:
         raise TaskError(f"{arms[wrong_in].folder} answers everything, so there is no wrong answer to show")
-    images = questions.open_images()
-    rows = []
-    for item in wrong:
-        panels, pixels, grid = [], None, None
-        for own, results in zip(arms, answered, strict=True):
-            inputs = own.arm.place(own.arm.formatter(images).prompt_batch([sample_of(item)]))
-            with torch.inference_mode():
-                positions, grid = base_view(own.arm.pruned.prepare(inputs).chosen["image"])
-            row = results[item.id]
-            panels.append(Shown(own.label, positions, row.prediction, bool(row.score)))
-            pixels = seen_image(inputs["pixel_values"][0], own.arm, images, sample_of(item))
-        assert pixels is not None and grid is not None  # there is at least one arm
-        rows.append((item.question, str(item.answer), np.asarray(pixels), grid, panels))
+    rows = [_row(shown) for shown in panels(arms, answered, wrong, questions.open_images())]
     with OutputFolder(output, ANSWERS, overwrite=True) as folder, folder.staged(whole=True) as new:
         answers_figure(rows, new / "answers.png")
     return output / "answers.png"
+
+
+def _row(shown: Panels) -> tuple[str, str, np.ndarray, tuple[int, int], list[Shown]]:
+    """Return a row of the figure."""
+    drawn = []
+    for panel in shown.arms:
+        drawn.append(Shown(panel.arm.label, panel.positions, panel.result.prediction, bool(panel.result.score)))
+    return shown.item.question, str(shown.item.answer), shown.pixels, shown.arms[0].grid, drawn
 
 
 def _first_wrong(rows: dict[str, Result], items: dict[str, Item], count: int) -> list[Item]:

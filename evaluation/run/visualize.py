@@ -81,12 +81,21 @@ def _strip(arms: list[Arm], images: ImageOpener, sample: Sample) -> Image.Image:
     """Return one image with a panel for each arm."""
     panels: dict[str, np.ndarray] = {}
     for arm in arms:
-        inputs = arm.place(arm.formatter(images).prompt_batch([sample]))
-        with torch.inference_mode():
-            chosen = arm.pruned.prepare(inputs).chosen["image"]
-        positions, grid = base_view(chosen)
+        positions, grid, picture = kept_view(arm, images, sample)
         panels[f"{arm.spec.pruner}, {len(positions)}"] = positions
-    return kept_overlay(seen_image(inputs["pixel_values"][0], arms[0], images, sample), panels, grid)
+    return kept_overlay(picture, panels, grid)
+
+
+def kept_view(arm: Arm, images: ImageOpener, sample: Sample) -> tuple[np.ndarray, tuple[int, int], Image.Image]:
+    """Return what an arm keeps of a sample's image: positions, rows and columns of the grid, the image as it was seen.
+
+    Raises:
+        TaskError: if the visual tokens of the model form no grid.
+    """
+    inputs = arm.place(arm.formatter(images).prompt_batch([sample]))
+    with torch.inference_mode():
+        positions, grid = base_view(arm.pruned.prepare(inputs).chosen["image"])
+    return positions, grid, seen_image(inputs["pixel_values"][0], arm, images, sample)
 
 
 def base_view(chosen: Chosen) -> tuple[np.ndarray, tuple[int, int]]:

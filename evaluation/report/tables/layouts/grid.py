@@ -121,7 +121,7 @@ def grid(table: Table, also: Sequence[str] = (), mark: str = "bold") -> Grid:
 
     Args:
         table: what is drawn.
-        also: further columns: keys of metrics that are no headline, or names of costs.
+        also: further columns, see :func:`further`.
         mark: how the layout marks a significant difference, for the legend.
 
     Raises:
@@ -138,18 +138,19 @@ def _headings(table: Table, also: Sequence[str]) -> list[Heading]:
     _check_names(table, also)
     headlines = [column for column in table.columns if column.headline]
     alone = len({column.task for column in headlines}) == 1
-    found = []
-    if alone:
-        found += [Heading("kind", f"{column.key} {kind}", kind, column.unit, column.higher, _digits(table, column))
-                  for column in headlines for kind in _kinds(table, column)]  # fmt: skip
+    found: list[Heading] = []
     for column in table.columns:
+        if (alone and column.headline) or f"{column.key} kinds" in also:
+            found += _of_kinds(table, column, "" if alone else f"{column.task} ")
         if column.headline or column.key in also:
             found += _of_metric(table, column)
+        if f"{column.key} gain" in also:
+            found.append(_gain_of(table, column, f"{column.task} {column.metric}, tuned - training-free"))
     relative = [row.relative for row in table.rows]
     relative_quoted = [quote.relative for quote in table.quoted]
     if any(value is not None for value in (*relative, *relative_quoted)):
         found.append(Heading("relative", "", "of dense" if alone else "relative average"))
-    found += _gain(table, headlines)
+    found += [heading for heading in _gain(table, headlines) if heading.key not in {one.key for one in found}]
     for name in cost_names(table):
         if name in also:
             found.append(Heading("cost", name, name, "", False, 2))
@@ -158,8 +159,20 @@ def _headings(table: Table, also: Sequence[str]) -> list[Heading]:
     return found
 
 
+def further(table: Table) -> list[str]:
+    """Return all columns that may be asked for: ``pope/accuracy``, ``pope/f1 gain``, ``pope/f1 kinds``, ``TFLOPs``."""
+    names = []
+    for column in table.columns:
+        names.append(column.key)
+        if any(column.key in row.gains for row in table.rows):
+            names.append(f"{column.key} gain")
+        if _kinds(table, column):
+            names.append(f"{column.key} kinds")
+    return names + cost_names(table)
+
+
 def _check_names(table: Table, also: Sequence[str]) -> None:
-    known = [*(column.key for column in table.columns), *cost_names(table)]
+    known = further(table)
     for name in also:
         if name not in known:
             raise TaskError(f"the table has no column {name!r}; it has {', '.join(known)}")
@@ -172,6 +185,12 @@ def cost_names(table: Table) -> list[str]:
 
 def _kinds(table: Table, column: Column) -> list[str]:
     return list(dict.fromkeys(kind for row in table.rows for kind in row.by_type.get(column.key, {})))
+
+
+def _of_kinds(table: Table, column: Column, before: str) -> Iterator[Heading]:
+    for kind in _kinds(table, column):
+        name, digits = f"{column.key} {kind}", _digits(table, column)
+        yield Heading("kind", name, f"{before}{kind}", column.unit, column.higher, digits)
 
 
 def _of_metric(table: Table, column: Column) -> Iterator[Heading]:
@@ -194,11 +213,14 @@ def _gain(table: Table, headlines: Sequence[Column]) -> Iterator[Heading]:
     if any(row.relative_gain is not None for row in table.rows) and len(headlines) > 1:
         yield Heading("gain", "relative", "tuned - training-free, relative average", "points")
     elif len(headlines) == 1 and any(headlines[0].key in row.gains for row in table.rows):
-        column = headlines[0]
-        unit = "points" if column.unit == "%" else column.unit
-        yield Heading("gain", column.key, "tuned - training-free", unit, column.higher, _digits(table, column))
+        yield _gain_of(table, headlines[0], "tuned - training-free")
     elif any(row.pooled_gain is not None for row in table.rows):
         yield Heading("gain", "pooled", "tuned - training-free, pooled accuracy", "points")
+
+
+def _gain_of(table: Table, column: Column, title: str) -> Heading:
+    unit = "points" if column.unit == "%" else column.unit
+    return Heading("gain", column.key, title, unit, column.higher, _digits(table, column))
 
 
 def _measured(row: Row, drawn: Grid) -> Line:
@@ -285,7 +307,7 @@ def _legend(table: Table, drawn: Grid, mark: str) -> list[str]:
     if any(cell.interval for cell in cells):
         found.append("in brackets: 95 % interval")
     if any(cell.spread for cell in cells):
-        found.append("±: standard deviation over trainings; intervals are over images alone")
+        found.append(f"±: standard deviation over {_trainings(table)} trainings; intervals are over images alone")
     tests = dict.fromkeys(gain.test for gain in _gains(table, drawn) if gain.test and gain.adjusted is not None)
     if any(cell.p for cell in cells):
         by = f" ({'; '.join(tests)})" if tests else ""
@@ -295,6 +317,13 @@ def _legend(table: Table, drawn: Grid, mark: str) -> list[str]:
     if any(row.relative is not None for row in table.quoted):
         found.append("a quoted relative average is the paper's own, as it defines it")
     return [*found, *table.footnotes]
+
+
+def _trainings(table: Table) -> str:
+    """Return "3", or "2 to 3", of the rows that have a spread."""
+    values = [value for row in table.rows for value in (*row.values.values(), row.relative, row.pooled)]
+    seeds = {value.seeds for value in values if value is not None and value.between is not None}
+    return " to ".join(str(number) for number in sorted({min(seeds, default=2), max(seeds, default=2)}))
 
 
 def _gains(table: Table, drawn: Grid) -> Iterator[Difference]:

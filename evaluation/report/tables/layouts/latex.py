@@ -56,7 +56,7 @@ def to_latex(
             r"% needs \usepackage{booktabs}",
             r"\begin{table*}",
             r"  \centering\small\setlength{\tabcolsep}{4pt}",
-            rf"  \caption{{{escaped(title)}}}",
+            rf"  \caption{{{escaped(title)}}}\smallskip",
             rf"  \label{{{f'tab:{name}' if label is None else label}}}",
             rf"  \begin{{tabular}}{{lr{''.join(_columns(both) for both in beside)}}}",
             r"    \toprule",
@@ -109,7 +109,7 @@ def _header(headings: Sequence[Heading], beside: Sequence[bool]) -> list[str]:
 def _row(line: Line, drawn: Grid, beside: Sequence[bool], best: set[tuple[str, int]], intervals: bool) -> str:
     cells = [escaped(line.label), escaped(line.kept)]
     for number, (cell, both) in enumerate(zip(line.cells, beside, strict=True)):
-        text = escaped(cell.text)
+        text = escaped(cell.text) + _missing_digits(cell.text, drawn.headings[number])
         bold = isinstance(line.row, Row) and (line.row.id, number) in best
         cells.append(rf"\textbf{{{text}}}" if bold else text)
         if both:
@@ -117,6 +117,13 @@ def _row(line: Line, drawn: Grid, beside: Sequence[bool], best: set[tuple[str, i
     # In braces: a bracket that begins a row would be read as an option of the line end before it.
     cells[0] = f"{{{cells[0]}}}" if cells[0].startswith(("[", "*")) else cells[0]
     return rf"    {' & '.join(cells)} \\"
+
+
+def _missing_digits(text: str, heading: Heading) -> str:
+    """Return the room of the digits that a paper does not print, so that its number stands at the same point."""
+    if not text or not heading.digits or "." in text or not text[-1].isdigit():
+        return ""
+    return rf"\phantom{{.{'0' * heading.digits}}}"
 
 
 def _beside(cell: Cell, intervals: bool) -> str:

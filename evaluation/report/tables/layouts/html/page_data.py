@@ -34,7 +34,7 @@ def page_data(table: Table, drawn: Grid, series: Mapping[str, Series], examples:
         "upwards": [{"key": one.key, "title": one.full, "digits": one.digits} for one in upwards],
         "rows": [_row(row, upwards, kinds.index(series[row.id])) for row in table.rows],
         "quoted": [_quoted(line, line.row, upwards) for line in drawn.quoted if isinstance(line.row, QuotedRow)],
-        "examples": [] if examples is None else [_example(example) for example in examples.examples],
+        "examples": [] if examples is None else [_example(one) for one in examples.examples],
     }
 
 
@@ -80,7 +80,7 @@ def _example(example: Example) -> dict[str, Any]:
         "answer": example.answer,
         "picture": f"data:{picture.media};base64,{picture.data}",
         "size": [picture.width, picture.height],
-        "arms": {name: _answered(answered) for name, answered in example.arms.items()},
+        "arms": {name: _answered(one) for name, one in example.arms.items()},
     }
 
 

@@ -35,7 +35,7 @@
   };
 
   headings.forEach((heading, number) => heading.querySelector("button").addEventListener("click", () => sort(number)));
-  document.getElementById("more")?.addEventListener("change", (event) =>
-    table.classList.toggle("usual", !event.target.checked),
-  );
+  document.getElementById("columns")?.addEventListener("change", (event) => {
+    table.dataset.columns = event.target.value;
+  });
 }
