@@ -75,13 +75,15 @@ def test_seeds_are_trainings_of_one_row(tmp_path):
 
 def test_all_that_can_not_be_is_told_at_once_and_nothing_is_written(tmp_path):
     config = table(tmp_path / "out", methods=["fastervlm", "crisprune", "nonsense"], budgets=[16, 200],
-                   projectors=["training-free", "elastic"], tasks=["tiny_world", "pope"])  # fmt: skip
+                   projectors=["training-free", "elastic"], tasks=["tiny_world", "pope"], quoted=["vispruned"],
+                   allow=["tasks"])  # fmt: skip
     with pytest.raises(ConfigError) as error:
         make_table(config)
     text = str(error.value)
     assert "asks for 200 visual tokens" in text and "fastervlm_200" in text
     assert "unknown pruner 'nonsense'" in text and "crisprune_16" in text and "text_tower" in text
     assert "benchmark pope: " in text and "no elastic row can be made" in text
+    assert "quoted: vispruned is neither a file nor a paper" in text and "allow: tasks may never differ" in text
     assert not (tmp_path / "out").exists()
 
 

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterator
 
 from prunetune.errors import PrunetuneError
+from prunetune.evaluation.report.comparable import check_allowed
+from prunetune.evaluation.report.quoted import read_quoted
 from prunetune.evaluation.tasks import get_task
 from prunetune.evaluation.tasks.base import task_folder
 from prunetune.models.blueprint import unfit
@@ -20,6 +22,11 @@ def impossible(plan: Plan) -> list[str]:
     No weight is read: a method that a tower can't serve and a budget above its tokens show on the model's shape.
     """
     found = list(plan.impossible)
+    for what, read in (("allow", lambda: check_allowed(plan.config.allow)), ("quoted", lambda: _quoted(plan))):
+        try:
+            read()
+        except PrunetuneError as error:
+            found.append(f"{what}: {error}")
     videos = []
     for name in plan.config.tasks:
         try:
@@ -43,6 +50,11 @@ def impossible(plan: Plan) -> list[str]:
             if not any(str(error) in other for other in found):  # the row's own line says it
                 found.append(line)
     return found
+
+
+def _quoted(plan: Plan) -> None:
+    for name in plan.config.quoted:
+        read_quoted(name)
 
 
 def _of_model(plan: Plan, model: Model, videos: list[str]) -> Iterator[str]:
