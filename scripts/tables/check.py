@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.report.comparable import check_allowed
@@ -21,12 +21,7 @@ def impossible(plan: Plan) -> list[str]:
 
     No weight is read: a method that a tower can't serve and a budget above its tokens show on the model's shape.
     """
-    found = list(plan.impossible)
-    for what, read in (("allow", lambda: check_allowed(plan.config.allow)), ("quoted", lambda: _quoted(plan))):
-        try:
-            read()
-        except PrunetuneError as error:
-            found.append(f"{what}: {error}")
+    found = [*plan.impossible, *_of_options(plan)]
     videos = []
     for name in plan.config.tasks:
         try:
@@ -38,6 +33,18 @@ def impossible(plan: Plan) -> list[str]:
             found.append(f"benchmark {name}: {error}")
     for model in plan.models:
         found += _of_model(plan, model, videos)
+    return [*found, *_of_trainings(plan, found)]
+
+
+def _of_options(plan: Plan) -> Iterator[str]:
+    for what, read in (("allow", lambda: check_allowed(plan.config.allow)), ("quoted", lambda: _quoted(plan))):
+        try:
+            read()
+        except PrunetuneError as error:
+            yield f"{what}: {error}"
+
+
+def _of_trainings(plan: Plan, told: Sequence[str]) -> Iterator[str]:
     for training in plan.trainings:
         if is_trained(training):
             continue
@@ -46,10 +53,8 @@ def impossible(plan: Plan) -> list[str]:
                 warnings.simplefilter("ignore", FutureWarning)  # the libraries' about one another
                 check_before_launch(training.config)
         except PrunetuneError as error:
-            line = f"training {training.name}: {error}"
-            if not any(str(error) in other for other in found):  # the row's own line says it
-                found.append(line)
-    return found
+            if not any(str(error) in line for line in told):  # the row's own line says it
+                yield f"training {training.name}: {error}"
 
 
 def _quoted(plan: Plan) -> None:
