@@ -1,11 +1,14 @@
 """`prunetune table`: what it is made of, what can't be, what is run again, and where it runs."""
 
+import io
 import json
 import os
 import shutil
+import time
 
 import pytest
 from conftest import ROOT
+from rich.console import Console
 
 from prunetune import plugins
 from prunetune.configs import ConfigError, TableConfig, load_config
@@ -14,6 +17,7 @@ from prunetune.pruning import registered_methods, registry
 from prunetune.scripts.tables.cells import lay_out
 from prunetune.scripts.tables.cost import plan_text, questions_of
 from prunetune.scripts.tables.engines import engine_of
+from prunetune.scripts.tables.live import Progress
 from prunetune.scripts.tables.make import make_table
 from prunetune.scripts.tables.state import is_evaluated, is_trained
 from prunetune.train.gpus import gpu_named
@@ -62,6 +66,12 @@ def test_arms_are_dense_then_every_method_budget_and_projector(tmp_path):
     assert (tuned.pruning.pruner, tuned.pruning.keep) == ("fastervlm", 36)
     assert plan.trainings[1].config.pruning.pruner == "divprune"  # its own home setting, not a row's
     assert all(cell.config.features == str(tmp_path / "features" / "tiny") for cell in plan.cells)
+
+
+def test_what_can_not_be_kept_is_read_as_it_is(tmp_path):
+    plan = lay_out(table(tmp_path, tasks=["tiny_world", "mmmu", "mvbench"]))
+    assert {cell.task: cell.config.features for cell in plan.cells} == {
+        "tiny_world": str(tmp_path / "features" / "tiny"), "mmmu": None, "mvbench": None}  # fmt: skip
 
 
 def test_seeds_are_trainings_of_one_row(tmp_path):
@@ -122,6 +132,22 @@ def test_the_plan_says_what_is_missing_and_what_it_costs(tmp_path):
     text = plan_text(plan, questions_of(plan), gpu_named("h200"), 8)
     assert "5 of 5" in text and "tiny_world 24 questions" in text
     assert "to train: tiny/divprune_16: " in text and "predicted on 8 H200: trainings" in text
+
+
+def test_a_table_under_way_shows_what_is_done_of_every_cell(tmp_path):
+    plan = lay_out(table(tmp_path, tasks=["tiny_world", "hard_world"], methods=["fastervlm"]))
+    begun = plan.cells[2].folder
+    begun.mkdir(parents=True)
+    (begun / "results.rank0.jsonl").write_text("{}\n" * 6)
+    progress = Progress(plan, {"tiny_world": 24, "hard_world": 30}, began=time.monotonic() - 10)
+    progress.done["tiny/dense/tiny_world"] = "100.0"
+    progress.failed["tiny/fastervlm_16/hard_world"] = "out of memory"
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(progress)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["dense", "100.0", "·"] in lines and ["fastervlm_16", "25", "%", "failed"] in lines
+    # 24 and 6 of 24 + 30 + 24 answers in 10 seconds.
+    assert progress.line().startswith("1 of 4 cells, 1 failed, 30 of 78 answers, 3.0 a second, about 16 s left")
 
 
 @pytest.fixture(scope="module")

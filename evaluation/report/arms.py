@@ -183,8 +183,8 @@ def read_tasks(folders: Sequence[str | Path], rescore: bool = False) -> Evaluate
 
 def _without_tasks(arm: EvaluatedArm) -> dict[str, Any]:
     values = arm.manifest.settings()
-    # Which frames were looked at stands there of benchmarks with videos alone.
-    return {name: value for name, value in values.items() if name not in ("tasks", "video")}
+    # Which frames were looked at stands there of benchmarks with videos alone, and of those nothing is kept.
+    return {name: value for name, value in values.items() if name not in ("tasks", "video", "features")}
 
 
 def _joined(manifests: Sequence[Manifest]) -> Manifest:

@@ -211,6 +211,7 @@ class Benchmark:
         notes: where numbers are defined otherwise than by the published scorer, on purpose.
         source_is: what an item's source tells apart: "category", "subtask", "answer type".
         video: whether it asks about videos: an item's ``image`` is a video's reference then.
+        albums: whether an item may ask about several images at once.
     """
 
     name: str
@@ -225,8 +226,14 @@ class Benchmark:
     notes: Sequence[str] = ()
     source_is: str = "source"
     video: bool = False
+    albums: bool = False
     others: Mapping[str, Scorer] = field(default_factory=dict)
     unasked: Callable[[Path], list[Item]] | None = None
+
+    @property
+    def storable(self) -> bool:
+        """Whether a feature cache can hold what it asks about: single images."""
+        return not self.video and not self.albums
 
     @property
     def hidden(self) -> bool:

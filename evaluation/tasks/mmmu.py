@@ -122,5 +122,6 @@ register_task(
             "an answer that names no option is wrong; the published scorer draws one at random",
             "images stand before the question; each keeps its own budget",
         ),
+        albums=True,
     )
 )

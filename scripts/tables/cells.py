@@ -23,6 +23,7 @@ from prunetune.configs import (
 )
 from prunetune.configs.table import ProjectorKind
 from prunetune.errors import PrunetuneError
+from prunetune.evaluation.tasks import get_task
 from prunetune.outputs import OutputError
 from prunetune.pruning import PruningSpec
 
@@ -157,6 +158,11 @@ class Plan:
         """All cells, in the order of the arms."""
         return [Cell(arm, task, self._evaluation(arm, task)) for arm in self.arms for task in self.config.tasks]
 
+    @cached_property
+    def stored_tasks(self) -> list[str]:
+        """The benchmarks whose images are kept; videos, and several images at once, are read as they are."""
+        return [name for name in self.config.tasks if self.config.features and get_task(name).storable]
+
     def specs(self, model: Model, base_alone: bool = False) -> list[PruningSpec]:
         """Return the prunings of a model's arms, each once; of those with the base's projector alone if asked."""
         found = []
@@ -184,7 +190,7 @@ class Plan:
             share_prefix=config.share_prefix,
             max_pixels=config.max_pixels,
             video=config.video,
-            features=str(self.features(arm.model)) if config.features else None,
+            features=str(self.features(arm.model)) if task in self.stored_tasks else None,
             tracking=tracked(config, "evaluate", f"{arm.name}/{task}", [arm.label, arm.kind, task]),
             output=str(self.output / ARMS / arm.name / task),
         )

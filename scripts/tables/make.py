@@ -87,7 +87,7 @@ def _fill(plan: Plan, questions: dict[str, Questions], folder: OutputFolder) -> 
     with shown(progress, console):
         broken = _encode(plan, engine, progress)
         for cell in _todo(plan, progress):
-            if cell.arm.model.slug in broken:
+            if cell.config.features is not None and cell.arm.model.slug in broken:
                 failed[cell.name] = broken[cell.arm.model.slug]
         _evaluate(plan, engine, progress, quiet=console.is_terminal)
     progress.look()
@@ -118,9 +118,7 @@ def _train(plan: Plan, engine: Engine, folder: OutputFolder) -> tuple[dict[str, 
 
 def _encode(plan: Plan, engine: Engine, progress: Progress) -> dict[str, str]:
     """Encode the images of all benchmarks once a model; return why that failed, by model."""
-    if not plan.config.features:
-        return {}
-    models = {cell.arm.model.slug for cell in _todo(plan, progress)}
+    models = {cell.arm.model.slug for cell in _todo(plan, progress) if cell.config.features is not None}
     return _run(engine, [("features", model) for model in sorted(models)], _say_outcome)
 
 

@@ -110,7 +110,7 @@ class Worker:
         from prunetune.evaluation.run.features import feature_data
 
         model, config = self._models[name], self.plan.config
-        data = feature_data(config.tasks, config.data, config.limit, config.max_pixels, None)
+        data = feature_data(self.plan.stored_tasks, config.data, config.limit, config.max_pixels, None)
         specs = self.plan.specs(model, base_alone=True)
         tuned = [arm.spec for arm in self._arms(model) if arm.training is not None]
         self._make(self.plan.features(model), model.config, data, specs, tuned, all_tokens=True)
