@@ -120,6 +120,11 @@ class TableConfig(PluggedConfig):
     workers: WorkersConfig = WorkersConfig()
     tracking: TrackingConfig = TrackingConfig()
     output: str = Field(description="folder of everything that is written")
+    remake: bool = Field(
+        False,
+        description="delete cells and trainings in the output folder that are of other settings than this file's, and "
+        "make them anew; without it they are named, and nothing starts",
+    )
     overwrite: bool = Field(False, description="delete what an earlier table wrote there, that alone, and start over")
 
     @field_validator("models", "methods", "budgets", "projectors", "tasks")

@@ -33,9 +33,14 @@ def tracked_evaluate(config: EvaluateConfig, arm: Arm | None = None, bar: bool =
     ranks = join_ranks()
     with ranks.open_output(output_folder(config)):
         tracker = Tracker(config.tracking, Path(config.output), config.model_dump()) if ranks.is_zero else None
-        folder = evaluate(config, arm, bar=bar)
-        if tracker is not None:
-            _track(tracker, folder)
+        try:
+            folder = evaluate(config, arm, bar=bar)
+            if tracker is not None:
+                _track(tracker, folder)
+        except BaseException:
+            if tracker is not None:
+                tracker.close(failed=True)
+            raise
     return folder
 
 

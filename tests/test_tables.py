@@ -65,13 +65,14 @@ def test_arms_are_dense_then_every_method_budget_and_projector(tmp_path):
     tuned = plan.trainings[0].config
     assert (tuned.pruning.pruner, tuned.pruning.keep) == ("fastervlm", 36)
     assert plan.trainings[1].config.pruning.pruner == "divprune"  # its own home setting, not a row's
-    assert all(cell.config.features == str(tmp_path / "features" / "tiny") for cell in plan.cells)
+    (cache,) = {cell.config.features for cell in plan.cells}  # one for all arms
+    assert cache.startswith(str(tmp_path / "features" / "tiny" / "tiny_world-"))
 
 
 def test_what_can_not_be_kept_is_read_as_it_is(tmp_path):
     plan = lay_out(table(tmp_path, tasks=["tiny_world", "mmmu", "mvbench"]))
-    assert {cell.task: cell.config.features for cell in plan.cells} == {
-        "tiny_world": str(tmp_path / "features" / "tiny"), "mmmu": None, "mvbench": None}  # fmt: skip
+    kept = {cell.task: cell.config.features is not None for cell in plan.cells}
+    assert kept == {"tiny_world": True, "mmmu": False, "mvbench": False}
 
 
 def test_seeds_are_trainings_of_one_row(tmp_path):
@@ -196,6 +197,44 @@ def test_what_a_kill_left_goes_on_to_the_same_bytes(made, tmp_path):
     assert "tiny/divprune_16/tiny_world" in begun
     make_table(copy)
     assert whole == {one.name: (one.folder / "results.jsonl").read_bytes() for one in plan.cells}
+
+
+def test_a_table_grows_by_what_is_added(tmp_path):
+    """A budget and a benchmark more: what was there stays as it is, from another cache, and stands in one table."""
+    config = table(tmp_path / "out", methods=["fastervlm"], limit=8)
+    assert make_table(config).failed == {}
+    before = {cell.folder: (cell.folder / "results.jsonl").stat().st_mtime_ns for cell in lay_out(config).cells}
+    more = config.model_copy(update={"budgets": [16, 36], "tasks": ["tiny_world", "tiny_world_validation"]})
+    assert make_table(more).failed == {}
+    assert before == {folder: (folder / "results.jsonl").stat().st_mtime_ns for folder in before}
+    found = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [column["task"] for column in found["columns"]] == ["tiny_world", "tiny_world_validation"]
+    assert {row["kept"] for row in found["rows"]} == {144, 36, 16}
+
+
+def test_results_of_other_settings_are_named_and_made_anew_when_asked(tmp_path):
+    config = table(tmp_path / "out", methods=["fastervlm"], features=False, limit=8)
+    assert make_table(config).failed == {}
+    other = config.model_copy(update={"limit": 16})
+    with pytest.raises(ConfigError, match=r"holds 2 cells of other settings, .*first tiny/dense/tiny_world.*--remake"):
+        make_table(other)
+    assert all(is_evaluated(cell) for cell in lay_out(config).cells)
+    assert make_table(other.model_copy(update={"remake": True})).failed == {}
+    assert all(is_evaluated(cell) for cell in lay_out(other).cells)
+
+
+def test_a_training_of_other_settings_or_an_edited_adapter_is_named(made):
+    other = made.model_copy(update={"training": {**made.training, "train.max_steps": 3}})
+    with pytest.raises(ConfigError, match="holds 2 trainings of other settings, or changed since .first tiny/fastervl"):
+        make_table(other)
+    file = lay_out(made).trainings[0].adapter / "adapter_model.safetensors"
+    stored = file.read_bytes()
+    try:
+        file.write_bytes(stored[:-4] + bytes(4))
+        with pytest.raises(ConfigError, match="holds 1 trainings of other settings, or changed since"):
+            make_table(made)
+    finally:
+        file.write_bytes(stored)
 
 
 def test_an_edited_cell_is_not_taken_for_finished(made, tmp_path):
@@ -325,7 +364,7 @@ def test_an_unfinished_training_fails_its_own_rows_alone(tmp_path, monkeypatch):
     class Folder:
         path = tmp_path
 
-    failed, status = train.train_missing(plan.trainings, Folder())
+    failed, status = train.train_missing(config, plan.trainings, Folder())
     # The first ends the launch, the next one goes on with the others.
     assert status == 0 and set(failed) == {"tiny/fastervlm_16", "tiny/divprune_16"}
     assert [len(launch) for launch in launches] == [2, 1]

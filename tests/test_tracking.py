@@ -1,13 +1,23 @@
 """What W&B is told of a table, its arms and trainings, read back from offline runs."""
 
+import io
 import json
 
+import numpy as np
+import pytest
+from PIL import Image
 from wandb_files import of_kind, records
 
-from prunetune.configs import TableConfig, TrackingConfig
+from prunetune.configs import EvaluateConfig, TableConfig, TrackingConfig
+from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import read_manifest
+from prunetune.evaluation.report.tables.layouts.examples import Answered, Picture
+from prunetune.models import Arm
+from prunetune.pruning import PruningSpec
 from prunetune.scripts.tables.cells import lay_out
 from prunetune.scripts.tables.make import make_table
+from prunetune.scripts.tables.report import overlaid
+from prunetune.scripts.tracked import tracked_evaluate
 from prunetune.train.tracking import Tracker
 
 
@@ -50,6 +60,26 @@ def test_adapters_can_be_kept_out(tmp_path):
     tracker.log_adapter(tmp_path / "adapter", {})
     tracker.close()
     assert of_kind(tmp_path, "artifact") == []
+
+
+def test_a_run_that_failed_is_no_others(tmp_path):
+    """An arm that breaks leaves its W&B run closed: the next one is a run of its own."""
+    config = EvaluateConfig.model_validate({
+        "model": {"path": "assets/tiny_vlm", "dtype": "float32"}, "tasks": ["tiny_world"], "limit": 4,
+        "tracking": {"wandb": "offline"}, "output": str(tmp_path / "broken")})  # fmt: skip
+    with pytest.raises(TaskError, match="not the one its configuration names"):
+        tracked_evaluate(config, Arm.load(config.model, PruningSpec("fastervlm", 16)))
+    after = Tracker(TrackingConfig(wandb="offline", name="after"), tmp_path / "after", {"own": 1})
+    assert after.run_id != (tmp_path / "broken" / "wandb_id.txt").read_text()
+    after.close()
+    assert config_of(tmp_path / "after")["own"] == 1
+
+
+def test_pictures_are_dark_where_an_arm_dropped_them():
+    pixels = np.full((8, 8, 3), 200, dtype=np.uint8)
+    answered = Answered(prediction="", score=1, kept=[1], grid=(2, 2))
+    drawn = np.asarray(Image.open(io.BytesIO(overlaid(Picture.of(pixels), answered))))
+    assert (drawn[:4, 4:] == 200).all() and (drawn[4:] == 40).all() and (drawn[:4, :4] == 40).all()
 
 
 def test_a_table_is_one_group_of_runs(tmp_path):

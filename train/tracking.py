@@ -113,10 +113,11 @@ class Tracker:
 
             self.run.log({name: wandb.Image(str(path))})
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Finish the W&B run."""
         if self.run is not None:
-            self.run.finish()
+            self.run.finish(exit_code=int(failed))
+            self.run = None
 
     def _start(self, config: TrackingConfig, folder: Path, settings: dict[str, Any]) -> Any:
         import wandb
@@ -131,6 +132,7 @@ class Tracker:
             "job_type": config.job_type,
             "tags": config.tags or None,
             "settings": wandb.Settings(silent=True),  # where the run is, we say ourselves
+            "reinit": "create_new",  # a run that failed to close is no other's
         }
         id_file = folder / "wandb_id.txt"
         if id_file.exists():

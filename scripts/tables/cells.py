@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from prunetune.configs import (
 from prunetune.configs.table import ProjectorKind
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.tasks import get_task
+from prunetune.models.seal import seal_of
 from prunetune.outputs import OutputError
 from prunetune.pruning import PruningSpec
 
@@ -79,7 +80,7 @@ class TableArm:
     Attributes:
         model: whose.
         row: name of the table's row; arms that differ in the training's seed alone share it.
-        seed: of the training; None of an arm that is not tuned, or whose row has one training alone.
+        seed: of the training; None of an arm that is not tuned, or where the YAML names no seeds.
         label: what the row is called, without which projector it is.
         spec: how it is pruned.
         kind: whose projector it runs with.
@@ -171,9 +172,13 @@ class Plan:
                 found.append(arm.spec)
         return found
 
-    def features(self, model: Model) -> Path:
-        """Return where the images of a model's benchmarks are kept."""
-        return self.output / FEATURES / model.slug
+    def features(self, model: Model, task: str) -> Path:
+        """Return where a benchmark's images are kept for a model: a table that is extended needs another cache."""
+        specs = [spec.model_dump() for spec in self.specs(model)]
+        tuned = [arm.spec.model_dump() for arm in self.arms if arm.model is model and arm.training is not None]
+        config = self.config
+        held = seal_of({"specs": specs, "tuned": tuned, "images": [config.data, config.limit, config.max_pixels]})
+        return self.output / FEATURES / model.slug / f"{task}-{held[:8]}"
 
     def _evaluation(self, arm: TableArm, task: str) -> EvaluateConfig:
         config = self.config
@@ -190,7 +195,7 @@ class Plan:
             share_prefix=config.share_prefix,
             max_pixels=config.max_pixels,
             video=config.video,
-            features=str(self.features(arm.model)) if task in self.stored_tasks else None,
+            features=str(self.features(arm.model, task)) if task in self.stored_tasks else None,
             tracking=tracked(config, "evaluate", f"{arm.name}/{task}", [arm.label, arm.kind, task]),
             output=str(self.output / ARMS / arm.name / task),
         )
@@ -213,7 +218,29 @@ def lay_out(config: TableConfig) -> Plan:
         except PrunetuneError as error:
             plan.impossible.append(f"{model.name}: {error}")
     _each_once("rows", [arm.name for arm in plan.arms], "give one of the methods a name")
-    return plan
+    return _from_features(plan) if config.training_features else plan
+
+
+def _from_features(plan: Plan) -> Plan:
+    """Return the plan with trainings that read what was kept of their images: a cache for all on the same data."""
+    specs: dict[tuple[str, str], list[Any]] = {}
+    for training in plan.trainings:
+        config = training.config
+        own = [config.pruning.model_dump(), config.elastic.model_dump(), config.objective.asks_dense_model]
+        specs.setdefault((training.name.partition("/")[0], config.data.model_dump_json()), []).append(own)
+    arms = []
+    for arm in plan.arms:
+        if arm.training is None:
+            arms.append(arm)
+            continue
+        config = arm.training.config
+        key = (arm.model.slug, config.data.model_dump_json())
+        held = seal_of({"data": key[1], "specs": specs[key]})
+        cache = plan.output / FEATURES / arm.model.slug / f"training-{held[:8]}"
+        overrides = (*arm.training.overrides, "--features", json.dumps(str(cache)))
+        config = config.model_copy(update={"features": str(cache)})
+        arms.append(replace(arm, training=replace(arm.training, overrides=overrides, config=config)))
+    return replace(plan, arms=arms)
 
 
 def tracked(config: TableConfig, job_type: str, name: str, tags: Sequence[str] = ()) -> TrackingConfig:
@@ -319,7 +346,7 @@ def _file(model: Model, kind: ProjectorKind) -> str | None:
 def _trainings(
     config: TableConfig, model: Model, kind: ProjectorKind, name: str, spec: PruningSpec | None
 ) -> Iterator[tuple[int | None, Training]]:
-    """Yield the training of each seed; the seed is None where there is one alone."""
+    """Yield the training of each seed; the seed is None where the YAML names none."""
     file = _file(model, kind)
     assert file is not None  # asked before
     options: dict[str, Any] = {**config.training}
@@ -328,8 +355,6 @@ def _trainings(
     tags = [kind] if spec is None else [kind, spec.pruner, str(spec.keep)]
     if config.plugins:
         options["plugins"] = config.plugins
-    if config.training_features:
-        options["features"] = str(Path(config.output) / FEATURES / f"{model.slug}_training")
     seeds: list[int | None] = [*config.seeds] if config.seeds else [None]
     for seed in seeds:
         own = dict(options)
@@ -343,8 +368,7 @@ def _trainings(
         for key, value in own.items():
             overrides += [f"--{key}", json.dumps(value, ensure_ascii=False)]
         recalibration = load_config(RecalibrateConfig, file, overrides)
-        shown = seed if config.seeds is not None and len(config.seeds) > 1 else None
-        yield shown, Training(folder, file, tuple(overrides), recalibration)
+        yield seed, Training(folder, file, tuple(overrides), recalibration)
 
 
 def _each_once(what: str, names: list[str], advice: str) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.report.comparable import check_allowed
-from prunetune.evaluation.report.quoted import read_quoted
+from prunetune.evaluation.report.quoted import check_names, known_metrics, read_quoted
 from prunetune.evaluation.tasks import get_task
 from prunetune.evaluation.tasks.base import task_folder
 from prunetune.models.blueprint import unfit
 from prunetune.scripts.tables.cells import Model, Plan
-from prunetune.scripts.tables.state import is_trained
+from prunetune.scripts.tables.state import is_of_other_settings, is_trained, is_trained_otherwise
 from prunetune.train.preflight import check_before_launch
 
 
@@ -33,7 +33,8 @@ def impossible(plan: Plan) -> list[str]:
             found.append(f"benchmark {name}: {error}")
     for model in plan.models:
         found += _of_model(plan, model, videos)
-    return [*found, *_of_trainings(plan, found)]
+    found += _of_trainings(plan, found)
+    return found or list(_of_other_settings(plan))
 
 
 def _of_options(plan: Plan) -> Iterator[str]:
@@ -57,9 +58,25 @@ def _of_trainings(plan: Plan, told: Sequence[str]) -> Iterator[str]:
                 yield f"training {training.name}: {error}"
 
 
+def _of_other_settings(plan: Plan) -> Iterator[str]:
+    """Yield what an earlier table left in the output folder that this one would have to delete."""
+    if plan.config.remake or plan.config.overwrite:
+        return
+    trainings = [training.name for training in plan.trainings if is_trained_otherwise(training)]
+    # Cells of a projector that is trained anew are of other settings as well, and are not named again.
+    cells = [cell.name for cell in plan.cells if is_of_other_settings(cell)]
+    for what, names in (("trainings", trainings), ("cells", cells)):
+        if names:
+            yield (
+                f"{plan.output} holds {len(names)} {what} of other settings, or changed since (first {names[0]}); give "
+                "--remake true to delete them and make them anew, or another output"
+            )
+
+
 def _quoted(plan: Plan) -> None:
+    methods = {arm.label for arm in plan.arms} | {arm.spec.pruner for arm in plan.arms}
     for name in plan.config.quoted:
-        read_quoted(name)
+        check_names(read_quoted(name), known_metrics(), methods)
 
 
 def _of_model(plan: Plan, model: Model, videos: list[str]) -> Iterator[str]:

@@ -50,7 +50,7 @@ class Progress:
     @property
     def answered(self) -> int:
         """Questions that were answered, by this run or before."""
-        return sum(self.counts.values())
+        return sum(count for name, count in self.counts.items() if name not in self.failed)
 
     @property
     def total(self) -> int:

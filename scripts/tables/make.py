@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from prunetune.errors import PrunetuneError
 from prunetune.evaluation.records import read_manifest
 from prunetune.outputs import TABLE, OutputFolder
 from prunetune.screen import libraries_in, say
-from prunetune.scripts.tables.cells import Cell, Plan, lay_out
+from prunetune.scripts.tables.cells import Cell, Plan, Training, lay_out
 from prunetune.scripts.tables.check import impossible
 from prunetune.scripts.tables.cost import Questions, plan_text, questions_of
 from prunetune.scripts.tables.engines import Engine, devices_of, engine_of
@@ -87,8 +88,8 @@ def _fill(plan: Plan, questions: dict[str, Questions], folder: OutputFolder) -> 
     with shown(progress, console):
         broken = _encode(plan, engine, progress)
         for cell in _todo(plan, progress):
-            if cell.config.features is not None and cell.arm.model.slug in broken:
-                failed[cell.name] = broken[cell.arm.model.slug]
+            if cell.config.features is not None and features_of(cell) in broken:
+                failed[cell.name] = broken[features_of(cell)]
         _evaluate(plan, engine, progress, quiet=console.is_terminal)
     progress.look()
     say(progress.line())
@@ -104,22 +105,24 @@ def _train(plan: Plan, engine: Engine, folder: OutputFolder) -> tuple[dict[str, 
     todo = [training for training in plan.trainings if not is_trained(training)]
     if not todo:
         return {}, 0
+    failed: dict[str, str] = {}
     if plan.config.training_features:
-        models = {training.name.partition("/")[0] for training in todo}
-        broken = _run(engine, [("training_features", model) for model in sorted(models)], _say_outcome)
-        if broken:
-            return {training.name: next(iter(broken.values())) for training in todo}, 0
+        caches = {training.name: _cache_of(training) for training in todo}
+        broken = _run(engine, [("training_features", name) for name in sorted(set(caches.values()))], _say_outcome)
+        failed = {name: broken[cache] for name, cache in caches.items() if cache in broken}
+        todo = [training for training in todo if training.name not in failed]
     if plan.config.workers.engine == "local":
         say(f"training {len(todo)} projector{'s' * (len(todo) > 1)}")
-        return train_missing(todo, folder)
+        others, status = train_missing(plan.config, todo, folder)
+        return {**failed, **others}, status
     devices = todo[0].config.devices or devices_of(plan.config)
-    return _run(engine, [("training", training.name) for training in todo], _say_outcome, devices), 0
+    return {**failed, **_run(engine, [("training", one.name) for one in todo], _say_outcome, devices)}, 0
 
 
 def _encode(plan: Plan, engine: Engine, progress: Progress) -> dict[str, str]:
-    """Encode the images of all benchmarks once a model; return why that failed, by model."""
-    models = {cell.arm.model.slug for cell in _todo(plan, progress) if cell.config.features is not None}
-    return _run(engine, [("features", model) for model in sorted(models)], _say_outcome)
+    """Encode the images of all benchmarks once a model; return why that failed, by model and benchmark."""
+    wanted = {features_of(cell) for cell in _todo(plan, progress) if cell.config.features is not None}
+    return _run(engine, [("features", name) for name in sorted(wanted)], _say_outcome)
 
 
 def _evaluate(plan: Plan, engine: Engine, progress: Progress, quiet: bool) -> None:
@@ -137,6 +140,15 @@ def _evaluate(plan: Plan, engine: Engine, progress: Progress, quiet: bool) -> No
             say(f"{name}: {told} ({outcome.seconds:.0f} s)")
 
     _run(engine, [("cell", name) for name in cells], note)
+
+
+def features_of(cell: Cell) -> str:
+    """Return the name of the job that makes a cell's features."""
+    return f"{cell.arm.model.slug}/{cell.task}"
+
+
+def _cache_of(training: Training) -> str:
+    return f"{training.name.partition('/')[0]}/{Path(str(training.config.features)).name}"
 
 
 def _todo(plan: Plan, progress: Progress) -> list[Cell]:

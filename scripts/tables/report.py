@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.report.comparison import write_comparison
@@ -11,13 +16,14 @@ from prunetune.evaluation.report.plot import plot_table
 from prunetune.evaluation.report.quoted import read_quoted
 from prunetune.evaluation.report.tables.arms import ArmRuns
 from prunetune.evaluation.report.tables.assemble import assemble
-from prunetune.evaluation.report.tables.layouts.examples import Examples
+from prunetune.evaluation.report.tables.layouts.examples import Answered, Examples, Picture
 from prunetune.evaluation.report.tables.layouts.files import write_layouts
 from prunetune.evaluation.report.tables.layouts.html.report import write_report
 from prunetune.evaluation.report.tables.layouts.markdown import to_markdown
 from prunetune.evaluation.report.tables.table import Row, Table, Value
 from prunetune.evaluation.tasks import get_task
 from prunetune.outputs import OutputFolder
+from prunetune.reading import one_line
 from prunetune.screen import say
 from prunetune.scripts.tables.cells import ARMS, HARD, Model, Plan, TableArm
 from prunetune.scripts.tables.cost import Questions, Sizes, sizes_of, tera_flops
@@ -50,10 +56,16 @@ def write_table(
         notes=notes,
     )
     table = _with_costs(plan, table, groups, questions)
-    examples = _examples(plan, table, groups) if "html" in plan.config.layouts else None
-    _write(plan, table, groups, examples, folder)
+    also = ["TFLOPs"] if any("TFLOPs" in row.costs for row in table.rows) else []
+    _write(plan, table, groups, also, folder)
+    print(to_markdown(table, also))
+    examples = None
+    if "html" in plan.config.layouts:
+        # Last, since it needs the models: what was evaluated in days is written by now.
+        examples = _examples(plan, table, groups)
+        with folder.staged() as new:
+            write_report(table, examples, new / REPORT)
     _track(plan, table, examples)
-    print(to_markdown(table))
     say(f"table: {plan.output}")
     return table
 
@@ -139,57 +151,67 @@ def _examples(plan: Plan, table: Table, groups: Sequence[Sequence[TableArm]]) ->
     """Return flipped answers with what was kept, of every model and benchmark about images."""
     if plan.config.examples == 0:
         return None
-    tasks = [name for name in plan.config.tasks if not get_task(name).video and get_task(name).scorer is not None]
+    tasks = [name for name in plan.config.tasks if get_task(name).storable and get_task(name).scorer is not None]
     parts = []
     for model in plan.models:
-        own = [group[0] for group in groups if group[0].model is model]
-        for task in tasks:
-            part = _examples_of(plan, table, model, own, task, max(1, plan.config.examples // len(tasks)))
-            if part is not None:
-                parts.append(part)
+        try:
+            parts += _examples_of(plan, table, model, [group[0] for group in groups if group[0].model is model], tasks)
+        except Exception as error:  # out of memory, say: the table stands without pictures
+            say(f"no examples of {model.name}: {one_line(error)}")
     return Examples.joined(parts) if parts else None
 
 
 def _examples_of(
-    plan: Plan, table: Table, model: Model, arms: Sequence[TableArm], task: str, count: int
-) -> Examples | None:
+    plan: Plan, table: Table, model: Model, arms: Sequence[TableArm], tasks: Sequence[str]
+) -> list[Examples]:
     from prunetune.evaluation.run.examples import collect_examples
     from prunetune.evaluation.run.panels import ShownArm
     from prunetune.models import Arm
 
     base = Arm.load(model.config)
-    shown = []
+    loaded = []
     for arm in arms:
         adapter = None if arm.training is None else str(arm.training.adapter)
-        row = _row_of(plan, table, arm)
-        folder = plan.output / ARMS / arm.name / task
-        shown.append(ShownArm(row.label, base.with_pruning(arm.spec).with_adapter(adapter), folder, row.id))
-    ids = {one.id for one in shown}
-    pairs = [(row.twin, row.id) for row in table.rows if row.twin in ids and row.id in ids]
-    try:
-        return collect_examples(shown, task, plan.config.data, count, [(str(one), other) for one, other in pairs])
-    except PrunetuneError as error:  # a set has one score, say, or the tokens form no grid
-        say(f"no examples of {model.name} on {task}: {error}")
-        return None
+        loaded.append((arm, _row_of(plan, table, arm), base.with_pruning(arm.spec).with_adapter(adapter)))
+    ids = {row.id for _, row, _ in loaded}
+    pairs = [(str(row.twin), row.id) for row in table.rows if row.twin in ids and row.id in ids]
+    count = max(1, plan.config.examples // max(1, len(tasks) * len(plan.models)))
+    found = []
+    for task in tasks:
+        shown = [ShownArm(row.label, own, plan.output / ARMS / arm.name / task, row.id) for arm, row, own in loaded]
+        try:
+            found.append(collect_examples(shown, task, plan.config.data, count, pairs))
+        except PrunetuneError as error:  # a set has one score, say, or the tokens form no grid
+            say(f"no examples of {model.name} on {task}: {error}")
+    return found
 
 
 def _write(
-    plan: Plan, table: Table, groups: Sequence[Sequence[TableArm]], examples: Examples | None, folder: OutputFolder
+    plan: Plan, table: Table, groups: Sequence[Sequence[TableArm]], also: Sequence[str], folder: OutputFolder
 ) -> None:
     with folder.staged() as new:
         # Its JSON is what `prunetune verify` reads, so it is written whatever the YAML says.
         layouts = dict.fromkeys([*(name for name in plan.config.layouts if name != "html"), "json"])
-        files = write_layouts(table, new, list(layouts))
-        if "html" in plan.config.layouts:
-            write_report(table, examples, new / REPORT)
+        files = write_layouts(table, new, list(layouts), also)
         plot_table(table, new / PLOT)
         cells = [cell for group in groups for arm in group for cell in _folders(plan, arm)]
         write_comparison(new, files, cells, allow=plan.config.allow, final=plan.output)
 
 
+def overlaid(picture: Picture, answered: Answered) -> bytes:
+    """Return a picture as a PNG file, dark where an arm dropped it."""
+    image = Image.open(io.BytesIO(base64.b64decode(picture.data))).convert("RGB")
+    rows, columns = answered.grid
+    kept = np.zeros(rows * columns, dtype=bool)
+    kept[answered.kept] = True
+    mask = Image.fromarray(kept.reshape(rows, columns)).resize(image.size, Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    Image.composite(image, image.point(lambda value: value // 5), mask.convert("L")).save(file, "PNG")
+    return file.getvalue()
+
+
 def _track(plan: Plan, table: Table, examples: Examples | None) -> None:
     """Send the table, its plot, the report and the examples to W&B, in the group of its arms and trainings."""
-    import base64
     import csv
 
     from prunetune.evaluation.report.tables.layouts.csv import to_csv
@@ -208,7 +230,7 @@ def _track(plan: Plan, table: Table, examples: Examples | None) -> None:
         rows = []
         for example in examples.examples:
             for name, answered in example.arms.items():
-                picture = base64.b64decode(example.picture.data)
-                rows.append([picture, example.task, example.question, example.answer, name, answered.prediction])
+                told = [example.task, example.question, example.answer, name, answered.prediction]
+                rows.append([overlaid(example.picture, answered), *told])
         tracker.log_pictures("examples", ["picture", "task", "question", "answer", "arm", "prediction"], rows)
     tracker.close()

@@ -7,17 +7,21 @@ from pathlib import Path
 
 import torch
 
+from prunetune.configs import TableConfig
 from prunetune.outputs import OutputFolder
 from prunetune.scripts.launch import LOG, launch_several
 from prunetune.scripts.tables.cells import Training
-from prunetune.scripts.tables.state import is_trained
+from prunetune.scripts.tables.state import is_trained, remade
 from prunetune.train.stopping import INTERRUPTED, REQUEUE
 
 
-def train_missing(trainings: Sequence[Training], folder: OutputFolder) -> tuple[dict[str, str], int]:
+def train_missing(
+    config: TableConfig, trainings: Sequence[Training], folder: OutputFolder
+) -> tuple[dict[str, str], int]:
     """Run what is not trained yet, in as few launches as may be; one that fails does not stop the others.
 
     Args:
+        config: the table's.
         trainings: of the table.
         folder: the table's, open.
 
@@ -30,7 +34,7 @@ def train_missing(trainings: Sequence[Training], folder: OutputFolder) -> tuple[
         devices = _devices(left[0])
         # Those with as many devices share one launch, whose processes import everything once.
         batch = [training for training in left if _devices(training) == devices]
-        runs = [["--config", training.file, *training.overrides] for training in batch]
+        runs = [["--config", one.file, *one.overrides, *remade(config, one)] for one in batch]
         status = launch_several(devices, runs, folder, batch[0].config.grace)
         if status in (REQUEUE, INTERRUPTED):
             return failed, status

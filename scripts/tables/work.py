@@ -16,10 +16,11 @@ from prunetune.outputs import FEATURES, OutputFolder
 from prunetune.pruning import PruningSpec
 from prunetune.reading import one_line
 from prunetune.scripts.tables.cells import Model, Plan, TableArm, lay_out
-from prunetune.scripts.tables.state import is_evaluated, is_trained
+from prunetune.scripts.tables.state import is_evaluated, is_of_other_settings, is_trained, remade
 
 Job = tuple[str, str]
-"""What is to be done: "training", "features", "training_features" or "cell", and the name of what it is done for."""
+"""What is to be done, and for what: a "training", a "cell", "features" of MODEL/BENCHMARK, "training_features" of
+MODEL/CACHE."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Worker:
         base = self._arm(cell.arm.model.config)
         # Not through the arm that ran before: the projector is put on the base's, whatever that was.
         arm = base.with_pruning(cell.config.pruning).with_adapter(cell.config.adapter)
-        tracked_evaluate(cell.config, arm, bar=False)
+        anew = self.plan.config.remake and is_of_other_settings(cell)
+        tracked_evaluate(cell.config.model_copy(update={"overwrite": anew}), arm, bar=False)
 
     def _training(self, name: str) -> None:
         from prunetune.scripts.launch import LOG, launch_recalibration
@@ -102,26 +104,31 @@ class Worker:
         training = next(one for one in self.plan.trainings if one.name == name)
         if is_trained(training):
             return
-        status = launch_recalibration(training.file, list(training.overrides))
+        status = launch_recalibration(training.file, [*training.overrides, *remade(self.plan.config, training)])
         if status != 0:
             raise ConfigError(f"the recalibration ended with status {status}; see {training.config.output}/{LOG}")
 
     def _features(self, name: str) -> None:
         from prunetune.evaluation.run.features import feature_data
 
-        model, config = self._models[name], self.plan.config
-        data = feature_data(self.plan.stored_tasks, config.data, config.limit, config.max_pixels, None)
+        slug, _, task = name.partition("/")
+        model, config = self._models[slug], self.plan.config
+        data = feature_data([task], config.data, config.limit, config.max_pixels, None)
         specs = self.plan.specs(model, base_alone=True)
         tuned = [arm.spec for arm in self._arms(model) if arm.training is not None]
-        self._make(self.plan.features(model), model.config, data, specs, tuned, all_tokens=True)
+        self._make(self.plan.features(model, task), model.config, data, specs, tuned, all_tokens=True)
 
     def _training_features(self, name: str) -> None:
         from prunetune.data_recipes import load_recipe
         from prunetune.models.features import FeatureData
         from prunetune.train.elastic import settings_of
 
-        model = self._models[name]
-        trained = [arm.training.config for arm in self._arms(model) if arm.training is not None]
+        slug, _, cache = name.partition("/")
+        model = self._models[slug]
+        trained = []
+        for arm in self._arms(model):
+            if arm.training is not None and Path(str(arm.training.config.features)).name == cache:
+                trained.append(arm.training.config)
         settings = trained[0].data
         data = FeatureData.of_recipe(load_recipe(settings.recipe, **settings.model_dump(exclude={"recipe"})))
         tuned = []
