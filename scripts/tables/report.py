@@ -50,7 +50,7 @@ def write_table(
         title=plan.config.title,
         baseline=[_folders(plan, arm) for arm in plan.arms if arm.row == HARD and not _broken(plan, arm, failed)],
         quoted=[quote for name in plan.config.quoted for quote in read_quoted(name)],
-        allow=plan.config.allow,
+        allow=_allowed(plan),
         several_models=len(plan.models) > 1,
         output=plan.output,
         notes=notes,
@@ -68,6 +68,11 @@ def write_table(
     _track(plan, table, examples)
     say(f"table: {plan.output}")
     return table
+
+
+def _allowed(plan: Plan) -> list[str]:
+    """Return the fields in which arms may differ: a table that grew has cells that read another feature cache."""
+    return sorted({*plan.config.allow, "features"})
 
 
 def _whole_rows(plan: Plan, failed: Mapping[str, str]) -> tuple[list[list[TableArm]], list[str]]:
@@ -195,7 +200,7 @@ def _write(
         files = write_layouts(table, new, list(layouts), also)
         plot_table(table, new / PLOT)
         cells = [cell for group in groups for arm in group for cell in _folders(plan, arm)]
-        write_comparison(new, files, cells, allow=plan.config.allow, final=plan.output)
+        write_comparison(new, files, cells, allow=_allowed(plan), final=plan.output)
 
 
 def overlaid(picture: Picture, answered: Answered) -> bytes:
