@@ -81,7 +81,8 @@ def test_headlines_are_what_papers_print():
     assert {name: (one.name, one.unit) for name, one in first.items() if one.name != "accuracy"} == {
         "chair": ("C_S", "%"), "coco_caption": ("CIDEr", "score"), "mme": ("perception", "points"),
         "mvbench": ("task_mean", "%"), "nocaps": ("CIDEr", "score"), "ocrbench": ("score", "points"),
-        "pope": ("f1", "%"), "scienceqa": ("image_accuracy", "%")}  # fmt: skip
+        "pope": ("f1", "%"), "scienceqa": ("image_accuracy", "%"), "docvqa": ("anls", "%"), "infovqa": ("anls", "%"),
+        "mmstar": ("average", "%")}  # fmt: skip
     assert [one.name for one in get_task("chair").scorer.metrics if not one.higher] == ["C_S", "C_I"]
 
 

@@ -196,7 +196,7 @@ def test_a_judge_reads_what_mmbenchs_rules_can_not(tmp_path, monkeypatch):
         asked.append(content)
         return f"The letter is {content.splitlines()[-1].removeprefix('Answer: ')[0]}"
 
-    monkeypatch.setattr(Grader, "_reply", reply)
+    monkeypatch.setattr(Grader, "reply", reply)
     result = score_file("mmbench", tmp_path / "said.jsonl", data, grader=Grader("http://x", "judge"))
     assert result["accuracy"] == pytest.approx(100 / 3) and result["graded"]["accuracy"] == pytest.approx(200 / 3)
     assert result["grader"] == "judge" and len(asked) == 4 and "Options:\nA. " in asked[0]

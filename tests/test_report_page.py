@@ -198,6 +198,7 @@ def browser(tmp_path_factory):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     session = webdriver.Chrome(options=options, service=Service(driver))
+    session.get("about:blank")  # and not the browser's own first page, which loads what it likes
     yield session
     session.quit()
 
