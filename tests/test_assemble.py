@@ -391,6 +391,35 @@ def test_several_models_stand_in_one_table_when_asked_for(arm):
         assemble([*folders, other], several_models=True)
 
 
+def test_one_checkpoint_under_two_names_is_two_models(arm):
+    """Two dtypes of one path, say: each has a dense row, a twin and a hard part of its own, under the YAML's names."""
+    runs, downs = [], []
+    for name, right in (("in float32", 30), ("in bfloat16", 24)):
+        fields = {"model": "/data/here/llava-1.5-7b-hf", "batch_size": right}  # stands for the dtype: it may not differ
+        for part, number, spec, adapter in (
+            ("dense", right, ("identity", "100%"), None),
+            ("free", 12, DIVPRUNE, None),
+            ("tuned", 18, DIVPRUNE, "a"),
+        ):
+            folder = arm(f"{part} {name}", {"few": (FEW, says(number, 36))}, spec, adapter, **fields)
+            runs.append(ArmRuns("", [folder], name))
+        down = arm(f"down {name}", {"few": (FEW, says(right - 18, 36))}, ("downsample", 4), **fields)
+        downs.append(ArmRuns("", [down], name))
+    with pytest.raises(TaskError, match="differ in batch_size"):
+        assemble([folder for run in runs for folder in run.folders], several_models=True)
+    quote = Quote("theirs", 16, {"few/accuracy": 30.0}, "a paper", model="LLaVA-1.5-7B", method="divprune")
+    table = assemble(runs, baseline=downs, quoted=[quote], several_models=True)
+    rows = named(table)
+    assert [row.model for row in table.rows] == ["in float32"] * 3 + ["in bfloat16"] * 3
+    assert list(rows)[3:] == ["in bfloat16: dense", "in bfloat16: divprune", "in bfloat16: divprune + tuned projector"]
+    assert rows["in bfloat16: divprune"].relative.value == pytest.approx(100 * 12 / 24)
+    assert rows["in float32: divprune + tuned projector"].twin == rows["in float32: divprune"].id
+    # What 12 and 6 right answers leave: of 24 items the dense arm has 18, of 30 it has 18 as well.
+    hard = [next(iter(rows[f"{name}: dense"].hard.values())).value for name in ("in float32", "in bfloat16")]
+    assert hard == [pytest.approx(100 * 18 / 24), pytest.approx(100 * 18 / 30)]
+    assert table.quoted[0].beside == rows["in float32: divprune"].id  # by the checkpoint, whatever it is called here
+
+
 # ---- scores of today -------------------------------------------------------------------------------------------
 
 

@@ -38,11 +38,12 @@ def write_table(
     if not groups:
         say("no row of the table is complete, so nothing is written")
         return None
-    runs = [ArmRuns("", [_folders(plan, arm) for arm in group]) for group in groups]
+    runs = [ArmRuns("", [_folders(plan, arm) for arm in group], group[0].model.name) for group in groups]
+    hard = [arm for arm in plan.arms if arm.row == HARD and not _broken(plan, arm, failed)]
     table = assemble(
         runs,
         title=plan.config.title,
-        baseline=[_folders(plan, arm) for arm in plan.arms if arm.row == HARD and not _broken(plan, arm, failed)],
+        baseline=[ArmRuns("", [_folders(plan, arm)], arm.model.name) for arm in hard],
         quoted=[quote for name in plan.config.quoted for quote in read_quoted(name)],
         allow=plan.config.allow,
         several_models=len(plan.models) > 1,

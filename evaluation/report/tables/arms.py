@@ -20,10 +20,13 @@ class ArmRuns:
         label: the row's; empty is the method, its options that are set, and which projector.
         folders: of the evaluations, one for each training (another ``train.seed``, say); or several, where benchmarks
             were evaluated into a folder each.
+        model: what the table calls the model; empty is its path. Rows of one checkpoint under two names (in two
+            dtypes, say) are rows of two models.
     """
 
     label: str
     folders: Sequence[str | Path | Sequence[str | Path]]
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False) ->
         arms = tuple(read_tasks(parts, rescore) for parts in places)
         _check_trainings(arms)
         # Without the folders of any machine.
-        entries.append(Entry(arms, one.label or arms[0].label, portable(arms[0].manifest.model.path) or ""))
+        model = one.model or portable(arms[0].manifest.model.path) or ""
+        entries.append(Entry(arms, one.label or arms[0].label, model))
     return entries
 
 

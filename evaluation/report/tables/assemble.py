@@ -13,7 +13,7 @@ import numpy as np
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.metrics.intervals import RESAMPLES
 from prunetune.evaluation.metrics.significance import MCNEMAR, PERMUTATIONS
-from prunetune.evaluation.report.arms import EvaluatedArm, read_tasks
+from prunetune.evaluation.report.arms import EvaluatedArm
 from prunetune.evaluation.report.comparable import (
     allowed_differences,
     check_allowed,
@@ -40,11 +40,14 @@ from prunetune.evaluation.report.tables.table import Row, Table, Value
 from prunetune.evaluation.tasks.base import get_task
 from prunetune.models.code import told
 
+Baseline = str | Path | Sequence[str | Path | ArmRuns | Sequence[str | Path]] | None
+"""The arms of the ``downsample`` baseline."""
+
 
 def assemble(
     runs: Sequence[ArmRuns | str | Path],
     title: str = "",
-    baseline: str | Path | Sequence[str | Path | Sequence[str | Path]] | None = None,
+    baseline: Baseline = None,
     quoted: Sequence[Quote] = (),
     allow: Sequence[str] = (),
     rescore: bool = False,
@@ -59,8 +62,9 @@ def assemble(
         runs: a row each: the folder of an arm, or :class:`ArmRuns` for one that was trained several times.
         title: of the table.
         baseline: an arm of the ``downsample`` baseline (of several models one each; a list of folders where benchmarks
-            were evaluated into a folder each): the items that it gets wrong are the hard part (the idea of VTC-Bench,
-            arXiv 2510.07143: the others are answered by a smaller image as well).
+            were evaluated into a folder each; :class:`ArmRuns` where models are told apart by name): the items that it
+            gets wrong are the hard part (the idea of VTC-Bench, arXiv 2510.07143: the others are answered by a smaller
+            image as well).
         quoted: rows from papers.
         allow: fields of the manifests that may differ between arms; how they did stands in a footnote.
         rescore: whether the scorers of today count where they say something else than when an arm was evaluated.
@@ -216,7 +220,7 @@ def _kinds(
 def _hard(
     entries: Sequence[Entry],
     arms: Sequence[EvaluatedArm],
-    baseline: str | Path | Sequence[str | Path | Sequence[str | Path]] | None,
+    baseline: Baseline,
     allowed: Sequence[str],
     rescore: bool,
     seed: int,
@@ -226,10 +230,14 @@ def _hard(
     notes = []
     folders = [baseline] if isinstance(baseline, str | Path) else list(baseline or ())
     for folder in folders:
-        below = read_tasks([folder] if isinstance(folder, str | Path) else folder, rescore)
+        (run,) = read_entries([folder if isinstance(folder, str | Path | ArmRuns) else ArmRuns("", [folder])], rescore)
+        below = run.first
         if below.pruner != "downsample" or below.tuned:
             raise TaskError(f"{below.folder} is no training-free arm of downsample, which the difficulty filter needs")
-        own = [entry for entry in entries if entry.first.manifest.frozen_hash == below.manifest.frozen_hash]
+        if isinstance(folder, ArmRuns) and folder.model:
+            own = [entry for entry in entries if entry.model == folder.model]
+        else:
+            own = [entry for entry in entries if entry.first.manifest.frozen_hash == below.manifest.frozen_hash]
         # The tuned arms were compared with these before.
         free = [arm for entry in own or entries for arm in entry.arms if not arm.tuned]
         check_comparable([below, *(free or [entries[0].first])], allowed)
