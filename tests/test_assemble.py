@@ -9,6 +9,7 @@ from synthetic_arms import BENCHMARKS, f1, questions, register, says, write_arm
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import TaskSummary
 from prunetune.evaluation.report.compare import compare
+from prunetune.evaluation.report.places import without_folders
 from prunetune.evaluation.report.quoted import Quote
 from prunetune.evaluation.report.tables.arms import ArmRuns
 from prunetune.evaluation.report.tables.assemble import assemble
@@ -282,6 +283,39 @@ def test_adapters_of_one_folder_are_told_apart_by_their_hashes(arm):
     assert labels == ["divprune", *(f"divprune + tuned projector [{name}/run/ad]" for name in ("x", "y"))]
     with pytest.raises(TaskError, match="is named twice"):
         compare([free, free])
+
+
+def test_a_method_is_called_as_it_was_named(arm):
+    few, options = {"few": (FEW, says(9, 36))}, {"important_ratio": 0.3}
+    free = [arm(f"free{n}", few, ("vispruner", 16, options)) for n in (1, 2)]
+    tuned = arm("tuned", few, ("vispruner", 16, options), adapter="a")
+    runs = [ArmRuns("", [free[0]], method="vispruner_30"), ArmRuns("", [free[1]], method="again"),
+            ArmRuns("", [tuned], method="vispruner_30")]  # fmt: skip
+    labels = [row.label for row in assemble(runs).rows]
+    assert sorted(labels) == ["again", "vispruner_30", "vispruner_30 + tuned projector"]
+    assert [row.label for row in compare([free[0]]).rows] == ["vispruner (important_ratio=0.3)"]
+    assert {row.method for row in assemble(runs).rows} == {"vispruner"}
+
+
+def test_no_folder_of_this_machine_stands_in_a_table(arm, tmp_path):
+    """Rows that nothing but their folders tells apart, as a table of one benchmark has them, a path for a model, and
+    notes that name files."""
+    few = {"few": (FEW, says(9, 36))}
+    fields = {"model": str(tmp_path / "models" / "tiny"), "device": "a GPU"}
+    spec = PruningSpec("crisprune", 16, text_tower=str(tmp_path / "towers" / "clip"))
+    runs = [arm(f"arms/{name}/few", few, ("identity", "100%"), **fields) for name in ("one", "other")]
+    runs.append(arm("arms/third/few", few, **{**fields, "pruning": spec, "device": "another"}))
+    runs = [folder.resolve() for folder in runs]
+    lost = f"Left out: x failed (TaskError: {tmp_path}/arms/y/few/results.jsonl: no such file, /elsewhere/of/it)."
+    table = assemble(runs, allow=["device"], output=tmp_path, notes=[lost])
+    assert [row.label for row in table.rows] == ["dense [one/few]", "dense [other/few]", "crisprune"]
+    assert table.footnotes[-1] == "Left out: x failed (TaskError: arms/y/few/results.jsonl: no such file, it)."
+    assert "Allowed to differ, device: a GPU (one/few, other/few); another (third/few)." in table.footnotes
+    assert str(tmp_path) not in table.model_dump_json() and table.rows[0].model == "tiny"
+    assert (
+        without_folders("and/or, https://a.b/c/d, 3/4 of ../x/y, 5 /s")
+        == "and/or, https://a.b/c/d, 3/4 of ../x/y, 5 /s"
+    )
 
 
 # ---- kinds of questions, and the hard part ---------------------------------------------------------------------

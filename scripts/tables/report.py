@@ -38,7 +38,7 @@ def write_table(
     if not groups:
         say("no row of the table is complete, so nothing is written")
         return None
-    runs = [ArmRuns("", [_folders(plan, arm) for arm in group], group[0].model.name) for group in groups]
+    runs = [_runs(plan, group) for group in groups]
     hard = [arm for arm in plan.arms if arm.row == HARD and not _broken(plan, arm, failed)]
     table = assemble(
         runs,
@@ -57,6 +57,14 @@ def write_table(
     print(to_markdown(table))
     say(f"table: {plan.output}")
     return table
+
+
+def _runs(plan: Plan, group: Sequence[TableArm]) -> ArmRuns:
+    """Return a row by the names that the YAML has for its model and its method."""
+    arm = group[0]
+    # A method without a name of its own is called by its pruner, with the options that are set.
+    method = "" if arm.label in (arm.spec.pruner, "dense") else arm.label
+    return ArmRuns("", [_folders(plan, one) for one in group], arm.model.name, method)
 
 
 def _whole_rows(plan: Plan, failed: Mapping[str, str]) -> tuple[list[list[TableArm]], list[str]]:

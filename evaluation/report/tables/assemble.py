@@ -21,6 +21,7 @@ from prunetune.evaluation.report.comparable import (
     check_same_questions,
     twin_of,
 )
+from prunetune.evaluation.report.places import relative_names, without_folders
 from prunetune.evaluation.report.quoted import Quote, beside, check_names, known_metrics
 from prunetune.evaluation.report.tables.arms import ArmRuns, Entry, named, read_entries
 from prunetune.evaluation.report.tables.gains import Gains, Pair, gains
@@ -39,6 +40,7 @@ from prunetune.evaluation.report.tables.numbers import (
 from prunetune.evaluation.report.tables.table import Row, Table, Value
 from prunetune.evaluation.tasks.base import get_task
 from prunetune.models.code import told
+from prunetune.models.record import portable
 
 Baseline = str | Path | Sequence[str | Path | ArmRuns | Sequence[str | Path]] | None
 """The arms of the ``downsample`` baseline."""
@@ -125,7 +127,7 @@ def assemble(
         *hard_notes,
         *_on_allowed(by_model, allowed),
         *_on_scores(arms, rescore),
-        *notes,
+        *(without_folders(note, output) for note in notes),
     ]
     table = Table(title=title, columns=[one.column for one in columns], rows=rows, footnotes=footnotes)
     return beside(table, quoted)
@@ -268,6 +270,10 @@ def _facts(entry: Entry) -> dict[str, str | int | float | None]:
     assert manifest.kept_tokens is not None  # a finished arm has them
     protocols = {task.protocol for task in manifest.tasks.values()}
     prompts = {task.prompt for task in manifest.tasks.values()}
+    pruning = manifest.pruning.model_dump()
+    for name in ("text_tower", "profile"):
+        if pruning.get(name) is not None:
+            pruning[name] = portable(pruning[name])
     facts: dict[str, str | int | float | None] = {
         "items": len(arm.ids),
         "kept_min": manifest.kept_tokens.min,
@@ -276,11 +282,11 @@ def _facts(entry: Entry) -> dict[str, str | int | float | None]:
         "prompt": "; ".join(sorted(prompts)),
         "batch_size": manifest.batch_size,
         "dtype": manifest.model.dtype,
-        "model": manifest.model.path,
+        "model": portable(manifest.model.path),
         # 64 bits tell arms apart; the whole hashes are in their manifests.
         "frozen_hash": manifest.frozen_hash[:16],
         "projector_hash": _each(entry, [one.manifest.projector.hash for one in entry.arms]),
-        "pruning": json.dumps(manifest.pruning.model_dump(), sort_keys=True),
+        "pruning": json.dumps(pruning, sort_keys=True),
         "original_projector_hash": (manifest.original_projector_hash or "")[:16],
         "adapter_hash": _each(entry, [one.manifest.projector.stored_hash or "" for one in entry.arms]),
         "prunetune": told(None if manifest.prunetune is None else manifest.prunetune.model_dump()),
@@ -355,20 +361,21 @@ def _on_allowed(by_model: Sequence[Sequence[Entry]], allowed: Sequence[str]) -> 
     for own in by_model:
         arms = [arm for entry in own for arm in entry.arms]
         for name, values in allowed_differences(arms, allowed).items():
-            told_of = "; ".join(f"{value} ({', '.join(_names(folders))})" for value, folders in values.items())
-            yield f"Allowed to differ, {name}: {told_of}."
-
-
-def _names(folders: Sequence[str]) -> list[str]:
-    return [Path(folder).name for folder in folders]
+            folders = [Path(folder) for own_folders in values.values() for folder in own_folders]
+            names = dict(zip(map(str, folders), relative_names(folders), strict=True))
+            told_of = [
+                f"{value} ({', '.join(names[folder] for folder in told_by)})" for value, told_by in values.items()
+            ]
+            yield without_folders(f"Allowed to differ, {name}: {'; '.join(told_of)}.")
 
 
 def _on_scores(arms: Sequence[EvaluatedArm], rescore: bool) -> Iterator[str]:
     if not rescore:
         return
     changed = []
-    for arm in arms:
+    folders = relative_names([arm.folder for arm in arms])
+    for arm, folder in zip(arms, folders, strict=True):
         for name, number in arm.rescored.items():
-            changed.append(f"{number} of {len(arm.answers[name])} of {name} in {arm.folder.name}")
+            changed.append(f"{number} of {len(arm.answers[name])} of {name} in {folder}")
     what = f"answers with another score than when they were given: {', '.join(changed)}" if changed else "none differs"
     yield f"Scored anew from the predictions with today's scorers; {what}."
