@@ -1,19 +1,22 @@
 """Tables of arms made by hand: every number is counted once more, or computed by a slow oracle."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 from synthetic_arms import BENCHMARKS, f1, questions, register, says, write_arm
+from synthetic_arms import right as is_right
 
 from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.metrics.metric import tallied
 from prunetune.evaluation.records import TaskSummary
 from prunetune.evaluation.report.compare import compare
 from prunetune.evaluation.report.places import without_folders
 from prunetune.evaluation.report.quoted import Quote
 from prunetune.evaluation.report.tables.arms import ArmRuns
 from prunetune.evaluation.report.tables.assemble import assemble
-from prunetune.evaluation.tasks.base import Benchmark, Scorer
+from prunetune.evaluation.tasks.base import ACCURACY, Benchmark, Scorer
 from prunetune.pruning import PruningSpec
 
 DIVPRUNE = ("divprune", 16)
@@ -340,9 +343,9 @@ def test_the_hard_part_is_what_downsampling_gets_wrong(arm):
     dense, free = arm("dense", both(60, 36)), arm("free", both(50, 33), DIVPRUNE)
     table = assemble([dense, free], baseline=down)
     row = table.rows[1]
-    assert row.hard["many/accuracy"].value == 50 and row.hard["few/accuracy"].value == 50
+    assert row.hard["many"].value == 50 and row.hard["few"].value == 50
     assert row.values["many/accuracy"].value == pytest.approx(100 * 50 / 60)
-    assert row.hard["many/accuracy"].interval[0] > 20
+    assert row.hard["many"].interval[0] > 20
     assert any("Hard part: 26 of 96 items" in note for note in table.footnotes)
     with pytest.raises(TaskError, match="no training-free arm of downsample"):
         assemble([dense], baseline=free)
@@ -352,6 +355,30 @@ def test_the_hard_part_is_what_downsampling_gets_wrong(arm):
     other = arm("other", both(10, 3), ("downsample", 16), model="another/model-13b")
     with pytest.raises(TaskError, match=r"differ in frozen_hash"):
         assemble([dense], baseline=other)
+
+
+def test_the_hard_part_is_never_counted_by_a_metric_of_sets(arm, monkeypatch):
+    """Of an F1, and of circles of two questions that count only if both are right: a hard half of a circle would be a
+    whole one, and the perfect arm's F1 over nothing but "no" would be none."""
+    items = questions(8, per_image=2, answer="no")
+
+    def circles(scored):
+        rights = [one.score * other.score for one, other in zip(scored[::2], scored[1::2], strict=True)]
+        return tallied([str(place) for place in range(len(rights))], [(right, 1.0) for right in rights])
+
+    circular = replace(ACCURACY, name="accuracy", tally=circles)
+    registered = Benchmark("circles", "by hand", "question", "", [], Scorer(is_right, metrics=(circular,)))
+    register(monkeypatch, circles=registered)
+    said = {"down": ["no", "yes"] * 4, "free": ["yes", "no", "yes", "yes"] * 2, "dense": ["no"] * 8}
+    specs = {"down": ("downsample", 16), "free": DIVPRUNE, "dense": ("identity", "100%")}
+    folders = {}
+    for name, answers in said.items():
+        folders[name] = arm(name, {"yes_no": (items, answers), "circles": (items, answers)}, specs[name])
+    dense, free = assemble([folders["dense"], folders["free"]], baseline=folders["down"]).rows
+    assert dense.values["circles/accuracy"].value == 100 and free.values["circles/accuracy"].value == 0
+    # The second question of each image: two of the four.
+    assert {name: value.value for name, value in free.hard.items()} == {"yes_no": 50, "circles": 50}
+    assert {name: value.value for name, value in dense.hard.items()} == {"yes_no": 100, "circles": 100}
 
 
 # ---- what may differ -------------------------------------------------------------------------------------------

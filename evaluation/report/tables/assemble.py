@@ -38,7 +38,7 @@ from prunetune.evaluation.report.tables.numbers import (
     set_metrics,
 )
 from prunetune.evaluation.report.tables.table import Row, Table, Value
-from prunetune.evaluation.tasks.base import get_task
+from prunetune.evaluation.tasks.base import ACCURACY, get_task
 from prunetune.models.code import told
 from prunetune.models.record import portable
 
@@ -227,7 +227,7 @@ def _hard(
     rescore: bool,
     seed: int,
 ) -> tuple[dict[str, dict[str, Value]], list[str]]:
-    """Return each row's metrics over the items that its model's down-sampling baseline gets wrong, and footnotes."""
+    """Return each row's accuracy over the items that its model's baseline gets wrong, by benchmark, and footnotes."""
     found: dict[str, dict[str, Value]] = {}
     notes = []
     folders = [baseline] if isinstance(baseline, str | Path) else list(baseline or ())
@@ -245,20 +245,22 @@ def _hard(
         check_comparable([below, *(free or [entries[0].first])], allowed)
         total = 0
         for name, said in below.answers.items():
+            # Half: VQA accuracy knows answers that are half right.
             places = [place for place, one in enumerate(said) if one.score is not None and one.score < 0.5]
-            metrics = native(get_task(name), said)  # half: VQA accuracy knows answers that are half right
-            if not places or not metrics:
+            if not places:
                 continue
             total += len(places)
+            # Items chosen one by one are no whole circles, pairs or positives: of those that all other metrics are
+            # counted over, some would lack what the baseline got right, and a perfect arm would not reach its number.
             hard = [only(arm.answers[name], places) for arm in arms]
-            for metric, numbers in zip(metrics, numbers_of(metrics, hard, seed), strict=True):
-                for entry in own:
-                    found.setdefault(entry.id, {})[f"{name}/{metric.name}"] = numbers.of(entry.places)
+            (numbers,) = numbers_of([ACCURACY], hard, seed)
+            for entry in own:
+                found.setdefault(entry.id, {})[name] = numbers.of(entry.places)
         if total == 0:
             raise TaskError(f"{below.folder} answers everything, so no item is hard; use a smaller budget")
         notes.append(
             f"Hard part: {total:,} of {len(below.ids):,} items, those that downsample at {below.budget} answers "
-            "wrongly (after VTC-Bench)."
+            "wrongly (after VTC-Bench), under their plain accuracy."
         )
     return found, notes
 
