@@ -351,7 +351,11 @@ def test_the_hard_part_is_what_downsampling_gets_wrong(arm):
         assemble([dense], baseline=free)
     easy = arm("easy", both(60, 36), ("downsample", 15))
     with pytest.raises(TaskError, match="so no item is hard"):
-        assemble([dense], baseline=easy)
+        compare([dense], hard_for=easy)
+    # A table was hours of work: it stands without a hard part, and says why.
+    table = assemble([dense, free], baseline=easy)
+    assert all(row.hard == {} for row in table.rows) and table.rows[1].values == row.values
+    assert "No hard part: downsample at 15 answers everything; use a smaller budget." in table.footnotes
     other = arm("other", both(10, 3), ("downsample", 16), model="another/model-13b")
     with pytest.raises(TaskError, match=r"differ in frozen_hash"):
         assemble([dense], baseline=other)

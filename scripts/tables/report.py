@@ -39,7 +39,8 @@ def write_table(
         say("no row of the table is complete, so nothing is written")
         return None
     runs = [_runs(plan, group) for group in groups]
-    hard = [arm for arm in plan.arms if arm.row == HARD and not _broken(plan, arm, failed)]
+    models = [group[0].model for group in groups]
+    hard = [arm for arm in plan.arms if arm.row == HARD and arm.model in models and not _broken(plan, arm, failed)]
     table = assemble(
         runs,
         title=plan.config.title,
@@ -83,7 +84,12 @@ def _whole_rows(plan: Plan, failed: Mapping[str, str]) -> tuple[list[list[TableA
         if key not in lacking and arms[0].training is not None and (twin is None or twin in lacking):
             name = arms[0].name
             lacking[key] = f"Left out: {name}, whose training-free arm is not there to be compared with."
-    return [arms for key, arms in rows.items() if key not in lacking], list(lacking.values())
+    notes = list(lacking.values())
+    for arm in plan.arms:
+        broken = _broken(plan, arm, failed) if arm.row == HARD else []
+        if broken:
+            notes.append(f"No hard part of {arm.model.name}: {broken[0]} failed ({failed[broken[0]]}).")
+    return [arms for key, arms in rows.items() if key not in lacking], notes
 
 
 def _is_twin(one: TableArm, other: TableArm) -> bool:

@@ -66,7 +66,7 @@ def assemble(
         baseline: an arm of the ``downsample`` baseline (of several models one each; a list of folders where benchmarks
             were evaluated into a folder each; :class:`ArmRuns` where models are told apart by name): the items that it
             gets wrong are the hard part (the idea of VTC-Bench, arXiv 2510.07143: the others are answered by a smaller
-            image as well).
+            image as well). One that answers everything leaves nothing hard, and a footnote says so.
         quoted: rows from papers.
         allow: fields of the manifests that may differ between arms; how they did stands in a footnote.
         rescore: whether the scorers of today count where they say something else than when an arm was evaluated.
@@ -243,6 +243,7 @@ def _hard(
         # The tuned arms were compared with these before.
         free = [arm for entry in own or entries for arm in entry.arms if not arm.tuned]
         check_comparable([below, *(free or [entries[0].first])], allowed)
+        whose = f" of {own[0].model}" if len(folders) > 1 and own else ""
         total = 0
         for name, said in below.answers.items():
             # Half: VQA accuracy knows answers that are half right.
@@ -257,9 +258,10 @@ def _hard(
             for entry in own:
                 found.setdefault(entry.id, {})[name] = numbers.of(entry.places)
         if total == 0:
-            raise TaskError(f"{below.folder} answers everything, so no item is hard; use a smaller budget")
+            notes.append(f"No hard part{whose}: downsample at {below.budget} answers everything; use a smaller budget.")
+            continue
         notes.append(
-            f"Hard part: {total:,} of {len(below.ids):,} items, those that downsample at {below.budget} answers "
+            f"Hard part{whose}: {total:,} of {len(below.ids):,} items, those that downsample at {below.budget} answers "
             "wrongly (after VTC-Bench), under their plain accuracy."
         )
     return found, notes
