@@ -62,14 +62,14 @@ def many_benchmarks(**more):
 
     rows = [
         Row(**DENSE, values=values(85.9, 86.5, 1506.5, 48.2, 1.105), relative=value(100), pooled=value(80.4, 79.9, 81),
-            hard={POPE.key: value(61, 57, 65)}, costs={"TFLOPs": value(8.6), "prefill ms": value(48, 47, 49)},
+            hard={POPE.task: value(61, 57, 65)}, costs={"TFLOPs": value(8.6), "prefill ms": value(48, 47, 49)},
             folders=["arms/dense"]),
         Row(**FREE, values=values(70.25, 73, 1205.5, 52.2, 0.95), relative=value(81.4, 80, 83),
-            pooled=value(70, 69.4, 70.6), hard={POPE.key: value(40.1, 36, 44)},
+            pooled=value(70, 69.4, 70.6), hard={POPE.task: value(40.1, 36, 44)},
             costs={"TFLOPs": value(1.4), "prefill ms": value(15, 14, 16)}, folders=["arms/free"],
             facts={"items": 11_114, "model": "llava-hf/llava-1.5-7b-hf", "profile": None}),
         Row(**TUNED, values=values(80.5, 81, 1402.25, 49, 1.051, spread=0.34), relative=value(92.84, 91.5, 94.2),
-            pooled=value(75.5, 75, 76), hard={POPE.key: value(51, 47, 55)},
+            pooled=value(75.5, 75, 76), hard={POPE.task: value(51, 47, 55)},
             costs={"TFLOPs": value(1.4), "prefill ms": value(15.2, 14, 16)},
             gains={POPE.key: Difference(value=10.25, interval=(9, 11.5), p=0.0004, adjusted=0.0008,
                                         test="paired permutation"),

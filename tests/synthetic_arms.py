@@ -98,7 +98,7 @@ def write_arm(
     Args:
         folder: its folder.
         answers: by benchmark, its items and what the arm says to each.
-        pruning: method, budget and options.
+        pruning: method, budget and options, or all that it can say.
         adapter: name of the projector; None is the base's own.
         tuned_for: the pruning that it was tuned for; None is the arm's.
         elastic: settings of an elastic one.
@@ -107,7 +107,7 @@ def write_arm(
         stored: whether scores are stored as today's scorers say, or a function of score and item.
         fields: of the manifest.
     """
-    spec = PruningSpec(*pruning)
+    spec = pruning if isinstance(pruning, PruningSpec) else PruningSpec(*pruning)
     rows, records, summaries = [], {}, {}
     for name, (items, said) in answers.items():
         records[name] = TaskRecord(items=len(items), hash=items_hash(items), protocol="by hand", prompt="question")

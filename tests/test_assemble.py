@@ -1,18 +1,22 @@
 """Tables of arms made by hand: every number is counted once more, or computed by a slow oracle."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 from synthetic_arms import BENCHMARKS, f1, questions, register, says, write_arm
+from synthetic_arms import right as is_right
 
 from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.metrics.metric import tallied
 from prunetune.evaluation.records import TaskSummary
 from prunetune.evaluation.report.compare import compare
+from prunetune.evaluation.report.places import without_folders
 from prunetune.evaluation.report.quoted import Quote
 from prunetune.evaluation.report.tables.arms import ArmRuns
 from prunetune.evaluation.report.tables.assemble import assemble
-from prunetune.evaluation.tasks.base import Benchmark, Scorer
+from prunetune.evaluation.tasks.base import ACCURACY, Benchmark, Scorer
 from prunetune.pruning import PruningSpec
 
 DIVPRUNE = ("divprune", 16)
@@ -284,6 +288,39 @@ def test_adapters_of_one_folder_are_told_apart_by_their_hashes(arm):
         compare([free, free])
 
 
+def test_a_method_is_called_as_it_was_named(arm):
+    few, options = {"few": (FEW, says(9, 36))}, {"important_ratio": 0.3}
+    free = [arm(f"free{n}", few, ("vispruner", 16, options)) for n in (1, 2)]
+    tuned = arm("tuned", few, ("vispruner", 16, options), adapter="a")
+    runs = [ArmRuns("", [free[0]], method="vispruner_30"), ArmRuns("", [free[1]], method="again"),
+            ArmRuns("", [tuned], method="vispruner_30")]  # fmt: skip
+    labels = [row.label for row in assemble(runs).rows]
+    assert sorted(labels) == ["again", "vispruner_30", "vispruner_30 + tuned projector"]
+    assert [row.label for row in compare([free[0]]).rows] == ["vispruner (important_ratio=0.3)"]
+    assert {row.method for row in assemble(runs).rows} == {"vispruner"}
+
+
+def test_no_folder_of_this_machine_stands_in_a_table(arm, tmp_path):
+    """Rows that nothing but their folders tells apart, as a table of one benchmark has them, a path for a model, and
+    notes that name files."""
+    few = {"few": (FEW, says(9, 36))}
+    fields = {"model": str(tmp_path / "models" / "tiny"), "device": "a GPU"}
+    spec = PruningSpec("crisprune", 16, text_tower=str(tmp_path / "towers" / "clip"))
+    runs = [arm(f"arms/{name}/few", few, ("identity", "100%"), **fields) for name in ("one", "other")]
+    runs.append(arm("arms/third/few", few, **{**fields, "pruning": spec, "device": "another"}))
+    runs = [folder.resolve() for folder in runs]
+    lost = f"Left out: x failed (TaskError: {tmp_path}/arms/y/few/results.jsonl: no such file, /elsewhere/of/it)."
+    table = assemble(runs, allow=["device"], output=tmp_path, notes=[lost])
+    assert [row.label for row in table.rows] == ["dense [one/few]", "dense [other/few]", "crisprune"]
+    assert table.footnotes[-1] == "Left out: x failed (TaskError: arms/y/few/results.jsonl: no such file, it)."
+    assert "Allowed to differ, device: a GPU (one/few, other/few); another (third/few)." in table.footnotes
+    assert str(tmp_path) not in table.model_dump_json() and table.rows[0].model == "tiny"
+    assert (
+        without_folders("and/or, https://a.b/c/d, 3/4 of ../x/y, 5 /s")
+        == "and/or, https://a.b/c/d, 3/4 of ../x/y, 5 /s"
+    )
+
+
 # ---- kinds of questions, and the hard part ---------------------------------------------------------------------
 
 
@@ -306,18 +343,46 @@ def test_the_hard_part_is_what_downsampling_gets_wrong(arm):
     dense, free = arm("dense", both(60, 36)), arm("free", both(50, 33), DIVPRUNE)
     table = assemble([dense, free], baseline=down)
     row = table.rows[1]
-    assert row.hard["many/accuracy"].value == 50 and row.hard["few/accuracy"].value == 50
+    assert row.hard["many"].value == 50 and row.hard["few"].value == 50
     assert row.values["many/accuracy"].value == pytest.approx(100 * 50 / 60)
-    assert row.hard["many/accuracy"].interval[0] > 20
+    assert row.hard["many"].interval[0] > 20
     assert any("Hard part: 26 of 96 items" in note for note in table.footnotes)
     with pytest.raises(TaskError, match="no training-free arm of downsample"):
         assemble([dense], baseline=free)
     easy = arm("easy", both(60, 36), ("downsample", 15))
     with pytest.raises(TaskError, match="so no item is hard"):
-        assemble([dense], baseline=easy)
+        compare([dense], hard_for=easy)
+    # A table was hours of work: it stands without a hard part, and says why.
+    table = assemble([dense, free], baseline=easy)
+    assert all(row.hard == {} for row in table.rows) and table.rows[1].values == row.values
+    assert "No hard part: downsample at 15 answers everything; use a smaller budget." in table.footnotes
     other = arm("other", both(10, 3), ("downsample", 16), model="another/model-13b")
     with pytest.raises(TaskError, match=r"differ in frozen_hash"):
         assemble([dense], baseline=other)
+
+
+def test_the_hard_part_is_never_counted_by_a_metric_of_sets(arm, monkeypatch):
+    """Of an F1, and of circles of two questions that count only if both are right: a hard half of a circle would be a
+    whole one, and the perfect arm's F1 over nothing but "no" would be none."""
+    items = questions(8, per_image=2, answer="no")
+
+    def circles(scored):
+        rights = [one.score * other.score for one, other in zip(scored[::2], scored[1::2], strict=True)]
+        return tallied([str(place) for place in range(len(rights))], [(right, 1.0) for right in rights])
+
+    circular = replace(ACCURACY, name="accuracy", tally=circles)
+    registered = Benchmark("circles", "by hand", "question", "", [], Scorer(is_right, metrics=(circular,)))
+    register(monkeypatch, circles=registered)
+    said = {"down": ["no", "yes"] * 4, "free": ["yes", "no", "yes", "yes"] * 2, "dense": ["no"] * 8}
+    specs = {"down": ("downsample", 16), "free": DIVPRUNE, "dense": ("identity", "100%")}
+    folders = {}
+    for name, answers in said.items():
+        folders[name] = arm(name, {"yes_no": (items, answers), "circles": (items, answers)}, specs[name])
+    dense, free = assemble([folders["dense"], folders["free"]], baseline=folders["down"]).rows
+    assert dense.values["circles/accuracy"].value == 100 and free.values["circles/accuracy"].value == 0
+    # The second question of each image: two of the four.
+    assert {name: value.value for name, value in free.hard.items()} == {"yes_no": 50, "circles": 50}
+    assert {name: value.value for name, value in dense.hard.items()} == {"yes_no": 100, "circles": 100}
 
 
 # ---- what may differ -------------------------------------------------------------------------------------------
@@ -389,6 +454,35 @@ def test_several_models_stand_in_one_table_when_asked_for(arm):
     other = arm("other", {"few": (questions(35), says(15, 35))}, model="a/third")
     with pytest.raises(TaskError, match="were asked other questions of few"):
         assemble([*folders, other], several_models=True)
+
+
+def test_one_checkpoint_under_two_names_is_two_models(arm):
+    """Two dtypes of one path, say: each has a dense row, a twin and a hard part of its own, under the YAML's names."""
+    runs, downs = [], []
+    for name, right in (("in float32", 30), ("in bfloat16", 24)):
+        fields = {"model": "/data/here/llava-1.5-7b-hf", "batch_size": right}  # stands for the dtype: it may not differ
+        for part, number, spec, adapter in (
+            ("dense", right, ("identity", "100%"), None),
+            ("free", 12, DIVPRUNE, None),
+            ("tuned", 18, DIVPRUNE, "a"),
+        ):
+            folder = arm(f"{part} {name}", {"few": (FEW, says(number, 36))}, spec, adapter, **fields)
+            runs.append(ArmRuns("", [folder], name))
+        down = arm(f"down {name}", {"few": (FEW, says(right - 18, 36))}, ("downsample", 4), **fields)
+        downs.append(ArmRuns("", [down], name))
+    with pytest.raises(TaskError, match="differ in batch_size"):
+        assemble([folder for run in runs for folder in run.folders], several_models=True)
+    quote = Quote("theirs", 16, {"few/accuracy": 30.0}, "a paper", model="LLaVA-1.5-7B", method="divprune")
+    table = assemble(runs, baseline=downs, quoted=[quote], several_models=True)
+    rows = named(table)
+    assert [row.model for row in table.rows] == ["in float32"] * 3 + ["in bfloat16"] * 3
+    assert list(rows)[3:] == ["in bfloat16: dense", "in bfloat16: divprune", "in bfloat16: divprune + tuned projector"]
+    assert rows["in bfloat16: divprune"].relative.value == pytest.approx(100 * 12 / 24)
+    assert rows["in float32: divprune + tuned projector"].twin == rows["in float32: divprune"].id
+    # What 12 and 6 right answers leave: of 24 items the dense arm has 18, of 30 it has 18 as well.
+    hard = [next(iter(rows[f"{name}: dense"].hard.values())).value for name in ("in float32", "in bfloat16")]
+    assert hard == [pytest.approx(100 * 18 / 24), pytest.approx(100 * 18 / 30)]
+    assert table.quoted[0].beside == rows["in float32: divprune"].id  # by the checkpoint, whatever it is called here
 
 
 # ---- scores of today -------------------------------------------------------------------------------------------

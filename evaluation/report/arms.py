@@ -83,6 +83,13 @@ class EvaluatedArm:
     @property
     def label(self) -> str:
         """Method, options that are set, and whether it is tuned."""
+        return self.labelled()
+
+    def labelled(self, method: str = "") -> str:
+        """Return the label where the method with its options is called by a name of one's own."""
+        return (method or self._method()) + self._tuned_for()
+
+    def _method(self) -> str:
         name = "dense" if self.pruner == "identity" else self.pruner
         options = []
         for key, value in self.manifest.pruning.options.items():
@@ -92,7 +99,7 @@ class EvaluatedArm:
         # Only options that were set: the method's own defaults are its name.
         if options:
             name += f" ({', '.join(options)})"
-        return name + self._tuned_for()
+        return name
 
     @property
     def adapter(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.report.quoted import Quote
 from prunetune.evaluation.report.tables.assemble import assemble
 from prunetune.evaluation.report.tables.table import Table
@@ -32,6 +33,9 @@ def compare(
         output: folder that the table will lie in.
 
     Raises:
-        TaskError: if the arms can't be compared.
+        TaskError: if the arms can't be compared, or ``hard_for`` answers everything.
     """
-    return assemble(folders, baseline=hard_for, quoted=quoted, allow=allow, rescore=rescore, output=output, seed=seed)
+    table = assemble(folders, baseline=hard_for, quoted=quoted, allow=allow, rescore=rescore, output=output, seed=seed)
+    if hard_for is not None and not any(row.hard for row in table.rows):
+        raise TaskError(f"{hard_for} answers everything, so no item is hard; use a smaller budget")
+    return table

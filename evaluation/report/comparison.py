@@ -17,6 +17,7 @@ from prunetune.evaluation.report.arms import EvaluatedArm
 from prunetune.evaluation.report.comparable import allowed_differences, check_allowed
 from prunetune.evaluation.report.tables.table import Table
 from prunetune.models.code import code_record
+from prunetune.models.record import portable
 from prunetune.models.seal import sealed, why_unsealed
 from prunetune.outputs import write_text
 
@@ -97,7 +98,9 @@ def _differences(output: Path, runs: Sequence[Path], allowed: Sequence[str]) -> 
     arms = [EvaluatedArm(Path(run), read_manifest(run), {}, []) for run in runs]
     found: dict[str, dict[str, list[str]]] = {}
     for name, values in allowed_differences(arms, allowed).items():
-        found[name] = {value: [os.path.relpath(run, output) for run in folders] for value, folders in values.items()}
+        own = found.setdefault(name, {})
+        for value, folders in values.items():
+            own.setdefault(portable(value) or "", []).extend(os.path.relpath(run, output) for run in folders)
     return found
 
 

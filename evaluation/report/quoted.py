@@ -102,7 +102,7 @@ def beside(table: Table, quotes: Sequence[Quote]) -> Table:
     for column in table.columns:
         metrics.setdefault(column.task, set()).add(column.metric)
     check_names(quotes, metrics, {row.method for row in table.rows})
-    models = {plain_model(row.model) for row in table.rows}
+    models = {name for row in table.rows for name in _models(row)}
     found = []
     for quote in quotes:
         if quote.model and plain_model(quote.model) not in models:
@@ -200,8 +200,14 @@ def plain_model(name: str) -> str:
     return re.sub(r"(-hf|-instruct)+$", "", plain)
 
 
+def _models(row: Row) -> set[str]:
+    """Return what a row's model is called: by the table, and by its checkpoint's path."""
+    path = row.facts.get("model")
+    return {plain_model(name) for name in (row.model, path) if isinstance(name, str) and name}
+
+
 def _same_setting(row: Row, quote: Quote) -> bool:
-    if not quote.model or plain_model(row.model) != plain_model(quote.model) or row.method != quote.method:
+    if not quote.model or plain_model(quote.model) not in _models(row) or row.method != quote.method:
         return False
     if row.projector != quote.projector:
         return False
@@ -210,7 +216,8 @@ def _same_setting(row: Row, quote: Quote) -> bool:
 
 def _tokens(row: Row) -> int | None:
     """Return a row's budget in visual tokens of a whole image, as papers count; None where that can't be said."""
-    total, crops = _CROPS.get("-".join(plain_model(row.model).split("-")[:2]), (None, 1))
+    families = ["-".join(name.split("-")[:2]) for name in sorted(_models(row))]
+    total, crops = next((_CROPS[name] for name in families if name in _CROPS), (None, 1))
     pruning = json.loads(str(row.facts.get("pruning", "{}")))
     keep = pruning.get("keep", row.budget)
     if isinstance(keep, int):

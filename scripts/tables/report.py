@@ -44,11 +44,13 @@ def write_table(
     if not groups:
         say("no row of the table is complete, so nothing is written")
         return None
-    runs = [ArmRuns("", [_folders(plan, arm) for arm in group]) for group in groups]
+    runs = [_runs(plan, group) for group in groups]
+    models = [group[0].model for group in groups]
+    hard = [arm for arm in plan.arms if arm.row == HARD and arm.model in models and not _broken(plan, arm, failed)]
     table = assemble(
         runs,
         title=plan.config.title,
-        baseline=[_folders(plan, arm) for arm in plan.arms if arm.row == HARD and not _broken(plan, arm, failed)],
+        baseline=[ArmRuns("", [_folders(plan, arm)], arm.model.name) for arm in hard],
         quoted=[quote for name in plan.config.quoted for quote in read_quoted(name)],
         allow=_allowed(plan),
         several_models=len(plan.models) > 1,
@@ -75,6 +77,14 @@ def _allowed(plan: Plan) -> list[str]:
     return sorted({*plan.config.allow, "features"})
 
 
+def _runs(plan: Plan, group: Sequence[TableArm]) -> ArmRuns:
+    """Return a row by the names that the YAML has for its model and its method."""
+    arm = group[0]
+    # A method without a name of its own is called by its pruner, with the options that are set.
+    method = "" if arm.label in (arm.spec.pruner, "dense") else arm.label
+    return ArmRuns("", [_folders(plan, one) for one in group], arm.model.name, method)
+
+
 def _whole_rows(plan: Plan, failed: Mapping[str, str]) -> tuple[list[list[TableArm]], list[str]]:
     """Return the arms of each row that has all its cells, and a note on each that has not."""
     rows: dict[tuple[str, str], list[TableArm]] = {}
@@ -91,7 +101,12 @@ def _whole_rows(plan: Plan, failed: Mapping[str, str]) -> tuple[list[list[TableA
         if key not in lacking and arms[0].training is not None and (twin is None or twin in lacking):
             name = arms[0].name
             lacking[key] = f"Left out: {name}, whose training-free arm is not there to be compared with."
-    return [arms for key, arms in rows.items() if key not in lacking], list(lacking.values())
+    notes = list(lacking.values())
+    for arm in plan.arms:
+        broken = _broken(plan, arm, failed) if arm.row == HARD else []
+        if broken:
+            notes.append(f"No hard part of {arm.model.name}: {broken[0]} failed ({failed[broken[0]]}).")
+    return [arms for key, arms in rows.items() if key not in lacking], notes
 
 
 def _is_twin(one: TableArm, other: TableArm) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.report.arms import EvaluatedArm, read_tasks
 from prunetune.evaluation.report.comparable import twin_of
+from prunetune.evaluation.report.places import relative_names
 from prunetune.models.record import portable
 
 
@@ -20,10 +21,16 @@ class ArmRuns:
         label: the row's; empty is the method, its options that are set, and which projector.
         folders: of the evaluations, one for each training (another ``train.seed``, say); or several, where benchmarks
             were evaluated into a folder each.
+        model: what the table calls the model; empty is its path. Rows of one checkpoint under two names (in two
+            dtypes, say) are rows of two models.
+        method: what the table calls the method with its options, in a label that is not given; whose projector it is
+            stands behind.
     """
 
     label: str
     folders: Sequence[str | Path | Sequence[str | Path]]
+    model: str = ""
+    method: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,8 @@ def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False) ->
         arms = tuple(read_tasks(parts, rescore) for parts in places)
         _check_trainings(arms)
         # Without the folders of any machine.
-        entries.append(Entry(arms, one.label or arms[0].label, portable(arms[0].manifest.model.path) or ""))
+        model = one.model or portable(arms[0].manifest.model.path) or ""
+        entries.append(Entry(arms, one.label or arms[0].labelled(one.method), model))
     return entries
 
 
@@ -152,7 +160,9 @@ def _distinct(entry: Entry, entries: Sequence[Entry]) -> Entry:
         # Whatever is told must do so for all pairs at one budget.
         if len(set(zip(budgets, told, strict=True))) == len(alike):
             return replace(entry, label=f"{entry.label} [{tell(entry)}]") if tell(entry) else entry
-    return replace(entry, label=f"{entry.label} [{entry.first.folder}]")
+    names = relative_names([other.first.folder for other in alike])
+    (name,) = [name for other, name in zip(alike, names, strict=True) if other is entry]
+    return replace(entry, label=f"{entry.label} [{name}]")
 
 
 def _adapter(entry: Entry) -> str:
@@ -165,6 +175,9 @@ def _pruning(entry: Entry) -> str:
     """Return the settings of the pruning that a label does not have."""
     own = entry.first.manifest.pruning.model_dump(exclude={"pruner", "keep", "options", "choose_with"})
     default = type(entry.first.manifest.pruning)().model_dump()
+    for key in ("text_tower", "profile"):
+        if own.get(key) is not None:
+            own[key] = portable(own[key])
     return ", ".join(f"{key} {value}" for key, value in own.items() if value != default.get(key))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.metrics.intervals import RESAMPLES
 from prunetune.evaluation.metrics.significance import MCNEMAR, PERMUTATIONS
-from prunetune.evaluation.report.arms import EvaluatedArm, read_tasks
+from prunetune.evaluation.report.arms import EvaluatedArm
 from prunetune.evaluation.report.comparable import (
     allowed_differences,
     check_allowed,
@@ -21,6 +21,7 @@ from prunetune.evaluation.report.comparable import (
     check_same_questions,
     twin_of,
 )
+from prunetune.evaluation.report.places import relative_names, without_folders
 from prunetune.evaluation.report.quoted import Quote, beside, check_names, known_metrics
 from prunetune.evaluation.report.tables.arms import ArmRuns, Entry, named, read_entries
 from prunetune.evaluation.report.tables.gains import Gains, Pair, gains
@@ -37,14 +38,18 @@ from prunetune.evaluation.report.tables.numbers import (
     set_metrics,
 )
 from prunetune.evaluation.report.tables.table import Row, Table, Value
-from prunetune.evaluation.tasks.base import get_task
+from prunetune.evaluation.tasks.base import ACCURACY, get_task
 from prunetune.models.code import told
+from prunetune.models.record import portable
+
+Baseline = str | Path | Sequence[str | Path | ArmRuns | Sequence[str | Path]] | None
+"""The arms of the ``downsample`` baseline."""
 
 
 def assemble(
     runs: Sequence[ArmRuns | str | Path],
     title: str = "",
-    baseline: str | Path | Sequence[str | Path | Sequence[str | Path]] | None = None,
+    baseline: Baseline = None,
     quoted: Sequence[Quote] = (),
     allow: Sequence[str] = (),
     rescore: bool = False,
@@ -59,8 +64,9 @@ def assemble(
         runs: a row each: the folder of an arm, or :class:`ArmRuns` for one that was trained several times.
         title: of the table.
         baseline: an arm of the ``downsample`` baseline (of several models one each; a list of folders where benchmarks
-            were evaluated into a folder each): the items that it gets wrong are the hard part (the idea of VTC-Bench,
-            arXiv 2510.07143: the others are answered by a smaller image as well).
+            were evaluated into a folder each; :class:`ArmRuns` where models are told apart by name): the items that it
+            gets wrong are the hard part (the idea of VTC-Bench, arXiv 2510.07143: the others are answered by a smaller
+            image as well). One that answers everything leaves nothing hard, and a footnote says so.
         quoted: rows from papers.
         allow: fields of the manifests that may differ between arms; how they did stands in a footnote.
         rescore: whether the scorers of today count where they say something else than when an arm was evaluated.
@@ -121,7 +127,7 @@ def assemble(
         *hard_notes,
         *_on_allowed(by_model, allowed),
         *_on_scores(arms, rescore),
-        *notes,
+        *(without_folders(note, output) for note in notes),
     ]
     table = Table(title=title, columns=[one.column for one in columns], rows=rows, footnotes=footnotes)
     return beside(table, quoted)
@@ -216,39 +222,47 @@ def _kinds(
 def _hard(
     entries: Sequence[Entry],
     arms: Sequence[EvaluatedArm],
-    baseline: str | Path | Sequence[str | Path | Sequence[str | Path]] | None,
+    baseline: Baseline,
     allowed: Sequence[str],
     rescore: bool,
     seed: int,
 ) -> tuple[dict[str, dict[str, Value]], list[str]]:
-    """Return each row's metrics over the items that its model's down-sampling baseline gets wrong, and footnotes."""
+    """Return each row's accuracy over the items that its model's baseline gets wrong, by benchmark, and footnotes."""
     found: dict[str, dict[str, Value]] = {}
     notes = []
     folders = [baseline] if isinstance(baseline, str | Path) else list(baseline or ())
     for folder in folders:
-        below = read_tasks([folder] if isinstance(folder, str | Path) else folder, rescore)
+        (run,) = read_entries([folder if isinstance(folder, str | Path | ArmRuns) else ArmRuns("", [folder])], rescore)
+        below = run.first
         if below.pruner != "downsample" or below.tuned:
             raise TaskError(f"{below.folder} is no training-free arm of downsample, which the difficulty filter needs")
-        own = [entry for entry in entries if entry.first.manifest.frozen_hash == below.manifest.frozen_hash]
+        if isinstance(folder, ArmRuns) and folder.model:
+            own = [entry for entry in entries if entry.model == folder.model]
+        else:
+            own = [entry for entry in entries if entry.first.manifest.frozen_hash == below.manifest.frozen_hash]
         # The tuned arms were compared with these before.
         free = [arm for entry in own or entries for arm in entry.arms if not arm.tuned]
         check_comparable([below, *(free or [entries[0].first])], allowed)
+        whose = f" of {own[0].model}" if len(folders) > 1 and own else ""
         total = 0
         for name, said in below.answers.items():
+            # Half: VQA accuracy knows answers that are half right.
             places = [place for place, one in enumerate(said) if one.score is not None and one.score < 0.5]
-            metrics = native(get_task(name), said)  # half: VQA accuracy knows answers that are half right
-            if not places or not metrics:
+            if not places:
                 continue
             total += len(places)
+            # Items chosen one by one are no whole circles, pairs or positives: of those that all other metrics are
+            # counted over, some would lack what the baseline got right, and a perfect arm would not reach its number.
             hard = [only(arm.answers[name], places) for arm in arms]
-            for metric, numbers in zip(metrics, numbers_of(metrics, hard, seed), strict=True):
-                for entry in own:
-                    found.setdefault(entry.id, {})[f"{name}/{metric.name}"] = numbers.of(entry.places)
+            (numbers,) = numbers_of([ACCURACY], hard, seed)
+            for entry in own:
+                found.setdefault(entry.id, {})[name] = numbers.of(entry.places)
         if total == 0:
-            raise TaskError(f"{below.folder} answers everything, so no item is hard; use a smaller budget")
+            notes.append(f"No hard part{whose}: downsample at {below.budget} answers everything; use a smaller budget.")
+            continue
         notes.append(
-            f"Hard part: {total:,} of {len(below.ids):,} items, those that downsample at {below.budget} answers "
-            "wrongly (after VTC-Bench)."
+            f"Hard part{whose}: {total:,} of {len(below.ids):,} items, those that downsample at {below.budget} answers "
+            "wrongly (after VTC-Bench), under their plain accuracy."
         )
     return found, notes
 
@@ -260,6 +274,10 @@ def _facts(entry: Entry) -> dict[str, str | int | float | None]:
     assert manifest.kept_tokens is not None  # a finished arm has them
     protocols = {task.protocol for task in manifest.tasks.values()}
     prompts = {task.prompt for task in manifest.tasks.values()}
+    pruning = manifest.pruning.model_dump()
+    for name in ("text_tower", "profile"):
+        if pruning.get(name) is not None:
+            pruning[name] = portable(pruning[name])
     facts: dict[str, str | int | float | None] = {
         "items": len(arm.ids),
         "kept_min": manifest.kept_tokens.min,
@@ -268,11 +286,11 @@ def _facts(entry: Entry) -> dict[str, str | int | float | None]:
         "prompt": "; ".join(sorted(prompts)),
         "batch_size": manifest.batch_size,
         "dtype": manifest.model.dtype,
-        "model": manifest.model.path,
+        "model": portable(manifest.model.path),
         # 64 bits tell arms apart; the whole hashes are in their manifests.
         "frozen_hash": manifest.frozen_hash[:16],
         "projector_hash": _each(entry, [one.manifest.projector.hash for one in entry.arms]),
-        "pruning": json.dumps(manifest.pruning.model_dump(), sort_keys=True),
+        "pruning": json.dumps(pruning, sort_keys=True),
         "original_projector_hash": (manifest.original_projector_hash or "")[:16],
         "adapter_hash": _each(entry, [one.manifest.projector.stored_hash or "" for one in entry.arms]),
         "prunetune": told(None if manifest.prunetune is None else manifest.prunetune.model_dump()),
@@ -347,20 +365,21 @@ def _on_allowed(by_model: Sequence[Sequence[Entry]], allowed: Sequence[str]) -> 
     for own in by_model:
         arms = [arm for entry in own for arm in entry.arms]
         for name, values in allowed_differences(arms, allowed).items():
-            told_of = "; ".join(f"{value} ({', '.join(_names(folders))})" for value, folders in values.items())
-            yield f"Allowed to differ, {name}: {told_of}."
-
-
-def _names(folders: Sequence[str]) -> list[str]:
-    return [Path(folder).name for folder in folders]
+            folders = [Path(folder) for own_folders in values.values() for folder in own_folders]
+            names = dict(zip(map(str, folders), relative_names(folders), strict=True))
+            told_of = [
+                f"{value} ({', '.join(names[folder] for folder in told_by)})" for value, told_by in values.items()
+            ]
+            yield without_folders(f"Allowed to differ, {name}: {'; '.join(told_of)}.")
 
 
 def _on_scores(arms: Sequence[EvaluatedArm], rescore: bool) -> Iterator[str]:
     if not rescore:
         return
     changed = []
-    for arm in arms:
+    folders = relative_names([arm.folder for arm in arms])
+    for arm, folder in zip(arms, folders, strict=True):
         for name, number in arm.rescored.items():
-            changed.append(f"{number} of {len(arm.answers[name])} of {name} in {arm.folder.name}")
+            changed.append(f"{number} of {len(arm.answers[name])} of {name} in {folder}")
     what = f"answers with another score than when they were given: {', '.join(changed)}" if changed else "none differs"
     yield f"Scored anew from the predictions with today's scorers; {what}."

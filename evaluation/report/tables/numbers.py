@@ -11,6 +11,7 @@ from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.metrics.intervals import RESAMPLES
 from prunetune.evaluation.metrics.metric import Metric, Tally, interval, resampled, tallied
 from prunetune.evaluation.report.arms import EvaluatedArm
+from prunetune.evaluation.report.places import without_folders
 from prunetune.evaluation.report.tables.table import Column, Value
 from prunetune.evaluation.tasks.base import ACCURACY, Benchmark, Scored, get_task, tally_scores, unit_of
 
@@ -95,7 +96,8 @@ def numbers_of(metrics: Sequence[Metric], answers: Sequence[Sequence[Scored]], s
             try:
                 tallies = [metric.tally(own) for own in answers]
             except TaskError as error:  # what counts captions needs a program that may not be here
-                found.append(Numbers([None] * len(answers), note=f"{error}; manifest.json has what was reached"))
+                note = without_folders(f"{error}; manifest.json has what was reached")
+                found.append(Numbers([None] * len(answers), note=note))
                 continue
             drawn[metric.tally] = tallies, resampled(tallies, seed)
         tallies, counts = drawn[metric.tally]

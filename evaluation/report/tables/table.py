@@ -99,7 +99,8 @@ class Row(Part):
         pooled: accuracy over the items of all benchmarks that score items one by one, in percent.
         pooled_gain: of ``pooled``, against the twin.
         by_type: by column key, then by kind of question.
-        hard: by column key, over the items that the down-sampling baseline gets wrong.
+        hard: accuracy in percent over the items that the down-sampling baseline gets wrong, by benchmark: each item
+            for itself, whatever metric the benchmark has. Only of benchmarks that score items one by one.
         costs: measured or computed, by name with unit: "TFLOPs", "prefill ms"; empty where unknown.
         facts: what a reader needs to know of how the row came about.
         folders: evaluations it was made of, relative to the table's own folder.

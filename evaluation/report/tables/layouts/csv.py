@@ -14,9 +14,9 @@ def to_csv(table: Table) -> str:
 
     A metric's columns begin with its key: ``pope/f1``, ``pope/f1 low``, ``pope/f1 high``, ``pope/f1 gain``,
     ``pope/f1 gain low``, ``pope/f1 gain high``, ``pope/f1 gain p``, ``pope/f1 gain adjusted``; ``pope/f1 [random]`` is
-    one kind of question, ``pope/f1 hard`` the hard part. ``relative`` and ``pooled`` are written alike. A column is
-    there if some row has something in it. Numbers have four digits, p has four that count; those of quoted rows are
-    as the paper prints them.
+    one kind of question, ``pope hard`` the accuracy of its hard part. ``relative`` and ``pooled`` are written alike.
+    A column is there if some row has something in it. Numbers have four digits, p has four that count; those of quoted
+    rows are as the paper prints them.
     """
     lines = [_measured(row) for row in table.rows] + [_quoted(row) for row in table.quoted]
     first = [name for column in table.columns for name in _metric_names(column.key)]
@@ -77,8 +77,8 @@ def _values(row: Row) -> Iterator[tuple[str, Value]]:
     for key, kinds in row.by_type.items():
         for kind, value in kinds.items():
             yield f"{key} [{kind}]", value
-    for key, value in row.hard.items():
-        yield f"{key} hard", value
+    for task, value in row.hard.items():
+        yield f"{task} hard", value
     if row.relative is not None:
         yield "relative", row.relative
     if row.pooled is not None:

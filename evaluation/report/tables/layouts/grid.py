@@ -115,9 +115,9 @@ class Grid:
 def grid(table: Table, also: Sequence[str] = (), mark: str = "bold") -> Grid:
     """Return the table as it is printed.
 
-    Its columns: each benchmark's headline metric, with the hard part beside it; of a single benchmark the kinds of its
-    questions before; the relative average; what tuning gains, if a row is tuned; last, of several benchmarks, the
-    pooled accuracy.
+    Its columns: each benchmark's headline metric, with the accuracy of its hard part beside it; of a single benchmark
+    the kinds of its questions before; the relative average; what tuning gains, if a row is tuned; last, of several
+    benchmarks, the pooled accuracy.
 
     Args:
         table: what is drawn.
@@ -196,8 +196,8 @@ def _of_kinds(table: Table, column: Column, before: str) -> Iterator[Heading]:
 def _of_metric(table: Table, column: Column) -> Iterator[Heading]:
     digits, title = _digits(table, column), f"{column.task} {column.metric}"
     yield Heading("value", column.key, title, column.unit, column.higher, digits)
-    if any(column.key in row.hard for row in table.rows):
-        yield Heading("hard", column.key, f"{title}, hard part", column.unit, column.higher, digits)
+    if column.headline and any(column.task in row.hard for row in table.rows):
+        yield Heading("hard", column.task, f"{column.task} accuracy, hard part")
 
 
 def _digits(table: Table, column: Column) -> int:
