@@ -56,7 +56,10 @@ class WorkersConfig(Section):
         "machine",
     )
     devices: int | None = Field(
-        None, ge=1, description="processes, one a device; None is every GPU of this machine, or one process without any"
+        None,
+        ge=1,
+        description="processes, one a device; None is every GPU of this machine, or of Ray's cluster, or one process "
+        "without any",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of a process; None shares the cores")
     options: dict[str, Any] = Field(

@@ -1,13 +1,17 @@
 """Where a table's jobs run: what is the same everywhere, what a death costs, and what is asked of a cluster."""
 
 import os
+import signal
+from types import SimpleNamespace
 
 import pytest
 from test_tables import _registry, table  # noqa: F401 - a fixture
 
 from prunetune.configs import ConfigError, TableConfig
+from prunetune.scripts.tables import engines
 from prunetune.scripts.tables.cells import lay_out
-from prunetune.scripts.tables.engines import engine_of
+from prunetune.scripts.tables.engines import RayActors, engine_of
+from prunetune.scripts.tables.make import _train
 
 MORTAL = """
 import os, signal
@@ -48,7 +52,7 @@ def here(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("workers", "library"), [
-    ({"engine": "ray", "devices": 2, "options": {"num_cpus": 2, "include_dashboard": False}}, "ray"),
+    ({"engine": "ray", "devices": 2, "options": {"num_cpus": 1, "include_dashboard": False}}, "ray"),
     ({"engine": "submitit-local", "devices": 2, "options": {"timeout_min": 10}}, "submitit"),
 ])  # fmt: skip
 def test_every_engine_gives_the_same_results(tmp_path, here, workers, library):
@@ -59,6 +63,95 @@ def test_every_engine_gives_the_same_results(tmp_path, here, workers, library):
     assert results(config) == here
     where = {outcome.where for outcome in found.values()}
     assert f"{os.uname().nodename}:{os.getpid()}" not in where
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One Ray node with two GPUs, as far as Ray knows."""
+    ray = pytest.importorskip("ray")
+    ray.shutdown()  # an earlier test's
+    yield {"num_cpus": 4, "num_gpus": 2, "include_dashboard": False}
+    ray.shutdown()
+
+
+def idle() -> type:
+    """A class whose jobs do nothing, but say on which GPUs; not the module's, so Ray sends it as it stands here."""
+
+    class Idle:
+        def __init__(self, config):
+            pass
+
+        def run(self, job):
+            if job[1] == "poison":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return SimpleNamespace(job=job, error=None, gpus=os.environ["CUDA_VISIBLE_DEVICES"])
+
+    return Idle
+
+
+def on(options: dict, devices: int | None, names: str, each: int | None) -> dict:
+    """Run jobs of so many GPUs each on a cluster; Ray gets no more of the configuration than this."""
+    config = SimpleNamespace(workers=SimpleNamespace(devices=devices, options=options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "Worker", idle())
+        found = list(RayActors(config).run([("training", name) for name in names.split()], each))
+    assert sorted(outcome.job[1] for outcome in found) == sorted(names.split())
+    return {outcome.job[1]: outcome for outcome in found}
+
+
+@pytest.mark.parametrize(("devices", "each", "gpus"), [
+    (2, 2, {"0,1"}),  # two processes of two GPUs each have no room
+    (16, 1, {"0", "1"}),  # nor have sixteen of one
+    (None, None, {"0,1"}),  # each takes the whole node
+])  # fmt: skip
+def test_ray_has_no_more_actors_than_room(cluster, devices, each, gpus):
+    found = on(cluster, devices, "a b c", each)
+    assert {outcome.error for outcome in found.values()} == {None}
+    assert {outcome.gpus for outcome in found.values()} <= gpus
+
+
+def test_ray_works_beside_somebody_who_holds_a_gpu(cluster):
+    import ray
+
+    on(cluster, 1, "a", 1)  # begins it
+
+    @ray.remote(num_gpus=1)
+    class Other:
+        pass
+
+    other = Other.remote()
+    try:
+        ray.get(other.__ray_ready__.remote())
+        on(cluster, 2, "a b c", 1)
+    finally:
+        ray.kill(other)
+
+
+def test_ray_loses_the_job_alone_whose_process_dies(cluster):
+    found = on(cluster, 1, "a poison b", 1)
+    assert "its process died 2 times" in found.pop("poison").error
+    assert {outcome.error for outcome in found.values()} == {None}
+
+
+def test_a_recalibration_that_no_node_can_hold_is_refused(cluster):
+    with pytest.raises(ConfigError, match=r"takes 4 GPUs, and no node .* more than 2; set its `devices`"):
+        on(cluster, 8, "a", 4)
+
+
+@pytest.mark.parametrize("devices", [4, None])
+def test_a_recalibration_takes_the_devices_that_it_names(tmp_path, devices):
+    """However many processes there are."""
+    config = table(tmp_path, projectors=["tuned"], training={"devices": devices},
+                   workers={"engine": "ray", "devices": 16})  # fmt: skip
+    asked = []
+
+    class Engine:
+        def run(self, jobs, devices=1):
+            asked.append((jobs, devices))
+            return iter(())
+
+    assert _train(lay_out(config), Engine(), None) == ({}, 0)
+    assert asked == [([("training", "tiny/fastervlm_16"), ("training", "tiny/divprune_16")], devices)]
 
 
 @pytest.mark.usefixtures("_registry")

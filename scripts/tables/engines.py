@@ -23,8 +23,13 @@ LOST = "its process died {tries} times (killed, or out of memory); what it had a
 class Engine(Protocol):
     """Runs jobs anywhere; each goes on from what it finds on the disk."""
 
-    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
-        """Yield how each job ended, as they end; a job takes so many devices."""
+    def run(self, jobs: Sequence[Job], devices: int | None = 1) -> Iterator[Outcome]:
+        """Yield how each job ended, as they end.
+
+        Args:
+            jobs: all of one kind.
+            devices: how many each of them takes; None are those of a machine.
+        """
         ...
 
 
@@ -61,7 +66,7 @@ class Here:
         if config.workers.threads is not None:
             _limit_threads(config.workers.threads)
 
-    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
+    def run(self, jobs: Sequence[Job], devices: int | None = 1) -> Iterator[Outcome]:
         """Yield how each job ended."""
         for job in jobs:
             yield self.worker.run(job)
@@ -78,7 +83,7 @@ class Pool:
         self.config = config
         self.devices = devices_of(config)
 
-    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
+    def run(self, jobs: Sequence[Job], devices: int | None = 1) -> Iterator[Outcome]:
         """Yield how each job ended, as they end."""
         left = list(jobs)
         while left:
@@ -162,32 +167,69 @@ class RayActors:
         except ImportError:
             raise ConfigError("workers.engine is ray, which is not installed; pip install 'prunetune[ray]'") from None
         self.ray, self.config = ray, config
-        self.devices = devices_of(config)
 
-    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
-        """Yield how each job ended, as they end."""
+    def run(self, jobs: Sequence[Job], devices: int | None = 1) -> Iterator[Outcome]:
+        """Yield how each job ended, as they end.
+
+        Raises:
+            ConfigError: if ray.init does not take the options, or no node of the cluster has so many GPUs.
+        """
         if not self.ray.is_initialized():
             try:
                 self.ray.init(**{"logging_level": "ERROR", "log_to_driver": False, **self.config.workers.options})
             except (TypeError, ValueError, ConnectionError) as error:
                 raise ConfigError(f"workers.options: ray.init says {error}") from None
-        gpus = devices if self.ray.cluster_resources().get("GPU") else 0
+        gpus, places = self._room(devices)
         remote = self.ray.remote(num_gpus=gpus, num_cpus=1, max_restarts=-1, max_task_retries=TRIES - 1)(Worker)
-        actors: list[Any] = [remote.remote(self.config) for _ in range(min(self.devices, len(jobs)))]
-        waiting = list(jobs)
-        running: dict[Any, tuple[Any, Job]] = {}
-        for actor in actors:
-            job = waiting.pop(0)
-            running[actor.run.remote(job)] = (actor, job)
-        while running:
+        actors: list[Any] = [remote.remote(self.config) for _ in range(min(places, len(jobs)))]
+        try:
+            yield from self._work(actors, list(jobs))
+        finally:
+            for actor in actors:
+                self.ray.kill(actor)
+
+    def _room(self, devices: int | None) -> tuple[int, int]:
+        """Return how many GPUs an actor takes, and how many actors there are at once."""
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        most = max(int(node.get("GPU", 0)) for node in nodes)
+        gpus = (devices or most) if most else 0
+        if gpus > most:
+            raise ConfigError(
+                f"a recalibration takes {gpus} GPUs, and no node of Ray's cluster has more than {most}; "
+                "set its `devices`, as training: {devices: " + f"{most}" + "}"
+            )
+        # More actors than have room would wait for GPUs that the others keep to the end.
+        places = 0
+        for node in nodes:
+            cores = int(node.get("CPU", 0))
+            places += min(cores, int(node.get("GPU", 0)) // gpus) if gpus else cores
+        if places == 0:
+            raise ConfigError(f"no node of Ray's cluster has a core and {gpus} GPUs for a job; see `ray status`")
+        asked = self.config.workers.devices or (places * gpus if gpus else 1)
+        return gpus, min(places, max(1, asked // max(1, gpus)))
+
+    def _work(self, actors: list[Any], waiting: list[Job]) -> Iterator[Outcome]:
+        # An actor gets its first job when it has begun: somebody else may hold the GPU that it waits for.
+        running: dict[Any, tuple[Any, Job | None]] = {actor.__ray_ready__.remote(): (actor, None) for actor in actors}
+        left = len(waiting)
+        why = ""
+        while left and running:
             (ready,), _ = self.ray.wait(list(running), num_returns=1)
             actor, job = running.pop(ready)
-            yield self._outcome(ready, job)
+            if job is not None:
+                left -= 1
+                yield self._outcome(ready, job)
+            else:
+                try:
+                    self.ray.get(ready)
+                except self.ray.exceptions.RayError as error:
+                    why = str(error).strip().splitlines()[-1]  # what comes before it is a traceback
+                    continue
             if waiting:
                 job = waiting.pop(0)
                 running[actor.run.remote(job)] = (actor, job)
-        for actor in actors:
-            self.ray.kill(actor)
+        for job in waiting:
+            yield Outcome(job, f"no actor of Ray's could begin: {why}")
 
     def _outcome(self, ready: Any, job: Job) -> Outcome:
         try:
@@ -211,7 +253,7 @@ class Submitted:
         self.submitit, self.config = submitit, config
         self.devices = config.workers.devices or 1
 
-    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
+    def run(self, jobs: Sequence[Job], devices: int | None = 1) -> Iterator[Outcome]:
         """Yield how each job ended; those of one share come together."""
         cluster = "local" if self.config.workers.engine == "submitit-local" else "slurm"
         executor = self.submitit.AutoExecutor(folder=Path(self.config.output) / "submitit", cluster=cluster)
