@@ -51,18 +51,35 @@ def here(tmp_path_factory):
     return results(config)
 
 
-@pytest.mark.parametrize(("workers", "library"), [
-    ({"engine": "ray", "devices": 2, "options": {"num_cpus": 1, "include_dashboard": False}}, "ray"),
-    ({"engine": "submitit-local", "devices": 2, "options": {"timeout_min": 10}}, "submitit"),
-])  # fmt: skip
-def test_every_engine_gives_the_same_results(tmp_path, here, workers, library):
-    pytest.importorskip(library)
-    config = table(tmp_path, methods=["fastervlm"], features=False, limit=8, workers={"threads": 1, **workers})
+def test_ray_gives_the_same_results(tmp_path, here):
+    """With one core for two processes."""
+    pytest.importorskip("ray")
+    workers = {"engine": "ray", "threads": 1, "devices": 2, "options": {"num_cpus": 1, "include_dashboard": False}}
+    config = table(tmp_path, methods=["fastervlm"], features=False, limit=8, workers=workers)
     found = outcomes(config)
     assert all(outcome.error is None for outcome in found.values()), found
     assert results(config) == here
     where = {outcome.where for outcome in found.values()}
     assert f"{os.uname().nodename}:{os.getpid()}" not in where
+
+
+@pytest.mark.usefixtures("_registry")
+def test_a_share_that_dies_loses_the_cell_that_kills_it_alone(tmp_path, here):
+    """And what it had finished is neither failed nor done again."""
+    pytest.importorskip("submitit")
+    plugin = tmp_path / "mortal.py"
+    plugin.write_text(MORTAL.format(mark=str(tmp_path / "mark")))
+    always = {"pruner": "mortal", "options": {"always": True}, "name": "always"}
+    workers = {"engine": "submitit-local", "devices": 1, "threads": 1, "options": {"timeout_min": 10}}
+    config = table(tmp_path / "out", methods=[always, "fastervlm"], features=False, limit=8,
+                   plugins=[str(plugin)], workers=workers)  # fmt: skip
+    found = {name.split("/")[1]: outcome.error for name, outcome in outcomes(config).items()}
+    assert "its process died 2 times" in found.pop("always_16")
+    assert found == {"dense": None, "fastervlm_16": None}
+    cells = {cell.arm.row: cell.folder for cell in lay_out(config).cells}
+    assert [(cells[row] / "results.jsonl").read_bytes() for row in ("dense", "fastervlm_16")] == here
+    begun = list((tmp_path / "out" / "submitit").glob("*_submitted.pkl"))
+    assert len(begun) == 3  # the share, and two cells of it alone
 
 
 @pytest.fixture(scope="module")

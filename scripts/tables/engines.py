@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from prunetune.configs import ConfigError, TableConfig
 from prunetune.reading import one_line
+from prunetune.scripts.tables.cells import Plan, lay_out
+from prunetune.scripts.tables.state import is_evaluated, is_trained
 from prunetune.scripts.tables.work import Job, Outcome, Worker
 
 TRIES = 2
 """How often a job is begun whose process died; what it had answered by then is not answered again."""
 LOST = "its process died {tries} times (killed, or out of memory); what it had answered is kept, run the table again"
+POLL = 2.0
+"""Seconds between two looks at what submitit has started."""
 
 
 class Engine(Protocol):
@@ -253,30 +259,63 @@ class Submitted:
         self.submitit, self.config = submitit, config
         self.devices = config.workers.devices or 1
 
+    @cached_property
+    def plan(self) -> Plan:
+        """What is there already is seen by it."""
+        return lay_out(self.config)
+
     def run(self, jobs: Sequence[Job], devices: int | None = 1) -> Iterator[Outcome]:
-        """Yield how each job ended; those of one share come together."""
+        """Yield how each job ended; those of one share come together.
+
+        Raises:
+            ConfigError: if submitit does not take the options.
+        """
+        executor = self._executor()
+        shares = _shares(jobs, self.devices)
+        deaths: Counter[Job] = Counter()
+        while shares:
+            broken = yield from self._until_ended(executor, shares)
+            shares = []
+            for share in broken:
+                left = [job for job in share if not self._is_done(job)]
+                yield from (Outcome(job) for job in share if job not in left)
+                deaths.update(left[:1])  # jobs of a share run one after another: this one was running, or has failed
+                yield from (Outcome(job, LOST.format(tries=TRIES)) for job in left if deaths[job] >= TRIES)
+                shares += [[job] for job in left if deaths[job] < TRIES]  # alone, a job dies for itself
+
+    def _executor(self) -> Any:
         cluster = "local" if self.config.workers.engine == "submitit-local" else "slurm"
         executor = self.submitit.AutoExecutor(folder=Path(self.config.output) / "submitit", cluster=cluster)
         try:
             executor.update_parameters(**{"timeout_min": 24 * 60, **self.config.workers.options})
         except (TypeError, ValueError, NameError, NotImplementedError, RuntimeError) as error:
             raise ConfigError(f"workers.options: submitit says {one_line(error)}") from None
-        left = {tuple(share): 0 for share in _shares(jobs, self.devices)}
-        while left:
-            submitted = executor.map_array(_run_share, [self.config] * len(left), [list(share) for share in left])
-            shares = dict(zip(submitted, left, strict=True))
-            again = {}
-            for task in self.submitit.helpers.as_completed(submitted):
-                share = shares[task]
-                try:
-                    yield from task.result()
-                except (self.submitit.core.utils.UncompletedJobError, self.submitit.core.utils.FailedJobError):
-                    again[share] = left[share] + 1
-            lost = {share: tries for share, tries in again.items() if tries >= TRIES}
-            for share in lost:
-                for job in share:
-                    yield Outcome(job, LOST.format(tries=TRIES))
-            left = {share: tries for share, tries in again.items() if share not in lost}
+        return executor
+
+    def _until_ended(self, executor: Any, shares: list[list[Job]]) -> Generator[Outcome, None, list[list[Job]]]:
+        """Yield the outcomes of shares, ``devices`` of them at once; return those whose process died."""
+        waiting, broken = list(shares), []
+        running: dict[Any, list[Job]] = {}
+        while waiting or running:
+            room = self.devices - len(running)
+            begun, waiting = waiting[:room], waiting[room:]
+            if begun:
+                submitted = executor.map_array(_run_share, [self.config] * len(begun), begun)
+                running |= zip(submitted, begun, strict=True)
+            task = next(self.submitit.helpers.as_completed(list(running), poll_frequency=POLL))
+            share = running.pop(task)
+            try:
+                yield from task.result()
+            except self.submitit.core.utils.UncompletedJobError:
+                broken.append(share)
+        return broken
+
+    def _is_done(self, job: Job) -> bool:
+        """Return whether a job whose outcome was lost has finished; of features nothing tells, and they go on."""
+        kind, name = job
+        if kind == "cell":
+            return any(is_evaluated(cell) for cell in self.plan.cells if cell.name == name)
+        return kind == "training" and any(is_trained(one) for one in self.plan.trainings if one.name == name)
 
 
 def _shares(jobs: Sequence[Job], number: int) -> list[list[Job]]:
