@@ -48,7 +48,7 @@ class TableMethod(Section):
 
 
 class WorkersConfig(Section):
-    """Where arms are evaluated."""
+    """Where arms are evaluated, and on Ray and Slurm recalibrated."""
 
     engine: Literal["local", "ray", "slurm", "submitit-local"] = Field(
         "local",
@@ -66,6 +66,11 @@ class WorkersConfig(Section):
         default_factory=dict,
         description="of the engine: of ray.init, as {address: auto}; of submitit's executor, as {slurm_partition: gpu, "
         "timeout_min: 240}",
+    )
+    training_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="of submitit's executor for a recalibration, on top of `options` with its own devices as "
+        "gpus_per_node; null takes one away",
     )
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from test_tables import _registry, table  # noqa: F401 - a fixture
@@ -12,6 +13,7 @@ from prunetune.scripts.tables import engines
 from prunetune.scripts.tables.cells import lay_out
 from prunetune.scripts.tables.engines import RayActors, engine_of
 from prunetune.scripts.tables.make import _train
+from prunetune.scripts.tables.work import Outcome
 
 MORTAL = """
 import os, signal
@@ -187,10 +189,92 @@ def test_a_process_that_dies_loses_its_cell_at_most(tmp_path, here):
 
 @pytest.mark.parametrize(("workers", "message"), [
     ({"options": {"address": "auto"}}, "belong to ray and slurm"),
-    ({"engine": "submitit-local", "options": {"slurm_nonsense": 1}}, "submitit says"),
+    ({"engine": "ray", "training_options": {"gpus_per_node": 8}}, "training_options .* belong to slurm; ray has none"),
+    ({"engine": "submitit-local", "options": {"slurm_nonsense": 1}}, "workers.options: submitit says"),
+    ({"engine": "submitit-local", "options": {"gpus_per_node": "two"}}, "workers.options: submitit says"),
 ])  # fmt: skip
 def test_options_of_an_engine_are_checked(tmp_path, workers, message):
-    if workers.get("engine"):
+    if workers.get("engine") == "submitit-local":
         pytest.importorskip("submitit")
     with pytest.raises(ConfigError, match=message):
         list(engine_of(table(tmp_path, workers=workers)).run([("cell", "tiny/dense/tiny_world")]))
+
+
+class Ended:
+    """A job of submitit's, which is done."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def done(self):
+        return True
+
+    def result(self):
+        return [Outcome(job) for job in self.share]
+
+
+class FakeSlurm:
+    """Stands for submitit's executor: takes the options that real ones take, and ends every job at once."""
+
+    parameters: ClassVar[list[dict]] = []
+    arrays: ClassVar[list[list]] = []
+
+    def __init__(self, folder, cluster):
+        assert cluster == "slurm"
+
+    def update_parameters(self, **options):
+        self.parameters.append(options)
+
+    def map_array(self, run, configs, shares):
+        self.arrays.append(shares)
+        return [Ended(share) for share in shares]
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit, "AutoExecutor", FakeSlurm)
+    monkeypatch.setattr(FakeSlurm, "parameters", [])
+    monkeypatch.setattr(FakeSlurm, "arrays", [])
+    return FakeSlurm
+
+
+@pytest.mark.parametrize(("devices", "options", "training_options", "asked"), [
+    (4, {"gpus_per_node": 1}, {}, {"gpus_per_node": 4}),
+    (4, {"slurm_gpus_per_node": 1, "mem_gb": 64}, {"mem_gb": 200}, {"gpus_per_node": 4, "mem_gb": 200}),
+    (4, {"slurm_gres": "gpu:1"}, {"slurm_gres": "gpu:4", "gpus_per_node": None},
+     {"slurm_gres": "gpu:4", "gpus_per_node": None}),
+    (None, {"gpus_per_node": 2}, {}, {"gpus_per_node": 2}),
+])  # fmt: skip
+def test_a_training_by_slurm_asks_for_its_own_gpus(tmp_path, slurm, devices, options, training_options, asked):
+    workers = {"engine": "slurm", "devices": 8, "options": options, "training_options": training_options}
+    engine = engine_of(table(tmp_path, workers=workers))
+    jobs = [("training", str(number)) for number in range(3)]
+    assert sorted(outcome.job for outcome in engine.run(jobs, devices)) == jobs
+    list(engine.run([("cell", str(number)) for number in range(9)]))
+    training, cell = slurm.parameters
+    assert training == {"timeout_min": 24 * 60, **asked} and cell == {"timeout_min": 24 * 60, **options}
+
+
+def test_jobs_by_slurm_come_in_arrays_no_wider_than_devices(tmp_path, slurm):
+    engine = engine_of(table(tmp_path, workers={"engine": "slurm", "devices": 8}))
+    names = [str(number) for number in range(5)]
+    trainings, cells = [("training", name) for name in names], [("cell", name) for name in [*names, *"56789"]]
+    assert len(list(engine.run(trainings, 4))) == 5
+    # A job each, two of four GPUs at once; one more as one ends.
+    assert slurm.arrays == [[[trainings[0]], [trainings[1]]], *([[job]] for job in trainings[2:])]
+    slurm.arrays.clear()
+    assert len(list(engine.run(cells))) == 10
+    assert slurm.arrays == [[cells[start : start + 2] for start in range(0, 10, 2)]]
+
+
+def test_what_slurm_refuses_is_one_line(tmp_path, slurm, monkeypatch):
+    import submitit
+
+    def refuse(*_):
+        raise submitit.core.utils.FailedJobError("sbatch: error: invalid partition specified: gqu\n")
+
+    monkeypatch.setattr(slurm, "map_array", refuse)
+    engine = engine_of(table(tmp_path, workers={"engine": "slurm"}))
+    with pytest.raises(ConfigError, match="^Slurm refuses .* invalid partition specified: gqu$"):
+        list(engine.run([("cell", "any")]))

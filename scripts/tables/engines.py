@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prunetune.configs import ConfigError, TableConfig
+from prunetune.configs.table import WorkersConfig
 from prunetune.reading import one_line
 from prunetune.scripts.tables.cells import Plan, lay_out
 from prunetune.scripts.tables.state import is_evaluated, is_trained
@@ -46,6 +47,10 @@ def engine_of(config: TableConfig) -> Engine:
         ConfigError: if its library is not installed, or its options are wrong.
     """
     workers = config.workers
+    if workers.training_options and workers.engine not in ("slurm", "submitit-local"):
+        raise ConfigError(
+            f"workers.training_options {sorted(workers.training_options)} belong to slurm; {workers.engine} has none"
+        )
     if workers.engine == "ray":
         return RayActors(config)
     if workers.engine in ("slurm", "submitit-local"):
@@ -265,16 +270,20 @@ class Submitted:
         return lay_out(self.config)
 
     def run(self, jobs: Sequence[Job], devices: int | None = 1) -> Iterator[Outcome]:
-        """Yield how each job ended; those of one share come together.
+        """Yield how each job ended; those of one share come together. A training is a job of its own.
 
         Raises:
-            ConfigError: if submitit does not take the options.
+            ConfigError: if submitit or Slurm does not take the options.
         """
-        executor = self._executor()
-        shares = _shares(jobs, self.devices)
+        workers = self.config.workers
+        training = any(kind == "training" for kind, _ in jobs)
+        options = training_options(workers, devices) if training else workers.options
+        executor = self._executor(options, "workers.options and training_options" if training else "workers.options")
+        at_once = max(1, self.devices // (options.get("gpus_per_node") or 1)) if training else self.devices
+        shares = [[job] for job in jobs] if training else _shares(jobs, self.devices)
         deaths: Counter[Job] = Counter()
         while shares:
-            broken = yield from self._until_ended(executor, shares)
+            broken = yield from self._until_ended(executor, shares, at_once)
             shares = []
             for share in broken:
                 left = [job for job in share if not self._is_done(job)]
@@ -283,24 +292,26 @@ class Submitted:
                 yield from (Outcome(job, LOST.format(tries=TRIES)) for job in left if deaths[job] >= TRIES)
                 shares += [[job] for job in left if deaths[job] < TRIES]  # alone, a job dies for itself
 
-    def _executor(self) -> Any:
+    def _executor(self, options: dict[str, Any], field: str) -> Any:
         cluster = "local" if self.config.workers.engine == "submitit-local" else "slurm"
         executor = self.submitit.AutoExecutor(folder=Path(self.config.output) / "submitit", cluster=cluster)
         try:
-            executor.update_parameters(**{"timeout_min": 24 * 60, **self.config.workers.options})
-        except (TypeError, ValueError, NameError, NotImplementedError, RuntimeError) as error:
-            raise ConfigError(f"workers.options: submitit says {one_line(error)}") from None
+            executor.update_parameters(**{"timeout_min": 24 * 60, **options})
+        except (AssertionError, TypeError, ValueError, NameError, NotImplementedError, RuntimeError) as error:
+            raise ConfigError(f"{field}: submitit says {one_line(error)}") from None
         return executor
 
-    def _until_ended(self, executor: Any, shares: list[list[Job]]) -> Generator[Outcome, None, list[list[Job]]]:
-        """Yield the outcomes of shares, ``devices`` of them at once; return those whose process died."""
+    def _until_ended(
+        self, executor: Any, shares: list[list[Job]], at_once: int
+    ) -> Generator[Outcome, None, list[list[Job]]]:
+        """Yield the outcomes of shares, so many of them at once; return those whose process died."""
         waiting, broken = list(shares), []
         running: dict[Any, list[Job]] = {}
         while waiting or running:
-            room = self.devices - len(running)
+            room = at_once - len(running)
             begun, waiting = waiting[:room], waiting[room:]
             if begun:
-                submitted = executor.map_array(_run_share, [self.config] * len(begun), begun)
+                submitted = self._submit(executor, begun)
                 running |= zip(submitted, begun, strict=True)
             task = next(self.submitit.helpers.as_completed(list(running), poll_frequency=POLL))
             share = running.pop(task)
@@ -310,12 +321,33 @@ class Submitted:
                 broken.append(share)
         return broken
 
+    def _submit(self, executor: Any, shares: list[list[Job]]) -> list[Any]:
+        errors = self.submitit.core.utils
+        try:
+            return list(executor.map_array(_run_share, [self.config] * len(shares), shares))
+        except (errors.FailedJobError, errors.FailedSubmissionError) as error:  # sbatch's own exit status
+            raise ConfigError(f"Slurm refuses jobs with these workers.options: {one_line(error)}") from None
+
     def _is_done(self, job: Job) -> bool:
         """Return whether a job whose outcome was lost has finished; of features nothing tells, and they go on."""
         kind, name = job
         if kind == "cell":
             return any(is_evaluated(cell) for cell in self.plan.cells if cell.name == name)
         return kind == "training" and any(is_trained(one) for one in self.plan.trainings if one.name == name)
+
+
+def training_options(workers: WorkersConfig, devices: int | None) -> dict[str, Any]:
+    """Return what a training asks submitit's executor for.
+
+    Args:
+        workers: of the YAML.
+        devices: that the training names; where it names none, it takes what ``workers.options`` give a job.
+    """
+    options = dict(workers.options)
+    if devices is not None:
+        options.pop("slurm_gpus_per_node", None)  # it would win
+        options["gpus_per_node"] = devices
+    return {**options, **workers.training_options}
 
 
 def _shares(jobs: Sequence[Job], number: int) -> list[list[Job]]:
