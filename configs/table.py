@@ -48,7 +48,7 @@ class TableMethod(Section):
 
 
 class WorkersConfig(Section):
-    """Where arms are evaluated."""
+    """Where arms are evaluated, and on Ray and Slurm recalibrated."""
 
     engine: Literal["local", "ray", "slurm", "submitit-local"] = Field(
         "local",
@@ -56,13 +56,21 @@ class WorkersConfig(Section):
         "machine",
     )
     devices: int | None = Field(
-        None, ge=1, description="processes, one a device; None is every GPU of this machine, or one process without any"
+        None,
+        ge=1,
+        description="processes, one a device; None is every GPU of this machine, or of Ray's cluster, or one process "
+        "without any",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of a process; None shares the cores")
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="of the engine: of ray.init, as {address: auto}; of submitit's executor, as {slurm_partition: gpu, "
         "timeout_min: 240}",
+    )
+    training_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="of submitit's executor for a recalibration, on top of `options` with its own devices as "
+        "gpus_per_node; null takes one away",
     )
 
 

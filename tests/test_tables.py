@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import time
 
@@ -16,7 +15,6 @@ from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.pruning import registered_methods, registry
 from prunetune.scripts.tables.cells import lay_out
 from prunetune.scripts.tables.cost import plan_text, questions_of
-from prunetune.scripts.tables.engines import engine_of
 from prunetune.scripts.tables.live import Progress
 from prunetune.scripts.tables.make import make_table
 from prunetune.scripts.tables.state import is_evaluated, is_trained
@@ -248,24 +246,14 @@ def test_an_edited_cell_is_not_taken_for_finished(made, tmp_path):
     assert is_evaluated(cell)
 
 
-MORTAL = """
-import os, signal
-from dataclasses import dataclass
-from pathlib import Path
+BROKEN = """
 from prunetune.pruning.methods.fastervlm import FasterVLM
 from prunetune.pruning.registry import register_pruner
 
-@register_pruner("mortal", paper="none")
-@dataclass(frozen=True)
-class Mortal(FasterVLM):
-    always: bool = False
-
+@register_pruner("broken", paper="none")
+class Broken(FasterVLM):
     def __call__(self, tokens, keep):
-        mark = Path({mark!r})
-        if self.always or not mark.exists():
-            mark.write_text("")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(tokens, keep)
+        raise ValueError("no such thing")
 """
 
 
@@ -277,57 +265,9 @@ def _registry(monkeypatch):
     monkeypatch.setattr(plugins, "_LOADED", dict(plugins._LOADED))
 
 
-def outcomes(config: TableConfig) -> dict:
-    cells = [cell.name for cell in lay_out(config).cells]
-    return {outcome.job[1]: outcome for outcome in engine_of(config).run([("cell", name) for name in cells])}
-
-
-def results(config: TableConfig) -> list[bytes]:
-    return [(cell.folder / "results.jsonl").read_bytes() for cell in lay_out(config).cells]
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """Two cells as this process fills them."""
-    config = table(tmp_path_factory.mktemp("here"), methods=["fastervlm"], features=False, limit=16)
-    assert all(outcome.error is None for outcome in outcomes(config).values())
-    return results(config)
-
-
-@pytest.mark.parametrize(("workers", "library"), [
-    ({"engine": "ray", "devices": 2, "options": {"num_cpus": 2, "include_dashboard": False}}, "ray"),
-    ({"engine": "submitit-local", "devices": 2, "options": {"timeout_min": 10}}, "submitit"),
-])  # fmt: skip
-def test_every_engine_gives_the_same_results(tmp_path, here, workers, library):
-    pytest.importorskip(library)
-    config = table(tmp_path, methods=["fastervlm"], features=False, limit=16, workers={"threads": 1, **workers})
-    found = outcomes(config)
-    assert all(outcome.error is None for outcome in found.values()), found
-    assert results(config) == here
-    where = {outcome.where for outcome in found.values()}
-    assert f"{os.uname().nodename}:{os.getpid()}" not in where
-
-
-def test_a_process_that_dies_loses_its_cell_at_most(tmp_path, _registry):
-    plugin = tmp_path / "mortal.py"
-    plugin.write_text(MORTAL.format(mark=str(tmp_path / "mark")))
-    always = {"pruner": "mortal", "options": {"always": True}, "name": "always"}
-    config = table(tmp_path / "out", methods=["mortal", always, "fastervlm"], features=False, limit=16,
-                   plugins=[str(plugin)], workers={"devices": 2, "threads": 1})  # fmt: skip
-    found = {name.split("/")[1]: outcome.error for name, outcome in outcomes(config).items()}
-    assert found.pop("always_16") == "its process died 2 times (killed, or out of memory); what it had answered is " \
-                                     "kept, run the table again"  # fmt: skip
-    assert found == {"dense": None, "mortal_16": None, "fastervlm_16": None}
-    cells = {cell.arm.row: cell.folder / "results.jsonl" for cell in lay_out(config).cells}
-    assert cells["mortal_16"].read_text() == cells["fastervlm_16"].read_text()
-
-
 def test_an_arm_that_fails_does_not_stop_the_others_and_is_told(tmp_path, _registry, capsys):
     plugin = tmp_path / "broken.py"
-    plugin.write_text(
-        MORTAL.replace("mortal", "broken").format(mark="").replace("os.kill(os.getpid(), signal.SIGKILL)", "pass")
-        .replace("mark = Path('')", "raise ValueError('no such thing')")
-    )  # fmt: skip
+    plugin.write_text(BROKEN)
     config = table(tmp_path / "out", methods=["broken", "fastervlm"], features=False, limit=8, plugins=[str(plugin)])
     ended = make_table(config)
     assert list(ended.failed) == ["tiny/broken_16/tiny_world"]
@@ -335,17 +275,6 @@ def test_an_arm_that_fails_does_not_stop_the_others_and_is_told(tmp_path, _regis
     assert (tmp_path / "out" / "failures" / "cell-tiny-broken_16-tiny_world.txt").is_file()
     written = (tmp_path / "out" / "table.csv").read_text()
     assert "fastervlm" in written and "broken" not in written.replace("broken_16 failed", "")
-
-
-@pytest.mark.parametrize(("workers", "message"), [
-    ({"options": {"address": "auto"}}, "belong to ray and slurm"),
-    ({"engine": "submitit-local", "options": {"slurm_nonsense": 1}}, "submitit says"),
-])  # fmt: skip
-def test_options_of_an_engine_are_checked(tmp_path, workers, message):
-    if workers.get("engine"):
-        pytest.importorskip("submitit")
-    with pytest.raises(ConfigError, match=message):
-        list(engine_of(table(tmp_path, workers=workers)).run([("cell", "tiny/dense/tiny_world")]))
 
 
 def test_an_unfinished_training_fails_its_own_rows_alone(tmp_path, monkeypatch):

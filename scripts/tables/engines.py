@@ -5,26 +5,38 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from prunetune.configs import ConfigError, TableConfig
+from prunetune.configs.table import WorkersConfig
 from prunetune.reading import one_line
+from prunetune.scripts.tables.cells import Plan, lay_out
+from prunetune.scripts.tables.state import is_evaluated, is_trained
 from prunetune.scripts.tables.work import Job, Outcome, Worker
 
 TRIES = 2
 """How often a job is begun whose process died; what it had answered by then is not answered again."""
 LOST = "its process died {tries} times (killed, or out of memory); what it had answered is kept, run the table again"
+POLL = 2.0
+"""Seconds between two looks at what submitit has started."""
 
 
 class Engine(Protocol):
     """Runs jobs anywhere; each goes on from what it finds on the disk."""
 
-    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
-        """Yield how each job ended, as they end; a job takes so many devices."""
+    def run(self, jobs: Sequence[Job], devices: int | None = 1) -> Iterator[Outcome]:
+        """Yield how each job ended, as they end.
+
+        Args:
+            jobs: all of one kind.
+            devices: how many each of them takes; None are those of a machine.
+        """
         ...
 
 
@@ -35,6 +47,10 @@ def engine_of(config: TableConfig) -> Engine:
         ConfigError: if its library is not installed, or its options are wrong.
     """
     workers = config.workers
+    if workers.training_options and workers.engine not in ("slurm", "submitit-local"):
+        raise ConfigError(
+            f"workers.training_options {sorted(workers.training_options)} belong to slurm; {workers.engine} has none"
+        )
     if workers.engine == "ray":
         return RayActors(config)
     if workers.engine in ("slurm", "submitit-local"):
@@ -61,7 +77,7 @@ class Here:
         if config.workers.threads is not None:
             _limit_threads(config.workers.threads)
 
-    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
+    def run(self, jobs: Sequence[Job], devices: int | None = 1) -> Iterator[Outcome]:
         """Yield how each job ended."""
         for job in jobs:
             yield self.worker.run(job)
@@ -78,7 +94,7 @@ class Pool:
         self.config = config
         self.devices = devices_of(config)
 
-    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
+    def run(self, jobs: Sequence[Job], devices: int | None = 1) -> Iterator[Outcome]:
         """Yield how each job ended, as they end."""
         left = list(jobs)
         while left:
@@ -162,32 +178,69 @@ class RayActors:
         except ImportError:
             raise ConfigError("workers.engine is ray, which is not installed; pip install 'prunetune[ray]'") from None
         self.ray, self.config = ray, config
-        self.devices = devices_of(config)
 
-    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
-        """Yield how each job ended, as they end."""
+    def run(self, jobs: Sequence[Job], devices: int | None = 1) -> Iterator[Outcome]:
+        """Yield how each job ended, as they end.
+
+        Raises:
+            ConfigError: if ray.init does not take the options, or no node of the cluster has so many GPUs.
+        """
         if not self.ray.is_initialized():
             try:
                 self.ray.init(**{"logging_level": "ERROR", "log_to_driver": False, **self.config.workers.options})
             except (TypeError, ValueError, ConnectionError) as error:
                 raise ConfigError(f"workers.options: ray.init says {error}") from None
-        gpus = devices if self.ray.cluster_resources().get("GPU") else 0
+        gpus, places = self._room(devices)
         remote = self.ray.remote(num_gpus=gpus, num_cpus=1, max_restarts=-1, max_task_retries=TRIES - 1)(Worker)
-        actors: list[Any] = [remote.remote(self.config) for _ in range(min(self.devices, len(jobs)))]
-        waiting = list(jobs)
-        running: dict[Any, tuple[Any, Job]] = {}
-        for actor in actors:
-            job = waiting.pop(0)
-            running[actor.run.remote(job)] = (actor, job)
-        while running:
+        actors: list[Any] = [remote.remote(self.config) for _ in range(min(places, len(jobs)))]
+        try:
+            yield from self._work(actors, list(jobs))
+        finally:
+            for actor in actors:
+                self.ray.kill(actor)
+
+    def _room(self, devices: int | None) -> tuple[int, int]:
+        """Return how many GPUs an actor takes, and how many actors there are at once."""
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        most = max(int(node.get("GPU", 0)) for node in nodes)
+        gpus = (devices or most) if most else 0
+        if gpus > most:
+            raise ConfigError(
+                f"a recalibration takes {gpus} GPUs, and no node of Ray's cluster has more than {most}; "
+                "set its `devices`, as training: {devices: " + f"{most}" + "}"
+            )
+        # More actors than have room would wait for GPUs that the others keep to the end.
+        places = 0
+        for node in nodes:
+            cores = int(node.get("CPU", 0))
+            places += min(cores, int(node.get("GPU", 0)) // gpus) if gpus else cores
+        if places == 0:
+            raise ConfigError(f"no node of Ray's cluster has a core and {gpus} GPUs for a job; see `ray status`")
+        asked = self.config.workers.devices or (places * gpus if gpus else 1)
+        return gpus, min(places, max(1, asked // max(1, gpus)))
+
+    def _work(self, actors: list[Any], waiting: list[Job]) -> Iterator[Outcome]:
+        # An actor gets its first job when it has begun: somebody else may hold the GPU that it waits for.
+        running: dict[Any, tuple[Any, Job | None]] = {actor.__ray_ready__.remote(): (actor, None) for actor in actors}
+        left = len(waiting)
+        why = ""
+        while left and running:
             (ready,), _ = self.ray.wait(list(running), num_returns=1)
             actor, job = running.pop(ready)
-            yield self._outcome(ready, job)
+            if job is not None:
+                left -= 1
+                yield self._outcome(ready, job)
+            else:
+                try:
+                    self.ray.get(ready)
+                except self.ray.exceptions.RayError as error:
+                    why = str(error).strip().splitlines()[-1]  # what comes before it is a traceback
+                    continue
             if waiting:
                 job = waiting.pop(0)
                 running[actor.run.remote(job)] = (actor, job)
-        for actor in actors:
-            self.ray.kill(actor)
+        for job in waiting:
+            yield Outcome(job, f"no actor of Ray's could begin: {why}")
 
     def _outcome(self, ready: Any, job: Job) -> Outcome:
         try:
@@ -211,30 +264,90 @@ class Submitted:
         self.submitit, self.config = submitit, config
         self.devices = config.workers.devices or 1
 
-    def run(self, jobs: Sequence[Job], devices: int = 1) -> Iterator[Outcome]:
-        """Yield how each job ended; those of one share come together."""
+    @cached_property
+    def plan(self) -> Plan:
+        """What is there already is seen by it."""
+        return lay_out(self.config)
+
+    def run(self, jobs: Sequence[Job], devices: int | None = 1) -> Iterator[Outcome]:
+        """Yield how each job ended; those of one share come together. A training is a job of its own.
+
+        Raises:
+            ConfigError: if submitit or Slurm does not take the options.
+        """
+        workers = self.config.workers
+        training = any(kind == "training" for kind, _ in jobs)
+        options = training_options(workers, devices) if training else workers.options
+        executor = self._executor(options, "workers.options and training_options" if training else "workers.options")
+        at_once = max(1, self.devices // (options.get("gpus_per_node") or 1)) if training else self.devices
+        shares = [[job] for job in jobs] if training else _shares(jobs, self.devices)
+        deaths: Counter[Job] = Counter()
+        while shares:
+            broken = yield from self._until_ended(executor, shares, at_once)
+            shares = []
+            for share in broken:
+                left = [job for job in share if not self._is_done(job)]
+                yield from (Outcome(job) for job in share if job not in left)
+                deaths.update(left[:1])  # jobs of a share run one after another: this one was running, or has failed
+                yield from (Outcome(job, LOST.format(tries=TRIES)) for job in left if deaths[job] >= TRIES)
+                shares += [[job] for job in left if deaths[job] < TRIES]  # alone, a job dies for itself
+
+    def _executor(self, options: dict[str, Any], field: str) -> Any:
         cluster = "local" if self.config.workers.engine == "submitit-local" else "slurm"
         executor = self.submitit.AutoExecutor(folder=Path(self.config.output) / "submitit", cluster=cluster)
         try:
-            executor.update_parameters(**{"timeout_min": 24 * 60, **self.config.workers.options})
-        except (TypeError, ValueError, NameError, NotImplementedError, RuntimeError) as error:
-            raise ConfigError(f"workers.options: submitit says {one_line(error)}") from None
-        left = {tuple(share): 0 for share in _shares(jobs, self.devices)}
-        while left:
-            submitted = executor.map_array(_run_share, [self.config] * len(left), [list(share) for share in left])
-            shares = dict(zip(submitted, left, strict=True))
-            again = {}
-            for task in self.submitit.helpers.as_completed(submitted):
-                share = shares[task]
-                try:
-                    yield from task.result()
-                except (self.submitit.core.utils.UncompletedJobError, self.submitit.core.utils.FailedJobError):
-                    again[share] = left[share] + 1
-            lost = {share: tries for share, tries in again.items() if tries >= TRIES}
-            for share in lost:
-                for job in share:
-                    yield Outcome(job, LOST.format(tries=TRIES))
-            left = {share: tries for share, tries in again.items() if share not in lost}
+            executor.update_parameters(**{"timeout_min": 24 * 60, **options})
+        except (AssertionError, TypeError, ValueError, NameError, NotImplementedError, RuntimeError) as error:
+            raise ConfigError(f"{field}: submitit says {one_line(error)}") from None
+        return executor
+
+    def _until_ended(
+        self, executor: Any, shares: list[list[Job]], at_once: int
+    ) -> Generator[Outcome, None, list[list[Job]]]:
+        """Yield the outcomes of shares, so many of them at once; return those whose process died."""
+        waiting, broken = list(shares), []
+        running: dict[Any, list[Job]] = {}
+        while waiting or running:
+            room = at_once - len(running)
+            begun, waiting = waiting[:room], waiting[room:]
+            if begun:
+                submitted = self._submit(executor, begun)
+                running |= zip(submitted, begun, strict=True)
+            task = next(self.submitit.helpers.as_completed(list(running), poll_frequency=POLL))
+            share = running.pop(task)
+            try:
+                yield from task.result()
+            except self.submitit.core.utils.UncompletedJobError:
+                broken.append(share)
+        return broken
+
+    def _submit(self, executor: Any, shares: list[list[Job]]) -> list[Any]:
+        errors = self.submitit.core.utils
+        try:
+            return list(executor.map_array(_run_share, [self.config] * len(shares), shares))
+        except (errors.FailedJobError, errors.FailedSubmissionError) as error:  # sbatch's own exit status
+            raise ConfigError(f"Slurm refuses jobs with these workers.options: {one_line(error)}") from None
+
+    def _is_done(self, job: Job) -> bool:
+        """Return whether a job whose outcome was lost has finished; of features nothing tells, and they go on."""
+        kind, name = job
+        if kind == "cell":
+            return any(is_evaluated(cell) for cell in self.plan.cells if cell.name == name)
+        return kind == "training" and any(is_trained(one) for one in self.plan.trainings if one.name == name)
+
+
+def training_options(workers: WorkersConfig, devices: int | None) -> dict[str, Any]:
+    """Return what a training asks submitit's executor for.
+
+    Args:
+        workers: of the YAML.
+        devices: that the training names; where it names none, it takes what ``workers.options`` give a job.
+    """
+    options = dict(workers.options)
+    if devices is not None:
+        options.pop("slurm_gpus_per_node", None)  # it would win
+        options["gpus_per_node"] = devices
+    return {**options, **workers.training_options}
 
 
 def _shares(jobs: Sequence[Job], number: int) -> list[list[Job]]:

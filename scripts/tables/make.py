@@ -17,7 +17,7 @@ from prunetune.screen import libraries_in, say
 from prunetune.scripts.tables.cells import Cell, Plan, Training, lay_out
 from prunetune.scripts.tables.check import impossible
 from prunetune.scripts.tables.cost import Questions, plan_text, questions_of
-from prunetune.scripts.tables.engines import Engine, devices_of, engine_of
+from prunetune.scripts.tables.engines import Engine, engine_of
 from prunetune.scripts.tables.live import Progress, shown
 from prunetune.scripts.tables.report import write_table
 from prunetune.scripts.tables.state import is_evaluated, is_trained
@@ -115,8 +115,12 @@ def _train(plan: Plan, engine: Engine, folder: OutputFolder) -> tuple[dict[str, 
         say(f"training {len(todo)} projector{'s' * (len(todo) > 1)}")
         others, status = train_missing(plan.config, todo, folder)
         return {**failed, **others}, status
-    devices = todo[0].config.devices or devices_of(plan.config)
-    return {**failed, **_run(engine, [("training", one.name) for one in todo], _say_outcome, devices)}, 0
+    jobs: dict[int | None, list[Job]] = {}
+    for training in todo:
+        jobs.setdefault(training.config.devices, []).append(("training", training.name))
+    for devices, alike in jobs.items():
+        failed |= _run(engine, alike, _say_outcome, devices)
+    return failed, 0
 
 
 def _encode(plan: Plan, engine: Engine, progress: Progress) -> dict[str, str]:
@@ -161,7 +165,7 @@ def _tuned_cells(plan: Plan) -> Iterable[tuple[Cell, str]]:
             yield cell, cell.arm.training.name
 
 
-def _run(engine: Engine, jobs: list[Job], note: Callable[[Outcome], None], devices: int = 1) -> dict[str, str]:
+def _run(engine: Engine, jobs: list[Job], note: Callable[[Outcome], None], devices: int | None = 1) -> dict[str, str]:
     """Run jobs and tell of each as it ends; return why some failed, by their names."""
     failed = {}
     if jobs:
