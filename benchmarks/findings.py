@@ -70,7 +70,7 @@ def main() -> None:
         return
     if not options.report:
         for group in chosen:
-            runner.run(group if group.name != CHOSEN else filled(plan, runner)[names.index(CHOSEN)])
+            runner.run(filled(plan, runner)[names.index(group.name)] if group.name in CHOSEN else group)
     from findings_study.page import write_page  # it draws, which training does not need
 
     write_page(ROOT / "docs", runner, options.seeds)

@@ -87,8 +87,8 @@ def training_key(recipe: Recipe, world: str, pool: int) -> str:
     return hash_of(["training", STUDY, world, pool, recipe.settings()])
 
 
-CHOSEN = "chosen"
-"""The group whose recipe is known when validation scenes have chosen it, see :mod:`findings_study.tries`."""
+CHOSEN = {"chosen": LONG, "longer": 2 * LONG}
+"""Groups whose recipe, of so many updates, is known when validation scenes have chosen it: :mod:`findings_study.tries`."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,8 @@ def groups(seeds: int = 3) -> list[Group]:
         ("controls", "tuned on dense pictures, on random positions, the mean of specialists", _controls(every)),
         ("choices", "who chooses: the tuned projector or the original one", _choices(every)),
         ("tries", "other elastic recipes, one seed, on validation scenes", _tries()),
-        (CHOSEN, "the best of these of 1,000 updates, on test scenes", iter(())),
+        ("chosen", "the best of these of 1,000 updates, on test scenes", iter(())),
+        ("longer", "the best of these of 2,000 updates, on test scenes", iter(())),
         ("objectives", "what is trained towards", _objectives(every)),
         ("data", "how many questions", _data(every)),
         ("rates", "learning rates", _rates(every)),
