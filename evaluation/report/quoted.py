@@ -61,6 +61,11 @@ def papers() -> list[str]:
     return sorted(path.stem for path in PAPERS.glob("*.csv"))
 
 
+def source_file(source: str | Path) -> Path:
+    """Return the file of a source: of a paper by its name, or the file itself, which need not be there."""
+    return PAPERS / f"{source}.csv" if str(source) in papers() else Path(source)
+
+
 def read_quoted(source: str | Path) -> list[Quote]:
     """Return the quoted rows of a paper that ships with this package, of a CSV file like those, or of a YAML list.
 
@@ -71,9 +76,7 @@ def read_quoted(source: str | Path) -> list[Quote]:
     Raises:
         TaskError: for a missing or broken file, or a row that lacks something or has another type there.
     """
-    path = Path(source)
-    if str(source) in papers():
-        path = PAPERS / f"{source}.csv"
+    path = source_file(source)
     if not path.is_file():
         raise TaskError(
             f"{source} is neither a file nor a paper whose tables are here{nearest(source, papers())} (there are "

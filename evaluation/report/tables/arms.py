@@ -71,8 +71,8 @@ def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False) ->
         one = run if isinstance(run, ArmRuns) else ArmRuns("", [run])
         if not one.folders:
             raise TaskError(f"the row {one.label!r} names no folder; name at least one evaluated arm")
-        places = [_folders(folder) for folder in one.folders]
-        for folder in (Path(folder) for parts in places for folder in parts):
+        places = parts_of(one)
+        for folder in (folder for parts in places for folder in parts):
             if folder.resolve() in seen:
                 raise TaskError(f"{folder} is named twice (as {seen[folder.resolve()]}); name every arm once")
             seen[folder.resolve()] = str(folder)
@@ -84,8 +84,13 @@ def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False) ->
     return entries
 
 
-def _folders(folder: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
-    return [folder] if isinstance(folder, str | Path) else folder
+def parts_of(run: ArmRuns) -> list[list[Path]]:
+    """Return the folders of a row's evaluations: a list for each training, of one folder or one a benchmark."""
+    found = []
+    for folder in run.folders:
+        parts = [folder] if isinstance(folder, str | Path) else folder
+        found.append([Path(part) for part in parts])
+    return found
 
 
 def _check_trainings(arms: Sequence[EvaluatedArm]) -> None:
