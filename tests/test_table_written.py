@@ -27,14 +27,14 @@ def test_a_baseline_that_failed_is_told(tmp_path):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A table of one checkpoint in two dtypes, with a hard part, costs, a named method and a quoted row."""
+    """A table of one checkpoint in two dtypes, with a hard part, costs, a named method and a quoted row, rescored."""
     place = tmp_path_factory.mktemp("written")
     (place / "quoted.yaml").write_text(QUOTED)
     models = [{"name": f"in {dtype}", "model": {"path": "assets/tiny_vlm", "dtype": dtype}}
               for dtype in ("float32", "bfloat16")]  # fmt: skip
     config = table(place / "out", models=models, methods=[{"pruner": "divprune", "name": "ours"}, "fastervlm"], hard=4,
                    quoted=[str(place / "quoted.yaml")], tasks=["tiny_world", "hard_world"], features=False,
-                   title="A table", layouts=["json", "csv", "markdown", "latex"])  # fmt: skip
+                   title="A table", rescore=True, layouts=["json", "csv", "markdown", "latex"])  # fmt: skip
     assert make_table(config).failed == {}
     return place / "out"
 
@@ -49,6 +49,7 @@ def test_rows_have_the_names_of_the_yaml(made):
                                                  for method in ("dense", "ours", "fastervlm")]  # fmt: skip
     assert all(set(row.hard) == {"tiny_world", "hard_world"} and row.costs for row in found.rows)
     assert found.quoted[0].beside is not None and any(note.startswith("TFLOPs") for note in found.footnotes)
+    assert "Scored anew from the predictions with today's scorers; none differs." in found.footnotes
     for file in ("table.md", "table.csv", "table.tex", "table.json", "comparison.json"):
         assert str(made.parent) not in (made / file).read_text()
 

@@ -51,6 +51,7 @@ def write_table(
         baseline=[ArmRuns("", [_folders(plan, arm)], arm.model.name) for arm in hard],
         quoted=plan.config.quoted,
         allow=plan.config.allow,
+        rescore=plan.config.rescore,
         several_models=len(plan.models) > 1,
         notes=[*notes, *([ON_COSTS] if any(cost is not None for cost in costs) else [])],
     )

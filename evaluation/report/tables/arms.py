@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prunetune.evaluation.errors import TaskError
-from prunetune.evaluation.report.arms import EvaluatedArm, read_tasks
+from prunetune.evaluation.report.arms import EvaluatedArm
 from prunetune.evaluation.report.comparable import twin_of
+from prunetune.evaluation.report.parts import read_tasks
 from prunetune.evaluation.report.places import relative_names
 from prunetune.models.record import portable
 
@@ -57,7 +58,7 @@ class Entry:
         return self.arms[0]
 
 
-def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False) -> list[Entry]:
+def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False, allow: Sequence[str] = ()) -> list[Entry]:
     """Read the arms of all rows, in the order in which they are named.
 
     Raises:
@@ -76,7 +77,7 @@ def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False) ->
             if folder.resolve() in seen:
                 raise TaskError(f"{folder} is named twice (as {seen[folder.resolve()]}); name every arm once")
             seen[folder.resolve()] = str(folder)
-        arms = tuple(read_tasks(parts, rescore) for parts in places)
+        arms = tuple(read_tasks(parts, rescore, allow) for parts in places)
         _check_trainings(arms)
         # Without the folders of any machine.
         model = one.model or portable(arms[0].manifest.model.path) or ""
