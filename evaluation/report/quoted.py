@@ -212,9 +212,17 @@ def _models(row: Row) -> set[str]:
 def _same_setting(row: Row, quote: Quote) -> bool:
     if not quote.model or plain_model(quote.model) not in _models(row) or row.method != quote.method:
         return False
-    if row.projector != quote.projector:
+    if row.projector != quote.projector or not _as_published(row):
         return False
     return row.method == "dense" or _tokens(row) == round(quote.kept)
+
+
+def _as_published(row: Row) -> bool:
+    """Return whether a row's method runs as its defaults say, which are its paper's; another is no such row."""
+    pruning = json.loads(str(row.facts.get("pruning", "{}")))
+    # Without a tuned projector both choices are one.
+    own_choice = row.projector != "training-free" and pruning.get("choose_with", "tuned") != "tuned"
+    return not pruning.get("options") and pruning.get("profile") is None and not own_choice
 
 
 def _tokens(row: Row) -> int | None:
