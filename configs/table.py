@@ -121,6 +121,11 @@ class TableConfig(PluggedConfig):
     allow: list[str] = Field(
         default_factory=list, description="fields in which arms may differ all the same, told in a footnote"
     )
+    rescore: bool = Field(
+        False,
+        description="score the saved predictions anew where scorers changed since, told in a footnote",
+        exclude_if=lambda rescore: not rescore,
+    )
     layouts: list[Layout] = Field(
         default=["markdown", "csv", "latex", "json", "html"], description="which files are written"
     )

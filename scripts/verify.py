@@ -6,7 +6,7 @@ Reading files is enough for nearly all of it: torch is imported only to hash a t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from prunetune.errors import PrunetuneError
 from prunetune.evaluation.files import file_hash
 from prunetune.evaluation.records import MANIFEST, Manifest, Result, read_manifest, read_results
 from prunetune.evaluation.report.compare import compare
-from prunetune.evaluation.report.comparison import COMPARISON, TABLE, read_comparison, read_table
+from prunetune.evaluation.report.comparison import COMPARISON, TABLE, read_comparison, read_recipe, read_table
 from prunetune.evaluation.report.rows import check_results_hash, check_rows, check_scores
 from prunetune.evaluation.report.tables.layouts.files import LAYOUTS
 from prunetune.models.code import code_record, told
@@ -387,7 +387,10 @@ def _comparison(folder: Path) -> list[Check]:
         checks.append(_check(name, partial(_table, folder / name, expected)))
     arms = [*values["arms"], *([values["hard_for"]] if values["hard_for"] else [])]
     for arm in arms:
-        checks.append(_check(f"arm {Path(arm['folder']).name}", partial(_compared, folder, arm)))
+        place = Path(arm["folder"])
+        # Those of a table lie in its own folder, where every arm has folders of the same names.
+        name = place.name if ".." in place.parts else place.as_posix()
+        checks.append(_check(f"arm {name}", partial(_compared, folder, arm)))
     checks.append(_check("numbers", lambda: _numbers(folder, values)))
     return [*checks, *_code(values["prunetune"], [])]
 
@@ -415,9 +418,17 @@ def _numbers(folder: Path, values: dict[str, Any]) -> str:
     if missing:
         raise _CantTell(f"{missing[0]} is not here")
     stored = read_table(folder)
-    table = compare(arms, hard_for=hard_for, allow=values["allow"], rescore=values["rescore"], output=folder)
-    # Quoted rows stand beside those that were measured, and are of no arm.
-    if table.model_dump() != stored.model_copy(update={"quoted": []}).model_dump():
+    recipe = read_recipe(folder, values)
+    if recipe is None:
+        table = compare(arms, hard_for=hard_for, allow=values["allow"], rescore=values["rescore"], output=folder)
+        expected = stored.model_copy(update={"quoted": []})  # which are of no arm, and of no source that is known
+    else:
+        whole = len(recipe.quoted) == len(values["recipe"]["quoted"])
+        table = (recipe if whole else replace(recipe, quoted=())).table(folder)
+        # Costs are computed from the shape of a model, which need not be here.
+        rows = [row.model_copy(update={"costs": {}}) for row in stored.rows]
+        expected = stored.model_copy(update={"rows": rows} if whole else {"rows": rows, "quoted": []})
+    if table.model_dump() != expected.model_dump():
         raise CheckpointError(f"{folder / TABLE} has other numbers than its arms; compare them again")
     for file, draw in LAYOUTS.values():
         if file in values["tables"] and (folder / file).read_bytes() != draw(stored, ()).encode():

@@ -10,7 +10,7 @@ from synthetic_arms import right as is_right
 
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.metrics.metric import tallied
-from prunetune.evaluation.records import TaskSummary
+from prunetune.evaluation.records import CodeRecord, TaskSummary
 from prunetune.evaluation.report.compare import compare
 from prunetune.evaluation.report.places import without_folders
 from prunetune.evaluation.report.quoted import Quote
@@ -399,6 +399,38 @@ def test_a_field_that_differs_is_refused_or_allowed_and_told(arm):
     assert "Allowed to differ, device: one GPU (dense); another (free)." in table.footnotes
     assert "Allowed to differ, versions.torch: 3 (dense); 4 (free)." in table.footnotes
     assert compare([dense, free], allow=["device", "versions"]).rows == table.rows
+
+
+def cells(arm, name, right, *more, **by_task):
+    """Write an arm of a table: a folder for each benchmark, whose manifests may say different things."""
+    return [[arm(f"{name}/{task}", {task: (FEW, says(right, 36))}, *more, **by_task[task]) for task in by_task]]
+
+
+def test_evaluations_of_one_arm_may_differ_in_what_arms_may(arm):
+    """A benchmark that was added on another machine."""
+    here, there = {"device": "here"}, {"device": "there"}
+    dense = ArmRuns("", cells(arm, "dense", 36, many=here, few=there))
+    free = ArmRuns("", cells(arm, "free", 9, DIVPRUNE, many=here, few=here))
+    with pytest.raises(TaskError, match=r"not of one arm: they differ in device .*; allow it with device"):
+        assemble([dense, free])
+    table = assemble([dense, free], allow=["device"])
+    assert "Allowed to differ, device: here (dense/many, free); there (dense/few)." in table.footnotes
+    other = ArmRuns("", cells(arm, "other", 9, DIVPRUNE, many={}, few={"template_hash": "another"}))
+    with pytest.raises(TaskError, match="not of one arm: they differ in template_hash"):
+        assemble([other], allow=["device"])
+
+
+def test_sources_may_change_between_benchmarks_but_not_between_twins(arm):
+    first, second = ({"prunetune": CodeRecord(version="1", sha256=mark * 64, commit=None, dirty=None)} for mark in "cd")
+    free = ArmRuns("", cells(arm, "free", 9, DIVPRUNE, many=first, few=second))
+    tuned = ArmRuns("", cells(arm, "tuned", 20, DIVPRUNE, "a", many=first, few=second))
+    table = assemble([free, tuned])
+    assert table.rows[1].gains["few/accuracy"].value == pytest.approx(100 * 11 / 36)
+    assert "ccc" in table.rows[0].facts["prunetune"] and "ddd" in table.rows[0].facts["prunetune"]
+    mixed = ArmRuns("", cells(arm, "mixed", 20, DIVPRUNE, "b", many=first, few=first))
+    with pytest.raises(TaskError, match=r"few and .*few ran with different sources of prunetune"):
+        assemble([free, mixed])
+    assert len(assemble([free, mixed], allow=["prunetune"]).rows) == 2
 
 
 def test_the_same_weights_in_two_folders_are_one_model_where_that_is_allowed(arm):

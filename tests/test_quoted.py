@@ -1,6 +1,7 @@
 """Rows from papers: under the very metric that they have, beside our row of the same setting, and nowhere else."""
 
 import csv
+import json
 import re
 
 import pytest
@@ -134,6 +135,25 @@ def test_budgets_of_crops_are_counted_as_papers_do():
     for row, expected in zip(rows, ("a", None, None, "d"), strict=True):
         found = beside(Table(title="", columns=[column], rows=[row]), [quote(model="LLaVA-NeXT-7B", kept=640)])
         assert found.quoted[0].beside == expected  # 22.2 % of 2880 are 639
+
+
+@pytest.mark.parametrize(
+    ("pruning", "projector", "name"),
+    [
+        ({"options": {}, "choose_with": "tuned"}, "tuned", "ours"),
+        ({"options": {"important_ratio": 0.3}, "choose_with": "tuned"}, "tuned", None),
+        ({"options": {}, "choose_with": "original"}, "tuned", None),
+        ({"options": {}, "choose_with": "original"}, "training-free", "ours"),
+        ({"options": {}, "choose_with": "tuned", "profile": "fitted"}, "training-free", None),
+    ],
+)
+def test_a_method_with_other_options_than_its_paper_s_has_no_quoted_row(pruning, projector, name):
+    column = Column(task="few", metric="accuracy", unit="%", about="", items=36)
+    facts = {"pruning": json.dumps({"keep": 64, "scope": "item", **pruning})}
+    row = Row(id="ours", label="x", model="llava-hf/llava-1.5-7b-hf", method="divprune", budget="64", kept=64,
+              projector=projector, values={KEY: Value(value=50.0)}, facts=facts)  # fmt: skip
+    (found,) = beside(Table(title="", columns=[column], rows=[row]), [quote(projector=projector)]).quoted
+    assert found.beside == name and found.values == {KEY: 45.5} and bool(found.differences) == (name is not None)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------

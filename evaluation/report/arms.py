@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.metrics.averages import Average, average
 from prunetune.evaluation.records import (
-    KeptTokens,
     Manifest,
-    TaskRecord,
-    TaskSummary,
     read_manifest,
     read_results,
 )
@@ -35,6 +31,8 @@ class EvaluatedArm:
             answer is hidden or only a whole set has one.
         ids: task and id of every item, in order.
         rescored: how many answers of a benchmark have another score than when they were given.
+        parts: of an arm whose benchmarks were evaluated into a folder each, the arm of each folder; the manifest is
+            then the first one's, on all benchmarks.
     """
 
     folder: Path
@@ -42,6 +40,12 @@ class EvaluatedArm:
     answers: Mapping[str, list[Scored]]
     ids: list[str]
     rescored: Mapping[str, int] = field(default_factory=dict)
+    parts: tuple[EvaluatedArm, ...] = ()
+
+    @property
+    def cells(self) -> tuple[EvaluatedArm, ...]:
+        """The arm of each folder that it was read from."""
+        return self.parts or (self,)
 
     @property
     def pruner(self) -> str:
@@ -158,61 +162,6 @@ class EvaluatedArm:
                 # One task's sources need no prefix.
                 sources.append(f"{name}/{one.item.source}" if len(self.answers) > 1 else one.item.source)
         return average(scores, sources)
-
-
-def read_tasks(folders: Sequence[str | Path], rescore: bool = False) -> EvaluatedArm:
-    """Read one arm whose benchmarks were evaluated into a folder each.
-
-    Raises:
-        TaskError: for a folder that can't be read, see :func:`read_arm`, or if the folders are not of one arm.
-    """
-    parts = [read_arm(folder, rescore) for folder in folders]
-    first = parts[0]
-    own = _without_tasks(first)
-    for part in parts[1:]:
-        other = _without_tasks(part)
-        for key in sorted({*own, *other}):
-            if own.get(key) != other.get(key):
-                raise TaskError(f"{first.folder} and {part.folder} are not of one arm: they differ in {key}")
-    answers: dict[str, list[Scored]] = {}
-    for part in parts:
-        if set(answers) & set(part.answers):
-            raise TaskError(f"{part.folder} holds a benchmark that another folder of the same arm holds as well")
-        answers.update(part.answers)
-    return EvaluatedArm(
-        first.folder.parent if len(parts) > 1 else first.folder,
-        _joined([part.manifest for part in parts]),
-        answers,
-        [name for part in parts for name in part.ids],
-        {name: count for part in parts for name, count in part.rescored.items()},
-    )
-
-
-def _without_tasks(arm: EvaluatedArm) -> dict[str, Any]:
-    values = arm.manifest.settings()
-    # Which frames were looked at stands there of benchmarks with videos alone, and of those nothing is kept.
-    return {name: value for name, value in values.items() if name not in ("tasks", "video", "features")}
-
-
-def _joined(manifests: Sequence[Manifest]) -> Manifest:
-    """Return the manifest of an arm on several benchmarks."""
-    tasks: dict[str, TaskRecord] = {}
-    metrics: dict[str, TaskSummary] = {}
-    notes: dict[str, dict[str, float]] = {}
-    total, items = 0.0, 0
-    least, most = [], []
-    for manifest in manifests:
-        assert manifest.metrics is not None and manifest.kept_tokens is not None  # a finished arm has them
-        tasks |= manifest.tasks
-        metrics |= manifest.metrics
-        notes |= manifest.notes
-        number = sum(task.items for task in manifest.tasks.values())
-        total += manifest.kept_tokens.mean * number
-        items += number
-        least.append(manifest.kept_tokens.min)
-        most.append(manifest.kept_tokens.max)
-    kept = KeptTokens(mean=total / items, min=min(least), max=max(most))
-    return manifests[0].model_copy(update={"tasks": tasks, "metrics": metrics, "notes": notes, "kept_tokens": kept})
 
 
 def read_arm(folder: str | Path, rescore: bool = False) -> EvaluatedArm:

@@ -52,6 +52,33 @@ def check_allowed(names: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
+def check_one_arm(first: EvaluatedArm, part: EvaluatedArm, allow: Sequence[str] = ()) -> None:
+    """Check that two evaluations on different benchmarks are of one arm.
+
+    Args:
+        first: one of them.
+        part: the other.
+        allow: fields that may differ, see :func:`check_allowed`.
+
+    Raises:
+        TaskError: naming the first field that differs.
+    """
+    for name, one, other in _unequal("", _of_an_arm(first), _of_an_arm(part)):
+        if not _covered(name, allow):
+            hint = f"; allow it with {name}" if name.split(".")[0] in ALLOWABLE else ""
+            raise TaskError(
+                f"{first.folder} and {part.folder} are not of one arm: they differ in {name} ({one!r} and "
+                f"{other!r}){hint}"
+            )
+
+
+def _of_an_arm(arm: EvaluatedArm) -> dict[str, Any]:
+    """Return what evaluations of one arm on different benchmarks must agree in: no less than two arms, and the arm."""
+    values = {**arm.manifest.settings(), **_shared(arm)}
+    # Which frames were looked at stands there of benchmarks with videos alone, and of those nothing is kept.
+    return {name: value for name, value in values.items() if name not in ("tasks", "video", "features")}
+
+
 def check_comparable(arms: Sequence[EvaluatedArm], allow: Sequence[str] = ()) -> None:
     """Check that the arms answered the same questions on the same frozen weights in the same way.
 
@@ -92,11 +119,20 @@ def check_same_questions(first: EvaluatedArm, arm: EvaluatedArm) -> None:
 def allowed_differences(arms: Sequence[EvaluatedArm], allow: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Return how the arms differ in what may: the folders of each value, as text, by field."""
     fields = {name for arm in arms[1:] for name, _, _ in _differences(arms[0], arm) if _covered(name, allow)}
+    for arm in arms:
+        for cell in arm.cells:
+            unequal = _unequal("", _of_an_arm(arms[0].cells[0]), _of_an_arm(cell))
+            fields |= {name for name, _, _ in unequal if _covered(name, allow)}
     found: dict[str, dict[str, list[str]]] = {}
     for name in sorted(fields):
         values = found.setdefault(name, {})
         for arm in arms:
-            values.setdefault(str(_part(_shared(arm), name)), []).append(str(arm.folder))
+            own = [str(_part(_shared(cell), name)) for cell in arm.cells]
+            if len(set(own)) == 1 or name == "features":
+                values.setdefault(own[0], []).append(str(arm.folder))
+                continue
+            for value, cell in zip(own, arm.cells, strict=True):
+                values.setdefault(value, []).append(str(cell.folder))
     return found
 
 
@@ -173,8 +209,17 @@ def _check_twin(arm: EvaluatedArm, arms: Sequence[EvaluatedArm], allow: Sequence
             f"{twin.folder} and {arm.folder} ran with different text towers ({short(towers[0])} and "
             f"{short(towers[1])}); evaluate both with the same"
         )
+    if not _covered("prunetune.sha256", allow):
+        for one in arm.cells:
+            for other in twin.cells:
+                # Benchmark by benchmark: the two of one are subtracted, and of no others.
+                if set(one.manifest.tasks) & set(other.manifest.tasks):
+                    _check_sources(other, one)
+
+
+def _check_sources(twin: EvaluatedArm, arm: EvaluatedArm) -> None:
     codes = [one.manifest.prunetune for one in (twin, arm)]
-    if len({code.sha256 for code in codes if code is not None}) > 1 and not _covered("prunetune.sha256", allow):
+    if len({code.sha256 for code in codes if code is not None}) > 1:
         versions = " and ".join(told(code.model_dump()) for code in codes if code is not None)
         raise TaskError(
             f"{twin.folder} and {arm.folder} ran with different sources of prunetune: {versions}; evaluate both with "

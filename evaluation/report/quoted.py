@@ -61,6 +61,11 @@ def papers() -> list[str]:
     return sorted(path.stem for path in PAPERS.glob("*.csv"))
 
 
+def source_file(source: str | Path) -> Path:
+    """Return the file of a source: of a paper by its name, or the file itself, which need not be there."""
+    return PAPERS / f"{source}.csv" if str(source) in papers() else Path(source)
+
+
 def read_quoted(source: str | Path) -> list[Quote]:
     """Return the quoted rows of a paper that ships with this package, of a CSV file like those, or of a YAML list.
 
@@ -71,9 +76,7 @@ def read_quoted(source: str | Path) -> list[Quote]:
     Raises:
         TaskError: for a missing or broken file, or a row that lacks something or has another type there.
     """
-    path = Path(source)
-    if str(source) in papers():
-        path = PAPERS / f"{source}.csv"
+    path = source_file(source)
     if not path.is_file():
         raise TaskError(
             f"{source} is neither a file nor a paper whose tables are here{nearest(source, papers())} (there are "
@@ -209,9 +212,17 @@ def _models(row: Row) -> set[str]:
 def _same_setting(row: Row, quote: Quote) -> bool:
     if not quote.model or plain_model(quote.model) not in _models(row) or row.method != quote.method:
         return False
-    if row.projector != quote.projector:
+    if row.projector != quote.projector or not _as_published(row):
         return False
     return row.method == "dense" or _tokens(row) == round(quote.kept)
+
+
+def _as_published(row: Row) -> bool:
+    """Return whether a row's method runs as its defaults say, which are its paper's; another is no such row."""
+    pruning = json.loads(str(row.facts.get("pruning", "{}")))
+    # Without a tuned projector both choices are one.
+    own_choice = row.projector != "training-free" and pruning.get("choose_with", "tuned") != "tuned"
+    return not pruning.get("options") and pruning.get("profile") is None and not own_choice
 
 
 def _tokens(row: Row) -> int | None:

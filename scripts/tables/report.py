@@ -11,11 +11,9 @@ import numpy as np
 from PIL import Image
 
 from prunetune.errors import PrunetuneError
-from prunetune.evaluation.report.comparison import write_comparison
+from prunetune.evaluation.report.comparison import Recipe, write_recipe
 from prunetune.evaluation.report.plot import plot_table
-from prunetune.evaluation.report.quoted import read_quoted
 from prunetune.evaluation.report.tables.arms import ArmRuns
-from prunetune.evaluation.report.tables.assemble import assemble
 from prunetune.evaluation.report.tables.layouts.examples import Answered, Examples, Picture
 from prunetune.evaluation.report.tables.layouts.files import write_layouts
 from prunetune.evaluation.report.tables.layouts.html.report import write_report
@@ -30,6 +28,11 @@ from prunetune.scripts.tables.cost import Questions, Sizes, sizes_of, tera_flops
 from prunetune.train.tracking import Tracker
 
 REPORT, PLOT = "report.html", "plot.png"
+ON_COSTS = (
+    "TFLOPs: of the tower over an image and the LLM's prefill of a question, mean over all questions; computed "
+    "from the model's shape, text tokens estimated, two operations for a multiplication and an addition."
+)
+"""Footnote of a table with costs."""
 
 
 def write_table(
@@ -47,19 +50,20 @@ def write_table(
     runs = [_runs(plan, group) for group in groups]
     models = [group[0].model for group in groups]
     hard = [arm for arm in plan.arms if arm.row == HARD and arm.model in models and not _broken(plan, arm, failed)]
-    table = assemble(
+    costs = _costs(plan, groups, questions)
+    recipe = Recipe(
         runs,
         title=plan.config.title,
         baseline=[ArmRuns("", [_folders(plan, arm)], arm.model.name) for arm in hard],
-        quoted=[quote for name in plan.config.quoted for quote in read_quoted(name)],
+        quoted=plan.config.quoted,
         allow=_allowed(plan),
+        rescore=plan.config.rescore,
         several_models=len(plan.models) > 1,
-        output=plan.output,
-        notes=notes,
+        notes=[*notes, *([ON_COSTS] if any(cost is not None for cost in costs) else [])],
     )
-    table = _with_costs(plan, table, groups, questions)
+    table = _with_costs(plan, recipe.table(plan.output), groups, costs)
     also = ["TFLOPs"] if any("TFLOPs" in row.costs for row in table.rows) else []
-    _write(plan, table, groups, also, folder)
+    _write(plan, table, recipe, also, folder)
     print(to_markdown(table, also))
     examples = None
     if "html" in plan.config.layouts:
@@ -134,24 +138,20 @@ def _row_of(plan: Plan, table: Table, arm: TableArm) -> Row:
     raise AssertionError(f"{arm.name} is in no row")  # it was assembled from these folders
 
 
-def _with_costs(
-    plan: Plan, table: Table, groups: Sequence[Sequence[TableArm]], questions: Mapping[str, Questions]
-) -> Table:
-    """Return the table with what a question costs, computed from the model's shape, and a footnote that says so."""
+def _with_costs(plan: Plan, table: Table, groups: Sequence[Sequence[TableArm]], costs: Sequence[float | None]) -> Table:
+    """Return the table with what a question costs in each row."""
+    by_row: dict[str, dict[str, Value]] = {}
+    for group, cost in zip(groups, costs, strict=True):
+        if cost is not None:
+            by_row[_row_of(plan, table, group[0]).id] = {"TFLOPs": Value(value=cost)}
+    rows = [row.model_copy(update={"costs": {**row.costs, **by_row.get(row.id, {})}}) for row in table.rows]
+    return table.model_copy(update={"rows": rows})
+
+
+def _costs(plan: Plan, groups: Sequence[Sequence[TableArm]], questions: Mapping[str, Questions]) -> list[float | None]:
+    """Return what a question costs in each row, computed from the model's shape; None where that can't be said."""
     sizes = sizes_of(plan)
-    costs: dict[str, dict[str, Value]] = {}
-    for group in groups:
-        found = _cost(group[0], sizes.get(group[0].model.slug), questions)
-        if found is not None:
-            costs[_row_of(plan, table, group[0]).id] = {"TFLOPs": Value(value=found)}
-    if not costs:
-        return table
-    rows = [row.model_copy(update={"costs": {**row.costs, **costs.get(row.id, {})}}) for row in table.rows]
-    note = (
-        "TFLOPs: of the tower over an image and the LLM's prefill of a question, mean over all questions; computed "
-        "from the model's shape, text tokens estimated, two operations for a multiplication and an addition."
-    )
-    return table.model_copy(update={"rows": rows, "footnotes": [*table.footnotes, note]})
+    return [_cost(group[0], sizes.get(group[0].model.slug), questions) for group in groups]
 
 
 def _cost(arm: TableArm, sizes: Sizes | None, questions: Mapping[str, Questions]) -> float | None:
@@ -206,16 +206,13 @@ def _examples_of(
     return found
 
 
-def _write(
-    plan: Plan, table: Table, groups: Sequence[Sequence[TableArm]], also: Sequence[str], folder: OutputFolder
-) -> None:
+def _write(plan: Plan, table: Table, recipe: Recipe, also: Sequence[str], folder: OutputFolder) -> None:
     with folder.staged() as new:
         # Its JSON is what `prunetune verify` reads, so it is written whatever the YAML says.
         layouts = dict.fromkeys([*(name for name in plan.config.layouts if name != "html"), "json"])
         files = write_layouts(table, new, list(layouts), also)
         plot_table(table, new / PLOT)
-        cells = [cell for group in groups for arm in group for cell in _folders(plan, arm)]
-        write_comparison(new, files, cells, allow=_allowed(plan), final=plan.output)
+        write_recipe(new, files, recipe, final=plan.output)
 
 
 def overlaid(picture: Picture, answered: Answered) -> bytes:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prunetune.evaluation.errors import TaskError
-from prunetune.evaluation.report.arms import EvaluatedArm, read_tasks
+from prunetune.evaluation.report.arms import EvaluatedArm
 from prunetune.evaluation.report.comparable import twin_of
+from prunetune.evaluation.report.parts import read_tasks
 from prunetune.evaluation.report.places import relative_names
 from prunetune.models.record import portable
 
@@ -57,7 +58,7 @@ class Entry:
         return self.arms[0]
 
 
-def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False) -> list[Entry]:
+def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False, allow: Sequence[str] = ()) -> list[Entry]:
     """Read the arms of all rows, in the order in which they are named.
 
     Raises:
@@ -71,12 +72,12 @@ def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False) ->
         one = run if isinstance(run, ArmRuns) else ArmRuns("", [run])
         if not one.folders:
             raise TaskError(f"the row {one.label!r} names no folder; name at least one evaluated arm")
-        places = [_folders(folder) for folder in one.folders]
-        for folder in (Path(folder) for parts in places for folder in parts):
+        places = parts_of(one)
+        for folder in (folder for parts in places for folder in parts):
             if folder.resolve() in seen:
                 raise TaskError(f"{folder} is named twice (as {seen[folder.resolve()]}); name every arm once")
             seen[folder.resolve()] = str(folder)
-        arms = tuple(read_tasks(parts, rescore) for parts in places)
+        arms = tuple(read_tasks(parts, rescore, allow) for parts in places)
         _check_trainings(arms)
         # Without the folders of any machine.
         model = one.model or portable(arms[0].manifest.model.path) or ""
@@ -84,8 +85,13 @@ def read_entries(runs: Sequence[ArmRuns | str | Path], rescore: bool = False) ->
     return entries
 
 
-def _folders(folder: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
-    return [folder] if isinstance(folder, str | Path) else folder
+def parts_of(run: ArmRuns) -> list[list[Path]]:
+    """Return the folders of a row's evaluations: a list for each training, of one folder or one a benchmark."""
+    found = []
+    for folder in run.folders:
+        parts = [folder] if isinstance(folder, str | Path) else folder
+        found.append([Path(part) for part in parts])
+    return found
 
 
 def _check_trainings(arms: Sequence[EvaluatedArm]) -> None:

@@ -80,7 +80,7 @@ def assemble(
         TaskError: if the arms can't be compared, or a quoted row has a name that nothing here has.
     """
     allowed = check_allowed(allow)
-    entries = read_entries(runs, rescore)
+    entries = read_entries(runs, rescore, allowed)
     by_model = _by_model(entries, several_models)
     for own in by_model:
         check_comparable([arm for entry in own for arm in entry.arms], allowed)
@@ -232,7 +232,8 @@ def _hard(
     notes = []
     folders = [baseline] if isinstance(baseline, str | Path) else list(baseline or ())
     for folder in folders:
-        (run,) = read_entries([folder if isinstance(folder, str | Path | ArmRuns) else ArmRuns("", [folder])], rescore)
+        one = folder if isinstance(folder, str | Path | ArmRuns) else ArmRuns("", [folder])
+        (run,) = read_entries([one], rescore, allowed)
         below = run.first
         if below.pruner != "downsample" or below.tuned:
             raise TaskError(f"{below.folder} is no training-free arm of downsample, which the difficulty filter needs")
@@ -293,11 +294,15 @@ def _facts(entry: Entry) -> dict[str, str | int | float | None]:
         "pruning": json.dumps(pruning, sort_keys=True),
         "original_projector_hash": (manifest.original_projector_hash or "")[:16],
         "adapter_hash": _each(entry, [one.manifest.projector.stored_hash or "" for one in entry.arms]),
-        "prunetune": told(None if manifest.prunetune is None else manifest.prunetune.model_dump()),
+        "prunetune": "; ".join(dict.fromkeys(_code(cell) for one in entry.arms for cell in one.cells)),
     }
     if len(entry.arms) > 1:
         facts["trainings"] = len(entry.arms)
     return facts
+
+
+def _code(arm: EvaluatedArm) -> str:
+    return told(None if arm.manifest.prunetune is None else arm.manifest.prunetune.model_dump())
 
 
 def _each(entry: Entry, hashes: Sequence[str]) -> str:
