@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -84,11 +84,16 @@ class MadeUp:
         """Return as many requests."""
         model = self.pruned.model
         generator = torch.Generator().manual_seed(int(numbers[0]))
-        token = self.pruned.family.token_id(model, "image")
-        low = min(1000, token // 2)
-        words = torch.randint(low // 2, low, (len(numbers), self.text), generator=generator)
+        family, config = self.pruned.family, cast(Any, model.config)
+        token = family.token_id(model, "image")
+        # Words lie in the middle of a vocabulary: what is special stands at its ends.
+        vocabulary = config.get_text_config().vocab_size
+        words = torch.randint(vocabulary // 4, vocabulary // 2, (len(numbers), self.text), generator=generator)
         ids = torch.cat([words[:, :1], torch.full((len(numbers), self._length), token), words[:, 1:]], dim=1)
         batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        # As a processor says where the image is.
+        for name in {*family.aligned, *({"mm_token_type_ids"} & set(family.replaced))}:
+            batch[name] = (ids == token).int()
         for name, value in self._image.items():
             many = torch.cat([value] * len(numbers))
             if value.is_floating_point():

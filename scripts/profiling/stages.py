@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from prunetune.pruning import PrunedModel
 from prunetune.pruning.families import Family
@@ -40,14 +40,21 @@ def clock(device: torch.device) -> Now:
 @contextmanager
 def flop_counter() -> Iterator[Now]:
     """Yield what reads the FLOP that torch has counted while the context is open: matrix products and convolutions."""
-    # torch counts attention's kernels for GPUs alone; the CPU's computes the same products.
-    own = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
-    with FlopCounterMode(display=False, custom_mapping=own) as counter:
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_attentions(), _attention_flop)) as counter:
         yield lambda: float(counter.get_total_flops())
 
 
-def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+def _attentions() -> list[Any]:
+    """Return torch's own attention kernels; it counts those for GPUs alone, and refuses grouped keys."""
+    kinds = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    names = [f"_scaled_dot_product_{kind}" for kind in kinds]
+    return [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
+
+
+def _attention_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Return the FLOP of scores and their weighted sum, from shapes (B, H, N, C); all pairs, for each query head."""
+    batch, heads, queries, width = query
+    return int(2 * batch * heads * queries * key[2] * (width + value[3]))
 
 
 @dataclass(frozen=True)

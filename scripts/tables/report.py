@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from prunetune.configs import ConfigError
 from prunetune.errors import PrunetuneError
+from prunetune.evaluation.records import read_manifest
 from prunetune.evaluation.report.comparison import write_comparison
 from prunetune.evaluation.report.plot import plot_table
 from prunetune.evaluation.report.quoted import read_quoted
@@ -19,6 +21,8 @@ from prunetune.evaluation.report.tables.table import Row, Table, Value
 from prunetune.evaluation.tasks import get_task
 from prunetune.outputs import OutputFolder
 from prunetune.screen import say
+from prunetune.scripts.profiling.columns import footnote, measured_columns
+from prunetune.scripts.profiling.record import PROFILE, read_costs
 from prunetune.scripts.tables.cells import ARMS, HARD, Model, Plan, TableArm
 from prunetune.scripts.tables.cost import Questions, Sizes, sizes_of, tera_flops
 from prunetune.train.tracking import Tracker
@@ -50,6 +54,7 @@ def write_table(
         notes=notes,
     )
     table = _with_costs(plan, table, groups, questions)
+    table = _with_profile(plan, table, groups)
     examples = _examples(plan, table, groups) if "html" in plan.config.layouts else None
     _write(plan, table, groups, examples, folder)
     _track(plan, table, examples)
@@ -120,6 +125,34 @@ def _with_costs(
         "from the model's shape, text tokens estimated, two operations for a multiplication and an addition."
     )
     return table.model_copy(update={"rows": rows, "footnotes": [*table.footnotes, note]})
+
+
+def _with_profile(plan: Plan, table: Table, groups: Sequence[Sequence[TableArm]]) -> Table:
+    """Return the table with what `prunetune profile` measured of its arms, if it did."""
+    file = plan.output / PROFILE
+    if not file.is_file():
+        return table
+    try:
+        measured = read_costs(file)
+    except ConfigError as error:
+        say(f"not in the table: {error}")
+        return table
+    rows = {row.id: row for row in table.rows}
+    lacking = []
+    for group in groups:
+        arm, row = group[0], _row_of(plan, table, group[0])
+        frozen = read_manifest(_folders(plan, arm)[0]).frozen_hash
+        found = measured_columns(measured, arm.model.config, frozen, arm.spec)
+        if found is None:
+            lacking.append(arm.name)
+            continue
+        rows[row.id] = row.model_copy(update={"costs": {**row.costs, **found}})
+    if lacking:
+        say(f"{PROFILE} has nothing of {', '.join(lacking)}: run `prunetune profile` again, their costs are left out")
+    if len(lacking) == len(groups):
+        return table
+    notes = [*table.footnotes, footnote(measured)]
+    return table.model_copy(update={"rows": list(rows.values()), "footnotes": notes})
 
 
 def _cost(arm: TableArm, sizes: Sizes | None, questions: Mapping[str, Questions]) -> float | None:
