@@ -91,3 +91,10 @@ def test_table_5_of_vispruner_is_not_about_its_own_tokens():
     assert round(vispruner_flops(VICUNA_7B, 720, 5) / 1e12, 1) == 11.5
     assert round(vispruner_flops(VICUNA_7B, 145, 5) / 1e12, 1) == 3.8
     assert (kv_mib(VICUNA_7B, 640), kv_mib(VICUNA_7B, 720), kv_mib(VICUNA_7B, 160)) == (320, 360, 80)
+
+
+def test_what_the_papers_say_of_one_another_and_of_memory():
+    """FastV's 380 and 95 MB take four times the tokens in two layers; CrisPrune's 351 MB hold 62 of text."""
+    assert [fastv_kv_mib(VICUNA_7B, tokens, 0.25) for tokens in (640, 160)] == [380, 95]
+    assert kv_mib(VICUNA_7B, 640 + 62) == 351
+    assert kv_mib(VICUNA_13B, 2880 - 320) == 2000  # of the 7,384 MiB that PrismPrune's table 7 has less

@@ -19,7 +19,7 @@ from prunetune.models.profile import resolved
 from prunetune.outputs import TABLE, OutputFolder
 from prunetune.pruning import PruningSpec
 from prunetune.reading import one_line
-from prunetune.screen import say
+from prunetune.screen import libraries_in, say
 from prunetune.scripts.profiling.accounting import cache_bytes, flop_of, same_everywhere
 from prunetune.scripts.profiling.energy import energy_counter
 from prunetune.scripts.profiling.measure import Settings, Subject, measure
@@ -59,7 +59,8 @@ def profile_table(
     """
     plan = lay_out(config)
     place = torch.device(default_device() if device is None else device)
-    with OutputFolder(config.output, TABLE) as folder:  # whatever overwrite says: the table stays
+    # Whatever overwrite says: the table stays.
+    with OutputFolder(config.output, TABLE) as folder, libraries_in(plan.output / "libraries.log"):
         models = []
         for model in plan.models:
             if random_weights:
