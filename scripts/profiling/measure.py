@@ -137,11 +137,15 @@ def _of_size(subjects: Sequence[Subject], size: int, settings: Settings) -> list
     for number in range(settings.warmup + settings.repeats):
         for place in in_turn(subjects, number):
             own = rounds[place] if number >= settings.warmup else _Rounds()
-            _one_round(subjects[place], size, settings.new_tokens, now, own, stock=place == 0)
+            if place == 0 and number % 2:  # before and after dense in turn
+                _stock_round(subjects[place], size, settings.new_tokens, now, own)
+            _one_round(subjects[place], size, settings.new_tokens, now, own)
+            if place == 0 and not number % 2:
+                _stock_round(subjects[place], size, settings.new_tokens, now, own)
     return [_cost(counted[place], own, rounds[0], size, place == 0) for place, own in enumerate(rounds)]
 
 
-def _one_round(subject: Subject, size: int, new_tokens: int, now: Now, rounds: _Rounds, stock: bool) -> None:
+def _one_round(subject: Subject, size: int, new_tokens: int, now: Now, rounds: _Rounds) -> None:
     pruned, requests = subject.ready
     began = now()
     inputs = requests.batch(range(size))
@@ -153,8 +157,11 @@ def _one_round(subject: Subject, size: int, new_tokens: int, now: Now, rounds: _
     rounds.generated.append(generated(pruned, inputs, new_tokens, now))
     if device.type == "cuda":
         rounds.peak = max(rounds.peak, torch.cuda.max_memory_allocated(device))
-    if stock:
-        rounds.stock.append(generated_by_stock(pruned, inputs, new_tokens, now))
+
+
+def _stock_round(subject: Subject, size: int, new_tokens: int, now: Now, rounds: _Rounds) -> None:
+    pruned, requests = subject.ready
+    rounds.stock.append(generated_by_stock(pruned, requests.batch(range(size)), new_tokens, now))
 
 
 @dataclass(frozen=True)
@@ -217,7 +224,7 @@ def _cost(counted: _Counted, own: _Rounds, dense: _Rounds, size: int, is_dense: 
         end_to_end=Number.of(_milli([one.whole for one in own.generated])),
         decode=rate,
         faster={} if is_dense else _faster(own, dense),
-        over_stock=_over_stock(own) if own.stock else None,
+        over_stock=_over_stock(own),
         same_as_stock=_same_as_stock(own) if own.stock else None,
         peak=own.peak or None,
     )
@@ -242,8 +249,16 @@ def _prefills(rounds: _Rounds) -> list[float]:
     return [spent["prefill"] for spent in rounds.staged]
 
 
-def _over_stock(own: _Rounds) -> Number:
-    return Number.of([one.whole / stock.whole for one, stock in zip(own.generated, own.stock, strict=True)])
+def _over_stock(own: _Rounds) -> dict[str, Number]:
+    pairs = {
+        "decode": [(one.rest, stock.rest) for one, stock in zip(own.generated, own.stock, strict=False)],
+        "end to end": [(one.whole, stock.whole) for one, stock in zip(own.generated, own.stock, strict=False)],
+    }
+    found = {}
+    for name, both in pairs.items():
+        if both and min(stock for _, stock in both) > 0:
+            found[name] = Number.of([our / stock for our, stock in both])
+    return found
 
 
 def _same_as_stock(own: _Rounds) -> bool:

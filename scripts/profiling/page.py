@@ -53,12 +53,15 @@ def _stages(rows: Rows) -> Iterator[str]:
     names = ["inputs", *STAGES]
     body = []
     for arm, batch in rows:
-        own = sum(batch.stages[name].median for name in PRUNERS_OWN)
-        shares = [f"{own / base:.1%}" for base in (rows[0][1].prefill.median, batch.prefill.median)]
+        shares = []
+        for parts in (("selection",), PRUNERS_OWN):
+            own = sum(batch.stages[name].median for name in parts)
+            shares.append(f"{own / rows[0][1].prefill.median:.1%} / {own / batch.prefill.median:.1%}")
         body.append([arm.label, *(_digits(batch.stages[name].median) for name in names), *shares])
     yield "Milliseconds of each stage, waited for one by one; signals, selection and rewriting are the pruner's own."
     yield ""
-    yield from _table(["arm", *names, "pruner's own, of dense prefill", "of own prefill"], body)
+    heads = ["arm", *names, "selection, of the dense / own prefill", "all the pruner's own, of the dense / own prefill"]
+    yield from _table(heads, body)
 
 
 def _speed(rows: Rows) -> Iterator[str]:
@@ -98,12 +101,10 @@ def _cache(batch: BatchCost) -> str:
 
 def _stock(rows: Rows) -> Iterator[str]:
     for arm, batch in rows:
-        if batch.over_stock is not None:
+        if batch.same_as_stock is not None:
             same = "the same tokens" if batch.same_as_stock else "other tokens"
-            yield (
-                f"Beside the stock model without this package, {arm.label} takes {_times(batch.over_stock)} times as "
-                f"long end to end, and makes {same}."
-            )
+            told = ", ".join(f"{_times(number)} times as long {name}" for name, number in batch.over_stock.items())
+            yield f"Beside the stock model without this package, {arm.label} takes {told}, and makes {same}."
 
 
 def _load(model: ModelCost) -> Iterator[str]:

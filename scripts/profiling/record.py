@@ -78,7 +78,7 @@ class BatchCost(_Part):
         end_to_end: milliseconds from pixels to the last token.
         decode: tokens a second after the first, all rows together.
         faster: how many times as fast as dense, by what was measured, round by round.
-        over_stock: how many times as long as the stock model without this package takes end to end; dense alone.
+        over_stock: how many times as long as the stock model without this package it takes; dense alone.
         same_as_stock: whether both made the same tokens; dense alone.
         flop: of a request by part, computed from the shape.
         counted: of a request by stage, counted by torch while it ran.
@@ -97,7 +97,7 @@ class BatchCost(_Part):
     end_to_end: Number
     decode: Number | None
     faster: dict[str, Number]
-    over_stock: Number | None = None
+    over_stock: dict[str, Number] = {}
     same_as_stock: bool | None = None
     flop: dict[str, float]
     counted: dict[str, float]
