@@ -125,6 +125,30 @@ def model_without_weights(path: str, revision: str | None = None) -> PreTrainedM
     return model
 
 
+def model_of_random_weights(config: ModelConfig, device: torch.device | str) -> PreTrainedModel:
+    """Return a model of a checkpoint's shape whose weights are drawn, in eval mode: for what depends on shapes alone.
+
+    Raises:
+        CheckpointError: if there is no configuration, or its attention kernel is not there.
+    """
+    shape = model_without_weights(config.path, config.revision).config
+    dtype = getattr(torch, config.dtype)
+    torch.manual_seed(0)
+    try:
+        with torch.device(device):
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+                shape, dtype=dtype, attn_implementation=config.attention
+            )
+    except (ValueError, ImportError) as error:
+        raise CheckpointError(f"{config.path!r} can't be made as it is configured: {one_line(error)}") from error
+    return model.eval()
+
+
+def pruned_without_tokenizer(model: PreTrainedModel, spec: PruningSpec) -> PrunedModel:
+    """Return a pruner on a model of random weights; raises PruningError for a method that reads text or options."""
+    return PrunedModel(model, spec, original=model)
+
+
 def formatter_without_model(config: ModelConfig, images: ImageOpener) -> Formatter:
     """Return what turns samples into batches for a model, of its tokenizer and processor alone.
 

@@ -88,7 +88,7 @@ def training_key(recipe: Recipe, world: str, pool: int) -> str:
 
 
 CHOSEN = {"chosen": LONG, "longer": 2 * LONG}
-"""Groups whose recipe, of so many updates, is known when validation scenes have chosen it: :mod:`findings_study.tries`."""
+"""Groups whose recipe, of so many updates, validation scenes choose: see :mod:`findings_study.tries`."""
 
 
 @dataclass(frozen=True)

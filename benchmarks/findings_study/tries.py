@@ -157,6 +157,6 @@ def section(results: Results) -> Iterator[str]:
     longer = best(results.runner, 2 * LONG)
     if longer is not None:
         yield ""
-        yield f"Of those with twice the updates, which the rule left out, by the same order: *{longer}*. On test scenes:"
+        yield f"Of those with twice the updates, which the rule left out, by the same order: *{longer}*."
         yield ""
         yield from bars.table(results, full(**TRIES[longer]))

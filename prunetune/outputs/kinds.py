@@ -153,6 +153,8 @@ TABLE = Kind(
         "report.html",
         "plot.png",
         "comparison.json",
+        "profile.json",
+        "profile.md",
         *EVALUATION.below("arms/*/*/*"),
         *RECALIBRATION.below("trained/*/*"),
         *FEATURES.below("features/*"),

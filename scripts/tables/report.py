@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from prunetune.configs import ConfigError
 from prunetune.errors import PrunetuneError
+from prunetune.evaluation.records import read_manifest
 from prunetune.evaluation.report.comparison import Recipe, write_recipe
 from prunetune.evaluation.report.plot import plot_table
 from prunetune.evaluation.report.tables.arms import ArmRuns
@@ -23,6 +25,8 @@ from prunetune.evaluation.tasks import get_task
 from prunetune.outputs import OutputFolder
 from prunetune.reading import one_line
 from prunetune.screen import say
+from prunetune.scripts.profiling.columns import footnote, measured_columns
+from prunetune.scripts.profiling.record import PROFILE, Costs, read_costs
 from prunetune.scripts.tables.cells import ARMS, HARD, Model, Plan, TableArm
 from prunetune.scripts.tables.cost import Questions, Sizes, sizes_of, tera_flops
 from prunetune.train.tracking import Tracker
@@ -51,6 +55,7 @@ def write_table(
     models = [group[0].model for group in groups]
     hard = [arm for arm in plan.arms if arm.row == HARD and arm.model in models and not _broken(plan, arm, failed)]
     costs = _costs(plan, groups, questions)
+    measured = _measured(plan)
     recipe = Recipe(
         runs,
         title=plan.config.title,
@@ -59,9 +64,15 @@ def write_table(
         allow=_allowed(plan),
         rescore=plan.config.rescore,
         several_models=len(plan.models) > 1,
-        notes=[*notes, *([ON_COSTS] if any(cost is not None for cost in costs) else [])],
+        notes=[
+            *notes,
+            *([ON_COSTS] if any(cost is not None for cost in costs) else []),
+            *([footnote(measured)] if measured is not None else []),
+        ],
     )
     table = _with_costs(plan, recipe.table(plan.output), groups, costs)
+    if measured is not None:
+        table = _with_profile(plan, table, groups, measured)
     also = ["TFLOPs"] if any("TFLOPs" in row.costs for row in table.rows) else []
     _write(plan, table, recipe, also, folder)
     print(to_markdown(table, also))
@@ -152,6 +163,35 @@ def _costs(plan: Plan, groups: Sequence[Sequence[TableArm]], questions: Mapping[
     """Return what a question costs in each row, computed from the model's shape; None where that can't be said."""
     sizes = sizes_of(plan)
     return [_cost(group[0], sizes.get(group[0].model.slug), questions) for group in groups]
+
+
+def _measured(plan: Plan) -> Costs | None:
+    """Return what `prunetune profile` measured of the table's arms; None if it did not."""
+    file = plan.output / PROFILE
+    if not file.is_file():
+        return None
+    try:
+        return read_costs(file)
+    except ConfigError as error:
+        say(f"not in the table: {error}")
+        return None
+
+
+def _with_profile(plan: Plan, table: Table, groups: Sequence[Sequence[TableArm]], measured: Costs) -> Table:
+    """Return the table with what was measured of its arms."""
+    rows = {row.id: row for row in table.rows}
+    lacking = []
+    for group in groups:
+        arm, row = group[0], _row_of(plan, table, group[0])
+        frozen = read_manifest(_folders(plan, arm)[0]).frozen_hash
+        found = measured_columns(measured, arm.model.config, frozen, arm.spec)
+        if found is None:
+            lacking.append(arm.name)
+            continue
+        rows[row.id] = row.model_copy(update={"costs": {**row.costs, **found}})
+    if lacking:
+        say(f"{PROFILE} has nothing of {', '.join(lacking)}: run `prunetune profile` again, their costs are left out")
+    return table.model_copy(update={"rows": list(rows.values())})
 
 
 def _cost(arm: TableArm, sizes: Sizes | None, questions: Mapping[str, Questions]) -> float | None:
