@@ -14,6 +14,7 @@ from prunetune.configs import ConfigError, TableConfig, load_config
 from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.pruning import registered_methods, registry
 from prunetune.scripts.tables.cells import lay_out
+from prunetune.scripts.tables.check import _of_options
 from prunetune.scripts.tables.cost import plan_text, questions_of
 from prunetune.scripts.tables.live import Progress
 from prunetune.scripts.tables.make import make_table
@@ -96,6 +97,11 @@ def test_all_that_can_not_be_is_told_at_once_and_nothing_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_quoted_rows_of_other_models_are_told_before_anything_starts(tmp_path):
+    with pytest.raises(ConfigError, match="quoted: vispruner has no row of a model and a benchmark of this table"):
+        make_table(table(tmp_path, quoted=["vispruner"]))
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"methods": ["divprune", "divprune"]}, "two rows of the table are called 'tiny/divprune_16'; give one of the"),
     ({"models": [{"name": "a", "recalibrate": RECALIBRATION}] * 2}, "two models of the table are called 'a'"),
@@ -124,6 +130,7 @@ def test_shipped_tables_can_be_laid_out(file):
     plan = lay_out(load_config(TableConfig, file))
     assert plan.impossible == [] and plan.arms[0].row == "dense"
     assert len(plan.cells) == len(plan.arms) * len(plan.config.tasks)
+    assert list(_of_options(plan)) == []  # its quoted rows are of its model and benchmarks
 
 
 def test_the_plan_says_what_is_missing_and_what_it_costs(tmp_path):

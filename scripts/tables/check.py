@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from prunetune.errors import PrunetuneError
+from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.report.comparable import check_allowed
-from prunetune.evaluation.report.quoted import check_names, known_metrics, read_quoted
+from prunetune.evaluation.report.quoted import check_names, known_metrics, plain_model, read_quoted
 from prunetune.evaluation.tasks import get_task
 from prunetune.evaluation.tasks.base import task_folder
 from prunetune.models.blueprint import unfit
@@ -75,8 +76,13 @@ def _of_other_settings(plan: Plan) -> Iterator[str]:
 
 def _quoted(plan: Plan) -> None:
     methods = {arm.label for arm in plan.arms} | {arm.spec.pruner for arm in plan.arms}
+    models = {plain_model(name) for model in plan.models for name in (model.name, model.config.path)}
     for name in plan.config.quoted:
-        check_names(read_quoted(name), known_metrics(), methods)
+        quotes = read_quoted(name)
+        check_names(quotes, known_metrics(), methods)
+        own = [quote for quote in quotes if not quote.model or plain_model(quote.model) in models]
+        if not any(key.partition("/")[0] in plan.config.tasks for quote in own for key in quote.values):
+            raise TaskError(f"{name} has no row of a model and a benchmark of this table; leave it out")
 
 
 def _of_model(plan: Plan, model: Model, videos: list[str]) -> Iterator[str]:
