@@ -77,6 +77,7 @@ ELSEWHERE = {
     "teach": "takes up what is there, below",
     "dial": "opens its folder as find-rate does: test_dial.py",
     "soup": "below",
+    "profile": "in the table's folder: test_profile.py",
     "table": "in an OutputFolder as the others: test_tables.py",
 }
 

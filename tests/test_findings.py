@@ -410,7 +410,10 @@ def test_validation_scenes_choose_by_the_rule(report):
     }
     assert stands["kl + hidden"].lowest == (plan.GRID[1], -12.5)
     assert tries.best(runner) == "8 cells an update"
-    group = next(group for group in tries.filled(plan.groups(3), runner) if group.name == plan.CHOSEN)
+    groups = {group.name: group for group in tries.filled(plan.groups(3), runner)}
+    group = groups["chosen"]
+    longer = [elastic(seed, **plan.TRIES["the recipe, 2,000 updates"]) for seed in range(3)]
+    assert groups["longer"].recipes() == longer
     assert group.recipes() == [elastic(seed, groups=8) for seed in range(3)]
     assert {score.split for score in group.scores} == {"test"} and len(group.scores) == 3 * 25
     del runner.store.rows[runner.key(Score(one(elastic()), DENSE, split="validation"))]

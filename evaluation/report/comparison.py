@@ -47,6 +47,7 @@ class Recipe:
         rescore: whether the arms are scored anew.
         several_models: whether they may be of several.
         notes: further footnotes.
+        also: further columns of its Markdown and LaTeX.
     """
 
     runs: Sequence[ArmRuns]
@@ -57,6 +58,7 @@ class Recipe:
     rescore: bool = False
     several_models: bool = False
     notes: Sequence[str] = ()
+    also: Sequence[str] = ()
 
     def table(self, output: Path) -> Table:
         """Return the table that lies, or will lie, in ``output``.
@@ -98,6 +100,7 @@ def write_recipe(output: Path, tables: Sequence[Path], recipe: Recipe, final: Pa
         "quoted": [_source(place, source) for source in recipe.quoted],
         "several_models": recipe.several_models,
         "notes": [without_folders(note, place) for note in recipe.notes],
+        "also": list(recipe.also),
     }
     _write(output, tables, recipe.folders(), None, recipe.allow, recipe.rescore, final, {"recipe": values})
 
@@ -125,6 +128,7 @@ def read_recipe(folder: Path, values: dict[str, Any]) -> Recipe | None:
         rescore=values["rescore"],
         several_models=own["several_models"],
         notes=own["notes"],
+        also=own["also"],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -252,7 +253,7 @@ def _write(plan: Plan, table: Table, recipe: Recipe, also: Sequence[str], folder
         layouts = dict.fromkeys([*(name for name in plan.config.layouts if name != "html"), "json"])
         files = write_layouts(table, new, list(layouts), also)
         plot_table(table, new / PLOT)
-        write_recipe(new, files, recipe, final=plan.output)
+        write_recipe(new, files, replace(recipe, also=also), final=plan.output)
 
 
 def overlaid(picture: Picture, answered: Answered) -> bytes:
