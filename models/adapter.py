@@ -28,12 +28,10 @@ from prunetune.models.record import (
     text_of,
 )
 from prunetune.models.record import read_record as read_record
-from prunetune.models.stored import BaseHashes, base_hashes
+from prunetune.models.stored import TENSORS, BaseHashes, base_hashes
 from prunetune.outputs import ADAPTER_FILES, EXPORT, OutputFolder, replaced_folder
 from prunetune.pruning.families import family_of
 from prunetune.reading import one_line
-
-_ADAPTER = "adapter_model.safetensors"
 
 
 def wrap_projector(model: nn.Module, modules: list[str] | None = None) -> PeftModel:
@@ -202,11 +200,11 @@ def stored_projector(folder: Path) -> dict[str, Tensor]:
         CheckpointError: if the file is missing or broken.
     """
     try:
-        saved = load_file(folder / _ADAPTER)
+        saved = load_file(folder / TENSORS)
     # safetensors raises an error of its own Rust side besides OSError.
     except Exception as error:
         raise CheckpointError(
-            f"{folder / _ADAPTER} can't be read: {one_line(error)}; save the projector again"
+            f"{folder / TENSORS} can't be read: {one_line(error)}; save the projector again"
         ) from error
     return {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
 
@@ -251,7 +249,7 @@ def write_adapter(
     # Of what is written, whatever the run held in memory: load_projector compares it with the file.
     record = {**record, "format": FORMAT, "projector_hash": tensor_hash(tensors)}
     with replaced_folder(folder, ADAPTER_FILES, sign=RECORD) as partial:
-        save_file(named, partial / _ADAPTER, metadata={"format": "pt"})
+        save_file(named, partial / TENSORS, metadata={"format": "pt"})
         # Stored in inference mode, as PEFT's own save does; the running model goes on training.
         config = LoraConfig.from_pretrained(str(like)) if isinstance(like, Path) else _stored_config(like)
         config.inference_mode, training = True, config.inference_mode

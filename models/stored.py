@@ -122,6 +122,10 @@ def frozen_files_hash(folder: Path, projectors: tuple[str, ...]) -> str:
     return base_hashes(folder, projectors).frozen_hash
 
 
+TENSORS = "adapter_model.safetensors"
+"""The file of an adapter's tensors, as PEFT calls it."""
+
+
 def stored_projector_hash(file: Path) -> str:
     """Return the hash of an adapter's tensors as its file holds them: ``projector_hash`` of its record.
 

@@ -101,7 +101,12 @@ def _send(table: Table, runs: list[Path], output: Path, tracking: TrackingConfig
     """Send a comparison to W&B, when asked."""
     if tracking.wandb != "off":
         tracker = Tracker(tracking, output, {"runs": [str(run) for run in runs]})
-        header, *body = csv.reader(to_csv(table.model_copy(update={"quoted": []})).splitlines())
-        tracker.log_table("comparison", header, body)
-        tracker.log_image("plot", output / "plot.png")
+        send_table(tracker, "comparison", table, output / "plot.png")
         tracker.close()
+
+
+def send_table(tracker: Tracker, name: str, table: Table, plot: Path) -> None:
+    """Send a table's measured rows and its plot to W&B."""
+    header, *body = csv.reader(to_csv(table.model_copy(update={"quoted": []})).splitlines())
+    tracker.log_table(name, header, body)
+    tracker.log_image("plot", plot)

@@ -35,11 +35,9 @@ from prunetune.models.record import (
     required,
 )
 from prunetune.models.seal import CHAIN, short
-from prunetune.models.stored import BaseHashes, base_hashes, not_finite, settings_hash, stored_projector_hash
+from prunetune.models.stored import TENSORS, BaseHashes, base_hashes, not_finite, settings_hash, stored_projector_hash
 from prunetune.plugins import load_installed, plugin_records
 from prunetune.pruning.errors import PruningError
-
-ADAPTER = "adapter_model.safetensors"
 
 
 class _CantTell(Exception):
@@ -169,12 +167,12 @@ def _record_seal(folder: Path) -> str:
 
 
 def _projector(folder: Path, record: Mapping[str, Any]) -> str:
-    found = stored_projector_hash(folder / ADAPTER)
+    found = stored_projector_hash(folder / TENSORS)
     check_projector(record, folder, found)
-    broken = not_finite(folder / ADAPTER)
+    broken = not_finite(folder / TENSORS)
     if broken:
-        raise CheckpointError(f"{folder / ADAPTER}: {', '.join(broken)} holds NaN or infinity")
-    return f"{ADAPTER} is {short(found)} and finite"
+        raise CheckpointError(f"{folder / TENSORS}: {', '.join(broken)} holds NaN or infinity")
+    return f"{TENSORS} is {short(found)} and finite"
 
 
 def _export(folder: Path, record: Mapping[str, Any]) -> str:
@@ -373,7 +371,7 @@ def _arms_projector(manifest: Manifest) -> str:
         raise _CantTell(f"the adapter {folder} is not here")
     if required(read_record(folder), "projector_hash", folder) != projector.stored_hash:
         raise CheckpointError(f"{folder} holds another adapter now than the arm ran with")
-    check_projector({"projector_hash": projector.stored_hash}, folder, stored_projector_hash(folder / ADAPTER))
+    check_projector({"projector_hash": projector.stored_hash}, folder, stored_projector_hash(folder / TENSORS))
     return f"{folder} is the adapter that the arm ran with, {short(projector.stored_hash)}"
 
 

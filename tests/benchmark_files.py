@@ -3,9 +3,8 @@
 import base64
 import csv
 import io
-import json
 
-from more_benchmark_files import MORE
+from more_benchmark_files import MORE, picture, write, write_lines
 from PIL import Image
 
 from prunetune.tiny_world import render, sample_scene
@@ -14,21 +13,6 @@ S = "Answer the question using a single word or phrase."
 HINT = "When the provided information is insufficient, respond with 'Unanswerable'."
 ASKED = ("where is the circle ?", "what number is shown ?", "what color is the red ring ?")
 SAID = ("northwest", "4 7", "red")
-
-
-def picture(path, seed):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(render(sample_scene(seed))).save(path)
-
-
-def write(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
-def write_lines(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def ten(answer):

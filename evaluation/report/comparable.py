@@ -229,15 +229,16 @@ def _check_sources(twin: EvaluatedArm, arm: EvaluatedArm) -> None:
 
 def twin_of(arm: EvaluatedArm, arms: Sequence[EvaluatedArm]) -> EvaluatedArm | None:
     """Return the arm that differs from a tuned one in the projector alone."""
+    own = unchosen(arm.manifest.pruning)
     # By everything that the pruning says: a twin with another option would make its effect look like tuning's.
-    twins = [other for other in arms if not other.tuned and _unchosen(other) == _unchosen(arm)]
+    twins = [other for other in arms if not other.tuned and unchosen(other.manifest.pruning) == own]
     # Of several, where some field may differ, the one that ran most alike: on the same device, say.
     return min(twins, key=lambda other: distance(arm, other), default=None)
 
 
-def _unchosen(arm: EvaluatedArm) -> PruningSpec:
-    """Return an arm's pruning without whose projector chooses, which is one and the same in a training-free arm."""
-    return arm.manifest.pruning.model_copy(update={"choose_with": "tuned"})
+def unchosen(pruning: PruningSpec) -> PruningSpec:
+    """Return a pruning without whose projector chooses, which is one and the same in a training-free arm."""
+    return pruning.model_copy(update={"choose_with": "tuned"})
 
 
 def _nearest_twin(arm: EvaluatedArm, arms: Sequence[EvaluatedArm]) -> str:

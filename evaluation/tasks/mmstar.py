@@ -9,7 +9,7 @@ from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.lmms_lab import ParquetRows, Row, image_in_row
 from prunetune.evaluation.metrics.letters import ranked_letter
 from prunetune.evaluation.tasks.base import ACCURACY, Benchmark, Item, Scored, Scorer, averaged, register_task
-from prunetune.evaluation.tasks.multiple_choice import mean_of_groups
+from prunetune.evaluation.tasks.multiple_choice import mean_over_groups
 
 SOURCE = "https://huggingface.co/datasets/Lin-Chen/MMStar (mmstar.parquet)"
 # lmms-eval's sentence, which has no full stop, and the one that it takes out of questions.
@@ -60,7 +60,7 @@ def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
     }
 
 
-AVERAGE = mean_of_groups(
+AVERAGE = mean_over_groups(
     "average",
     CATEGORIES,
     lambda one: one.item.source,

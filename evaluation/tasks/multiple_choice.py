@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from prunetune.evaluation.metrics.metric import Metric, Tally, tallied
+from prunetune.evaluation.metrics.metric import Metric, Tally, mean_of_groups, share, tallied
 from prunetune.evaluation.tasks.base import Scored, unit_of
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -17,7 +17,7 @@ def option_lines(options: Sequence[str]) -> list[str]:
     return [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
 
 
-def mean_of_groups(name: str, groups: Sequence[str], group_of: Callable[[Scored], str], about: str) -> Metric:
+def mean_over_groups(name: str, groups: Sequence[str], group_of: Callable[[Scored], str], about: str) -> Metric:
     """Return the mean over groups of each group's mean score, in percent; groups without a question are left out.
 
     Args:
@@ -39,8 +39,6 @@ def mean_of_groups(name: str, groups: Sequence[str], group_of: Callable[[Scored]
 
     def value(counts: np.ndarray) -> np.ndarray:
         sums, numbers = counts[..., : len(groups)], counts[..., len(groups) :]
-        asked = numbers > 0  # of few images, a sample may hold none of a group's
-        means = np.divide(sums, numbers, out=np.zeros_like(sums, dtype=float), where=asked)
-        return 100 * means.sum(axis=-1) / asked.sum(axis=-1)
+        return 100 * mean_of_groups(share(sums, numbers), numbers > 0)  # a sample may hold none of a group's
 
     return Metric(name=name, unit="%", about=about, tally=tally, value=value)

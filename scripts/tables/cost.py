@@ -12,11 +12,10 @@ from prunetune.models.blueprint import model_without_weights
 from prunetune.models.profile import resolved
 from prunetune.pruning import PruningSpec
 from prunetune.scripts.tables.cells import Cell, Plan, Training
-from prunetune.scripts.tables.live import spoken
 from prunetune.scripts.tables.state import is_evaluated, is_trained
 from prunetune.train.flops import flops_of, forward_of, image, sequence
 from prunetune.train.gpus import GPUS, Gpu
-from prunetune.train.plan import MFU, columns, make_plan
+from prunetune.train.plan import MFU, columns, duration, make_plan
 from prunetune.train.shape import ModelShape, shape_of
 from prunetune.train.visual import Visual, visual_of
 from prunetune.train.workload import IMAGE, TOKENS_AROUND, TOKENS_PER_WORD
@@ -101,7 +100,7 @@ def plan_text(plan: Plan, questions: Mapping[str, Questions], gpu: Gpu | None = 
     for model in plan.models:
         arms = [arm for arm in plan.arms if arm.model is model]
         own = [cell for cell in cells if cell.arm.model is model]
-        cost = _cells_cost(own, sizes.get(model.slug), questions, plan.config.features)
+        cost = _cells_cost(own, sizes.get(model.slug), questions)
         total += cost or 0.0
         missing = [one for one in trainings if one.config.model == model.config]
         rows.append(
@@ -119,7 +118,8 @@ def plan_text(plan: Plan, questions: Mapping[str, Questions], gpu: Gpu | None = 
     if gpu is not None:
         evaluating = total / (gpu.bfloat16 * 1e12 * EVALUATION_MFU * gpus)
         lines.append(
-            f"predicted on {gpus} {gpu.name.upper()}: trainings {spoken(seconds)}, evaluations {spoken(evaluating)} "
+            f"predicted on {gpus} {gpu.name.upper()}: "
+            f"trainings {duration(seconds)}, evaluations {duration(evaluating)} "
             f"(planned, not measured: prefills and towers at an assumed MFU of {EVALUATION_MFU:.0%}, trainings at "
             f"{MFU:.0%}; generation, loading and data are not in it)"
         )
@@ -131,10 +131,8 @@ def tera_flops(cell_spec: PruningSpec, sizes: Sizes, questions: Questions) -> fl
     return (sizes.encoding() + sizes.question(cell_spec, questions.text)) / 1e12
 
 
-def _cells_cost(
-    cells: list[Cell], sizes: Sizes | None, questions: Mapping[str, Questions], features: bool
-) -> float | None:
-    """Return what cells of one model cost; with features, its images are encoded once for all of them."""
+def _cells_cost(cells: list[Cell], sizes: Sizes | None, questions: Mapping[str, Questions]) -> float | None:
+    """Return what cells of one model cost; where features are kept, images are encoded once for all of them."""
     if sizes is None:
         return None
     total = 0.0
@@ -145,7 +143,7 @@ def _cells_cost(
             total += own.items * sizes.question(cell.arm.spec, own.text)
         except PrunetuneError:  # an impossible row, which is told elsewhere
             continue
-        if not features:
+        if cell.config.features is None:
             total += own.items * sizes.encoding()
         elif cell.task not in encoded:
             encoded.add(cell.task)

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from prunetune.scripts.tables.cells import Cell, Plan
 from prunetune.scripts.tables.state import items_done
+from prunetune.train.plan import duration
 
 REFRESH = 2.0
 """Seconds between two looks at the cells' files, which tell what was answered wherever it is."""
@@ -65,7 +66,7 @@ class Progress:
         cells = f"{len(self.done)} of {len(self.plan.cells)} cells"
         if self.failed:
             cells += f", {len(self.failed)} failed"
-        eta = f", about {spoken(left / rate)} left" if rate > 0 and left > 0 else ""
+        eta = f", about {duration(left / rate)} left" if rate > 0 and left > 0 else ""
         return f"{cells}, {self.answered:,} of {self.total:,} answers, {rate:,.1f} a second{eta}"
 
     def __rich__(self) -> Group:
@@ -90,13 +91,6 @@ class Progress:
             return Text(self.done[cell.name], style="green")
         count = self.counts.get(cell.name, 0)
         return Text(f"{100 * count / max(self.items[cell.task], 1):.0f} %" if count else "·", style="dim")
-
-
-def spoken(seconds: float) -> str:
-    """Return a duration as people say it: "40 s", "3 min", "2.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager

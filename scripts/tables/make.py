@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,10 @@ from rich.console import Console
 
 from prunetune.configs import ConfigError, TableConfig, to_yaml
 from prunetune.errors import PrunetuneError
-from prunetune.evaluation.records import read_manifest
+from prunetune.evaluation.records import read_results
+from prunetune.evaluation.report.rows import item_of
+from prunetune.evaluation.tasks import get_task
+from prunetune.evaluation.tasks.base import Scored
 from prunetune.outputs import TABLE, OutputFolder
 from prunetune.screen import libraries_in, say
 from prunetune.scripts.tables.cells import Cell, Plan, Training, lay_out
@@ -60,7 +63,10 @@ def make_table(config: TableConfig, dry_run: bool = False, gpu: Gpu | None = Non
         return Finished({})
     with OutputFolder(config.output, TABLE, config.overwrite) as folder, libraries_in(plan.output / "libraries.log"):
         folder.write_text("config.yaml", to_yaml(config.model_copy(update={"overwrite": False})))
-        return _fill(plan, questions, folder)
+        ended = _fill(plan, questions, folder)
+        if ended.status == 0:  # by now the model that cells ran with is free: the report's examples load it again
+            write_table(plan, questions, ended.failed, folder)
+        return ended
 
 
 def refuse_impossible(plan: Plan) -> None:
@@ -72,13 +78,16 @@ def refuse_impossible(plan: Plan) -> None:
 
 
 def _fill(plan: Plan, questions: dict[str, Questions], folder: OutputFolder) -> Finished:
+    """Train, encode and evaluate what is missing."""
     engine = engine_of(plan.config)
     failed: dict[str, str] = {}
 
     trained, status = _train(plan, engine, folder)
     if status != 0:
         return Finished({}, status)
-    failed |= {cell.name: trained[name] for cell, name in _tuned_cells(plan) if name in trained}
+    for cell in plan.cells:
+        if cell.arm.training is not None and cell.arm.training.name in trained:
+            failed[cell.name] = trained[cell.arm.training.name]
 
     progress = Progress(plan, {task: own.items for task, own in questions.items()}, failed=failed)
     for cell in plan.cells:
@@ -95,8 +104,6 @@ def _fill(plan: Plan, questions: dict[str, Questions], folder: OutputFolder) -> 
     say(progress.line())
     for name, why in failed.items():
         say(f"failed: {name}: {why}")
-
-    write_table(plan, questions, failed, folder)
     return Finished(failed)
 
 
@@ -159,12 +166,6 @@ def _todo(plan: Plan, progress: Progress) -> list[Cell]:
     return [cell for cell in plan.cells if cell.name not in progress.done and cell.name not in progress.failed]
 
 
-def _tuned_cells(plan: Plan) -> Iterable[tuple[Cell, str]]:
-    for cell in plan.cells:
-        if cell.arm.training is not None:
-            yield cell, cell.arm.training.name
-
-
 def _run(engine: Engine, jobs: list[Job], note: Callable[[Outcome], None], devices: int | None = 1) -> dict[str, str]:
     """Run jobs and tell of each as it ends; return why some failed, by their names."""
     failed = {}
@@ -184,13 +185,7 @@ def _say_outcome(outcome: Outcome) -> None:
 
 def headline(cell: Cell) -> str:
     """Return a finished cell's headline number, as the live table shows it."""
-    from prunetune.evaluation.records import read_results
-    from prunetune.evaluation.report.rows import item_of
-    from prunetune.evaluation.tasks import get_task
-    from prunetune.evaluation.tasks.base import Scored
-
     try:
-        read_manifest(cell.folder)
         scorer = get_task(cell.task).scorer
         if scorer is None or not scorer.metrics:
             return "done"

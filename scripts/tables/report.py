@@ -14,6 +14,7 @@ from PIL import Image
 from prunetune.configs import ConfigError
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.records import read_manifest
+from prunetune.evaluation.report.comparable import unchosen
 from prunetune.evaluation.report.comparison import Recipe, write_recipe
 from prunetune.evaluation.report.plot import plot_table
 from prunetune.evaluation.report.tables.arms import ArmRuns
@@ -28,8 +29,9 @@ from prunetune.reading import one_line
 from prunetune.screen import say
 from prunetune.scripts.profiling.columns import footnote, measured_columns
 from prunetune.scripts.profiling.record import PROFILE, Costs, read_costs
-from prunetune.scripts.tables.cells import ARMS, HARD, Model, Plan, TableArm
+from prunetune.scripts.tables.cells import ARMS, HARD, Model, Plan, TableArm, tracked
 from prunetune.scripts.tables.cost import Questions, Sizes, sizes_of, tera_flops
+from prunetune.scripts.tracked import send_table
 from prunetune.train.tracking import Tracker
 
 REPORT, PLOT = "report.html", "plot.png"
@@ -128,9 +130,7 @@ def _whole_rows(plan: Plan, failed: Mapping[str, str]) -> tuple[list[list[TableA
 
 
 def _is_twin(one: TableArm, other: TableArm) -> bool:
-    return one.training is None and one.spec.model_copy(update={"choose_with": "tuned"}) == other.spec.model_copy(
-        update={"choose_with": "tuned"}
-    )
+    return one.training is None and unchosen(one.spec) == unchosen(other.spec)
 
 
 def _broken(plan: Plan, arm: TableArm, failed: Mapping[str, str]) -> list[str]:
@@ -272,18 +272,11 @@ def overlaid(picture: Picture, answered: Answered) -> bytes:
 
 def _track(plan: Plan, table: Table, examples: Examples | None) -> None:
     """Send the table, its plot, the report and the examples to W&B, in the group of its arms and trainings."""
-    import csv
-
-    from prunetune.evaluation.report.tables.layouts.csv import to_csv
-    from prunetune.scripts.tables.cells import tracked
-
     if plan.config.tracking.wandb == "off":
         return
     tracking = tracked(plan.config, "table", plan.config.title)
     tracker = Tracker(tracking, plan.output, plan.config.model_dump())
-    header, *body = csv.reader(to_csv(table.model_copy(update={"quoted": []})).splitlines())
-    tracker.log_table("table", header, body)
-    tracker.log_image("plot", plan.output / PLOT)
+    send_table(tracker, "table", table, plan.output / PLOT)
     if "html" in plan.config.layouts:
         tracker.log_report("report", plan.output / REPORT)
     if examples is not None:

@@ -10,12 +10,10 @@ from prunetune.configs import ConfigError, TableConfig, to_yaml
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.records import MANIFEST, RESULTS, Manifest, read_begun, results_hash
 from prunetune.models.record import check_projector, read_record
-from prunetune.models.stored import stored_projector_hash
+from prunetune.models.stored import TENSORS, stored_projector_hash
 from prunetune.reading import parse_yaml, read_yaml
 from prunetune.scripts.tables.cells import Cell, Training
 from prunetune.train.checkpoints import FINISHED
-
-TENSORS = "adapter_model.safetensors"
 
 
 def is_trained(training: Training) -> bool:
