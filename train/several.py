@@ -23,6 +23,8 @@ def run_all(runs: list[list[str]]) -> None:
         for arguments in runs:
             recalibrate.main(arguments)
             unset_hf_deepspeed_config()  # or the next model would be partitioned while it loads
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()  # rank 0 may empty a folder in which another still looks for its last run
     finally:
         torch.distributed.destroy_process_group = destroy
     if torch.distributed.is_initialized():
