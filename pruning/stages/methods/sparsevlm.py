@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prunetune.pruning.budget import Budget
-from prunetune.pruning.options import check_choice
+from prunetune.pruning.options import check_choice, check_least
 from prunetune.pruning.stages.base import Choice, Heard, Merged, Stage, best, heard, over_rows, ranked
 from prunetune.pruning.stages.registry import register_stage
 
@@ -28,8 +28,8 @@ class SparseVLM(Stage):
     for 192; 303, 110, 36 for 128; 238, 48, 26 for 96; 66, 30, 17 for 64.
 
     Version 2 (SparseVLM+) merges nothing and keeps positions. Attention is divided by what queries and keys of ones
-    alone would score at that distance, and counted in the half of the heads that give visual tokens most (14 of 28 in
-    the code). Its budgets are 300, 200, 118; 238, 108, 60; 246, 54, 28; 66, 34, 20.
+    alone would score at that distance, and counted in the half of the heads that give visual tokens most (the code
+    has 14, whatever there are). Its budgets are 300, 200, 118; 238, 108, 60; 246, 54, 28; 66, 34, 20.
 
     Differs from the published code: densities get no random noise, and of equal ones the lower index counts as denser
     (the noise decides there); a budget of all tokens keeps all (there at least one is dropped); raters are of the
@@ -38,10 +38,12 @@ class SparseVLM(Stage):
     Attributes:
         version: 1 or 2.
         recycle: whether version 1 merges what it drops.
+        heads: how many heads version 2 counts; None is half of them.
     """
 
     version: int = 1
     recycle: bool = True
+    heads: int | None = None
 
     boundaries: ClassVar[tuple[int, ...]] = (3, 7, 16)
     keeps: ClassVar[tuple[Budget, ...]] = (300, 200, 110)
@@ -49,6 +51,8 @@ class SparseVLM(Stage):
 
     def __post_init__(self) -> None:
         check_choice("version", self.version, (1, 2))
+        if self.heads is not None:
+            check_least("heads", self.heads, 1)
 
     @property
     def wants(self) -> frozenset[str]:
@@ -88,7 +92,7 @@ class SparseVLM(Stage):
         """Return the best rated visual slots, and what is merged of the others."""
         attention, rows = heard(at.attention, "attention"), heard(at.rows, "rows")
         if self.version == 2:
-            score = _unbiased(attention, heard(at.unit_scores, "unit_scores"), rows, at.visual)
+            score = _unbiased(attention, heard(at.unit_scores, "unit_scores"), rows, at.visual, self.heads)
         else:
             score = over_rows(attention.mean(dim=1), rows)
         kept = best(score, at.visual, keep)
@@ -112,11 +116,12 @@ def _unbiased(
     unit_scores: Float[Tensor, "B Q n"],
     rows: Bool[Tensor, "B Q"],
     visual: Bool[Tensor, "B n"],
+    heads: int | None,
 ) -> Float[Tensor, "B n"]:
     """Return the mean over raters and the stronger half of the heads of attention without what distance makes of it."""
     there = (rows[:, None, :, None] & visual[:, None, None, :]).to(attention)
     divided = attention / unit_scores[:, None] * there
-    heads = max(1, attention.shape[1] // 2)
+    heads = max(1, attention.shape[1] // 2) if heads is None else min(heads, attention.shape[1])
     strength = divided.sum(dim=(2, 3))  # (B, H)
     strongest = torch.sort(strength, dim=1, descending=True, stable=True).indices[:, :heads]
     picked = divided.gather(1, strongest[:, :, None, None].expand(-1, -1, *divided.shape[2:]))

@@ -72,4 +72,4 @@ def search_boundary(
             f"no boundary changes the answers by {eta:g} or less, the least is {float(change.min()):g}; choose a "
             "larger eta"
         )
-    return first + int(small[0]), change.to(full.dtype)
+    return first + int(small[0]), change.float()
