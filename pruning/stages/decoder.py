@@ -137,6 +137,18 @@ def at_slots(rotary: Rotary, slots: Int[Tensor, "B n"]) -> Rotary:
     return _gathered(cos, slots), _gathered(sin, slots)
 
 
+def counted_from(rotary: Rotary, first: Int[Tensor, "B 1"]) -> Rotary:
+    """Return cosines and sines with positions counted from those of one slot of each row.
+
+    A plain call of a model numbers padding on the left as well, and stock generation does not.
+    """
+    cos, sin = (part.float().expand(len(first), -1, -1) for part in rotary)
+    cos_first, sin_first = at_slots((cos, sin), first)  # (B, 1, d)
+    size = (cos_first**2 + sin_first**2).sqrt()  # 1, but for rotary embeddings that are scaled
+    cos_first, sin_first = cos_first / size, sin_first / size
+    return cos * cos_first + sin * sin_first, sin * cos_first - cos * sin_first
+
+
 def _gathered(values: Tensor, slots: Int[Tensor, "B n"]) -> Tensor:
     values = values.expand(len(slots), -1, -1)
     return values.gather(1, slots[:, :, None].expand(-1, -1, values.shape[2]))

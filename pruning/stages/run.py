@@ -29,6 +29,7 @@ from prunetune.pruning.stages.decoder import (
     attention_of,
     causal_mask,
     check_cache,
+    counted_from,
     cut_mask,
     keys_of,
     scattered,
@@ -327,7 +328,9 @@ class Stages:
             found["attention"] = attention_of(module, hidden, rotary, slots, there, shown)
             found["rows"] = there
         if "keys" in wanted:
-            keys = keys_of(module, hidden, rotary)
+            # Not only distances but positions themselves decide: they count from a row's first token.
+            first = plan.shown(segment).long().argmax(dim=1, keepdim=True)
+            keys = keys_of(module, hidden, counted_from(rotary, first))
             found["keys"] = keys.transpose(1, 2).flatten(2)
         if "unit_scores" in wanted:
             found["unit_scores"] = unit_scores_of(module, rotary, slots)

@@ -157,7 +157,8 @@ def clustered(states: Float[Tensor, "r D"], count: int) -> tuple[Int[Tensor, " c
         states: of r tokens.
         count: c, how many clusters there are.
     """
-    distance = torch.cdist(states[None], states[None])[0] / states.shape[1] ** 0.5  # (r, r)
+    # By differences: a product of matrices is not symmetric to the last bit, and equal densities would not tie.
+    distance = torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist") / states.shape[1] ** 0.5
     nearest = torch.sort(distance, dim=1).values[:, :count]
     density = (-(nearest**2).mean(dim=1)).exp()
     place = torch.arange(len(density), device=density.device)
