@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stage_world import COUNT, LAYERS, ROWS, WORLDS, left_at_the_end, llava_batch, masked_run, plan_for, staged
+from gemma_world import tiny_gemma3
+from stage_world import (
+    COUNT,
+    LAYERS,
+    ROWS,
+    WORLDS,
+    gemma_batch,
+    left_at_the_end,
+    llava_batch,
+    masked_run,
+    plan_for,
+    staged,
+    tiny_llava,
+)
 
-from prunetune.pruning import PrunedModel, PruningError, PruningSpec
+from prunetune.configs.schema import EngineConfig
+from prunetune.pruning import ElasticModel, PrunedModel, PruningError, PruningSpec, StageSpec
+from prunetune.train.engine.engine import Engine
+from prunetune.train.engine.reading import Reads
 
 SETTINGS = WORLDS["llava"].settings
 FASTV = {"name": "fastv", "boundaries": [2], "keep": 5}
@@ -64,10 +80,9 @@ def answers(model, inputs, **settings):
 
 @torch.no_grad()
 @every_model
-@pytest.mark.parametrize("keep", ["100%", 500])
-def test_keep_all_is_bit_identical_to_stock(case, keep):
+def test_keep_all_is_bit_identical_to_stock(case):
     world, model, _, _ = of(case)
-    pruned = staged(model, {**FASTV, "keep": keep}, {"name": "dart", "boundaries": [3], "keep": keep})
+    pruned = staged(model, {**FASTV, "keep": "100%"}, {"name": "dart", "boundaries": [3], "keep": 500})
     batch = world.batch(world.rows, labels=True)
     forget(model)
     theirs, ours = model(**batch), pruned.forward(**batch)
@@ -120,7 +135,8 @@ def test_a_batch_equals_each_row_alone(case):
     world, model, stages, _ = of(case)
     pruned = staged(model, *stages)
     prompts = world.batch(world.rows, "left")
-    for settings in (world.settings, {**world.settings, "num_beams": 3}):
+    beams = [{**world.settings, "num_beams": 3}] if case[2] in ("dart", *MERGED) else []
+    for settings in (world.settings, *beams):
         together = pruned.generate(**prompts, **settings)
         for number, row in enumerate(world.rows):
             alone = pruned.generate(**world.batch([row], "left"), **settings)
@@ -205,6 +221,134 @@ def test_training_equals_the_hidden_run_with_and_without_checkpointing(case):
     torch.testing.assert_close(loss, full.detach(), rtol=1e-5, atol=1e-6)
     for own, other in zip(gradients, torch.autograd.grad(full, parameters), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-6)
+
+
+def test_merged_tokens_are_means_behind_the_kept_ones_with_their_gradients(model):
+    """One row written out: layers below the boundary, the sequence put together by hand, the layers above it."""
+    stage = {"name": "sparsevlm", "boundaries": [3], "keep": [4]}
+    pruned, batch = staged(model, stage), llava_batch([(2, 6, 2)], labels=True)
+    projector = list(model.model.multi_modal_projector.parameters())
+    with pruned._inside() as plans:
+        ours = model(**pruned.prepare(batch).inputs).loss
+    plan, llm = plans[0], model.model.language_model
+    gradients = torch.autograd.grad(ours, projector)
+
+    ids = batch["input_ids"][0]
+    embeddings = model.get_input_embeddings()(ids)
+    images = model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True).pooler_output
+    states = embeddings.masked_scatter(plan.visual[0, :, None], torch.cat(list(images)))[None]
+
+    def run(states, layers):
+        length = states.shape[1]
+        mask = torch.ones(length, length).tril().bool()[None, None]
+        if llm.config._attn_implementation == "eager":
+            mask = torch.zeros(1, 1, length, length).masked_fill(~mask, float("-inf"))
+        rotary = llm.rotary_emb(states, position_ids=torch.arange(length)[None])
+        for layer in layers:
+            states = layer(states, attention_mask=mask, position_embeddings=rotary)
+        return states
+
+    states = run(states, llm.layers[:3])[0]
+    segment = plan.segments[3]
+    kept = {
+        int(c) for c, v, m in zip(segment.columns[0], segment.visual[0], segment.merged[0], strict=True) if v and not m
+    }
+    visual = plan.visual[0].nonzero()[:, 0].tolist()
+    assert len(kept) == 4 and segment.mixing.shape[1] == 1 + int((int(28 * 0.3) + 1) / 10)
+    clusters = [row.nonzero()[:, 0].tolist() for row in segment.mixing[0]]
+    assert not any(kept & set(own) for own in clusters)
+    merged = [states[own].sum(dim=0) / (len(own) + 1e-6) for own in clusters]
+    sequence = []
+    for column in range(len(ids)):
+        if column not in visual or column in kept:
+            sequence.append(states[column])
+        if column == max(kept):
+            sequence += merged
+    logits = model.lm_head(llm.norm(run(torch.stack(sequence)[None], llm.layers[3:])))[0]
+    full = torch.nn.functional.cross_entropy(logits[-4:-1], ids[-3:])
+    torch.testing.assert_close(ours, full, rtol=1e-5, atol=1e-6)
+    for own, other in zip(gradients, torch.autograd.grad(full, projector), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-6)
+
+
+def test_the_engine_trains_by_prompts_alone(model):
+    """A trainer keeps labels back from the model: stages get them all the same, and no rows are packed."""
+    batch = llava_batch(ROWS, labels=True)
+    pruned = staged(model, FASTV, pruner="fastervlm", keep=8)
+    expected = pruned.forward(**batch).loss
+    number = (batch["labels"][:, 1:] != -100).sum()
+    engine = Engine(pruned, EngineConfig())
+    assert "pruning.stages" in engine.choice.reasons["packing"]
+    with engine.attached():
+        torch.testing.assert_close(engine.summed_loss(model, batch) / number, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(PruningError, match="can't be packed: pruning.stages"):
+        Engine(pruned, EngineConfig(packing=True))
+    with pytest.raises(PruningError, match="hidden_layer 2: pruning.stages cut"):
+        Engine(pruned, EngineConfig(), reads=Reads(hidden=True, layer=2))
+
+
+@torch.no_grad()
+def test_elastic_rows_have_budgets_of_their_own_and_the_same_stages(model):
+    stages = [StageSpec(**{**FASTV, "keep": 0.5})]
+    specs = [PruningSpec("divprune", keep, stages=stages) for keep in (12, 6)]
+    elastic = ElasticModel(model, specs[0], specs)
+    batch = llava_batch(ROWS, labels=True)
+    plan, output = plan_for(elastic, {**batch, "cells": [1, 0, 0]})
+    assert [counts.layers[1:3] for counts in plan.counts] == [(6, 3), (24, 12), (0, 0)]
+    for number, cell in enumerate([1, 0, 0]):
+        own = llava_batch(ROWS[number : number + 1], labels=True)
+        _, alone = plan_for(PrunedModel(model, specs[cell]), own)
+        there = left_at_the_end(plan)[number]
+        assert len(alone.logits[0]) == int(plan.real[number].sum())
+        real = plan.real[number]
+        torch.testing.assert_close(output.logits[number, there], alone.logits[0, there[real]], rtol=1e-4, atol=1e-5)
+    with pytest.raises(PruningError, match="differ in pruner, options and budget alone; stages"):
+        ElasticModel(model, specs[0], [PruningSpec("divprune", 6)])
+
+
+@torch.no_grad()
+def test_what_families_can_not_have_is_refused():
+    gemma, qwen = of(("gemma3", "sdpa", "dart"))[1], of(("qwen3_vl", "sdpa", "dart"))[1]
+    early, merging = {**FASTV, "boundaries": [1]}, MERGED["sparsevlm"][0]
+    with pytest.raises(PruningError, match="boundary 1: masks of its full_attention layers.*layer 1; set boundaries"):
+        staged(gemma, early)
+    with pytest.raises(PruningError, match="boundary 1: its first 2 layers add deepstack features"):
+        staged(qwen, early)
+    with pytest.raises(PruningError, match="'sparsevlm' numbers tokens anew, and positions of family 'qwen3_vl'"):
+        staged(qwen, merging)
+    with pytest.raises(PruningError, match="other rotations for each kind of layer|merges tokens"):
+        staged(gemma, merging)
+    short = staged(tiny_gemma3(window=30, pairs=3), FASTV)
+    with pytest.raises(PruningError, match="sliding window of 30"):
+        short.forward(**gemma_batch(WORLDS["gemma3"].rows))
+
+
+@torch.no_grad()
+def test_masks_by_column_are_cut_too():
+    """The kind of mask that flash attention takes, with an attention of that kind made of sdpa."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    def by_column(module, query, key, value, attention_mask, scaling=None, **_):
+        new, length = query.shape[2], key.shape[2]
+        seen = torch.ones(new, length).tril(diagonal=length - new).bool()
+        if attention_mask is not None:
+            assert attention_mask.shape == (len(query), length)
+            seen = (seen & attention_mask[:, None, None].bool()) | torch.eye(length)[-new:].bool()
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register("flash_by_column", by_column)
+    AttentionMaskInterface.register("flash_by_column", flash_attention_mask)
+    plain, other = of(("llava", "sdpa", "dart"))[1], tiny_llava()
+    other.model.language_model.config._attn_implementation = "flash_by_column"
+    for rows in (ROWS, ROWS[:1]):
+        prompts = llava_batch(rows, "left")
+        for stages in (ORIGINAL["fastv_vtw"], DENSE["pyramiddrop_dense"], MERGED["sparsevlm"]):
+            tokens = [staged(m, *stages).generate(**prompts, **SETTINGS).tokens for m in (plain, other)]
+            assert torch.equal(*tokens)
 
 
 @torch.no_grad()
