@@ -111,7 +111,9 @@ class Schedule:
 
     def _with(self, entering: int, share: float) -> Counts:
         """Return the counts where budgets that are solved for keep ``share`` to the power of their step."""
-        keep, after, layers = [], [], []
+        keep: list[int] = []
+        after: list[int] = []
+        layers: list[int] = []
         now = entering
         for point in self.points:
             layers += [now] * (point.boundary - len(layers))
