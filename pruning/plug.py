@@ -628,7 +628,7 @@ class PrunedModel:
             model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
             output = model.generate(**_shifted(pruned.inputs, -self.family.first_position))
         generated = _generated(output[:, pruned.inputs["input_ids"].shape[1] :], pruned)
-        if self.stages is None:
+        if not plans:  # without stages, or on a cache that was made before
             return generated
         return self._with_layers(generated, pruned, plans[0])
 

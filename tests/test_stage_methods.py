@@ -286,6 +286,41 @@ def test_stages_are_registered_once_and_by_contract():
         build_stage("sparsevlm", {"version": 3})
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "dart", "sparsevlm"])
+def test_autocast_does_not_reach_the_scores(name):
+    """Of the first layer, which sees the same whether autocast is on or off."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, **shape)).eval()
+    visual = torch.zeros(2, 30, dtype=torch.bool)
+    visual[:, 4:20] = True
+    embeddings, found = torch.randn(2, 30, 32), []
+    for dtype in (None, torch.bfloat16):
+        schedule = schedule_of([StageSpec(name=name, boundaries=[1], keep=[6])], 3)
+        stages = Stages(schedule, decoder_of(model.model), ())
+        plan = plan_of(schedule, visual)
+        stage, heard_of = schedule.points[0].stage, []
+        object.__setattr__(
+            stage,
+            "choose",
+            lambda at, keep, seen=heard_of, own=stage: seen.append(at) or type(own).choose(own, at, keep),
+        )
+        with stages.attached(None), torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            stages._enter(plan, embeddings, None)
+            rotary = model.model.rotary_emb(embeddings, position_ids=torch.arange(30)[None])
+            if stage.listens == -1:
+                stages._listen(0, plan, None, 0, embeddings, rotary)
+            stages._decide(0, plan, embeddings, rotary)
+        found.append((heard_of[0], plan.kept_columns()))
+    (plain, kept), (cast, same) = found
+    assert torch.equal(kept, same) and int(kept.sum()) >= 12
+    for tensor in sorted(schedule.points[0].stage.wants):
+        assert torch.equal(getattr(plain, tensor), getattr(cast, tensor))
+
+
 # ---- answers of the published code -----------------------------------------------------------------------------
 
 

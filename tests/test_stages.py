@@ -180,6 +180,8 @@ def test_counts_of_rows_and_images_are_reported(model):
     assert sum(image["llm_final_tokens"] for image in two) == 2
     assert sum(image["llm_average_tokens"] for image in two) == pytest.approx(78 / 6)
     assert found.kept == {"image": [16, 16, 16]}  # what entered the LLM
+    several = pruned.generate(**llava_batch(ROWS, "left"), **SETTINGS, num_beams=2, num_return_sequences=2)
+    assert several.layers == found.layers and several.notes == found.notes
 
 
 def train(world, model, pruned, checkpointing):
@@ -430,7 +432,8 @@ def test_calls_that_would_be_cut_wrongly_are_refused(model):
     prompts = pruned.prepare(llava_batch(ROWS[:1])).inputs
     text = {"input_ids": torch.tensor([[8, 9]])}
     stock = model(**text, use_cache=True).past_key_values
-    static = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    config = model.config.get_text_config()
+    static = StaticCache(config=config, max_cache_len=64)
     length = prompts["input_ids"].shape[1]
     four = torch.ones(length, length).tril().bool()[None, None]
     with pruned.attach():
@@ -438,12 +441,14 @@ def test_calls_that_would_be_cut_wrongly_are_refused(model):
             model(**text, past_key_values=stock)
         with pytest.raises(PruningError, match="another length for each layer"):
             model(**prompts, past_key_values=static)
+        with pytest.raises(PruningError, match="were not tried with a cache like this"):
+            model(**prompts, past_key_values=DynamicCache(config=config, offloading=True))
     with pruned._inside():
         with pytest.raises(PruningError, match="2-D attention_mask"):
             model(**{**prompts, "attention_mask": four})
         with pytest.raises(PruningError, match="input_ids"):
             model(inputs_embeds=torch.zeros(1, 3, 32))
-        cache = DynamicCache(config=model.config.get_text_config())
+        cache = DynamicCache(config=config)
         model(**text, past_key_values=cache)
         with pytest.raises(PruningError, match="prefill in one piece"):
             model(**{**prompts, "attention_mask": torch.ones(1, length + 2)}, past_key_values=cache)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.ops.precision import exact_float32
 from prunetune.pruning.sequence import IGNORE_INDEX
 from prunetune.pruning.stages.base import Choice, Merged
 from prunetune.pruning.stages.schedule import Counts, Schedule
@@ -50,7 +51,8 @@ class Segment:
     def apply(self, hidden: Float[Tensor, "B m D"]) -> Float[Tensor, "B n D"]:
         """Return states of the segment before as those of this one, with their gradients."""
         if self.mixing is not None:
-            made = self.mixing @ hidden.float()  # in float32, as it was chosen
+            with exact_float32(hidden.device):  # as it was chosen
+                made = self.mixing @ hidden.float()
             hidden = torch.cat([hidden, made.to(hidden)], dim=1)
         return hidden.gather(1, self.take[:, :, None].expand(-1, -1, hidden.shape[2]))
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.hooks import is_partitioned
+from prunetune.pruning.ops.precision import exact_float32
 from prunetune.pruning.stages.base import Heard
 from prunetune.pruning.stages.decoder import (
     Decoder,
@@ -301,7 +302,8 @@ class Stages:
         """Let stages that choose their query rows themselves do so, by what enters the first layer."""
         for point in self.schedule.points:
             if point.stage.queries == "raters" and point.boundary not in plan.raters:
-                raters = point.stage.raters(embeddings.detach().float(), plan.visual, plan.question())
+                with exact_float32(embeddings.device):
+                    raters = point.stage.raters(embeddings.detach().float(), plan.visual, plan.question())
                 # Of a prompt without any, its last token.
                 last = torch.zeros_like(raters).scatter(1, plan.queries[:, :1], True)
                 plan.raters[point.boundary] = torch.where(raters.any(dim=1, keepdim=True), raters, last)
@@ -316,10 +318,18 @@ class Stages:
     ) -> None:
         """Take down what a stage hears of one layer."""
         point = self.schedule.points[number]
-        wanted = point.stage.wants
         if not self._must_run(number, plan):
             return
-        module, hidden = self.decoder.layers[layer], hidden.detach()
+        with exact_float32(hidden.device):
+            plan.noted[point.boundary] = self._heard(point, plan, segment, layer, hidden.detach(), rotary)
+
+    def _heard(
+        self, point: Point, plan: Plan, segment: Segment | None, layer: int, hidden: Tensor, rotary: Rotary
+    ) -> dict[str, Tensor]:
+        """Return what a stage hears of one layer, by name."""
+        wanted = point.stage.wants
+        module = self.decoder.layers[layer]
+        hidden = hidden.to(module.input_layernorm.weight.dtype)  # under autocast it may be another
         found: dict[str, Tensor] = {}
         queries, there = self._queries(point, plan)
         slots = plan.slots_of(queries, segment)
@@ -334,7 +344,7 @@ class Stages:
             found["keys"] = keys.transpose(1, 2).flatten(2)
         if "unit_scores" in wanted:
             found["unit_scores"] = unit_scores_of(module, rotary, slots)
-        plan.noted[point.boundary] = found
+        return found
 
     def _queries(self, point: Point, plan: Plan) -> tuple[Tensor, Tensor]:
         """Return the columns whose attention a stage hears, and which of them exist."""
@@ -360,11 +370,12 @@ class Stages:
         found = plan.noted.pop(point.boundary, {})
         if "states" in point.stage.wants:
             found["states"] = hidden.detach().float()
-        if "normed" in point.stage.wants:
-            found["normed"] = self.decoder.final_norm(hidden.detach()).float()
         question = plan.at_slots(plan.question(), segment)
-        heard = Heard(plan.visual_slots(segment), question, **found)
-        choice = point.stage.choose(heard, [counts.keep[number] for counts in plan.counts])
+        with exact_float32(hidden.device):
+            if "normed" in point.stage.wants:
+                found["normed"] = self.decoder.final_norm(hidden.detach()).float()
+            heard = Heard(plan.visual_slots(segment), question, **found)
+            choice = point.stage.choose(heard, [counts.keep[number] for counts in plan.counts])
         plan.decide(number, choice, point.stage.dense)
 
     # ---- decoding ----------------------------------------------------------------------------------------------
