@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from prunetune.pruning.signals import register_signal as register_signal
     from prunetune.pruning.signals import registered_signals as registered_signals
     from prunetune.pruning.spec import PruningSpec as PruningSpec
+    from prunetune.pruning.spec import StageSpec as StageSpec
+    from prunetune.pruning.stages.base import Stage as Stage
+    from prunetune.pruning.stages.registry import register_stage as register_stage
+    from prunetune.pruning.stages.registry import registered_stages as registered_stages
     from prunetune.pruning.types import Pruner as Pruner
     from prunetune.pruning.types import Selection as Selection
     from prunetune.pruning.types import VisualTokens as VisualTokens
@@ -49,6 +53,8 @@ _HOMES = {
     "PruningSpec": "spec",
     "Selection": "types",
     "Signal": "signals",
+    "Stage": "stages.base",
+    "StageSpec": "spec",
     "Vision": "vision",
     "VisualTokens": "types",
     "build_pruner": "registry",
@@ -57,9 +63,11 @@ _HOMES = {
     "register_family": "families",
     "register_pruner": "registry",
     "register_signal": "signals",
+    "register_stage": "stages.registry",
     "registered_families": "families",
     "registered_methods": "registry",
     "registered_signals": "signals",
+    "registered_stages": "stages.registry",
     "resolve_budget": "budget",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -34,6 +34,9 @@ from prunetune.pruning.select import (
 from prunetune.pruning.sequence import placeholders, shorten
 from prunetune.pruning.signals import of_source, signal_of
 from prunetune.pruning.spec import PruningSpec
+from prunetune.pruning.stages.inside import counted_inside, stages_of
+from prunetune.pruning.stages.plan import PLAN, Plan
+from prunetune.pruning.stages.run import attached_to, check_generation, check_none_attached
 from prunetune.pruning.stored import StoredImages, another_choice, choice_of, is_all_tokens
 from prunetune.pruning.text import TextReader
 from prunetune.pruning.types import Selection
@@ -53,6 +56,8 @@ class Generated:
             has several.
         prefixes: how many prefixes were computed for the batch; None if every prompt was computed whole.
         why_whole: why it was, where prefixes were to be shared and could not.
+        layers: with stages inside the LLM, for each row of the prompts how many visual tokens each layer processed; the
+            last of them is the final count, their mean the average.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -62,6 +67,7 @@ class Generated:
     rows: Mapping[str, list[int]] = field(default_factory=dict)
     prefixes: int | None = None
     why_whole: str | None = None
+    layers: Sequence[Sequence[int]] = ()
 
 
 class PrunedModel:
@@ -103,6 +109,7 @@ class PrunedModel:
         self.position_policy = self._position_policy()
         if getattr(self.pruner, "order", None) == "published":
             self._check_order()
+        self.stages = stages_of(model, self.family, spec.stages)
         self.text = TextReader(model, tokenizer, spec.text_tower) if text is None else text
         config: Any = model.config
         tower = getattr(getattr(config, "vision_config", None), "model_type", config.model_type)
@@ -600,7 +607,8 @@ class PrunedModel:
             vision: the images, if they were encoded before.
             inputs: what the processor returned.
         """
-        return self.model(**self.prepare(inputs, keep=keep, vision=vision).inputs)
+        with self._inside():
+            return self.model(**self.prepare(inputs, keep=keep, vision=vision).inputs)
 
     def generate(
         self, *, keep: Budget | None = None, vision: Mapping[str, Vision] | None = None, **inputs: Any
@@ -613,11 +621,40 @@ class PrunedModel:
             inputs: what the processor returned; generation options (``max_new_tokens`` and so on) pass through to the
                 stock method.
         """
-        with torch.no_grad():
+        if self.stages is not None:
+            check_generation(self.model, inputs)
+        with torch.no_grad(), self._inside() as plans:
             pruned = self._prompts(inputs, keep, vision)
             model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
             output = model.generate(**_shifted(pruned.inputs, -self.family.first_position))
-        return _generated(output[:, pruned.inputs["input_ids"].shape[1] :], pruned)
+        generated = _generated(output[:, pruned.inputs["input_ids"].shape[1] :], pruned)
+        if not plans:  # without stages, or on a cache that was made before
+            return generated
+        return self._with_layers(generated, pruned, plans[0])
+
+    @contextmanager
+    def _inside(self) -> Iterator[list[Plan]]:
+        """While open, the model runs with this one's stages alone, if any; collects the plan of every prefill."""
+        here = attached_to(self.model)
+        with ExitStack() as undo:
+            if here is not self.stages:
+                # Another's, such as those of a trainer whose dense model is asked in between.
+                if here is not None:
+                    undo.enter_context(here.paused())
+                if self.stages is not None:
+                    undo.enter_context(self.stages.attached(self.model))
+            yield [] if self.stages is None else undo.enter_context(self.stages.noted())
+
+    def _with_layers(self, generated: Generated, pruned: Pruned, plan: Plan) -> Generated:
+        """Return what was generated with the counts of every layer."""
+        rows = len(pruned.inputs["input_ids"])
+        copies = len(plan.counts) // rows  # of beams and of several answers to a prompt
+        counts = plan.counts[::copies]
+        notes = counted_inside(self.model, self.family, pruned, plan, copies)
+        for modality, noted in generated.notes.items():
+            for own, inside in zip(noted, notes[modality], strict=True):
+                inside.update(own)
+        return replace(generated, layers=[own.layers for own in counts], notes=notes)
 
     def generate_shared(
         self,
@@ -645,7 +682,7 @@ class PrunedModel:
         Raises:
             PruningError: if a model can't share prefixes, or an option of generation can't.
         """
-        check_shares(self.model, self.family, inputs)
+        self._check_shares(inputs)
         with torch.no_grad():
             pruned = self._prompts(inputs, keep, vision)
             shared, why = self._shared(pruned, inputs, images, max_new_tokens)
@@ -660,7 +697,15 @@ class PrunedModel:
 
     def check_shares_prefixes(self) -> None:
         """Check that :meth:`generate_shared` can run; raises PruningError in one line if it can't."""
-        check_shares(self.model, self.family)
+        self._check_shares()
+
+    def _check_shares(self, options: Mapping[str, Any] | None = None) -> None:
+        if self.stages is not None:
+            raise PruningError(
+                "prompts with pruning.stages can't share a prefix: what their images keep inside the LLM is chosen by "
+                "the question behind it; set share_prefix: false"
+            )
+        check_shares(self.model, self.family, options)
 
     def _prompts(self, inputs: Mapping[str, Any], keep: Budget | None, vision: Mapping[str, Vision] | None) -> Pruned:
         """Return pruned prompts, padded on the left, so that every row's answer begins in the same column."""
@@ -715,13 +760,18 @@ class PrunedModel:
             pruned = self.prepare(kwargs, project_kept=project_kept)
             if seen is not None:
                 seen(pruned)
-            if finish is not None:
-                return (), finish(pruned)
-            return (), pruned.inputs
+            asked = pruned.inputs if finish is None else finish(pruned)
+            if self.stages is not None:
+                # With the labels that it had: a trainer may keep them back, and answers must not choose.
+                asked = {**asked, PLAN: self.stages.plan(pruned.inputs, asked)}
+            return (), asked
 
+        check_none_attached(self.model)
         handle = self.model.register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            yield self
+            # After it: hooks run in order, and stages read the ids that it has rewritten.
+            with nullcontext() if self.stages is None else self.stages.attached(self.model):
+                yield self
         finally:
             handle.remove()
 

@@ -13,6 +13,26 @@ if TYPE_CHECKING:
     from prunetune.pruning.types import Pruner
 
 
+class StageSpec(BaseModel):
+    """One method that drops visual tokens between layers of the LLM."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = Field(description="fastv, vtw, pyramiddrop, dart, sparsevlm, or package.module:Class")
+    boundaries: list[int] | None = Field(
+        None, description="for each step the first layer that sees fewer tokens, from 0; none are the paper's"
+    )
+    keep: int | float | str | list[int | float | str] | None = Field(
+        None,
+        description="for each boundary how many visual tokens of a row stay, of those that enter the LLM: 64, 0.5 or "
+        '"50%"; none are the paper\'s',
+    )
+    average: int | float | None = Field(
+        None, description="visual tokens per layer, the mean over all layers, that keep is solved from"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="the stage's own hyperparameters")
+
+
 class PruningSpec(BaseModel):
     """Which pruner, and how many visual tokens it keeps."""
 
@@ -58,6 +78,11 @@ class PruningSpec(BaseModel):
     newline: Literal["rows", "all", "none"] = Field(
         "rows",
         description="row-end tokens that stay, in families that have them: of rows with kept tokens, all or none",
+    )
+    stages: list[StageSpec] = Field(
+        default_factory=list,
+        description="methods that drop more visual tokens inside the LLM, between its layers",
+        exclude_if=lambda stages: not stages,  # records of those who have none stay, to the byte
     )
 
     # The slash: a configuration's key may be called "self", which is an unknown key and no error of Python's.

@@ -45,12 +45,13 @@ def lively(model):
     return model.eval()
 
 
-def tiny_gemma3(attention="sdpa", window=256):
-    """Return a model of 8 x 8 patches an image, pooled 2 x 2; one layer of each kind."""
+def tiny_gemma3(attention="sdpa", window=256, pairs=1):
+    """Return a model of 8 x 8 patches an image, pooled 2 x 2; ``pairs`` times one layer of each kind."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     torch.manual_seed(0)
-    text = {**TEXT, "sliding_window": window, "layer_types": ["sliding_attention", "full_attention"]}
+    text = {**TEXT, "sliding_window": window, "layer_types": ["sliding_attention", "full_attention"] * pairs}
+    text["num_hidden_layers"] = 2 * pairs
     config = Gemma3Config(
         text_config={**text, "query_pre_attn_scalar": 8},
         vision_config={**VISION, "image_size": 32},

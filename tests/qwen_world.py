@@ -24,7 +24,7 @@ TOWERS = {
 CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
 
 
-def tiny_qwen(dtype=torch.float32, attention="sdpa", kind="qwen2_5_vl"):
+def tiny_qwen(dtype=torch.float32, attention="sdpa", kind="qwen2_5_vl", layers=None):
     import transformers
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -34,7 +34,7 @@ def tiny_qwen(dtype=torch.float32, attention="sdpa", kind="qwen2_5_vl"):
         "vocab_size": 64,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 3 if kind == "qwen3_vl" else 2,  # its first two take the deepstack levels
+        "num_hidden_layers": layers or (3 if kind == "qwen3_vl" else 2),  # its first two take the deepstack levels
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,

@@ -19,9 +19,9 @@ checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 def modules() -> list[str]:
     """Return the modules whose functions are checked: the tensor code."""
     names = []
-    for folder in ("ops", "methods"):
+    for folder in ("ops", "methods", "stages", "stages/methods"):
         files = (ROOT / "pruning" / folder).glob("[a-z]*.py")
-        names += [f"prunetune.pruning.{folder}.{file.stem}" for file in files]
+        names += [f"prunetune.pruning.{folder.replace('/', '.')}.{file.stem}" for file in files]
     names += [f"prunetune.pruning.{name}" for name in PLUG]
     return sorted(set(names) - LEFT_OUT)
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT
 
-from prunetune.pruning import registered_methods
+from prunetune.pruning import registered_methods, registered_stages
 
 PAGES = {path: path.read_text() for path in sorted((ROOT / "docs" / "pruners").glob("*.md"))}
 
@@ -25,6 +25,15 @@ def test_every_method_has_a_section_with_all_its_options(name):
         assert f"`{option.name}`" in sections[0], f"the section of {name} does not name its option {option.name}"
     assert ("Golden-checked" in sections[0]) == method.golden
     assert ("reconstruction" in sections[0]) == (not method.exact)
+
+
+@pytest.mark.parametrize("name", registered_stages())
+def test_every_stage_has_a_section_with_all_its_options(name):
+    text = PAGES[ROOT / "docs" / "pruners" / "stages.md"]
+    (section,) = [part for part in re.split(r"^## ", text, flags=re.MULTILINE) if part.split("\n")[0] == name]
+    for option in fields(registered_stages()[name].stage):
+        assert f"`{option.name}`" in section
+    assert "Differs from the published code" in section
 
 
 def test_links_and_navigation_lead_somewhere():

@@ -62,7 +62,7 @@ def test_imports_follow_the_table(path):
         assert ours <= {"prunetune.pruning.spec", "prunetune.pruning.spec.PruningSpec"}, place
         ours = {n for n in names if n.startswith("prunetune.data_recipes")}
         assert all(n.startswith("prunetune.data_recipes.sampling") for n in ours), place
-    if place.startswith(("pruning/methods/", "pruning/ops/")):
+    if place.startswith(("pruning/methods/", "pruning/ops/", "pruning/stages/methods/")):
         assert not any(
             n.startswith(("transformers", "prunetune.pruning.families", "prunetune.pruning.plug")) for n in names
         ), place
@@ -81,12 +81,16 @@ def test_all_files_are_walked():
         ("prunetune.configs", ("torch", "transformers")),
         ("prunetune.pruning.types", ("transformers", "pydantic")),
         ("every method", ("transformers", "pydantic")),
+        ("every stage", ("transformers",)),
     ],
 )
 def test_an_import_loads_no_more_than_it_needs(module, absent):
     if module == "every method":
         files = (ROOT / "pruning" / "methods").glob("[a-z]*.py")
         module = ", ".join(f"prunetune.pruning.methods.{path.stem}" for path in files)
+    if module == "every stage":
+        files = (ROOT / "pruning" / "stages" / "methods").glob("[a-z]*.py")
+        module = ", ".join(f"prunetune.pruning.stages.methods.{path.stem}" for path in files)
     code = f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

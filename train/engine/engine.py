@@ -356,6 +356,8 @@ def choose_switches(pruned: PrunedModel, config: EngineConfig) -> Choice:
 def _leak(pruned: PrunedModel) -> str | None:
     """Return how samples in one row would see each other in a model; None if they do not."""
     family = pruned.family
+    if pruned.stages is not None:
+        return "pruning.stages cut each sample inside the LLM, and need it in a row of its own"
     if family.aligned:
         return f"by {', '.join(family.aligned)} tokens of family {family.name!r} would see those of another sample"
     return leak_between(family.llm(pruned.model))

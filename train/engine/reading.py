@@ -152,6 +152,11 @@ class States:
         self._seen: list[Any] = []
         layers = getattr(self.llm, "layers", None)
         self.layers: list[nn.Module] = list(layers) if isinstance(layers, nn.ModuleList) else []
+        if pruned.stages is not None and reads.hidden and self._between:
+            raise PruningError(
+                f"objective.hidden_layer {reads.layer}: pruning.stages cut the states between layers; leave "
+                "hidden_layer out, and hidden compares behind the last"
+            )
         if reads.hidden and reads.layer is not None:
             self._check(pruned.family.name, reads.layer)
 
