@@ -13,6 +13,7 @@ from prunetune.configs.schema import (
     TrackingConfig,
     TrainConfig,
 )
+from prunetune.configs.serving import ServeConfig
 from prunetune.configs.table import TableConfig, TableMethod, TableModel
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "EvaluateConfig",
     "ModelConfig",
     "RecalibrateConfig",
+    "ServeConfig",
     "TableConfig",
     "TableMethod",
     "TableModel",
