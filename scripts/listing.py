@@ -18,6 +18,7 @@ from prunetune.plugins import GROUP, load_installed, loaded_plugins, plugin_reco
 Rows = list[list[str]]
 _KEPT = Path(__file__).parent / "listed.json"
 _PRUNING = Path(__file__).resolve().parents[1] / "pruning"
+_SERVABLE = _PRUNING.parent / "serving" / "servable.py"
 
 
 def listed(what: str) -> str:
@@ -29,6 +30,7 @@ def listed(what: str) -> str:
 def pruner_rows() -> Rows:
     """Return a row per method: paper, signals, whether training goes through, how faithful it is, whether it serves."""
     from prunetune.pruning import registered_methods
+    from prunetune.serving.servable import method_servable
 
     rows = [["name", "paper", "needs", "trainable through", "status", "golden-checked", "for", "servable"]]
     for method in registered_methods().values():
@@ -41,7 +43,7 @@ def pruner_rows() -> Rows:
                 "exact" if method.exact else "reconstruction",
                 "yes" if method.golden else "no",
                 "videos" if method.video else "images",
-                "yes" if method.servable else "no",
+                ", ".join(method_servable(method)) or "-",
             ]
         )
     return rows
@@ -50,11 +52,13 @@ def pruner_rows() -> Rows:
 def family_rows() -> Rows:
     """Return a row per model family."""
     from prunetune.pruning import registered_families
+    from prunetune.serving.servable import embeds_servable
 
-    rows = [["name", "model types", "projector", "budget per"]]
+    rows = [["name", "model types", "projector", "budget per", "servable"]]
     for family in registered_families().values():
-        rows.append([family.name, ", ".join(family.model_types), ", ".join(family.projectors), family.item])
-    generic = ["generic", "any other that takes mm_encoder_outputs", "guessed, or model.projector", "image"]
+        served = "embeds" if embeds_servable(family) else "-"
+        rows.append([family.name, ", ".join(family.model_types), ", ".join(family.projectors), family.item, served])
+    generic = ["generic", "any other that takes mm_encoder_outputs", "guessed, or model.projector", "image", "-"]
     return [*rows, generic]
 
 
@@ -148,7 +152,8 @@ def _kept_rows() -> dict[str, Rows]:
 def _source_hash() -> str:
     """Return a SHA-256 of the files that the slow tables say something of."""
     digest = hashlib.sha256()
-    for path in sorted([*_PRUNING.glob("methods/*.py"), *_PRUNING.glob("families/*.py"), _PRUNING / "signals.py"]):
+    own = [*_PRUNING.glob("methods/*.py"), *_PRUNING.glob("families/*.py"), _PRUNING / "signals.py", _SERVABLE]
+    for path in sorted(own):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

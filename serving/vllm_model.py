@@ -23,7 +23,8 @@ from prunetune.pruning.registry import build_pruner, method_of
 from prunetune.pruning.types import VisualTokens
 
 SETTINGS = "prunetune"
-"""The entry of the model's configuration: ``pruner``, ``keep``, and ``options`` where the method has any."""
+"""The entry of the model's configuration: ``pruner``, ``keep``, and ``options`` where the method has any; or
+``pruning`` with these, as exports have it."""
 
 
 def settings_of(config: Any) -> Mapping[str, Any]:
@@ -33,8 +34,10 @@ def settings_of(config: Any) -> Mapping[str, Any]:
         PruningError: if it says nothing, the number of tokens is none, or the method can't run inside an engine.
     """
     settings = getattr(config, SETTINGS, None)
+    if isinstance(settings, Mapping):
+        settings = settings.get("pruning", settings)  # of an export, which names what it was tuned for
     if not isinstance(settings, Mapping) or not {"pruner", "keep"} <= settings.keys():
-        raise PruningError("--hf-overrides lacks prunetune: {pruner: NAME, keep: NUMBER}, which this architecture reads")
+        raise PruningError("--hf-overrides lacks prunetune: {pruner: NAME, keep: NUMBER}, which this class reads")
     method = method_of(settings["pruner"])
     if method.needs or method.merges or method.video or not method.servable:
         raise PruningError(f"{method.name} can't run inside vLLM: it reads or gives more than kept features")

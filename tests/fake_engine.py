@@ -1,7 +1,7 @@
 """A fake engine: speaks as vLLM's server does where features come in, and runs the LLM of a stock model.
 
-It tests the protocol: the wire format, prompt lengths, the mapping of errors. It is no vLLM: the test marked `vllm` runs
-that one.
+It tests the protocol: the wire format, prompt lengths, the mapping of errors. It is no vLLM: the test marked `vllm`
+runs that one.
 """
 
 import asyncio

@@ -3,12 +3,13 @@
 import asyncio
 import base64
 import io
+import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from prunetune.serving.backends.vllm import VllmEmbeds
 from prunetune.serving.errors import ServingError
 from prunetune.serving.run import backend_of, let_go_of_llm
 from prunetune.serving.servable import embeds_servable, method_servable
+from prunetune.serving.vllm_plugin import ARCHITECTURE
 from prunetune.tiny_world.task import read_items
 
 MODEL = ModelConfig(path=str(TINY_VLM), dtype="float32")
@@ -258,10 +260,10 @@ def real_engine(exported, tmp_path, unused_tcp_port):
 
     def start(*arguments):
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                       "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path_of_prunetune(tmp_path)}  # fmt: skip
-        line = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", str(exported), "--served-model-name", "tiny",
-                "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16", "--host",
-                "127.0.0.1", "--port", str(unused_tcp_port), *arguments]  # fmt: skip
+                       "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": path_of_prunetune(tmp_path)}  # fmt: skip
+        line = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", str(exported), "--served-model-name",
+                "tiny", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16",
+                "--host", "127.0.0.1", "--port", str(unused_tcp_port), *arguments]  # fmt: skip
         log = (tmp_path / "vllm.log").open("w")
         process = subprocess.Popen(line, env=environment, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
         started.append(process)
@@ -286,8 +288,9 @@ def path_of_prunetune(folder):
     metadata = folder / "prunetune-0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: prunetune\nVersion: 0\n")
-    points = re.search(r'\[project.entry-points."vllm.general_plugins"\]\n(.*)\n', (ROOT / "pyproject.toml").read_text())
-    (metadata / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{points[1].replace(chr(34), '')}\n")
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    lines = "\n".join(f"{name} = {value}" for name, value in points.items())
+    (metadata / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{lines}\n")
     return os.pathsep.join([str(folder), str(ROOT)])
 
 
@@ -322,8 +325,8 @@ def test_vllm_answers_from_features_as_the_embedded_backend_does(arm, real_engin
 @pytest.mark.vllm
 @needs_vllm
 def test_vllm_prunes_pixels_by_itself_with_the_plugin(arm, real_engine):
-    overrides = '{"architectures": ["PrunedLlavaForConditionalGeneration"], "prunetune": {"pruner": "divprune", "keep": 16}}'
-    url = real_engine("--hf-overrides", overrides, "--limit-mm-per-prompt", '{"image": 1}')
+    overrides = {"architectures": [ARCHITECTURE], "prunetune": {"pruner": "divprune", "keep": 16}}
+    url = real_engine("--hf-overrides", json.dumps(overrides), "--limit-mm-per-prompt", '{"image": 1}')
     many = questions(200)
     with running(arm) as embedded:
         expected = asyncio.run(asked(embedded.url, many))
