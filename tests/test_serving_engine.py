@@ -68,12 +68,12 @@ def questions(count):
     return [(urls[item.image], item.question) for item in items]
 
 
-async def asked(url, many, stream=False):
+async def asked(url, many, stream=False, **fields):
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
 
         async def one(image, question):
             made = await client.chat.completions.create(
-                model="tiny", messages=messages_of(image, question), max_tokens=6, stream=stream
+                model="tiny", messages=messages_of(image, question), max_tokens=6, stream=stream, **fields
             )
             if not stream:
                 return made.choices[0].message.content
@@ -334,7 +334,7 @@ def test_vllm_prunes_pixels_by_itself_with_the_plugin(arm, real_engine):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     made = client.chat.completions.create(model="tiny", messages=messages_of(*many[0]), max_tokens=6, temperature=0)
     assert made.usage.prompt_tokens == prompt
-    got = [text.strip() for text in asyncio.run(asked(url, many))]
+    got = [text.strip() for text in asyncio.run(asked(url, many, temperature=0))]
     print(f"plug-in: {sum(map(str.__eq__, got, expected))} of {len(many)} equal")
     assert got == expected
 
