@@ -298,8 +298,8 @@ class PluggedConfig(Section):
 
     plugins: list[str] = Field(
         default_factory=list,
-        description="modules or .py files that register pruners, families, signals, formats, templates or benchmarks; "
-        "files are relative to the YAML file, on the command line to the working directory",
+        description="modules or .py files that register pruners, stages, families, signals, formats, templates or "
+        "benchmarks; files are relative to the YAML file, on the command line to the working directory",
     )
 
     @field_validator("plugins")

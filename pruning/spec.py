@@ -18,7 +18,7 @@ class StageSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    name: str = Field(description="fastv, vtw, pyramiddrop, dart, sparsevlm, or package.module:Class")
+    name: str = Field(description="a name from `prunetune list stages`, or package.module:Class")
     boundaries: list[int] | None = Field(
         None, description="for each step the first layer that sees fewer tokens, from 0; none are the paper's"
     )
