@@ -10,7 +10,7 @@ DEMO_ARGS ?=
 # To use the build for your CUDA version: make setup TORCH="torch==VERSION".
 TORCH ?= torch==2.13.0
 
-FOLDERS := assets configs data_recipes evaluation models pruning scripts tiny_world train
+FOLDERS := assets configs data_recipes evaluation models pruning scripts serving tiny_world train
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1

@@ -14,6 +14,7 @@ from prunetune.configs.schema import (
     TrackingConfig,
     TrainConfig,
 )
+from prunetune.configs.serving import ServeConfig
 from prunetune.configs.table import TableConfig, TableMethod, TableModel
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "EvaluateConfig",
     "ModelConfig",
     "RecalibrateConfig",
+    "ServeConfig",
     "TableConfig",
     "TableMethod",
     "TableModel",

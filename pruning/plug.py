@@ -611,13 +611,19 @@ class PrunedModel:
             return self.model(**self.prepare(inputs, keep=keep, vision=vision).inputs)
 
     def generate(
-        self, *, keep: Budget | None = None, vision: Mapping[str, Vision] | None = None, **inputs: Any
+        self,
+        *,
+        keep: Budget | None = None,
+        vision: Mapping[str, Vision] | None = None,
+        seen: Callable[[Pruned], None] | None = None,
+        **inputs: Any,
     ) -> Generated:
         """Generate from pruned inputs.
 
         Args:
             keep: the budget of this call, as of :meth:`prepare`.
             vision: the images, if they were encoded before.
+            seen: is called with the pruned prompts before the LLM is; what it raises stops the call.
             inputs: what the processor returned; generation options (``max_new_tokens`` and so on) pass through to the
                 stock method.
         """
@@ -625,6 +631,8 @@ class PrunedModel:
             check_generation(self.model, inputs)
         with torch.no_grad(), self._inside() as plans:
             pruned = self._prompts(inputs, keep, vision)
+            if seen is not None:
+                seen(pruned)
             model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
             output = model.generate(**_shifted(pruned.inputs, -self.family.first_position))
         generated = _generated(output[:, pruned.inputs["input_ids"].shape[1] :], pruned)
