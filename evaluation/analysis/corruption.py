@@ -21,7 +21,7 @@ from prunetune.data_recipes.images import ImageOpener
 from prunetune.evaluation.analysis.figures import COLORS, MARKERS, drawn, matrix, style, whiskers
 from prunetune.evaluation.analysis.images import Dataset
 from prunetune.evaluation.analysis.look import Batch, Eye, Looked
-from prunetune.evaluation.analysis.pages import Figure, Part, Table, write_table
+from prunetune.evaluation.analysis.pages import Figure, Part, write_table
 from prunetune.evaluation.analysis.statistics import Estimate, chance_jaccard, corrected, jaccard, mean_of
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.tasks import Item
