@@ -50,7 +50,13 @@ def analyze(config: AnalyzeConfig, arm: Arm | None = None, bar: bool = True) -> 
         TaskError: for benchmarks, folders or runs that can't be analysed.
         CheckpointError, PruningError, DataError: for weights, pruners or images that can't work.
     """
-    reads = (config.model.path if config.reads_images else None, config.adapter, config.data, config.images, *config.runs)
+    reads = (
+        config.model.path if config.reads_images else None,
+        config.adapter,
+        config.data,
+        config.images,
+        *config.runs,
+    )
     folder = OutputFolder(config.output, ANALYSIS, config.overwrite, reads=reads)
     with folder, folder.staged(whole=True) as new:
         # Before the model: a missing file should not wait for minutes of loading.
@@ -137,7 +143,9 @@ def _about(config: AnalyzeConfig, looked: dict[str, Any]) -> list[str]:
     own = ", ".join(f"{name} ({about['images']} images)" for name, about in looked["datasets"].items())
     methods = ", ".join(f"{label} ({spec.keep})" for label, spec in config.specs.items())
     adapter = "" if config.adapter is None else f" with the projector of {config.adapter}"
-    return [f"Of {config.model.path}{adapter} in {config.model.dtype}, on {own}; methods with their budgets: {methods}."]
+    return [
+        f"Of {config.model.path}{adapter} in {config.model.dtype}, on {own}; methods with their budgets: {methods}."
+    ]
 
 
 def _record(config: AnalyzeConfig, looked: dict[str, Any], folder: Path) -> str:
@@ -152,7 +160,10 @@ def _record(config: AnalyzeConfig, looked: dict[str, Any], folder: Path) -> str:
         **looked,
         "prunetune": code_record(),
         "plugins": plugin_records(),
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
         "files": files,
     }
     return json.dumps(sealed(record), indent=2) + "\n"
