@@ -85,7 +85,7 @@ class AnalyzeConfig(PluggedConfig):
     )
     kinds: dict[str, Kind] = Field(
         default_factory=dict,
-        description="methods that count as attention- or diversity-based (or other) there, beside those that are known",
+        description="methods that count as attention or diversity there, or as other, beside those that are known",
     )
     allow: list[str] = Field(default_factory=list, description="fields in which runs may differ, as of `compare`")
     output: str = Field("runs/analysis", description="folder of tables, figures and the page")

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import qwen_world
+import test_llava_next
 import torch
 from benchmark_files import FILES
-from conftest import TINY_VLM
+from conftest import ROOT, TINY_VLM
 from PIL import Image
 from synthetic_arms import write_arm
 
 from prunetune.cli import main
 from prunetune.cli.commands.analyze import runs_as_list
 from prunetune.configs import AnalyzeConfig, ConfigError, ModelConfig, load_config
+from prunetune.evaluation.analysis import look
 from prunetune.evaluation.analysis.analyze import analyze
 from prunetune.evaluation.analysis.complexity import entropy
 from prunetune.evaluation.analysis.images import datasets_of
@@ -30,7 +33,8 @@ from prunetune.evaluation.tasks.base import UNSET
 from prunetune.models import Arm
 from prunetune.models.seal import why_unsealed
 from prunetune.outputs import OutputError
-from prunetune.pruning import PruningSpec
+from prunetune.pruning import PrunedModel, PruningSpec
+from prunetune.scripts.verify import verify
 
 MODEL = ModelConfig(path=str(TINY_VLM), dtype="float32")
 METHODS = ["fastervlm", {"pruner": "divprune", "keep": 24}, "visionzip", {"pruner": "trim", "name": "text"}]
@@ -250,6 +254,74 @@ def test_a_folder_of_images_is_looked_at_like_a_benchmark(dense, tmp_path, items
     found = rows(tmp_path / "out" / "complexity_images.csv")
     assert [own["image"] for own in found] == ["0.png", "below/1.png"]
     assert "Of " in (tmp_path / "out" / "index.md").read_text()
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+def test_crops_and_native_resolution_are_looked_at_token_by_token(family):
+    """Images of several crops, some cut by padding, and images of different sizes: by what a prompt's slots hold."""
+    if family == "llava_next":
+        world = test_llava_next.TestLlavaNext()
+        model = world.make_model()
+        inputs = world.batch([(((16, 30),), 6), (((32, 13),), 3), (((20, 32),), 4)], "right", False)
+        names = ("fastervlm", "divprune")
+    else:
+        model = qwen_world.tiny_qwen()
+        grids = [(1, 8, 8), (1, 4, 12), (1, 8, 8)]
+        samples = [qwen_world.Row((("image", grid, seed),), 5, seed) for seed, grid in enumerate(grids)]
+        inputs = qwen_world.batch(samples, labels=False)
+        names = ("divprune", "random")
+    keep = 3
+    pruned = {name: PrunedModel(model, PruningSpec(name, keep)) for name in names}
+    signal = "cls_attention" if family == "llava_next" else "received_attention"
+    needs = frozenset({signal}).union(*(one.needs for one in pruned.values()))
+    with torch.no_grad():
+        vision = pruned[names[0]].encode(inputs, needs)
+        made = {name: one.prepare(inputs, vision=vision) for name, one in pruned.items()}
+        looked = list(look.looked_at(vision["image"], made, signal))
+        stock = model.model.get_image_features(
+            **{key: inputs[key] for key in ("pixel_values", "image_sizes", "image_grid_thw") if key in inputs}
+        ).pooler_output
+    assert len(looked) == 3
+    for row, own in enumerate(looked):
+        np.testing.assert_allclose(own.tokens.numpy(), stock[row].numpy(), atol=1e-5)
+        assert all(shares.sum() == pytest.approx(1) for shares in own.attention)
+        newlines = int((vision["image"].origin[row] < 0).sum())
+        assert own.count == len(stock[row]) - newlines
+        for name in names:
+            chosen = set(made[name].chosen["image"].kept_tokens().nonzero()[:, 0].tolist())
+            reached = chosen & set(vision["image"].origin[row].tolist())
+            assert int(own.kept_of_all(name).sum()) == sum(int(mask.sum()) for mask in own.kept[name]) == len(reached)
+            assert len(own.features[name]) == made[name].kept["image"][row] >= int(own.kept_of_all(name).sum())
+        # No token is kept that the model cuts away, and of each crop no more than the budget.
+        assert all(mask.sum() <= keep and not (mask & ~there).any()
+                   for mask, there in zip(own.kept[names[1]], own.there, strict=True))  # fmt: skip
+    assert [own.grid for own in looked] == ([(4, 4)] * 3 if family == "llava_next" else [(4, 4), (2, 6), (4, 4)])
+
+
+@pytest.mark.parametrize("name", ["tiny", "llava15_7b_adaptive_study"])
+def test_shipped_analyses_load_and_name_real_things(name):
+    config = load_config(AnalyzeConfig, f"analyze/{name}")
+    assert [spec.build() for spec in config.specs.values()] and [get_task(task) for task in config.tasks]
+    header = (ROOT / "configs" / "analyze" / f"{name}.yaml").read_text().split("model:")[0]
+    assert f"--config analyze/{name}" in header and "Hardware:" in header and "Cost:" in header
+
+
+def test_verify_checks_every_file_and_the_base(folder, tmp_path, pope_items):
+    shutil.copytree(folder, tmp_path / "copy")
+    found = {check.link: check.holds for check in verify(tmp_path / "copy")}
+    assert set(found.values()) == {True} and {"seal", "index.md", "frozen_hash"} <= set(found)
+    (tmp_path / "copy" / "overlap.csv").write_text("edited")
+    found = {check.link: check.holds for check in verify(tmp_path / "copy")}
+    assert [link for link, holds in found.items() if holds is False] == ["overlap.csv"]
+    record = tmp_path / "copy" / "analysis.json"
+    record.write_text(record.read_text().replace('"images": 5', '"images": 6'))
+    assert [(check.link, check.holds) for check in verify(tmp_path / "copy")] == [("seal", False)]
+    write_arm(tmp_path / "run", {"pope": (pope_items, ["Yes"] * 12)}, ("divprune", 16))
+    analyze(settings(tmp_path / "out", tasks=[], runs=[str(tmp_path / "run")]), bar=False)
+    own = {check.link: check.holds for check in verify(tmp_path / "out")}
+    assert own[f"run {tmp_path / 'run'}"] is True and "frozen_hash" not in own
+    shutil.rmtree(tmp_path / "run")
+    assert {check.link: check.holds for check in verify(tmp_path / "out")}[f"run {tmp_path / 'run'}"] is None
 
 
 def test_methods_that_read_the_question_get_it_and_images_are_encoded_once(dense, tmp_path, monkeypatch):
