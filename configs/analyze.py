@@ -61,7 +61,8 @@ class AnalyzeConfig(PluggedConfig):
     model: ModelConfig = ModelConfig(path="assets/tiny_vlm", dtype="float32")
     adapter: str | None = Field(None, description="folder of a recalibrated projector; None is the base's own")
     methods: list[AnalyzedMethod] = Field(
-        default=[AnalyzedMethod(pruner=name) for name in ("fastervlm", "vispruner", "prismprune", "divprune")],
+        default=["fastervlm", "vispruner", "prismprune", "divprune"],
+        validate_default=True,
         description="pruners that are compared, by name or with options",
     )
     keep: int | float | str = Field("11.1%", description='budget of each, as of pruning.keep: 64, 0.111 or "11.1%"')
@@ -84,7 +85,7 @@ class AnalyzeConfig(PluggedConfig):
     )
     kinds: dict[str, Kind] = Field(
         default_factory=dict,
-        description="methods that count as attention- or diversity-based (or other) there, beside those that are known",
+        description="methods that count as attention or diversity there, or as other, beside those that are known",
     )
     allow: list[str] = Field(default_factory=list, description="fields in which runs may differ, as of `compare`")
     output: str = Field("runs/analysis", description="folder of tables, figures and the page")

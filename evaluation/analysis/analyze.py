@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from prunetune.evaluation.analysis.look import Eye
 from prunetune.evaluation.analysis.overlap import Overlap
 from prunetune.evaluation.analysis.pages import INDEX, ImageAnalysis, Part, page
 from prunetune.evaluation.analysis.positions import Positions
+from prunetune.evaluation.analysis.record import FORMAT, RECORD
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import file_hash
 from prunetune.models import Arm
@@ -28,9 +30,6 @@ from prunetune.models.code import code_record
 from prunetune.models.seal import sealed
 from prunetune.outputs import ANALYSIS, OutputFolder, write_text
 from prunetune.plugins import plugin_records
-
-RECORD = "analysis.json"
-FORMAT = 1
 
 
 def analyze(config: AnalyzeConfig, arm: Arm | None = None, bar: bool = True) -> Path:
@@ -50,7 +49,13 @@ def analyze(config: AnalyzeConfig, arm: Arm | None = None, bar: bool = True) -> 
         TaskError: for benchmarks, folders or runs that can't be analysed.
         CheckpointError, PruningError, DataError: for weights, pruners or images that can't work.
     """
-    reads = (config.model.path if config.reads_images else None, config.adapter, config.data, config.images, *config.runs)
+    reads = (
+        config.model.path if config.reads_images else None,
+        config.adapter,
+        config.data,
+        config.images,
+        *config.runs,
+    )
     folder = OutputFolder(config.output, ANALYSIS, config.overwrite, reads=reads)
     with folder, folder.staged(whole=True) as new:
         # Before the model: a missing file should not wait for minutes of loading.
@@ -122,6 +127,8 @@ def _look(eye: Eye, dataset: Dataset, analyses: Sequence[ImageAnalysis], batch_s
 def _about_images(arm: Arm, eye: Eye, datasets: Sequence[Dataset]) -> dict[str, Any]:
     return {
         "frozen_hash": arm.base.frozen_hash,
+        "original_projector_hash": arm.base.hashes.original_projector_hash,
+        "projectors": list(arm.base.hashes.projectors),
         "settings_hash": arm.base.settings_hash,
         "projector_hash": arm.projector_hash,
         "device": str(arm.device),
@@ -137,13 +144,13 @@ def _about(config: AnalyzeConfig, looked: dict[str, Any]) -> list[str]:
     own = ", ".join(f"{name} ({about['images']} images)" for name, about in looked["datasets"].items())
     methods = ", ".join(f"{label} ({spec.keep})" for label, spec in config.specs.items())
     adapter = "" if config.adapter is None else f" with the projector of {config.adapter}"
-    return [f"Of {config.model.path}{adapter} in {config.model.dtype}, on {own}; methods with their budgets: {methods}."]
+    return [
+        f"Of {config.model.path}{adapter} in {config.model.dtype}, on {own}; methods with their budgets: {methods}."
+    ]
 
 
 def _record(config: AnalyzeConfig, looked: dict[str, Any], folder: Path) -> str:
     """Return the sealed record: what was looked at by what, and the hash of every file."""
-    import json
-
     packages = ("torch", "transformers", "numpy", "matplotlib")
     files = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
     record = {
@@ -152,7 +159,10 @@ def _record(config: AnalyzeConfig, looked: dict[str, Any], folder: Path) -> str:
         **looked,
         "prunetune": code_record(),
         "plugins": plugin_records(),
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
         "files": files,
     }
     return json.dumps(sealed(record), indent=2) + "\n"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from prunetune.evaluation.analysis.figures import COLORS, LINES, MARKERS, drawn, whiskers
+from prunetune.evaluation.analysis.figures import COLORS, LINES, MARKERS, drawn, legend_below, whiskers
 from prunetune.evaluation.analysis.images import Dataset
 from prunetune.evaluation.analysis.look import SIGNALS, Looked
 from prunetune.evaluation.analysis.pages import Figure, Part, Table, write_table
@@ -112,7 +112,10 @@ class Complexity:
             tables["complexity_sources.csv"] = "the same of each part of a benchmark, over the images it asks about"
 
     def _histograms(self, folder: Path, there: list[str], count: int) -> Figure:
-        with drawn(folder, "complexity_histograms", (3.6 * len(there), 2.8), columns=len(there)) as axes:
+        title = " and ".join(MEASURES[name].partition(" (")[0] for name in there)
+        title = f"{title.capitalize()} of {count} images"
+        size = (3.6 * len(there), 3.1)
+        with drawn(folder, "complexity_histograms", title, size, columns=len(there)) as axes:
             for place, measure in zip(axes[0], there, strict=True):
                 values = [own.of(measure) for own in self._datasets.values()]
                 edges = np.histogram_bin_edges(np.concatenate(values), bins=20)
@@ -122,17 +125,15 @@ class Complexity:
                     place.axvline(own.mean(), linewidth=0.8, **how)
                 place.set_xlabel(MEASURES[measure])
                 place.set_ylabel("images")
-                place.set_title(MEASURES[measure].partition(" (")[0])
-                place.margins(y=0.3)
-                place.legend(fontsize=7, loc="upper left")
+            legend_below(axes)
         return Figure(
             "complexity_histograms",
-            "Effective rank and attention entropy of images" if len(there) > 1 else "Effective rank of images",
+            title,
             f"Histograms over {count} images, 20 bins; thin lines are means. {self._how(there)}",
         )
 
     def _how(self, there: list[str]) -> str:
-        text = "Effective rank: exponential of the entropy of the normalised singular values of an image's projected tokens"
+        text = "Effective rank: exponential of the entropy of the normalised singular values of the projected tokens"
         if "entropy" in there and self.signal is not None:
             text += f"; attention entropy: that of the feature layer's {SIGNALS[self.signal]}"
         return f"{text}."
@@ -144,11 +145,13 @@ class Complexity:
             parts = {source: of for (dataset, source), of in self._sources.items() if dataset == name}
             if len(parts) > 1:
                 rows += [(f"{name}/{source}", of, False) for source, of in parts.items()]
-        height = 1.1 + 0.24 * len(rows)
-        with drawn(folder, "complexity_means", (3.6 * len(there), height), columns=len(there)) as axes:
+        height = 1.3 + 0.24 * len(rows)
+        title = "Mean complexity of each dataset"
+        with drawn(folder, "complexity_means", title, (3.6 * len(there), height), columns=len(there)) as axes:
             for place, measure in zip(axes[0], there, strict=True):
                 for number, (_, own, whole) in enumerate(rows):
-                    how = {"color": COLORS[0] if whole else COLORS[5], "marker": MARKERS[0] if whole else MARKERS[1]}
+                    kind = 0 if whole else 1
+                    how: dict[str, Any] = {"color": COLORS[(0, 5)[kind]], "marker": MARKERS[kind]}
                     whiskers(place, [number], [mean_of(own.of(measure))], **how)
                 labels = [f"{name} (n = {len(own.of(measure))})" for name, own, _ in rows]
                 place.set_yticks(range(len(rows)), labels if place is axes[0][0] else [""] * len(rows))
@@ -157,9 +160,9 @@ class Complexity:
                 place.set_xlabel(f"mean {MEASURES[measure]}")
         return Figure(
             "complexity_means",
-            "Mean complexity of each dataset",
-            f"Means over images with 95 % bootstrap intervals, {count} images in all; squares are parts of a benchmark, "
-            "over the images that they ask about. Same measures as above.",
+            title,
+            f"Means over images with 95 % bootstrap intervals, {count} images in all; squares are parts of a "
+            "benchmark, over the images that they ask about. Same measures as above.",
         )
 
     def _correlate(self, folder: Path) -> dict[str, tuple[int, Estimate | None, Estimate | None]]:
@@ -182,7 +185,8 @@ class Complexity:
     def _scatter(
         self, folder: Path, correlations: Mapping[str, tuple[int, Estimate | None, Estimate | None]], count: int
     ) -> Figure:
-        with drawn(folder, "complexity_correlation", (4.6, 3.6)) as axes:
+        title = "Attention entropy and effective rank"
+        with drawn(folder, "complexity_correlation", title, (4.6, 4.0)) as axes:
             place = axes[0][0]
             for number, (name, own) in enumerate(self._datasets.items()):
                 ranks, entropies = _pairs(own)
@@ -193,14 +197,14 @@ class Complexity:
             place.set_xlabel(MEASURES["entropy"])
             place.set_ylabel(MEASURES["erank"])
             place.grid(alpha=0.3)
-            place.legend(fontsize=7)
+            legend_below(axes, 1)
         told = []
         for name, (_, *both) in correlations.items():
             words = [f"{kind} {_told(own)}" for kind, own in zip(("Pearson", "Spearman"), both, strict=True)]
             told.append(f"{name}: {', '.join(words)}")
         return Figure(
             "complexity_correlation",
-            "Attention entropy and effective rank",
+            title,
             f"A point an image, {count} in all; correlations with 95 % intervals of 10,000 resamples of the images: "
             f"{'; '.join(told)}.",
         )
@@ -220,7 +224,7 @@ def _told(estimate: Estimate | None) -> str:
 
 
 def _spread(name: Mapping[str, str], own: _Measured, there: list[str]) -> list[Mapping[str, Any]]:
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     for measure in there:
         values = own.of(measure)
         if not len(values):

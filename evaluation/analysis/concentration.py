@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prunetune.evaluation.analysis.figures import COLORS, LINES, drawn, style
+from prunetune.evaluation.analysis.figures import COLORS, LINES, drawn, legend_below, style
 from prunetune.evaluation.analysis.images import Dataset
 from prunetune.evaluation.analysis.look import SIGNALS, Looked
 from prunetune.evaluation.analysis.pages import Figure, Part, Table, write_table
@@ -96,7 +96,8 @@ class Concentration:
 
     def _draw(self, folder: Path) -> Figure:
         count = sum(len(curves) for curves in self._curves.values())
-        with drawn(folder, "concentration", (5.2, 3.8)) as axes:
+        title = "How much of the attention is kept"
+        with drawn(folder, "concentration", title, (4.8, 4.6)) as axes:
             place = axes[0][0]
             for number, (name, curves) in enumerate(self._curves.items()):
                 mean = np.mean(self._ginis[name])
@@ -116,11 +117,11 @@ class Concentration:
             place.set_xlabel("share of the visual tokens (%)")
             place.set_ylabel("share of the attention (%)")
             place.grid(alpha=0.3)
-            place.legend(fontsize=7)
+            legend_below(axes)
         assert self.signal is not None
         return Figure(
             "concentration",
-            "How much of the attention is kept",
+            title,
             f"Lines: what the tokens with the largest attention hold together; points: what each method keeps. Means "
             f"over {count} images; feature layer, {SIGNALS[self.signal]}.",
         )

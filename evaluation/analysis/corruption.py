@@ -18,7 +18,7 @@ from PIL import Image
 
 from prunetune.configs import CorruptionConfig
 from prunetune.data_recipes.images import ImageOpener
-from prunetune.evaluation.analysis.figures import COLORS, MARKERS, drawn, matrix, style, whiskers
+from prunetune.evaluation.analysis.figures import COLORS, MARKERS, drawn, legend_below, matrix, style, whiskers
 from prunetune.evaluation.analysis.images import Dataset
 from prunetune.evaluation.analysis.look import Batch, Eye, Looked
 from prunetune.evaluation.analysis.pages import Figure, Part, write_table
@@ -78,7 +78,7 @@ def corrupt(image: Image.Image, name: str, severity: int, seed: int) -> Image.Im
     """
     if min(image.size) < SMALLEST:
         raise TaskError(
-            f"an image of {image.size[0]} x {image.size[1]} pixels can't be corrupted, both sides have to have at least "
+            f"an image of {image.size[0]} x {image.size[1]} pixels can't be corrupted, both sides need at least "
             f"{SMALLEST}; leave it out"
         )
     pixels = np.asarray(image.convert("RGB"))
@@ -221,10 +221,19 @@ class Corruption:
             "accuracy in percent of each arm, its paired change from clean images in points, and the overlap of kept "
             "tokens with the clean image's, with 95 % intervals"
         )
-        columns = ("dataset", "corruption", "severity", "n", "clean", *_columns("difference"), "of_clean_mean", "relative")
+        columns = (
+            "dataset",
+            "corruption",
+            "severity",
+            "n",
+            "clean",
+            *_columns("difference"),
+            "of_clean_mean",
+            "relative",
+        )
         write_table(folder / "corruption_erank.csv", columns, self._eranks())
         part.tables["corruption_erank.csv"] = (
-            "mean absolute change of the effective rank, as a share of the clean mean, and the mean of each image's share"
+            "mean absolute change of the effective rank, its share of the clean mean, and the mean of each image's"
         )
         self._draw(folder, part)
         return part
@@ -294,7 +303,9 @@ class Corruption:
                 if own is not None:
                     values[row, column] = own.mean()
         high = 1.0 if what == "overlap" else 100.0
-        with drawn(folder, f"corruption_{what}", (2.6 + 0.55 * len(labels), 1.2 + 0.22 * len(rows))) as axes:
+        title = "Kept tokens" if what == "overlap" else "Accuracy"
+        title = f"{title} under corruption, {sum(self._images.values())} images"
+        with drawn(folder, f"corruption_{what}", title, (2.6 + 0.55 * len(labels), 1.2 + 0.22 * len(rows))) as axes:
             text = "{:.2f}" if what == "overlap" else "{:.0f}"
             names = [name.replace("_", " ") for name in rows]
             scaled = values if what == "overlap" else 100 * values
@@ -303,15 +314,16 @@ class Corruption:
             bar.set_label("Jaccard index with the clean image's" if what == "overlap" else "accuracy (%)")
         if what == "overlap":
             sentence = "How far the tokens kept of a corrupted image are those kept of the clean one"
-            return Figure("corruption_overlap", "Kept tokens under corruption", f"{sentence}: mean over {told}.")
+            return Figure("corruption_overlap", title, f"{sentence}: mean over {told}.")
         sentence = "Accuracy in percent of dense and pruned arms"
-        return Figure("corruption_accuracy", "Accuracy under corruption", f"{sentence}: mean over {told}.")
+        return Figure("corruption_accuracy", title, f"{sentence}: mean over {told}.")
 
     def _draw_severities(self, folder: Path, told: str) -> Figure:
         whats = {"accuracy": "accuracy (%)", "overlap": "Jaccard index with the clean image's"}
         if not any(own.scores for own in self._outcomes.values()):
             del whats["accuracy"]
-        with drawn(folder, "corruption_severity", (3.6 * len(whats), 2.9), columns=len(whats)) as axes:
+        title = f"Severity of corruption, {sum(self._images.values())} images"
+        with drawn(folder, "corruption_severity", title, (3.6 * len(whats), 3.3), columns=len(whats)) as axes:
             for place, (what, name) in zip(axes[0], whats.items(), strict=True):
                 for number, label in enumerate(self.arms):
                     places, estimates = [], []
@@ -326,15 +338,16 @@ class Corruption:
                 place.set_ylabel(name)
                 place.set_xticks([0, *self.config.severities] if what == "accuracy" else self.config.severities)
                 place.grid(alpha=0.3)
-            axes[0][0].legend(fontsize=7)
+            legend_below(axes, 5)
         return Figure(
             "corruption_severity",
-            "Severity of corruption",
+            title,
             f"Means over {len(self.names)} corruptions of {told}, with 95 % bootstrap intervals over images.",
         )
 
     def _draw_eranks(self, folder: Path, told: str) -> Figure:
-        with drawn(folder, "corruption_erank", (4.6, 1.2 + 0.24 * len(self.names))) as axes:
+        title = f"Effective rank under corruption, {sum(self._images.values())} images"
+        with drawn(folder, "corruption_erank", title, (4.6, 1.7 + 0.24 * len(self.names))) as axes:
             place = axes[0][0]
             for number, severity in enumerate(self.config.severities):
                 estimates = []
@@ -343,17 +356,17 @@ class Corruption:
                     estimates.append(mean_of(np.concatenate(own)))
                 shift = 0.6 * (number - (len(self.config.severities) - 1) / 2) / len(self.config.severities)
                 at = [row + shift for row in range(len(self.names))]
-                how = {"color": COLORS[number % 8], "marker": MARKERS[number % 8], "markersize": 4}
+                how: dict[str, Any] = {"color": COLORS[number % 8], "marker": MARKERS[number % 8], "markersize": 4}
                 whiskers(place, at, estimates, label=f"severity {severity}", **how)
             place.set_yticks(range(len(self.names)), [name.replace("_", " ") for name in self.names])
             place.invert_yaxis()
             place.set_xlabel("mean absolute change of the effective rank")
             place.grid(axis="x", alpha=0.3)
-            place.legend(fontsize=7)
+            legend_below(axes, 5)
         clean = np.concatenate([self._outcomes[dataset, CLEAN, 0].eranks for dataset in self._images])
         return Figure(
             "corruption_erank",
-            "Effective rank under corruption",
+            title,
             f"Mean absolute difference to the clean image's, over {told}, with 95 % bootstrap intervals; clean images "
             f"have {clean.mean():.1f} in the mean, with a standard deviation of {clean.std():.1f}.",
         )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunetune.evaluation.analysis.figures import drawn, style, whiskers
+from prunetune.evaluation.analysis.figures import drawn, legend_below, style, whiskers
 from prunetune.evaluation.analysis.images import Dataset
 from prunetune.evaluation.analysis.look import Looked
 from prunetune.evaluation.analysis.pages import Figure, Part, Table, write_table
@@ -75,8 +75,8 @@ class Diversity:
                         mean = found[dataset, label, name] = mean_of(finite)
                         row |= {name: mean.value, f"{name}_low": mean.low, f"{name}_high": mean.high}
                 rows.append(row)
-        columns = [f"{name}{end}" for name in MEASURES for end in ("", "_low", "_high")]
-        write_table(folder / "diversity.csv", ("dataset", "method", "n", "kept", *columns), rows)
+        ends = [f"{name}{end}" for name in MEASURES for end in ("", "_low", "_high")]
+        write_table(folder / "diversity.csv", ("dataset", "method", "n", "kept", *ends), rows)
         tables = {
             "diversity.csv": "means over images with 95 % intervals; dense keeps everything",
             "diversity_images.csv": "the same of every image",
@@ -86,8 +86,9 @@ class Diversity:
     def _draw(self, folder: Path, found: dict[tuple[str, str, str], Estimate]) -> Figure:
         datasets = list(self._values)
         count = sum(len(of["dense"]) for of in self._values.values())
-        height = 1.4 + 0.3 * len(self.labels)
-        with drawn(folder, "diversity", (7.4, height), columns=2) as axes:
+        title = "Diversity of the kept tokens"
+        height = 1.8 + 0.3 * len(self.labels)
+        with drawn(folder, "diversity", title, (7.4, height), columns=2) as axes:
             for place, (measure, name) in zip(axes[0], MEASURES.items(), strict=True):
                 for number, dataset in enumerate(datasets):
                     shift = 0.5 * (number - (len(datasets) - 1) / 2) / max(len(datasets), 1)
@@ -96,15 +97,17 @@ class Diversity:
                     how = {**style(number), "linestyle": "none"}
                     label = f"{dataset} (n = {len(self._values[dataset]['dense'])})"
                     whiskers(place, [row + shift for row in at], own, label=label, **how)
-                place.set_yticks(range(len(self.labels)), self.labels if measure == "erank" else [""] * len(self.labels))
+                place.set_yticks(
+                    range(len(self.labels)), self.labels if measure == "erank" else [""] * len(self.labels)
+                )
                 place.set_ylim(len(self.labels) - 0.4, -0.6)
                 place.grid(axis="x", alpha=0.3)
                 place.set_xlabel(name)
-            axes[0][1].legend(fontsize=7, loc="best")
+            legend_below(axes)
         dense = [f"{name} {found[name, 'dense', 'erank'].value:.1f}" for name in datasets]
         return Figure(
             "diversity",
-            "Diversity of the kept tokens",
+            title,
             f"Of the features that reach the LLM, means over {count} images with 95 % bootstrap intervals. Left: "
             "effective rank; right: one minus the mean cosine of all pairs. The effective rank of all tokens is "
             f"{', '.join(dense)}.",

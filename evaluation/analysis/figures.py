@@ -28,12 +28,15 @@ def pyplot() -> Any:
 
 
 @contextmanager
-def drawn(folder: Path, name: str, size: tuple[float, float], rows: int = 1, columns: int = 1) -> Iterator[Any]:
+def drawn(
+    folder: Path, name: str, title: str, size: tuple[float, float], rows: int = 1, columns: int = 1
+) -> Iterator[Any]:
     """Yield a figure's axes (rows, columns); write ``NAME.png`` and ``NAME.svg`` as the block ends.
 
     Args:
         folder: of the files.
         name: of the figure.
+        title: above it.
         size: width and height in inches.
         rows: of axes.
         columns: of axes.
@@ -43,11 +46,25 @@ def drawn(folder: Path, name: str, size: tuple[float, float], rows: int = 1, col
     with plt.rc_context({"svg.hashsalt": "prunetune", "font.size": 8, "axes.titlesize": 9}):
         figure, axes = plt.subplots(rows, columns, figsize=size, dpi=130, squeeze=False, layout="constrained")
         try:
+            figure.suptitle(title, fontsize=10)
             yield axes
             figure.savefig(folder / f"{name}.png", metadata={"Software": None})
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         finally:
             plt.close(figure)  # pyplot keeps every figure that is not closed
+
+
+def legend_below(axes: Any, columns: int = 2, source: Any = None) -> None:
+    """Put the legend of one of a figure's axes below all of them, where it hides nothing.
+
+    Args:
+        axes: the figure's.
+        columns: of the legend.
+        source: the axes whose series it names; None is the first.
+    """
+    source = axes[0][0] if source is None else source
+    handles, labels = source.get_legend_handles_labels()
+    source.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7)
 
 
 def style(number: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ KINDS = {
     "fps": "diversity",
 }
 """As the adaptive pruning study's table 2 groups them; every other method is "other", unless the configuration says."""
+DIVERSE = "diversity (mean)"
 ORDER = ("dense", "attention", "diversity", "other")
 
 
@@ -123,14 +124,17 @@ class Hallucination:
             write_table(folder / f"hallucination_{task}_differences.csv", _DIFFERENCES, groups)
             part.tables[f"hallucination_{task}.csv"] = "rates of each run with 95 % intervals; pictures are drawn"
             part.tables[f"hallucination_{task}_differences.csv"] = (
-                "paired differences: of each run to the dense one, and of diversity-based to attention-based methods"
+                "paired differences: of each run to the dense one, and at each budget of the mean of "
+                "diversity-based methods to that of attention-based ones"
             )
             part.figures.append(self._draw(folder, task, found, len(tallies[0].units)))
             for row in groups:
-                if row["first"] == "diversity (mean)":
+                if row["first"].startswith(DIVERSE):
                     ends = "" if row["low"] is None else f" [{row['low']:+.1f}, {row['high']:+.1f}]"
+                    budget = row["first"].removeprefix(f"{DIVERSE}, ")
                     part.remarks.append(
-                        f"{task}, {row['rate']}: diversity-based less attention-based methods {row['difference']:+.1f}{ends}."
+                        f"{task}, {row['rate']} at {budget}: diversity-based less attention-based methods "
+                        f"{row['difference']:+.1f}{ends}."
                     )
         return part
 
@@ -152,39 +156,44 @@ class Hallucination:
                        "kept": arm.kept, "pictures": len(tallies[number].units), "rate": name, "value": own.value,
                        "low": own.low, "high": own.high}  # fmt: skip
 
-    def _groups(
-        self, task: str, tallies: Sequence[Tally], drawn_counts: np.ndarray
-    ) -> Iterator[dict[str, Any]]:
+    def _groups(self, task: str, tallies: Sequence[Tally], drawn_counts: np.ndarray) -> Iterator[dict[str, Any]]:
         """Yield paired differences: the arms of a difference are drawn together."""
         dense = [number for number, arm in enumerate(self.arms) if self.kind(arm) == "dense"]
-        kinds = {
-            kind: [number for number, arm in enumerate(self.arms) if self.kind(arm) == kind and not arm.tuned]
-            for kind in ("attention", "diversity")
-        }
+        pairs: list[tuple[str, str, list[int], list[int]]] = []
+        for number, arm in enumerate(self.arms):
+            if dense and number not in dense:
+                pairs.append((self.label(arm), self.label(self.arms[dense[0]]), [number], dense[:1]))
+        for budget in dict.fromkeys(arm.budget for arm in self.arms):
+            diverse, attentive = (self._training_free(kind, budget) for kind in ("diversity", "attention"))
+            if diverse and attentive:
+                pairs.append((f"{DIVERSE}, {budget}", f"attention (mean), {budget}", diverse, attentive))
         for rate in RATES[task]:
             values = np.array([float(rate.value(tally.counts.sum(axis=0))) for tally in tallies])
             resamples = np.stack([rate.value(drawn_counts[:, number]) for number in range(len(tallies))], axis=1)
-            pairs: list[tuple[str, str, list[int], list[int]]] = []
-            for number, arm in enumerate(self.arms):
-                if dense and number not in dense:
-                    pairs.append((self.label(arm), self.label(self.arms[dense[0]]), [number], dense[:1]))
-            if all(kinds.values()):
-                pairs.append(("diversity (mean)", "attention (mean)", kinds["diversity"], kinds["attention"]))
             for first, second, one, other in pairs:
                 difference = values[one].mean() - values[other].mean()
                 ends = interval(resamples[:, one].mean(axis=1) - resamples[:, other].mean(axis=1)) or (None, None)
                 yield {"task": task, "rate": rate.name, "first": first, "second": second,
                        "difference": float(difference), "low": ends[0], "high": ends[1]}  # fmt: skip
 
+    def _training_free(self, kind: str, budget: str) -> list[int]:
+        """Return the arms of a kind at a budget with the base's projector: a tuned one has another."""
+        found = []
+        for number, arm in enumerate(self.arms):
+            if self.kind(arm) == kind and arm.budget == budget and not arm.tuned:
+                found.append(number)
+        return found
+
     def _draw(self, folder: Path, task: str, found: Mapping[str, list[Estimate]], pictures: int) -> Figure:
         order = sorted(range(len(self.arms)), key=lambda number: ORDER.index(self.kind(self.arms[number])))
         rates = RATES[task]
-        size = (1.6 + 1.9 * len(rates), 1.3 + 0.26 * len(order))
-        with drawn(folder, f"hallucination_{task}", size, columns=len(rates)) as axes:
+        size = (1.6 + 1.9 * len(rates), 1.5 + 0.26 * len(order))
+        title = f"Invented objects on {task.upper()}, {pictures} pictures"
+        with drawn(folder, f"hallucination_{task}", title, size, columns=len(rates)) as axes:
             for place, rate in zip(axes[0], rates, strict=True):
                 for row, number in enumerate(order):
                     kind = ORDER.index(self.kind(self.arms[number]))
-                    how = {"color": COLORS[(6, 0, 5, 2)[kind]], "marker": MARKERS[kind]}
+                    how: dict[str, Any] = {"color": COLORS[(6, 0, 5, 2)[kind]], "marker": MARKERS[kind]}
                     whiskers(place, [row], [found[rate.name][number]], **how)
                 names = [f"{self.label(self.arms[number])} ({self.kind(self.arms[number])})" for number in order]
                 place.set_yticks(range(len(order)), names if place is axes[0][0] else [""] * len(order))
@@ -193,9 +202,9 @@ class Hallucination:
                 place.grid(axis="x", alpha=0.3)
         return Figure(
             f"hallucination_{task}",
-            f"Invented objects on {task.upper()}",
-            f"Each run over {pictures} pictures with 95 % bootstrap intervals, pictures drawn; circles are dense, squares "
-            "attention-based, triangles diversity-based methods, diamonds others.",
+            title,
+            f"Each run over {pictures} pictures with 95 % bootstrap intervals, pictures drawn; circles are dense, "
+            "squares attention-based, triangles diversity-based methods, diamonds others.",
         )
 
 

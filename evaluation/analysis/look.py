@@ -34,7 +34,8 @@ class Looked:
         tokens: (L, D) what the LLM would be given without pruning.
         attention: for each item the signal (N,) as a distribution over its tokens; none if the tower offers none.
         there: for each item which of its tokens (N,) reach the LLM without pruning: a model may cut padding away.
-        kept: for each method, by its label, and each item which of the tokens (N,) are kept.
+        kept: for each method, by its label, and each item which of the tokens (N,) are kept and
+            reach the LLM.
         features: for each method (K, D) what the LLM is given, merged tokens included.
         grid: rows and columns of the first item; None where its tokens form no grid.
     """
@@ -115,10 +116,17 @@ class Batch:
         with torch.inference_mode():
             for label, arm in self.eye.arms.items():
                 pruned[label] = arm.pruned.prepare(self.inputs_of(arm), vision=self.vision)
-            return list(_images(self.vision["image"], pruned, self.eye.signal))
+            return list(looked_at(self.vision["image"], pruned, self.eye.signal))
 
 
-def _images(vision: Vision, pruned: Mapping[str, Pruned], signal: str | None) -> Iterator[Looked]:
+def looked_at(vision: Vision, pruned: Mapping[str, Pruned], signal: str | None) -> Iterator[Looked]:
+    """Yield the image of every row of a batch.
+
+    Args:
+        vision: the images with the signal.
+        pruned: what each method made of them, by its label.
+        signal: whose distribution is taken; None takes none.
+    """
     kept = {label: own.chosen["image"].kept_tokens().cpu().numpy() for label, own in pruned.items()}
     features = {label: own.inputs["mm_encoder_outputs"]["image"].pooler_output for label, own in pruned.items()}
     items = _items(vision)
@@ -141,7 +149,8 @@ def _images(vision: Vision, pruned: Mapping[str, Pruned], signal: str | None) ->
             tokens=torch.cat([vision.slots[image] for image in images]),
             attention=tuple(attention),
             there=tuple(there[numbers] for _, _, numbers in own),
-            kept={label: tuple(mask[numbers] for _, _, numbers in own) for label, mask in kept.items()},
+            # A method may choose padding, which the model then cuts away: what counts is what reaches the LLM.
+            kept={label: tuple((mask & there)[numbers] for _, _, numbers in own) for label, mask in kept.items()},
             features={label: torch.cat([of[image] for image in images]) for label, of in features.items()},
             grid=vision.groups[own[0][0]].grid,
         )

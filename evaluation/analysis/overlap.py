@@ -51,7 +51,9 @@ class Overlap:
             rows.append({**row, "corrected": corrected(float(overlap.mean()), float(chance.mean()))})
         columns = ("dataset", "method", "other", "n", "jaccard", "low", "high", "by_chance", "corrected")
         write_table(folder / "overlap.csv", columns, rows)
-        tables = {"overlap.csv": "mean Jaccard index with its 95 % interval, that of blind choices, and corrected for it"}
+        tables = {
+            "overlap.csv": "mean Jaccard index with its 95 % interval, that of blind choices, and corrected for it"
+        }
         return Part(title, [self._draw(folder)], tables)
 
     def _draw(self, folder: Path) -> Figure:
@@ -65,7 +67,8 @@ class Overlap:
             scaled = corrected(float(overlap), float(chance))
             above[first, second] = above[second, first] = np.nan if scaled is None else scaled
         side = 1.3 + 0.42 * number
-        with drawn(folder, "overlap", (2 * side + 1.2, side + 0.4), columns=2) as axes:
+        title = f"How far methods keep the same tokens of {self._images} images"
+        with drawn(folder, "overlap", title, (2 * side + 1.2, side + 0.6), columns=2) as axes:
             for place, values, name in zip(axes[0], (plain, above), ("Jaccard index", "above chance"), strict=True):
                 names = self.labels if place is axes[0][0] else [""] * number
                 image = matrix(place, values, names, self.labels, vmin=0, vmax=1)
@@ -73,7 +76,7 @@ class Overlap:
             place.figure.colorbar(image, ax=axes, shrink=0.9)
         return Figure(
             "overlap",
-            "How far methods keep the same tokens",
-            f"Mean over {self._images} images. Left: tokens that both keep, as a share of those that either keeps; right: the "
-            "same on a scale where blind choices of as many tokens have 0 and equal choices 1.",
+            title,
+            f"Mean over {self._images} images. Left: tokens that both keep, as a share of those that either keeps; "
+            "right: the same on a scale where blind choices of as many tokens have 0 and equal choices 1.",
         )

@@ -119,8 +119,8 @@ class Positions:
         write_table(folder / "positions.csv", columns, rows)
         write_table(folder / "positions_cells.csv", ("dataset", "method", "row", "column", "kept", "of_even"), cells)
         part.tables["positions.csv"] = (
-            "total variation distance of each map from an even one, what blind choices of as many tokens have, how often "
-            "cells of the border are kept compared with all, and how many cells are never kept"
+            "total variation distance of each map from an even one, what blind choices of as many tokens have, how "
+            "often cells of the border are kept compared with all, and how many cells are never kept"
         )
         part.tables["positions_cells.csv"] = "share of the images in which each cell is kept, and its ratio to the mean"
         part.figures.append(self._draw(folder, maps))
@@ -129,13 +129,16 @@ class Positions:
     def _draw(self, folder: Path, maps: list[tuple[str, str, np.ndarray, int]]) -> Figure:
         datasets = list(self._kept)
         columns = len(self.labels)
-        size = (1.75 * columns + 1.1, 1.95 * len(datasets) + 0.3)
-        with drawn(folder, "positions", size, rows=len(datasets), columns=columns) as axes:
+        size = (1.75 * columns + 1.1, 1.95 * len(datasets) + 0.4)
+        title = "How often each place of the image is kept"
+        ratios = [often / max(often.mean(), 1e-300) for _, _, often, _ in maps]
+        # The rarest cells do not decide the colours of all others.
+        top = max(2.0, float(np.percentile(np.concatenate([own.ravel() for own in ratios]), 98)))
+        with drawn(folder, "positions", title, size, rows=len(datasets), columns=columns) as axes:
             image = None
             for number, (dataset, label, often, images) in enumerate(maps):
                 place = axes[number // columns][number % columns]
-                ratio = often / max(often.mean(), 1e-300)
-                image = place.imshow(ratio, cmap=SEQUENTIAL, vmin=0, vmax=2)
+                image = place.imshow(ratios[number], cmap=SEQUENTIAL, vmin=0, vmax=top)
                 place.set_xticks([])
                 place.set_yticks([])
                 place.set_title(f"{label} ({100 * often.mean():.0f} %)")
@@ -146,9 +149,9 @@ class Positions:
         count = sum(images for _, label, _, images in maps if label == self.labels[0])
         return Figure(
             "positions",
-            "How often each place of the image is kept",
+            title,
             f"Means over {count} images, divided by the map's own mean, so that 1 everywhere is an even choice; the "
-            "number above is the share of tokens kept. What lies above 2 has the colour of 2.",
+            "number above is the share of tokens kept. The brightest colour stands for its number and all above.",
         )
 
 
