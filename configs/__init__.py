@@ -5,6 +5,8 @@ if __name__ != "prunetune.configs":
 
 from prunetune.configs.load import ConfigError, load_config, to_yaml
 from prunetune.configs.schema import (
+    Backend,
+    BackendOptions,
     DataConfig,
     EngineConfig,
     EvaluateConfig,
@@ -16,6 +18,8 @@ from prunetune.configs.schema import (
 from prunetune.configs.table import TableConfig, TableMethod, TableModel
 
 __all__ = [
+    "Backend",
+    "BackendOptions",
     "ConfigError",
     "DataConfig",
     "EngineConfig",
