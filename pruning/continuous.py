@@ -273,11 +273,12 @@ class Request:
         Raises:
             PruningError: if generation failed.
         """
-        while (new := self._new.get()) is not None:
-            if isinstance(new, Exception):
-                raise new
+        while isinstance(new := self._new.get(), list):
             self._tokens += new
             yield from new
+        self._new.put(new)  # who asks again hears it again
+        if new is not None:
+            raise new
 
     def result(self) -> list[int]:
         """Wait for the end and return all new token ids; of a request that was cancelled, those it had."""
