@@ -6,6 +6,8 @@ if __name__ != "prunetune.configs":
 from prunetune.configs.analyze import AnalyzeConfig, AnalyzedMethod, CorruptionConfig
 from prunetune.configs.load import ConfigError, load_config, to_yaml
 from prunetune.configs.schema import (
+    Backend,
+    BackendOptions,
     DataConfig,
     EngineConfig,
     EvaluateConfig,
@@ -20,6 +22,8 @@ from prunetune.configs.table import TableConfig, TableMethod, TableModel
 __all__ = [
     "AnalyzeConfig",
     "AnalyzedMethod",
+    "Backend",
+    "BackendOptions",
     "ConfigError",
     "CorruptionConfig",
     "DataConfig",
