@@ -14,6 +14,7 @@ from prunetune.configs.schema import (
     TrainConfig,
 )
 from prunetune.configs.table import TableConfig, TableMethod, TableModel
+from prunetune.configs.visualize import ShownMethod, VisualizeConfig
 
 __all__ = [
     "ConfigError",
@@ -22,11 +23,13 @@ __all__ = [
     "EvaluateConfig",
     "ModelConfig",
     "RecalibrateConfig",
+    "ShownMethod",
     "TableConfig",
     "TableMethod",
     "TableModel",
     "TrackingConfig",
     "TrainConfig",
+    "VisualizeConfig",
     "load_config",
     "to_yaml",
 ]
