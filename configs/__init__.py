@@ -18,6 +18,7 @@ from prunetune.configs.schema import (
 )
 from prunetune.configs.serving import ServeConfig
 from prunetune.configs.table import TableConfig, TableMethod, TableModel
+from prunetune.configs.visualize import ShownMethod, VisualizeConfig
 
 __all__ = [
     "AnalyzeConfig",
@@ -32,11 +33,13 @@ __all__ = [
     "ModelConfig",
     "RecalibrateConfig",
     "ServeConfig",
+    "ShownMethod",
     "TableConfig",
     "TableMethod",
     "TableModel",
     "TrackingConfig",
     "TrainConfig",
+    "VisualizeConfig",
     "load_config",
     "to_yaml",
 ]

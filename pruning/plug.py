@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,6 +60,7 @@ class Generated:
         why_whole: why it was, where prefixes were to be shared and could not.
         layers: with stages inside the LLM, for each row of the prompts how many visual tokens each layer processed; the
             last of them is the final count, their mean the average.
+        final: with stages, which columns of the pruned prompts hold visual tokens that the last layer processes.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -70,6 +71,7 @@ class Generated:
     prefixes: int | None = None
     why_whole: str | None = None
     layers: Sequence[Sequence[int]] = ()
+    final: Bool[Tensor, "B L"] | None = None
 
 
 class PrunedModel:
@@ -679,7 +681,8 @@ class PrunedModel:
         for modality, noted in generated.notes.items():
             for own, inside in zip(noted, notes[modality], strict=True):
                 inside.update(own)
-        return replace(generated, layers=[own.layers for own in counts], notes=notes)
+        final = plan.kept_columns()[::copies]
+        return replace(generated, layers=[own.layers for own in counts], notes=notes, final=final)
 
     def generate_shared(
         self,
