@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 TORCH_BUILD ?=
 TORCH_FROM := $(if $(TORCH_BUILD),--index-url https://download.pytorch.org/whl/$(TORCH_BUILD))
 
-FOLDERS := assets configs data_recipes evaluation models pruning scripts tiny_world train
+FOLDERS := assets configs data_recipes evaluation models pruning scripts serving tiny_world train
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1

@@ -34,6 +34,7 @@ def test_lists_name_everything(capsys):
         "tasks": ("tiny_world", "exact match"),
         "formats": ("llava_json", "shapes_world"),
         "signals": ("cls_attention", "B H N"),
+        "stages": ("fastv", "arXiv 2403.06764", "attention", "numbered anew"),
         "templates": ("vicuna_v1", "the model's own"),
         "plugins": ("tiny_world",),
     }
@@ -46,7 +47,7 @@ def test_lists_name_everything(capsys):
 
 @pytest.mark.parametrize("what", listing.SLOW)
 def test_the_kept_tables_are_those_of_the_files(what):
-    """Written by ``python -m prunetune.scripts.listing`` whenever a method, a family or a signal changes."""
+    """Written by ``python -m prunetune.scripts.listing`` whenever a method, a stage, a family or a signal changes."""
     assert listing._kept_rows()[what] == listing.ROWS[what]()
 
 
