@@ -1,8 +1,8 @@
 """What mkdocs does beside its configuration: shows the API reader our folders, and follows links out of ``docs/``.
 
-Everything is imported from one root, ``prunetune``, whose folders lie beside one another at the top of the repository. The
-reader of docstrings (griffe) reads files and imports nothing, so it is given a folder of links under that one root, as
-``make types`` gives one to mypy.
+Everything is imported from one root, ``prunetune``, whose folders lie beside one another at the top of the repository.
+The reader of docstrings (griffe) reads files and imports nothing, so it is given a folder of links under that one root,
+as ``make types`` gives one to mypy.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def _parts() -> list[Path]:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that lie outside ``docs/``."""
     for name in BESIDE:
-        files.append(File.generated(config, f"beside/{name}", content=_moved((ROOT / name).read_text(encoding="utf-8"))))
+        files.append(
+            File.generated(config, f"beside/{name}", content=_moved((ROOT / name).read_text(encoding="utf-8")))
+        )
     return files
 
 

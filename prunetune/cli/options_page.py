@@ -33,10 +33,10 @@ HEAD = """# Options
 
 Generated from the schema by `python -m prunetune.cli.reference`. These are the keys of configuration files, section by
 section. A key `section.field` stands in the YAML file as `section: {field: value}`, or on the command line as
-`--section.field value`, which wins. Keys are strict: one that is not here stops before anything is loaded, with the nearest
-name that is. Values are YAML on the command line, too (`--tasks '[gqa, pope]'`), and of a mapping single keys can be set
-(`--pruning.options.power 2`). What commands take beside a configuration: [command line](reference.md). Files to begin with:
-`prunetune configs list`.
+`--section.field value`, which wins. Keys are strict: one that is not here stops before anything is loaded, with the
+nearest name that is. Values are YAML on the command line, too (`--tasks '[gqa, pope]'`), and of a mapping single keys can
+be set (`--pruning.options.power 2`). What commands take beside a configuration: [command line](reference.md). Files to
+begin with: `prunetune configs list`.
 """
 
 
@@ -53,7 +53,13 @@ def options_page() -> str:
         lines += ["", f"## {name}", "", f"{about[0].upper()}{about[1:]}:", "", *_table(schema_options(schema, "--"))]
     for kind, schema in FILES.items():
         lines += ["", f"## {kind}", "", f"{_sentence(schema)} Beside its sections:", "", *_table(_bare(schema))]
-    lines += ["", "## recipe", "", "A [recipe](data.md) is a YAML file of its own. Of `format: llava_json`, the default:", ""]
+    lines += [
+        "",
+        "## recipe",
+        "",
+        "A [recipe](data.md) is a YAML file of its own. Of `format: llava_json`, the default:",
+        "",
+    ]
     lines += _table(schema_options(LlavaJsonRecipe, "--"))
     return "\n".join(lines) + "\n"
 
