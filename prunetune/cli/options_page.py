@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from prunetune.cli import commands
 from prunetune.cli.schema import SchemaCommand, SchemaOption, schema_options
-from prunetune.configs import EvaluateConfig, RecalibrateConfig, TableConfig, TableMethod, TableModel
+from prunetune.configs import EvaluateConfig, RecalibrateConfig, ServeConfig, TableConfig, TableMethod, TableModel
 from prunetune.configs.schema import MixedPruner
 from prunetune.data_recipes.formats import LlavaJsonRecipe
 from prunetune.pruning import StageSpec
@@ -18,6 +18,7 @@ FILES: dict[str, type[BaseModel]] = {
     "recalibration": RecalibrateConfig,
     "evaluation": EvaluateConfig,
     "table": TableConfig,
+    "serving": ServeConfig,
 }
 """The kinds of configuration files there are."""
 
