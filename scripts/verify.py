@@ -208,7 +208,7 @@ def _entry(folder: Path, record: Mapping[str, Any]) -> str:
 
 def _profile(file: Path, base: str | None) -> list[Check]:
     """Return the checks of a profile against the model that it was fitted to."""
-    checks = [_check("seal", lambda: f"{file.name} is as it was written: {read_profile(file).options}")]
+    checks = [_check("seal", lambda: f"{file.name} is as it was written: {read_profile(file).fitted}")]
     try:
         profile = read_profile(file)
     except PruningError:
