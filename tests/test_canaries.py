@@ -22,6 +22,7 @@ from prunetune.evaluation.records import read_results
 from prunetune.models import adapter as adapter_module
 from prunetune.models import arm as arm_module
 from prunetune.outputs import (
+    ANALYSIS,
     COMPARISON,
     DEMO,
     EVALUATION,
@@ -266,7 +267,7 @@ def test_an_output_that_is_a_file_is_one_line(call, tmp_path):
 
 
 def test_a_folder_in_use_stops_every_command_and_names_the_holder(call, tmp_path):
-    kinds = (EVALUATION, COMPARISON, VISUALIZATION, EXPORT, DEMO)
+    kinds = (EVALUATION, COMPARISON, VISUALIZATION, EXPORT, DEMO, ANALYSIS)
     for name, kind in zip(WITH_A_FOLDER, kinds, strict=True):
         held = OutputFolder(tmp_path / name, kind)
         thread = threading.Thread(target=held.__enter__)  # a lock is a thread's own
