@@ -217,6 +217,12 @@ class ElasticConfig(Section):
         description='budgets that are drawn alike, each as of pruning.keep: 64, 0.111 or "11.1%"; none trains for '
         "the one of `pruning` alone, and nothing of this section counts",
     )
+    averages: list[int | float] = Field(
+        default_factory=list,
+        description="visual tokens per layer, drawn alike, for the stage of pruning.stages whose keep is open; beside "
+        "budgets each with each",
+        exclude_if=lambda averages: not averages,  # records of runs without these stay, to the byte
+    )
     dense: float = Field(0.25, ge=0, lt=1, description="share of the samples that keep all visual tokens")
     draw: Literal["sample", "update"] = Field("sample", description="one setting a sample, or one for a whole update")
     sandwich: bool = Field(
@@ -228,11 +234,11 @@ class ElasticConfig(Section):
     @property
     def on(self) -> bool:
         """Whether there is anything to draw."""
-        return bool(self.budgets)
+        return bool(self.budgets or self.averages)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if not self.budgets and self.model_fields_set - {"budgets"}:
+        if not self.on and self.model_fields_set - {"budgets", "averages"}:
             raise ValueError("budgets is empty, and nothing else of elastic would count; list some, as [32, 64, 128]")
         if self.sandwich and self.draw == "update":
             raise ValueError("sandwich gives each update several settings, and draw: update gives it one; choose one")
@@ -298,8 +304,8 @@ class PluggedConfig(Section):
 
     plugins: list[str] = Field(
         default_factory=list,
-        description="modules or .py files that register pruners, families, signals, formats, templates or benchmarks; "
-        "files are relative to the YAML file, on the command line to the working directory",
+        description="modules or .py files that register pruners, stages, families, signals, formats, templates or "
+        "benchmarks; files are relative to the YAML file, on the command line to the working directory",
     )
 
     @field_validator("plugins")

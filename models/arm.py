@@ -60,6 +60,7 @@ class Answer:
         kept: how many visual tokens of the sample reached the LLM.
         kept_per_frame: of a video, how many of each frame did; None of an image, or of text alone.
         notes: what the method noted of the image or video by name, such as ``ran_dry``.
+        layers: with stages inside the LLM, how many visual tokens each of its layers processed; else None.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Answer:
     kept: int
     kept_per_frame: tuple[int, ...] | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
 
 
 class Base:
@@ -403,7 +405,9 @@ class Arm:
             frames[row] = (*frames.get(row, ()), *counts)
         answers = []
         for row, (sample, text) in enumerate(zip(samples, texts, strict=True)):
-            answers.append(Answer(sample.id, text.strip(), kept[row], frames.get(row), gathered_notes(notes[row])))
+            layers = tuple(generated.layers[row]) if generated.layers else None
+            noted = gathered_notes(notes[row])
+            answers.append(Answer(sample.id, text.strip(), kept[row], frames.get(row), noted, layers))
         return answers
 
 

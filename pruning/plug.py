@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,6 +60,7 @@ class Generated:
         why_whole: why it was, where prefixes were to be shared and could not.
         layers: with stages inside the LLM, for each row of the prompts how many visual tokens each layer processed; the
             last of them is the final count, their mean the average.
+        final: with stages, which columns of the pruned prompts hold visual tokens that the last layer processes.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -70,6 +71,7 @@ class Generated:
     prefixes: int | None = None
     why_whole: str | None = None
     layers: Sequence[Sequence[int]] = ()
+    final: Bool[Tensor, "B L"] | None = None
 
 
 class PrunedModel:
@@ -609,24 +611,47 @@ class PrunedModel:
             vision: the images, if they were encoded before.
             inputs: what the processor returned.
         """
+        return self.run(self.prepare(inputs, keep=keep, vision=vision), cells=inputs.get("cells"))
+
+    def run(self, pruned: Pruned, inputs: Mapping[str, Any] | None = None, cells: Sequence[int] | None = None) -> Any:
+        """Run the stock model on what :meth:`prepare` returned, stages inside the LLM included; return its output.
+
+        Args:
+            pruned: the prepared batch; where it has labels, stages ask the token before each row's answer.
+            inputs: what the model is called with, such as those without labels; None is all of the batch.
+            cells: the number of each row's setting, of an ``ElasticModel`` whose batch had them.
+        """
+        asked = dict(pruned.inputs if inputs is None else inputs)
         with self._inside():
-            return self.model(**self.prepare(inputs, keep=keep, vision=vision).inputs)
+            if self.stages is not None:
+                asked[PLAN] = self._plan(pruned.inputs, asked, cells)
+            return self.model(**asked)
 
     def generate(
-        self, *, keep: Budget | None = None, vision: Mapping[str, Vision] | None = None, **inputs: Any
+        self,
+        *,
+        keep: Budget | None = None,
+        vision: Mapping[str, Vision] | None = None,
+        seen: Callable[[Pruned], None] | None = None,
+        **inputs: Any,
     ) -> Generated:
         """Generate from pruned inputs.
 
         Args:
             keep: the budget of this call, as of :meth:`prepare`.
             vision: the images, if they were encoded before.
+            seen: is called with the pruned prompts before the LLM is; what it raises stops the call.
             inputs: what the processor returned; generation options (``max_new_tokens`` and so on) pass through to the
                 stock method.
         """
         if self.stages is not None:
             check_generation(self.model, inputs)
+            if inputs.get("cells") is not None:
+                raise PruningError("with pruning.stages rows can't generate in settings of their own; leave cells out")
         with torch.no_grad(), self._inside() as plans:
             pruned = self._prompts(inputs, keep, vision)
+            if seen is not None:
+                seen(pruned)
             model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
             output = model.generate(**_shifted(pruned.inputs, -self.family.first_position))
         generated = _generated(output[:, pruned.inputs["input_ids"].shape[1] :], pruned)
@@ -656,7 +681,8 @@ class PrunedModel:
         for modality, noted in generated.notes.items():
             for own, inside in zip(noted, notes[modality], strict=True):
                 inside.update(own)
-        return replace(generated, layers=[own.layers for own in counts], notes=notes)
+        final = plan.kept_columns()[::copies]
+        return replace(generated, layers=[own.layers for own in counts], notes=notes, final=final)
 
     def generate_shared(
         self,
@@ -844,7 +870,7 @@ class PrunedModel:
             asked = pruned.inputs if finish is None else finish(pruned)
             if self.stages is not None:
                 # With the labels that it had: a trainer may keep them back, and answers must not choose.
-                asked = {**asked, PLAN: self.stages.plan(pruned.inputs, asked)}
+                asked = {**asked, PLAN: self._plan(pruned.inputs, asked, kwargs.get("cells"))}
             return (), asked
 
         check_none_attached(self.model)
@@ -855,6 +881,11 @@ class PrunedModel:
                 yield self
         finally:
             handle.remove()
+
+    def _plan(self, inputs: Mapping[str, Any], asked: Mapping[str, Any], cells: Sequence[int] | None) -> Plan:
+        """Return what is to be kept inside the LLM of a batch."""
+        assert self.stages is not None  # asked before
+        return self.stages.plan(inputs, asked)
 
     def _is_prepared(self, args: tuple, kwargs: Mapping[str, Any]) -> bool:
         """Return whether a call's inputs were pruned before: the type of its encoded images says so.

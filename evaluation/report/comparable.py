@@ -244,7 +244,7 @@ def unchosen(pruning: PruningSpec) -> PruningSpec:
 def _nearest_twin(arm: EvaluatedArm, arms: Sequence[EvaluatedArm]) -> str:
     """Return in what the training-free arm of the same method differs, or "pruning" if there is none."""
     for other in arms:
-        if not other.tuned and not other.dense and other.pruner == arm.pruner:
+        if not other.tuned and not other.dense and other.method == arm.method:
             one, two = other.manifest.pruning.model_dump(), arm.manifest.pruning.model_dump()
             for name, left, right in _unequal("pruning.", one, two):
                 return f"{name} ({left!r} and {right!r})"

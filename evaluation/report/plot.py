@@ -1,4 +1,4 @@
-"""Results as images: accuracy over budget, and kept tokens drawn over the image."""
+"""Results as images: accuracy over budget, and answers with what was kept of their images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from prunetune.evaluation.report.tables.table import Row, Table, Value
 
@@ -48,14 +47,15 @@ def plot_table(table: Table, path: Path) -> None:
     # By label and not by method: two sets of options are two lines, and a tuned arm stands beside its twin.
     for label in labels:
         points = [row for row in rows if row.label == label]
-        points.sort(key=lambda row: row.kept)
+        points.sort(key=lambda row: row.tokens)
         _points(axes, points, values, colors[label])
     axes.set_xscale("log", base=2)  # budgets are halved from one to the next
     # At the budgets themselves, of which there are few; the powers of two between them were measured by nobody.
-    ticks = sorted({row.kept for row in rows if not _dense(row)})
+    ticks = sorted({row.tokens for row in rows if not _dense(row)})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("visual tokens per image")
+    inside = any(row.per_layer is not None for row in rows)
+    axes.set_xlabel("visual tokens per image" + (", mean over the LLM's layers" if inside else ""))
     axes.set_ylabel(name)
     axes.grid(alpha=0.3)
     if labels:
@@ -104,7 +104,7 @@ def _points(axes: Any, rows: list[Row], values: Mapping[str, Value], color: Any)
     # Without an interval the whisker is as short as can be.
     ends = np.array([values[row.id].interval or (height, height) for row, height in zip(rows, heights, strict=True)])
     axes.errorbar(
-        [row.kept for row in rows],
+        [row.tokens for row in rows],
         heights,
         # matplotlib takes lengths, not ends, and none below zero: a metric that is no mean may lie outside.
         yerr=np.clip([heights - ends[:, 0], ends[:, 1] - heights], 0, None),
@@ -115,35 +115,6 @@ def _points(axes: Any, rows: list[Row], values: Mapping[str, Value], color: Any)
         capsize=2,
         label=rows[0].label,
     )
-
-
-def kept_overlay(image: Image.Image, kept: dict[str, np.ndarray], grid: tuple[int, int]) -> Image.Image:
-    """Return a strip of panels: the image, then per method the image with dropped patches dimmed.
-
-    Args:
-        image: the square image the vision tower saw.
-        kept: per panel title, the kept positions in raster order.
-        grid: patch rows and columns.
-    """
-    plt = _pyplot()
-    pixels = np.asarray(image.convert("RGB"))
-    number = len(kept) + 1
-    figure, panels = plt.subplots(1, number, figsize=(2.1 * number, 2.5), dpi=130, squeeze=False)
-    shown = {"picture": pixels}
-    for title, positions in kept.items():
-        # A fifth of the light is left: what was dropped stays recognisable, and white becomes 51.
-        light = 0.2 + 0.8 * _mask(positions, grid, pixels.shape)
-        shown[title] = (pixels * light).astype(np.uint8)
-    for axes, (title, panel) in zip(panels[0], shown.items(), strict=True):
-        axes.set_title(title, fontsize=8)
-        axes.axis("off")
-        axes.imshow(panel)
-    figure.tight_layout()
-    figure.canvas.draw()
-    # A copy: the buffer belongs to the canvas, and is gone with the figure.
-    strip = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
-    plt.close(figure)
-    return strip
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import (
     CodeRecord,
     KeptTokens,
+    LayerTokens,
     Manifest,
     PluginRecord,
     ProjectorRecord,
@@ -140,7 +142,10 @@ def _fill(
         for work in works:
             summaries[work.task.name] = _summary(work, rows, folder)
         # Last of all: killed before this line, the arm is still unfinished, and compare says so.
-        write_manifest(output, manifest.finished(summaries, _kept(rows), rate, results_hash(output), _notes(rows)))
+        done_now = manifest.finished(
+            summaries, _kept(rows), rate, results_hash(output), _notes(rows), layer_tokens(rows)
+        )
+        write_manifest(output, done_now)
 
 
 def _work(name: str, config: EvaluateConfig) -> Work:
@@ -286,6 +291,7 @@ def _rows(task: Benchmark, batch: list[Item], answers: list[Answer]) -> list[Res
             # The record takes no others, and what a method counts on the side should not stop an evaluation.
             notes={name: value for name, value in answer.notes.items() if math.isfinite(value)},
             kinds=dict(item.kinds),
+            layers=None if answer.layers is None else list(answer.layers),
         )
         rows.append(row)
     return rows
@@ -315,6 +321,15 @@ def _kept(rows: list[Result]) -> KeptTokens:
     # Over all items, text alone included: what the LLM got is what a budget is paid for.
     kept = [row.kept for row in rows]
     return KeptTokens(mean=sum(kept) / len(kept), min=min(kept), max=max(kept))
+
+
+def layer_tokens(rows: Sequence[Result]) -> LayerTokens | None:
+    """Return how many visual tokens the LLM's layers processed, over all items; None where no stage dropped any."""
+    counts = [row.layers for row in rows if row.layers is not None]
+    if not counts:
+        return None
+    means = [sum(layer) / len(counts) for layer in zip(*counts, strict=True)]
+    return LayerTokens(final=means[-1], average=sum(means) / len(means), layers=means)
 
 
 def _notes(rows: list[Result]) -> dict[str, dict[str, float]]:
