@@ -159,7 +159,19 @@ def call(world, monkeypatch):
     line = {
         "evaluate": _evaluate(world),
         "compare": (str(world / "dense"), str(world / "pruned")),
-        "visualize": ("divprune", "--model", str(world / "base"), "--count", "2"),
+        "visualize": (
+            "divprune",
+            "--model",
+            str(world / "base"),
+            "--count",
+            "2",
+            "--format",
+            "png",
+            "--maps",
+            "false",
+            "--max_new_tokens",
+            "1",
+        ),
         "export": ("--model", str(world / "base"), "--adapter", str(world / "adapter")),
         "demo": ("--quick",),
     }
@@ -173,7 +185,7 @@ def call(world, monkeypatch):
 WRITTEN = {
     "evaluate": {"results.jsonl", "manifest.json", "config.yaml", "log.jsonl"},
     "compare": {"table.md", "table.csv", "table.tex", "table.json", "plot.png"},
-    "visualize": {"kept_00.png", "kept_01.png"},
+    "visualize": {"kept_00.png", "kept_01.png", "kept.json", "config.yaml"},
     "export": {"model.safetensors", "config.json", "mm_projector.bin", "tokenizer.json"},
     "demo": {"comparison/table.md", "recalibrate/elastic/adapter/prunetune.json", "arms/dense/manifest.json"},
 }
