@@ -21,6 +21,7 @@ from prunetune.data_recipes import Sample, Turn
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import read_results
 from prunetune.evaluation.run.evaluate import evaluate
+from prunetune.evaluation.tasks import get_task
 from prunetune.evaluation.visual.merging import Traced
 from prunetune.evaluation.visual.run import visualize
 from prunetune.models import Arm, CheckpointError, adapter, loading
@@ -255,7 +256,9 @@ def test_which_tokens_a_stage_leaves_is_the_attention_of_the_last_prompt_token(d
 
 def test_answers_and_scores_are_evaluates(drawn, loaded, tuned, tmp_path):
     record = record_of(drawn)
-    base = [*TINY[:4], "--tasks", "[tiny_world_validation]", "--limit", "40", "--max_new_tokens", "6"]
+    ids = [item.id for item in get_task("tiny_world_validation").read(tmp_path)]
+    limit = str(1 + max(ids.index(own["id"]) for own in record["drawings"]))
+    base = [*TINY[:4], "--tasks", "[tiny_world_validation]", "--limit", limit, "--max_new_tokens", "6"]
     pruned = ("--pruning.pruner", "divprune", "--pruning.keep", "8")
     arms = {
         ("dense", None): (),
@@ -398,7 +401,7 @@ def test_padding_of_tiles_is_what_the_model_cuts_away(worlds, tmp_path, monkeypa
     folder, processor = worlds["llava_next"]
     monkeypatch.setattr(loading, "_processor", lambda path, folder: processor)
     visual_world.gradient(60, 150).save(tmp_path / "one.png")
-    line = own_image(folder, tmp_path, "--question", "?", "--methods", "[fastervlm]", "--budgets", "['100%']")
+    line = own_image(folder, tmp_path, "--question", "what ?", "--methods", "[fastervlm]", "--budgets", "['100%']")
     visualize(load_config(VisualizeConfig, None, line))
     boxes = cells_of(tmp_path / "out" / "kept_00.svg")["fastervlm", "100%"]
     outside = sorted(token for kind, token, _, _ in boxes if kind == "outside")
