@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from prunetune.configs import ModelConfig
+from prunetune.configs import Backend, ModelConfig
 from prunetune.data_recipes.sampling import VideoSampling
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import file_hash, read_json, read_lines
@@ -27,7 +27,7 @@ FORMAT: Literal[2] = 2
 """Of the two files: raise it when a reader of today would misread what is written."""
 UNSEALED: Literal[1] = 1
 """The format of versions before the seals: read, and compared with arms of its own format alone."""
-_OUTCOME = ("metrics", "kept_tokens", "notes", "items_per_second", "results_hash")
+_OUTCOME = ("metrics", "kept_tokens", "llm_tokens", "notes", "items_per_second", "results_hash")
 _SEALED = ("profile", "original_projector_hash", "projectors", "text_tower_hash", "prunetune", "results_hash")
 
 
@@ -54,6 +54,8 @@ class Result(_Record):
         kept_per_frame: of a video, how many of each frame did; not in the file otherwise.
         notes: what the pruner noted of the item by name, such as ``ran_dry``; not in the file if that is nothing.
         kinds: further kinds of question that it is one of, for breakdowns; not in the file if there are none.
+        layers: with stages inside the LLM, how many visual tokens each of its layers processed; not in the file
+            otherwise.
     """
 
     task: str
@@ -69,6 +71,7 @@ class Result(_Record):
     # Made by a factory: a default that stands there is copied for every row, which takes longer than reading it.
     notes: dict[str, float] = Field(default_factory=dict)
     kinds: dict[str, str] = Field(default_factory=dict)
+    layers: list[int] | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -79,7 +82,7 @@ class Result(_Record):
         """Return the row as a line of JSON."""
         # Not pydantic's own JSON, which puts no space after a comma: a folder that an earlier version began would then
         # hold two kinds of lines, and equal arms would no longer be equal files.
-        left_out = {"kept_per_frame"} if self.kept_per_frame is None else set()
+        left_out = {name for name in ("kept_per_frame", "layers") if getattr(self, name) is None}
         if not self.notes:
             left_out.add("notes")
         if not self.kinds:
@@ -168,6 +171,20 @@ class KeptTokens(_Record):
     max: int
 
 
+class LayerTokens(_Record):
+    """How many visual tokens of an item layers of the LLM processed, means over all items; merged ones included.
+
+    Attributes:
+        final: in the last layer.
+        average: the mean over the layers.
+        layers: in each of them.
+    """
+
+    final: float
+    average: float
+    layers: list[float]
+
+
 class PluginRecord(_Record):
     """A plug-in that was loaded: its name, its package's version, and the SHA-256 of its source."""
 
@@ -206,6 +223,8 @@ class Manifest(_Record):
         max_new_tokens: longest answer.
         share_prefix: whether what questions about one image begin with was computed once, which moves last bits; not in
             the file where it was not.
+        backend: how answers were generated, which moves last bits; not in the file where it was plain.
+        backend_options: what it was told; not in the file if that is nothing.
         image_processor: class of the image processor, since fast and slow ones differ in their last bits.
         features: seal of the feature cache that was read in place of pixels; None, and not in the file, without one.
         video: which frames of videos were looked at; None, and not in the file, where no task has videos.
@@ -215,6 +234,8 @@ class Manifest(_Record):
         plugins: what was loaded from outside this package.
         metrics: what was reached, by benchmark.
         kept_tokens: visual tokens that reached the LLM.
+        llm_tokens: those that its layers processed, where stages drop some between layers; None, and not in the file,
+            where every layer processed all.
         notes: by benchmark, means of what the pruner noted of the items; not in the file if that is nothing.
         items_per_second: of the last run; None if it had nothing left to do.
         results_hash: SHA-256 of results.jsonl.
@@ -236,6 +257,8 @@ class Manifest(_Record):
     batch_size: int
     max_new_tokens: int
     share_prefix: bool = False
+    backend: Backend = "plain"
+    backend_options: dict[str, Any] = {}
     image_processor: str
     features: str | None = None
     video: VideoSampling | None = None
@@ -245,6 +268,7 @@ class Manifest(_Record):
     plugins: list[PluginRecord] = []
     metrics: dict[str, TaskSummary] | None = None
     kept_tokens: KeptTokens | None = None
+    llm_tokens: LayerTokens | None = None
     notes: dict[str, dict[str, float]] = {}
     items_per_second: float | None = None
     results_hash: str | None = None
@@ -254,6 +278,8 @@ class Manifest(_Record):
     def _has_what_came_out(self) -> Manifest:
         if self.complete and (self.metrics is None or self.kept_tokens is None):
             raise ValueError("it says complete, and has no metrics or no kept_tokens")
+        if self.complete and self.pruning.stages and self.llm_tokens is None:
+            raise ValueError("it says complete, and has stages and no llm_tokens")
         return self
 
     @model_validator(mode="after")
@@ -275,6 +301,7 @@ class Manifest(_Record):
         items_per_second: float | None,
         results_hash: str | None = None,
         notes: dict[str, dict[str, float]] | None = None,
+        llm_tokens: LayerTokens | None = None,
     ) -> Manifest:
         """Return the manifest of the complete arm."""
         return self.model_copy(
@@ -282,6 +309,7 @@ class Manifest(_Record):
                 "complete": True,
                 "metrics": metrics,
                 "kept_tokens": kept_tokens,
+                "llm_tokens": llm_tokens,
                 "notes": notes or {},
                 "items_per_second": items_per_second,
                 "results_hash": results_hash,
@@ -303,13 +331,16 @@ class Manifest(_Record):
         left_out = set() if self.complete else set(_OUTCOME)
         if not self.plugins:  # as of an arm of a version that knew none
             left_out.add("plugins")
-        for name in ("features", "video"):
+        for name in ("features", "video", "llm_tokens"):
             if getattr(self, name) is None:
                 left_out.add(name)
         if not self.share_prefix:
             left_out.add("share_prefix")
-        if not self.notes:
-            left_out.add("notes")
+        if self.backend == "plain":
+            left_out.add("backend")
+        for name in ("backend_options", "notes"):
+            if not getattr(self, name):
+                left_out.add(name)
         values = self.model_dump(exclude=left_out)
         if self.format != UNSEALED:
             return sealed(values)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from prunetune.models.errors import CheckpointError
-from prunetune.models.record import read_record
+from prunetune.models.record import read_record, told_pruning, told_stages
 from prunetune.models.seal import short
 from prunetune.outputs import write_text
 
@@ -23,6 +23,11 @@ _MARK = "<!-- written by prunetune, sha256 {} -->\n"
 _MARKED = re.compile(r"<!-- written by prunetune, sha256 ([0-9a-f]{64}) -->\n\Z")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TAGS = ("prunetune", "visual-token-pruning")
+
+INSIDE = (
+    " The stages that drop visual tokens between layers of the LLM are no part of any file here: they run where "
+    "`prunetune.load` loads it, on the stock model's own code, and nowhere else."
+)
 
 
 def adapter_card(record: Mapping[str, Any], rows: str | None = None) -> str:
@@ -54,13 +59,18 @@ def _card(record: Mapping[str, Any], header: dict[str, str], what: str, unpruned
     pruner, keep = pruning.get("pruner", "?"), pruning.get("keep", "?")
     base = record.get("base_model") or "?"
     aim, methods = f"{pruner} at {keep} visual tokens", f"the visual-token pruner `{pruner}`"
+    inside = told_stages(pruning)
+    if inside:
+        names = [stage["name"] for stage in pruning["stages"] if isinstance(stage, Mapping) and "name" in stage]
+        before = "" if pruner == "identity" else f"{methods} and "
+        aim, methods = told_pruning(pruning), f"{before}{', '.join(f'`{name}`' for name in names)} inside the LLM"
     if record.get("elastic"):
         aim, methods = "several pruners and budgets", "several visual-token pruners and budgets"
     parts = [
         _header(record, header),
         f"# {base} tuned for {aim}\n",
         f"{what} `{base}`: only the projector differs, recalibrated with prunetune for {methods}.\n",
-        f"> **{_unpruned(record)}** {unpruned}\n",
+        f"> **{_unpruned(record)}** {unpruned}{INSIDE if inside else ''}\n",
         "## How to load it, pruned\n",
         _loading(record),
         "## What it was tuned for\n",
@@ -113,13 +123,9 @@ def _facts(record: Mapping[str, Any], pruning: Mapping[str, Any]) -> str:
     lines = [
         f"- pruner: `{pruning.get('pruner', '?')}`, keep {pruning.get('keep', '?')} per {pruning.get('scope', '?')}"
     ]
-    if elastic := record.get("elastic"):
-        names = [mixed["pruner"] for mixed in elastic.get("pruners") or []] or [pruning.get("pruner", "?")]
-        budgets = ", ".join(str(budget) for budget in elastic.get("budgets") or [])
-        lines.append(
-            f"- elastic: one projector for {', '.join(f'`{name}`' for name in names)} at {budgets}, and for "
-            f"{elastic.get('dense', 0):.0%} of the samples without pruning; it is loaded with the pruner above"
-        )
+    lines += [f"- inside the LLM: {stage}" for stage in told_stages(pruning)]
+    lines += _layer_tokens(record)
+    lines += _elastic(record, pruning)
     if pruning.get("choose_with"):
         lines.append(f"- tokens are chosen by the {pruning['choose_with']} projector's output")
     if pruning.get("options"):
@@ -144,6 +150,34 @@ def _facts(record: Mapping[str, Any], pruning: Mapping[str, Any]) -> str:
             f"`{tuned.get('pruner', '?')}`, keep {tuned.get('keep', '?')}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _elastic(record: Mapping[str, Any], pruning: Mapping[str, Any]) -> list[str]:
+    """Return a line with the settings of a projector for several."""
+    elastic = record.get("elastic")
+    if not elastic:
+        return []
+    names = [mixed["pruner"] for mixed in elastic.get("pruners") or []] or [pruning.get("pruner", "?")]
+    if names == ["identity"] and pruning.get("stages"):
+        names = [stage.get("name", "?") for stage in pruning["stages"]]
+    told = [str(budget) for budget in elastic.get("budgets") or []]
+    told += [f"{average:g} a layer" for average in elastic.get("averages") or []]
+    return [
+        f"- elastic: one projector for {', '.join(f'`{name}`' for name in names)} at {', '.join(told)}, and for "
+        f"{elastic.get('dense', 0):.0%} of the samples without pruning; it is loaded with the pruner above"
+    ]
+
+
+def _layer_tokens(record: Mapping[str, Any]) -> list[str]:
+    """Return a line with what the layers of the LLM saw in training, of a projector that was trained with stages."""
+    tokens = record.get("llm_tokens")
+    if not tokens:
+        return []
+    by_layer = ", ".join(f"{count:g}" for count in tokens["layers"])
+    return [
+        f"- visual tokens of a sample in training, means: {tokens['entering']:.1f} entered the LLM, "
+        f"{tokens['average']:.1f} a layer, {tokens['final']:.1f} in the last; by layer {by_layer}"
+    ]
 
 
 def _seals(record: Mapping[str, Any]) -> str:
@@ -238,7 +272,9 @@ def _titles(names: list[str]) -> dict[str, str]:
 def _row(row: Mapping[str, str], names: list[str]) -> list[str]:
     quoted = row.get("quoted")
     cells = [f"{row['arm']} (quoted: {quoted})" if quoted else row["arm"]]
-    cells.append(f"{float(row['kept']):g}" if row["kept"] else "")
+    # What entered the LLM says little where its layers process fewer.
+    inside = f", {float(row['per_layer']):g} a layer" if row.get("per_layer") else ""
+    cells.append(f"{float(row['kept']):g}{inside}" if row["kept"] else "")
     for name in names:
         cells.append(f"{float(row[name]):.1f}" if row[name] else "")
     return cells

@@ -14,7 +14,7 @@ from prunetune.models.adapter import check_finite, projector_state
 from prunetune.models.arm import Arm
 from prunetune.models.errors import CheckpointError
 from prunetune.models.loading import CARRIED
-from prunetune.models.record import RECORD, base_of, is_export, read_record, required
+from prunetune.models.record import RECORD, base_of, is_export, read_record, required, told_pruning
 from prunetune.models.seal import short
 from prunetune.pruning import PruningError, PruningSpec
 from prunetune.reading import one_line
@@ -104,7 +104,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
-        message = f"prunetune: {record.get('pruning', {}).get('pruner')}, {short(record.get('projector_hash'))}"
+        message = f"prunetune: {told_pruning(record.get('pruning') or {})}, {short(record.get('projector_hash'))}"
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=message)
     # A wrong name, a missing token, no network, a full quota: huggingface_hub has an error for each.
     except Exception as error:

@@ -8,11 +8,13 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from prunetune.assets import shipped
 from prunetune.models.errors import CheckpointError
 from prunetune.models.seal import sealed, short, why_unsealed
 from prunetune.models.stored import BaseHashes
+from prunetune.pruning.spec import StageSpec
 from prunetune.reading import read_json
 
 RECORD = "prunetune.json"
@@ -21,7 +23,7 @@ FORMAT = 2
 _READ = (1, 2)
 # What is read of a record: a file of format 1 has no seal, and may hold anything.
 _KINDS: dict[str, type] = {
-    **dict.fromkeys(("pruning", "model", "data", "train", "export", "prunetune", "versions"), dict),
+    **dict.fromkeys(("pruning", "model", "data", "train", "export", "prunetune", "versions", "llm_tokens"), dict),
     **dict.fromkeys(("plugins", "projectors", "soup"), list),
     **dict.fromkeys(("base_model", "base_revision", "frozen_hash", "original_projector_hash", "settings_hash"), str),
     **dict.fromkeys(("text_tower_hash", "projector_hash", "license", "from"), str),
@@ -37,6 +39,11 @@ ELASTIC = (
 WARNING = (
     "tuned for {pruner} at {keep} visual tokens: without this pruning it answers worse than the untouched base; load "
     "it with prunetune.load(...)"
+)
+
+INSIDE = (
+    "tuned for {pruning}: without this pruning it answers worse than the untouched base, and stages inside the LLM run "
+    "here alone; load it with prunetune.load(...)"
 )
 
 
@@ -169,7 +176,30 @@ def warning(record: Mapping[str, Any]) -> str:
     pruning = record.get("pruning") or {}
     if (record.get("elastic") or {}).get("dense"):
         return ELASTIC
+    if pruning.get("stages"):
+        return INSIDE.format(pruning=told_pruning(pruning))
     return WARNING.format(pruner=pruning.get("pruner", "?"), keep=pruning.get("keep", "?"))
+
+
+def told_pruning(pruning: Mapping[str, Any]) -> str:
+    """Return a record's pruning for people: ``divprune, 64``; ``fastv, 32 a layer``; ``divprune, 64, then vtw``."""
+    parts = []
+    if pruning.get("pruner") != "identity" or not pruning.get("stages"):
+        parts.append(f"{pruning.get('pruner', '?')}, {pruning.get('keep', '?')}")
+    return ", then ".join([*parts, *told_stages(pruning)])
+
+
+def told_stages(pruning: Mapping[str, Any]) -> list[str]:
+    """Return the stages of a record's pruning for people, each with its budget."""
+    told = []
+    for stage in pruning.get("stages") or []:
+        try:
+            own = StageSpec.model_validate(stage)
+        except ValidationError:  # another version wrote it
+            told.append(str(stage.get("name", "?")) if isinstance(stage, Mapping) else "?")
+            continue
+        told.append(f"{own.label}, {own.budget}" if own.budget else own.label)
+    return told
 
 
 def exported_record(record: Mapping[str, Any], written: BaseHashes) -> dict[str, Any]:

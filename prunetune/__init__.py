@@ -25,12 +25,16 @@ if TYPE_CHECKING:
     from prunetune.pruning import PruningSpec as PruningSpec
     from prunetune.pruning import Selection as Selection
     from prunetune.pruning import Signal as Signal
+    from prunetune.pruning import Stage as Stage
+    from prunetune.pruning import StageSpec as StageSpec
     from prunetune.pruning import Vision as Vision
     from prunetune.pruning import VisualTokens as VisualTokens
     from prunetune.pruning import build_pruner as build_pruner
     from prunetune.pruning import register_pruner as register_pruner
     from prunetune.pruning import register_signal as register_signal
+    from prunetune.pruning import register_stage as register_stage
     from prunetune.pruning import registered_methods as registered_methods
+    from prunetune.pruning import registered_stages as registered_stages
 
 # Installed, prunetune.pruning lies in this folder. In a checkout it is the folder `pruning/` beside this one, which is
 # looked through as well: a checkout imports its own folders, installed or not, even where another one is installed.
@@ -47,6 +51,8 @@ _HOMES = {
     "RecalibrateConfig": "prunetune.configs",
     "Selection": "prunetune.pruning",
     "Signal": "prunetune.pruning",
+    "Stage": "prunetune.pruning",
+    "StageSpec": "prunetune.pruning",
     "Vision": "prunetune.pruning",
     "VisualTokens": "prunetune.pruning",
     "build_pruner": "prunetune.pruning",
@@ -54,7 +60,9 @@ _HOMES = {
     "load_config": "prunetune.configs",
     "register_pruner": "prunetune.pruning",
     "register_signal": "prunetune.pruning",
+    "register_stage": "prunetune.pruning",
     "registered_methods": "prunetune.pruning",
+    "registered_stages": "prunetune.pruning",
 }
 
 __all__ = list(_HOMES)

@@ -1,4 +1,4 @@
-"""Plug-ins: pruners, families, signals, recipe formats, chat templates and benchmarks from outside our folders.
+"""Plug-ins: pruners, stages, families, signals, recipe formats, chat templates and benchmarks from outside our folders.
 
 A plug-in is a module that registers something when it is imported. It is found in three ways: an installed package
 names it in the entry-point group ``prunetune.plugins``, a configuration lists it under ``plugins:`` (a module's name or

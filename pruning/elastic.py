@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,6 +13,8 @@ from prunetune.pruning.errors import PruningError
 from prunetune.pruning.plug import PrunedModel
 from prunetune.pruning.rewrite import Chosen
 from prunetune.pruning.spec import PruningSpec
+from prunetune.pruning.stages.plan import Plan
+from prunetune.pruning.stages.schedule import Schedule
 from prunetune.pruning.vision import Vision
 
 
@@ -24,7 +27,8 @@ class ElasticModel(PrunedModel):
     Args:
         model: as of :class:`PrunedModel`.
         spec: the setting of batches without ``cells``.
-        settings: what else rows may be pruned by; they differ from ``spec`` in pruner, options and budget alone.
+        settings: what else rows may be pruned by; they differ from ``spec`` in pruner, options and budget alone. Their
+            stages have the places of ``spec``'s and budgets of their own, or there are none.
         tokenizer: as of :class:`PrunedModel`.
         original: as of :class:`PrunedModel`.
 
@@ -50,6 +54,9 @@ class ElasticModel(PrunedModel):
         for setting in self.settings:
             _check_alike(spec, setting)
             self.parts.append(PrunedModel(model, setting, tokenizer, original, self.text))
+        self._schedules = [self._schedule_of(part) for part in self.parts] if self.stages is not None else []
+        if self.stages is None and any(part.stages is not None for part in self.parts):
+            raise PruningError("settings with pruning.stages need them in the specification of the whole as well")
         self.merges = self.merges or any(part.merges for part in self.parts)
         self.reads_text = self.reads_text or any(part.reads_text for part in self.parts)
         self.reads_text_tower = self.reads_text_tower or any(part.reads_text_tower for part in self.parts)
@@ -73,6 +80,25 @@ class ElasticModel(PrunedModel):
     def _one_of_each(self) -> list[PrunedModel]:
         """Return one part of every method."""
         return list({_method_of(part): part for part in self.parts}.values())
+
+    def _schedule_of(self, part: PrunedModel) -> Schedule:
+        """Return what a setting keeps inside the LLM, at the boundaries of the whole."""
+        assert self.stages is not None
+        whole = self.stages.schedule
+        if part.stages is None:
+            return whole.keeping_all()
+        if not part.stages.schedule.has_places_of(whole):
+            raise PruningError(
+                "rows of one batch are cut at the same layers by the same stages: settings of pruning.stages differ "
+                "in budgets alone (keep and average), not in name, boundaries or options"
+            )
+        return part.stages.schedule
+
+    def _plan(self, inputs: Mapping[str, Any], asked: Mapping[str, Any], cells: Sequence[int] | None) -> Plan:
+        """Return what is to be kept inside the LLM of a batch, of each row as its setting says."""
+        assert self.stages is not None
+        schedules = None if cells is None else [self._schedules[cell] for cell in cells]
+        return self.stages.plan(inputs, asked, schedules)
 
     def _read_for(self, blanks: Mapping[str, Vision], cells: Sequence[int] | None = None) -> dict[str, Vision]:
         """Return dummies, after as many readings of text as images have."""
@@ -121,12 +147,12 @@ class ElasticModel(PrunedModel):
 
 def _method_of(part: PrunedModel) -> str:
     """Return what tells methods with their options apart, whatever the budget is."""
-    return part.spec.model_dump_json(exclude={"keep"})
+    return part.spec.model_dump_json(exclude={"keep", "stages"})
 
 
 def _check_alike(spec: PruningSpec, setting: PruningSpec) -> None:
     """Check that a setting differs from another in what it keeps alone; raises PruningError."""
-    own = {"pruner", "keep", "options", "profile"}
+    own = {"pruner", "keep", "options", "profile", "stages"}
     for name, value in spec.model_dump(exclude=own).items():
         if setting.model_dump(exclude=own).get(name) != value:
             raise PruningError(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunetune.pruning.admission import admit, check_reads_no_tower
 from prunetune.pruning.budget import Budget, BudgetRule, check_budget
+from prunetune.pruning.continuous import ContinuousBatch, LonePrompt, check_continuous, lone_prompts
 from prunetune.pruning.errors import PruningError, Unprojected
 from prunetune.pruning.families.base import PrunedOutput, family_of
 from prunetune.pruning.hooks import frozen_parts_at_rest, is_partitioned
@@ -37,6 +38,7 @@ from prunetune.pruning.spec import PruningSpec
 from prunetune.pruning.stages.inside import counted_inside, stages_of
 from prunetune.pruning.stages.plan import PLAN, Plan
 from prunetune.pruning.stages.run import attached_to, check_generation, check_none_attached
+from prunetune.pruning.static import check_static, static_options
 from prunetune.pruning.stored import StoredImages, another_choice, choice_of, is_all_tokens
 from prunetune.pruning.text import TextReader
 from prunetune.pruning.types import Selection
@@ -609,24 +611,47 @@ class PrunedModel:
             vision: the images, if they were encoded before.
             inputs: what the processor returned.
         """
+        return self.run(self.prepare(inputs, keep=keep, vision=vision), cells=inputs.get("cells"))
+
+    def run(self, pruned: Pruned, inputs: Mapping[str, Any] | None = None, cells: Sequence[int] | None = None) -> Any:
+        """Run the stock model on what :meth:`prepare` returned, stages inside the LLM included; return its output.
+
+        Args:
+            pruned: the prepared batch; where it has labels, stages ask the token before each row's answer.
+            inputs: what the model is called with, such as those without labels; None is all of the batch.
+            cells: the number of each row's setting, of an ``ElasticModel`` whose batch had them.
+        """
+        asked = dict(pruned.inputs if inputs is None else inputs)
         with self._inside():
-            return self.model(**self.prepare(inputs, keep=keep, vision=vision).inputs)
+            if self.stages is not None:
+                asked[PLAN] = self._plan(pruned.inputs, asked, cells)
+            return self.model(**asked)
 
     def generate(
-        self, *, keep: Budget | None = None, vision: Mapping[str, Vision] | None = None, **inputs: Any
+        self,
+        *,
+        keep: Budget | None = None,
+        vision: Mapping[str, Vision] | None = None,
+        seen: Callable[[Pruned], None] | None = None,
+        **inputs: Any,
     ) -> Generated:
         """Generate from pruned inputs.
 
         Args:
             keep: the budget of this call, as of :meth:`prepare`.
             vision: the images, if they were encoded before.
+            seen: is called with the pruned prompts before the LLM is; what it raises stops the call.
             inputs: what the processor returned; generation options (``max_new_tokens`` and so on) pass through to the
                 stock method.
         """
         if self.stages is not None:
             check_generation(self.model, inputs)
+            if inputs.get("cells") is not None:
+                raise PruningError("with pruning.stages rows can't generate in settings of their own; leave cells out")
         with torch.no_grad(), self._inside() as plans:
             pruned = self._prompts(inputs, keep, vision)
+            if seen is not None:
+                seen(pruned)
             model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
             output = model.generate(**_shifted(pruned.inputs, -self.family.first_position))
         generated = _generated(output[:, pruned.inputs["input_ids"].shape[1] :], pruned)
@@ -710,6 +735,85 @@ class PrunedModel:
             )
         check_shares(self.model, self.family, options)
 
+    def generate_static(
+        self,
+        *,
+        max_new_tokens: int,
+        compiled: bool = True,
+        keep: Budget | None = None,
+        vision: Mapping[str, Vision] | None = None,
+        **inputs: Any,
+    ) -> Generated:
+        """Generate as :meth:`generate` does, into a cache of one size, so that decoding can be compiled.
+
+        The cache is as long as prompts and answers, rounded up: what it holds beyond them is masked, and moves last
+        bits. Prompts are computed as ever; steps behind them are compiled once for each size.
+
+        Args:
+            max_new_tokens: longest answer in tokens.
+            compiled: compile the steps, on a CPU as well; False runs them as they are.
+            keep: the budget of this call, as of :meth:`prepare`.
+            vision: the images, if they were encoded before.
+            inputs: what the processor returned, and other options of generation.
+
+        Raises:
+            PruningError: for a model that can't, see :meth:`check_static`.
+        """
+        self.check_static()
+        with torch.no_grad(), self._inside():
+            pruned = self._prompts(inputs, keep, vision)
+            width = pruned.inputs["input_ids"].shape[1]
+            options = static_options(self.model, width + max_new_tokens, compiled)
+            model: Any = self.model
+            prompts = _shifted(pruned.inputs, -self.family.first_position)
+            output = model.generate(**prompts, **options, max_new_tokens=max_new_tokens)
+        return _generated(output[:, width:], pruned)
+
+    def check_static(self) -> None:
+        """Check that :meth:`generate_static` can run; raises PruningError in one line if it can't."""
+        check_static(self.model, self.family, self.stages is not None)
+
+    def lone_prompts(
+        self,
+        *,
+        keep: Budget | None = None,
+        vision: Mapping[str, Vision] | None = None,
+        **inputs: Any,
+    ) -> tuple[list[LonePrompt], Generated]:
+        """Prune a batch and return its rows one by one, for a :class:`ContinuousBatch`.
+
+        Args:
+            keep: the budget of this call, as of :meth:`prepare`.
+            vision: the images, if they were encoded before.
+            inputs: what the processor returned.
+
+        Returns:
+            The rows' prompts, and what :meth:`generate` would say of the batch, without any token.
+        """
+        with torch.no_grad():
+            pruned = self._prompts(inputs, keep, vision)
+            nothing = pruned.inputs["input_ids"][:, :0]
+            return lone_prompts(self.model, self.family, pruned), _generated(nothing, pruned)
+
+    def continuous(
+        self,
+        requests: int,
+        max_new_tokens: int,
+        cache_tokens: int | None = None,
+        step_tokens: int | None = None,
+    ) -> ContinuousBatch:
+        """Return a batch that prompts join and leave at any time, not begun yet; arguments are those of its class.
+
+        Raises:
+            PruningError: in one line, for a model whose answers would be others.
+        """
+        self.check_continuous()
+        return ContinuousBatch(self.model, self.family, requests, max_new_tokens, cache_tokens, step_tokens)
+
+    def check_continuous(self) -> None:
+        """Check that :meth:`continuous` can run; raises PruningError in one line if it can't."""
+        check_continuous(self.model, self.family, self.position_policy, self.stages is not None)
+
     def _prompts(self, inputs: Mapping[str, Any], keep: Budget | None, vision: Mapping[str, Vision] | None) -> Pruned:
         """Return pruned prompts, padded on the left, so that every row's answer begins in the same column."""
         pruned = self.prepare(
@@ -766,7 +870,7 @@ class PrunedModel:
             asked = pruned.inputs if finish is None else finish(pruned)
             if self.stages is not None:
                 # With the labels that it had: a trainer may keep them back, and answers must not choose.
-                asked = {**asked, PLAN: self.stages.plan(pruned.inputs, asked)}
+                asked = {**asked, PLAN: self._plan(pruned.inputs, asked, kwargs.get("cells"))}
             return (), asked
 
         check_none_attached(self.model)
@@ -777,6 +881,11 @@ class PrunedModel:
                 yield self
         finally:
             handle.remove()
+
+    def _plan(self, inputs: Mapping[str, Any], asked: Mapping[str, Any], cells: Sequence[int] | None) -> Plan:
+        """Return what is to be kept inside the LLM of a batch."""
+        assert self.stages is not None  # asked before
+        return self.stages.plan(inputs, asked)
 
     def _is_prepared(self, args: tuple, kwargs: Mapping[str, Any]) -> bool:
         """Return whether a call's inputs were pruned before: the type of its encoded images says so.

@@ -18,7 +18,7 @@ class StageSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    name: str = Field(description="fastv, vtw, pyramiddrop, dart, sparsevlm, or package.module:Class")
+    name: str = Field(description="a name from `prunetune list stages`, or package.module:Class")
     boundaries: list[int] | None = Field(
         None, description="for each step the first layer that sees fewer tokens, from 0; none are the paper's"
     )
@@ -31,6 +31,21 @@ class StageSpec(BaseModel):
         None, description="visual tokens per layer, the mean over all layers, that keep is solved from"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="the stage's own hyperparameters")
+
+    @property
+    def label(self) -> str:
+        """Its name with what is set of it but the budget: ``fastv``, ``fastv (boundaries=[3])``."""
+        told = [] if self.boundaries is None else [f"boundaries={self.boundaries}"]
+        told += [f"{key}={value}" for key, value in self.options.items()]
+        return f"{self.name} ({', '.join(told)})" if told else self.name
+
+    @property
+    def budget(self) -> str:
+        """Its budget as it was asked for: ``32 a layer``, ``50%``, ``300/200/110``; empty is the paper's."""
+        if self.average is not None:
+            return f"{self.average:g} a layer"
+        keeps = self.keep if isinstance(self.keep, list) else [self.keep]
+        return "" if self.keep is None else "/".join(map(str, keeps))
 
 
 class PruningSpec(BaseModel):
@@ -98,6 +113,30 @@ class PruningSpec(BaseModel):
         if written.get("video_budget") == "auto":
             del written["video_budget"]
         return written
+
+    @property
+    def dense(self) -> bool:
+        """Whether every layer of the LLM sees every visual token: nothing is pruned before it, and nothing inside."""
+        return self.pruner == "identity" and not self.stages
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of what drops tokens: the pruner if it does, and the stages in their order."""
+        return [name for name in (self.pruner, *(stage.name for stage in self.stages)) if name != "identity"]
+
+    @property
+    def method(self) -> str:
+        """What it is called in tables: ``dense``, ``divprune``, ``fastv``, ``divprune+fastv``."""
+        return "+".join(self.methods) or "dense"
+
+    @property
+    def budget(self) -> str:
+        """The budgets as they were asked for: ``64``, ``32 a layer``, ``64, 32 a layer``; empty without pruning.
+
+        A budget of a stage that is its paper's is not told.
+        """
+        told = [] if self.pruner == "identity" else [str(self.keep)]
+        return ", ".join([*told, *(stage.budget for stage in self.stages if stage.budget)])
 
     def build(self) -> Pruner:
         """Return the pruner.

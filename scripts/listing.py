@@ -1,8 +1,9 @@
 """What ``prunetune list`` prints.
 
-Methods, families and signals are written in files that import torch and transformers, which takes seconds. Their
-tables are therefore kept in ``listed.json``, with a hash of those files: while it is true and no plug-in from outside
-is there, the table is read; otherwise the files are imported. ``python -m prunetune.scripts.listing`` writes it anew.
+Methods, stages, families and signals are written in files that import torch and transformers, which takes seconds.
+Their tables are therefore kept in ``listed.json``, with a hash of those files: while it is true and no plug-in from
+outside is there, the table is read; otherwise the files are imported. ``python -m prunetune.scripts.listing`` writes it
+anew.
 """
 
 from __future__ import annotations
@@ -66,6 +67,27 @@ def signal_rows() -> Rows:
     return rows + [[signal.name, signal.axes, signal.source, signal.about] for signal in registered_signals().values()]
 
 
+def stage_rows() -> Rows:
+    """Return a row per stage inside the LLM: paper, where and how much by default, what it reads of the layers."""
+    from prunetune.pruning import registered_stages
+
+    rows = [["name", "paper", "boundaries", "keep", "reads", "positions", "merges"]]
+    for method in registered_stages().values():
+        stage = method.stage()
+        rows.append(
+            [
+                method.name,
+                method.paper,
+                ", ".join(map(str, stage.boundaries)) or "-",
+                ", ".join(map(str, stage.keeps)) or "-",
+                ", ".join(sorted(stage.wants)) or "-",
+                "numbered anew" if stage.dense else "original",
+                "yes" if stage.merges else "no",
+            ]
+        )
+    return rows
+
+
 def recipe_rows() -> Rows:
     """Return a row per data recipe with the first comment line of each."""
     from prunetune.data_recipes.recipe import recipe_file, recipe_names
@@ -119,10 +141,11 @@ ROWS: dict[str, Callable[[], Rows]] = {
     "pruners": pruner_rows,
     "recipes": recipe_rows,
     "signals": signal_rows,
+    "stages": stage_rows,
     "tasks": task_rows,
     "templates": template_rows,
 }
-SLOW = ("families", "pruners", "signals")
+SLOW = ("families", "pruners", "signals", "stages")
 """Those whose files import torch."""
 
 
@@ -148,7 +171,9 @@ def _kept_rows() -> dict[str, Rows]:
 def _source_hash() -> str:
     """Return a SHA-256 of the files that the slow tables say something of."""
     digest = hashlib.sha256()
-    for path in sorted([*_PRUNING.glob("methods/*.py"), *_PRUNING.glob("families/*.py"), _PRUNING / "signals.py"]):
+    folders = ("methods", "families", "stages/methods")
+    files = [path for folder in folders for path in _PRUNING.glob(f"{folder}/*.py")]
+    for path in sorted([*files, _PRUNING / "signals.py"]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

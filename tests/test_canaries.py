@@ -64,7 +64,7 @@ CANARIES = (
     ".hidden/config.yaml",
 )
 SILENT = {"completion", "configs list", "configs show", "data check", "data prepare", "env", "list", "score", "verify"}
-WITH_A_FOLDER = ("evaluate", "compare", "visualize", "export", "demo")
+WITH_A_FOLDER = ("evaluate", "compare", "visualize", "export", "demo", "analyze")
 ELSEWHERE = {
     "card": "writes README.md anew, never over an edited one, below",
     "calibrate": "writes one file, below",
@@ -174,7 +174,9 @@ def call(world, monkeypatch):
         ),
         "export": ("--model", str(world / "base"), "--adapter", str(world / "adapter")),
         "demo": ("--quick",),
-    }
+        "analyze": ("--model.path", str(world / "base"), *MODEL, "--tasks", "[tiny_world]", "--limit", "2",
+                    "--methods", "[divprune, random]", "--analyses", "[overlap]"),
+    }  # fmt: skip
 
     def run(name, output, *more):
         main([name, *line[name], "--output", str(output), *more])
@@ -187,6 +189,7 @@ WRITTEN = {
     "compare": {"table.md", "table.csv", "table.tex", "table.json", "plot.png"},
     "visualize": {"kept_00.png", "kept_01.png", "kept.json", "config.yaml"},
     "export": {"model.safetensors", "config.json", "mm_projector.bin", "tokenizer.json"},
+    "analyze": {"index.md", "overlap.csv", "overlap.svg", "analysis.json", "config.yaml"},
     "demo": {"comparison/table.md", "recalibrate/elastic/adapter/prunetune.json", "arms/dense/manifest.json"},
 }
 

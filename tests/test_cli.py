@@ -8,7 +8,7 @@ import click
 import pytest
 from conftest import ROOT, TINY_VLM
 
-from prunetune.cli import commands, main
+from prunetune.cli import commands, main, options_page
 from prunetune.cli.reference import PAGE, reference
 from prunetune.cli.schema import SchemaCommand, schema_options
 from prunetune.configs.load import shipped_configs
@@ -34,6 +34,7 @@ def test_lists_name_everything(capsys):
         "tasks": ("tiny_world", "exact match"),
         "formats": ("llava_json", "shapes_world"),
         "signals": ("cls_attention", "B H N"),
+        "stages": ("fastv", "arXiv 2403.06764", "attention", "numbered anew"),
         "templates": ("vicuna_v1", "the model's own"),
         "plugins": ("tiny_world",),
     }
@@ -46,7 +47,7 @@ def test_lists_name_everything(capsys):
 
 @pytest.mark.parametrize("what", listing.SLOW)
 def test_the_kept_tables_are_those_of_the_files(what):
-    """Written by ``python -m prunetune.scripts.listing`` whenever a method, a family or a signal changes."""
+    """Written by ``python -m prunetune.scripts.listing`` whenever a method, a stage, a family or a signal changes."""
     assert listing._kept_rows()[what] == listing.ROWS[what]()
 
 
@@ -110,6 +111,15 @@ def test_help_lists_every_option_with_type_default_and_meaning(words, capsys):
 def test_the_reference_page_is_the_one_of_these_commands():
     """Written by ``python -m prunetune.cli.reference``."""
     assert PAGE.read_text() == reference()
+
+
+def test_the_options_page_is_the_one_of_this_schema():
+    """Written by the same command; every field of every section is on it."""
+    page = options_page.PAGE.read_text()
+    assert page == options_page.options_page()
+    for schema in options_page.FILES.values():
+        for option in schema_options(schema):
+            assert f"| `{option.flag.removeprefix('--')}` |" in page, option
 
 
 QUICK = [["--version"], ["--help"], *([*words, "--help"] for words in ALL), *(["list", what] for what in listing.ROWS),

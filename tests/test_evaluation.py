@@ -68,7 +68,7 @@ def test_rows_carry_what_a_reader_needs(settings):
 
 def test_an_interrupted_arm_goes_on_to_the_same_results(settings, monkeypatch):
     whole = (evaluate(settings("whole", *DIVPRUNE)) / "results.jsonl").read_text()
-    real, calls = evaluate_module._answers, []
+    real, calls = evaluate_module._rows, []
 
     def dies_in_the_third_batch(*args):
         calls.append(1)
@@ -77,7 +77,7 @@ def test_an_interrupted_arm_goes_on_to_the_same_results(settings, monkeypatch):
         return real(*args)
 
     config = settings("interrupted", *DIVPRUNE)
-    monkeypatch.setattr(evaluate_module, "_answers", dies_in_the_third_batch)
+    monkeypatch.setattr(evaluate_module, "_rows", dies_in_the_third_batch)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config)
     results = evaluate_module.Path(config.output) / "results.jsonl"
@@ -112,7 +112,7 @@ def test_what_the_method_noted_is_in_the_rows_and_its_means_in_the_manifest(sett
 def test_a_finished_arm_is_not_run_again(settings, monkeypatch):
     config = settings("arm", *DIVPRUNE)
     evaluate(config)
-    monkeypatch.setattr(evaluate_module, "_answers", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(evaluate_module, "_rows", lambda *_: pytest.fail("ran again"))
     evaluate(config)
 
 

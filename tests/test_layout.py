@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FOLDERS = ("assets", "configs", "data_recipes", "evaluation", "models", "pruning", "scripts", "tiny_world", "train")
+FOLDERS = ("assets", "configs", "data_recipes", "evaluation", "models", "pruning", "scripts", "serving", "tiny_world",
+           "train")  # fmt: skip
 
 
 def python(*arguments, cwd, path="", check=True):

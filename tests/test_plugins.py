@@ -21,7 +21,8 @@ from prunetune.evaluation.tasks import TaskError, base, get_task
 from prunetune.models.ranks import Ranks
 from prunetune.models.seal import sealed
 from prunetune.plugins import PluginError, load_plugins, plugin_records
-from prunetune.pruning import PruningError, build_pruner, registered_methods, registry
+from prunetune.pruning import PruningError, build_pruner, registered_methods, registered_stages, registry
+from prunetune.pruning.stages import registry as stages
 from prunetune.train import recalibrate
 
 EXAMPLES = ROOT / "docs" / "examples"
@@ -30,9 +31,9 @@ EXAMPLES = ROOT / "docs" / "examples"
 @pytest.fixture(autouse=True)
 def _registries(monkeypatch):
     """What a test registers goes with it."""
-    registered_methods(), formats.registered_formats(), base.tasks()
-    for module, name in ((registry, "_METHODS"), (formats, "_FORMATS"), (chat_templates, "_TEMPLATES"),
-                         (base, "_TASKS"), (plugins, "_LOADED")):  # fmt: skip
+    registered_methods(), registered_stages(), formats.registered_formats(), base.tasks()
+    for module, name in ((registry, "_METHODS"), (stages, "_STAGES"), (formats, "_FORMATS"),
+                         (chat_templates, "_TEMPLATES"), (base, "_TASKS"), (plugins, "_LOADED")):  # fmt: skip
         monkeypatch.setattr(module, name, dict(getattr(module, name)))
     known = set(sys.modules)
     yield
@@ -101,6 +102,50 @@ main(["list", "plugins"])
     printed = [line.split() for line in done.stdout.splitlines()]
     assert ["norm", "none,", "an", "example"] in [line[:4] for line in printed]
     assert {("norm", "1.0"), ("vip_llava", "1.0")} <= {tuple(line[:2]) for line in printed}
+
+
+STAGE = '''
+from dataclasses import dataclass
+
+from prunetune.pruning import Stage, register_stage
+from prunetune.pruning.stages.base import Choice, best, heard
+
+
+@register_stage("small_keys", paper="none, an example")
+@dataclass(frozen=True)
+class SmallKeys(Stage):
+    """Keep the tokens with the smallest keys."""
+
+    power: float = 2.0
+
+    boundaries = (1,)
+    keeps = (0.5,)
+    hears = frozenset({"keys"})
+
+    def choose(self, at, keep):
+        return Choice(best(-heard(at.keys, "keys").norm(p=self.power, dim=-1), at.visual, keep))
+'''
+
+
+def test_a_stage_of_a_plugin_is_listed_and_runs_by_its_name(tmp_path, monkeypatch, capsys):
+    from stage_world import LAYERS, llava_batch, plan_for, staged, tiny_llava
+
+    (tmp_path / "mine.py").write_text(STAGE)
+    monkeypatch.chdir(tmp_path)
+    main(["list", "stages", "--plugins", "mine.py"])
+    assert ["small_keys", "none,", "an", "example", "1", "0.5", "keys"] in [
+        line.split()[:7] for line in capsys.readouterr().out.splitlines()
+    ]
+    assert [plugin["name"] for plugin in plugin_records()] == ["mine.py"]
+    plan, _ = plan_for(
+        staged(tiny_llava(), {"name": "small_keys", "options": {"power": 1.0}}), llava_batch([(1, 5, 1)])
+    )
+    assert plan.counts[0].layers == (16, *[8] * (LAYERS - 1))
+    with pytest.raises(PruningError, match="unknown stage 'smal_keys', did you mean 'small_keys'"):
+        stages.stage_class("smal_keys")
+    with pytest.raises(PluginError, match="two stages are called 'small_keys'"):
+        (tmp_path / "mine_too.py").write_text(STAGE)
+        load_plugins(["mine_too.py"])
 
 
 BROKEN = {

@@ -291,21 +291,38 @@ def test_the_engine_trains_by_prompts_alone(model):
 
 @torch.no_grad()
 def test_elastic_rows_have_budgets_of_their_own_and_the_same_stages(model):
-    stages = [StageSpec(**{**FASTV, "keep": 0.5})]
-    specs = [PruningSpec("divprune", keep, stages=stages) for keep in (12, 6)]
+    """Before the LLM and inside it; a row may also have no stages. As in training: with cells, and attached."""
+    fewer = {name: value for name, value in FASTV.items() if name != "keep"}
+    stages = [[StageSpec(**fewer, keep=0.5)], [StageSpec(**fewer, average=9)], []]
+    specs = [PruningSpec("divprune", keep, stages=own) for keep, own in zip((12, 8, 6), stages, strict=True)]
     elastic = ElasticModel(model, specs[0], specs)
-    batch = llava_batch(ROWS, labels=True)
-    plan, output = plan_for(elastic, {**batch, "cells": [1, 0, 0]})
-    assert [counts.layers[1:3] for counts in plan.counts] == [(6, 3), (24, 12), (0, 0)]
-    for number, cell in enumerate([1, 0, 0]):
-        own = llava_batch(ROWS[number : number + 1], labels=True)
-        _, alone = plan_for(PrunedModel(model, specs[cell]), own)
-        there = left_at_the_end(plan)[number]
-        assert len(alone.logits[0]) == int(plan.real[number].sum())
-        real = plan.real[number]
-        torch.testing.assert_close(output.logits[number, there], alone.logits[0, there[real]], rtol=1e-4, atol=1e-5)
-    with pytest.raises(PruningError, match="differ in pruner, options and budget alone; stages"):
-        ElasticModel(model, specs[0], [PruningSpec("divprune", 6)])
+    for cells, expected in (([0, 0, 2], [(12, 6), (24, 12), (0, 0)]), ([2, 1, 0], [(6, 6), (16, 5), (0, 0)])):
+        batch = {**llava_batch(ROWS, labels=True), "cells": cells}
+        with elastic.stages.noted() as plans:
+            output = elastic.forward(**batch)
+            with elastic.attach():
+                attached = model(**batch)
+        assert torch.equal(attached.logits, output.logits) and len(plans) == 2
+        plan = plans[0]
+        assert [counts.layers[1:3] for counts in plan.counts] == expected
+        for number, cell in enumerate(cells):
+            own = llava_batch(ROWS[number : number + 1], labels=True)
+            alone_plan, alone = plan_for(PrunedModel(model, specs[cell]), own) if stages[cell] else (None, None)
+            if alone is None:
+                alone = PrunedModel(model, specs[cell]).forward(**own)
+            else:
+                assert alone_plan.counts == plan.counts[number : number + 1]
+            there = left_at_the_end(plan)[number]
+            real = plan.real[number]
+            assert len(alone.logits[0]) == int(real.sum())
+            torch.testing.assert_close(output.logits[number, there], alone.logits[0, there[real]], rtol=1e-4, atol=1e-5)
+    other = [StageSpec(**{**FASTV, "boundaries": [3]})]
+    with pytest.raises(PruningError, match="cut at the same layers by the same stages"):
+        ElasticModel(model, specs[0], [PruningSpec("divprune", 6, stages=other)])
+    with pytest.raises(PruningError, match="need them in the specification of the whole"):
+        ElasticModel(model, specs[2], specs)
+    with pytest.raises(PruningError, match="rows can't generate in settings"):
+        elastic.generate(**llava_batch(ROWS), cells=[0, 0, 0], max_new_tokens=1)
 
 
 @torch.no_grad()

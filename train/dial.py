@@ -182,9 +182,9 @@ class Dial:
 
 def summed_loss(arm: Arm, inputs: Mapping[str, Any]) -> Tensor:
     """Return the cross entropy of a batch on an arm's device, summed over its supervised tokens, in float32."""
-    pruned = arm.pruned.prepare(inputs).inputs
-    labels = pruned["labels"][:, 1:]
-    logits = arm.model(**pruned).logits[:, :-1]
+    pruned = arm.pruned.prepare(inputs)
+    labels = pruned.inputs["labels"][:, 1:]
+    logits = arm.pruned.run(pruned).logits[:, :-1]
     return nn.functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prunetune.configs import ConfigError
@@ -11,6 +11,7 @@ from prunetune.configs.schema import ElasticConfig
 from prunetune.models.profile import resolved
 from prunetune.pruning import PruningSpec
 from prunetune.pruning.budget import Budget, check_budget, share_of
+from prunetune.pruning.spec import StageSpec
 
 QUARTER = 4
 """With ``sandwich`` one in so many samples of an update keeps everything, and one in so many the least."""
@@ -31,7 +32,7 @@ class Setting:
     @property
     def dense(self) -> bool:
         """Whether nothing is dropped."""
-        return self.spec.pruner == "identity"
+        return self.spec.dense
 
 
 def settings_of(pruning: PruningSpec, elastic: ElasticConfig) -> list[Setting]:
@@ -51,28 +52,56 @@ def settings_of(pruning: PruningSpec, elastic: ElasticConfig) -> list[Setting]:
     methods = [(own.pruner, own.options, 1.0)]
     if elastic.pruners:
         methods = [(mixed.pruner, mixed.options, mixed.weight) for mixed in elastic.pruners]
-    if any(name == "identity" for name, _, _ in methods):
+    if elastic.budgets and any(name == "identity" for name, _, _ in methods):
         raise ConfigError(
             "identity keeps all tokens at any budget, and elastic.dense is the share of the samples that do; name "
             "methods in elastic.pruners that prune"
         )
     _check_once("elastic.pruners", [(name, options) for name, options, _ in methods])
     _check_once("elastic.budgets", elastic.budgets)
-    total = sum(weight for _, _, weight in methods) * len(elastic.budgets)
+    _check_once("elastic.averages", elastic.averages)
+    inside = _with_averages(own.stages, elastic.averages)
+    budgets = elastic.budgets or [own.keep]
+    total = sum(weight for _, _, weight in methods) * len(budgets) * len(inside)
     settings = []
     if elastic.dense:
-        dense = own.model_copy(update={"pruner": "identity", "options": {}, "keep": "100%"})
+        dense = own.model_copy(update={"pruner": "identity", "options": {}, "keep": "100%", "stages": []})
         settings.append(Setting(dense, elastic.dense))
     for name, options, weight in methods:
-        for keep in elastic.budgets:
-            spec = own.model_copy(update={"pruner": name, "options": dict(options), "keep": keep})
-            spec.build()
-            settings.append(Setting(spec, (1 - elastic.dense) * weight / total))
+        for keep in budgets:
+            for stages in inside:
+                update = {"pruner": name, "options": dict(options), "keep": keep, "stages": stages}
+                spec = own.model_copy(update=update)
+                spec.build()
+                settings.append(Setting(spec, (1 - elastic.dense) * weight / total))
     if elastic.sandwich:
-        _smallest(elastic.budgets)
+        _is_smallest(elastic)
         if not elastic.dense:
             raise ConfigError("elastic.sandwich trains on all visual tokens too, and elastic.dense is 0; raise it")
     return settings
+
+
+def _with_averages(stages: Sequence[StageSpec], averages: Sequence[float]) -> list[list[StageSpec]]:
+    """Return the stages at each of some averages, or as they are if there are none.
+
+    Raises:
+        ConfigError: if it does not say whose averages these are.
+    """
+    if not averages:
+        return [list(stages)]
+    # Of several the one that says so, or the only one whose budgets are open.
+    solved = [stage for stage in stages if stage.average is not None]
+    solved = solved or [stage for stage in stages if stage.keep is None]
+    if len(solved) != 1:
+        raise ConfigError(
+            f"elastic.averages are of one stage, whose keep is open, and pruning.stages has {len(solved)} such; give "
+            "it an average, and all others keep"
+        )
+    found = []
+    for average in averages:
+        at = {"average": average}
+        found.append([stage.model_copy(update=at) if stage is solved[0] else stage for stage in stages])
+    return found
 
 
 def hardest_of_each(settings: Sequence[Setting]) -> list[PruningSpec]:
@@ -110,8 +139,8 @@ class Draws:
             return self._drawn(chance, 1) * samples
         if not self.elastic.sandwich:
             return self._drawn(chance, samples)
-        least = _smallest(self.elastic.budgets)
-        smallest = [number for number, own in enumerate(self.settings) if not own.dense and own.spec.keep == least]
+        is_smallest = _is_smallest(self.elastic)
+        smallest = [number for number, own in enumerate(self.settings) if not own.dense and is_smallest(own.spec)]
         shares = [self.settings[number].share for number in smallest]
         quarter = max(1, samples // QUARTER)
         drawn = [0] * quarter + chance.choices(smallest, shares, k=quarter)
@@ -128,8 +157,8 @@ def told(settings: Sequence[Setting]) -> str:
     budgets: dict[str, list[str]] = {}
     shares: dict[str, float] = {}
     for setting in settings:
-        name = "dense" if setting.dense else setting.spec.pruner
-        budgets.setdefault(name, []).append(str(setting.spec.keep))
+        name = setting.spec.method
+        budgets.setdefault(name, []).append(setting.spec.budget)
         shares[name] = shares.get(name, 0.0) + setting.share
     parts = []
     for name, share in shares.items():
@@ -142,6 +171,18 @@ def _check_once(where: str, values: Sequence[object]) -> None:
     for number, value in enumerate(values):
         if value in values[:number]:
             raise ConfigError(f"{where} names {value!r} twice; name it once, and give a pruner a weight instead")
+
+
+def _is_smallest(elastic: ElasticConfig) -> Callable[[PruningSpec], bool]:
+    """Return what tells whether a setting has the smallest budget, before the LLM and inside it."""
+    least = _smallest(elastic.budgets) if elastic.budgets else None
+    average = min(elastic.averages, default=None)
+
+    def tell(spec: PruningSpec) -> bool:
+        averages = [stage.average for stage in spec.stages if stage.average is not None]
+        return (least is None or spec.keep == least) and (average is None or averages == [average])
+
+    return tell
 
 
 def _smallest(budgets: Sequence[Budget]) -> Budget:

@@ -8,7 +8,7 @@ twice. Causal attention is counted by the pairs that see each other, half of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from prunetune.train.shape import LanguageShape, ModelShape, TowerShape
@@ -123,6 +123,20 @@ def sequences(lengths: Iterable[float], shared: int = 0) -> Work:
         tokens += length
         pairs += length * (length + 1) / 2 + length * shared
     return Work(tokens=tokens, pairs=pairs)
+
+
+def layered(layers: Sequence[Iterable[float]]) -> Work:
+    """Return the LLM's work of sequences that are shorter in later layers, without its logits.
+
+    A layer's work is linear in tokens and pairs, so it is that of a mean layer.
+
+    Args:
+        layers: for each layer the length of every sequence.
+    """
+    total = Work()
+    for lengths in layers:
+        total += sequences(lengths)
+    return total.times(1 / len(layers))
 
 
 def image(patches: float, items: float = 1) -> Work:

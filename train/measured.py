@@ -7,6 +7,7 @@ the device passes and that are read only when a row is logged, so nothing waits 
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import time
@@ -14,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +63,51 @@ class Kept:
 
 
 @dataclass
+class Inside:
+    """Visual tokens that layers of the LLM processed where stages drop some: how many samples, and each layer's sum."""
+
+    samples: int = 0
+    layers: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, counts: Sequence[Sequence[int]]) -> Inside:
+        """Return the same of some samples, from each one's tokens in every layer."""
+        return cls(len(counts), tuple(sum(layer) for layer in zip(*counts, strict=True)))
+
+    def __add__(self, other: Inside) -> Inside:
+        if not (self.samples and other.samples):
+            return self if self.samples else other
+        layers = tuple(one + two for one, two in zip(self.layers, other.layers, strict=True))
+        return Inside(self.samples + other.samples, layers)
+
+    def row(self) -> dict[str, Any]:
+        """Return samples, sums by layer and the mean of a sample and layer; nothing if nothing was counted."""
+        if not self.samples:
+            return {}
+        average = sum(self.layers) / len(self.layers) / self.samples
+        return {"llm_samples": self.samples, "llm_layers": list(self.layers), "llm_average_tokens": round(average, 2)}
+
+
+def inside_of_log(log: Path) -> dict[str, Any] | None:
+    """Return what the layers of the LLM processed of a sample with an image, means over a log; None without stages.
+
+    It is of the first rank's samples, whose rows a continued run goes on with.
+    """
+    total = Inside()
+    if not log.is_file():  # no step was taken
+        return None
+    for line in log.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "llm_samples" in row:
+            total += Inside(row["llm_samples"], tuple(row["llm_layers"]))
+    if not total.samples:
+        return None
+    layers = [round(count / total.samples, 4) for count in total.layers]
+    average = round(sum(total.layers) / total.samples / len(layers), 4)
+    return {"samples": total.samples, "entering": layers[0], "final": layers[-1], "average": average, "layers": layers}
+
+
+@dataclass
 class Counted:
     """What was counted since the last row, or in the whole run."""
 
@@ -69,6 +116,7 @@ class Counted:
     supervised: int = 0
     work: Work = field(default_factory=Work)
     kept: Kept = field(default_factory=Kept)
+    inside: Inside = field(default_factory=Inside)
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -152,6 +200,7 @@ class RunNumbers:
         supervised: int = 0,
         work: Work | None = None,
         kept: Tensor | Sequence[int] | None = None,
+        inside: Sequence[Sequence[int]] = (),
     ) -> None:
         """Count a micro-batch.
 
@@ -161,7 +210,9 @@ class RunNumbers:
             supervised: tokens with a loss.
             work: what it costs, for MFU; None counts the tokens' linear layers alone.
             kept: visual tokens kept of every image; a tensor may lie on the device, and is read when a row is logged.
+            inside: with stages, visual tokens in each layer of the LLM, of every sample that has any.
         """
+        self.since.inside += Inside.of(inside)
         self.since.samples += samples
         self.since.tokens += tokens
         self.since.supervised += supervised
@@ -232,7 +283,7 @@ class RunNumbers:
         for name, took in counted.phases.items():
             numbers[f"seconds_{name}"] = round(took, 4)
         numbers["memory_gib"] = round(peak_memory(self.device) / 1024**3, 3)
-        return numbers | counted.kept.row()
+        return numbers | counted.kept.row() | counted.inside.row()
 
     def _add_to_whole(self, since: Counted) -> None:
         whole = self.whole
@@ -244,6 +295,7 @@ class RunNumbers:
         for name, took in since.phases.items():
             whole.phases[name] += took
         whole.kept += since.kept
+        whole.inside += since.inside
 
 
 def in_a_line(summary: Mapping[str, Any]) -> str:

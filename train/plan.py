@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from prunetune.configs import ConfigError, RecalibrateConfig
 from prunetune.models.blueprint import model_without_weights
 from prunetune.models.profile import resolved
+from prunetune.models.record import told_pruning
 from prunetune.pruning.families import name_projector
 from prunetune.train.deepspeed_settings import zero_stage
 from prunetune.train.elastic import settings_of, told
@@ -117,7 +118,9 @@ class Plan:
         ]
         rows.append(["all", f"{self.load.samples:,}", "", "", "", f"{self.load.tokens:.0f}"])
         settings = settings_of(self.config.pruning, self.config.elastic)
-        one = f"{self.config.pruning.pruner} at {self.config.pruning.keep}"
+        one = told_pruning(self.config.pruning.model_dump())
+        if not self.config.pruning.stages:
+            one = f"{self.config.pruning.pruner} at {self.config.pruning.keep}"
         title = f"{self.config.model.path}, {told(settings) if settings else one}"
         return f"{title}\n\n{columns(header, rows)}"
 

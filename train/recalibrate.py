@@ -23,9 +23,11 @@ from prunetune.models.code import code_record
 from prunetune.models.features import FeatureFormatter, FeatureStore
 from prunetune.models.profile import resolved
 from prunetune.models.ranks import Ranks, launched_ranks
+from prunetune.models.record import told_stages
 from prunetune.models.seal import SEAL
 from prunetune.outputs import RECALIBRATION, OutputFolder, write_text, writing
 from prunetune.plugins import PluginError, plugin_records
+from prunetune.pruning import PruningSpec
 from prunetune.screen import SCREEN, say
 from prunetune.train.callbacks import (
     CompleteCheckpointCallback,
@@ -47,6 +49,7 @@ from prunetune.train.ema import MeanCallback, RunningMean
 from prunetune.train.freeze import FrozenReport, freeze_all_but_projector, wrapped
 from prunetune.train.launchers import complete_environment
 from prunetune.train.masters import StartCallback, gathered_projector
+from prunetune.train.measured import inside_of_log
 from prunetune.train.objectives.aim import Aim
 from prunetune.train.objectives.objective import Objective
 from prunetune.train.objectives.start import aim_of
@@ -280,6 +283,9 @@ def save(
         record["skipped_steps"] = trained.skipped
     if trained.held_out is not None:
         record["held_out"] = trained.held_out
+    inside = None if tracker is None else inside_of_log(tracker.path)
+    if inside is not None:
+        record["llm_tokens"] = inside
     write_adapter(run.output / "adapter", tensors, peft_model, record)
     if tracker is not None:
         hashes = {name: value for name, value in record.items() if name.endswith("_hash")}
@@ -287,6 +293,14 @@ def save(
         tracker.log_adapter(run.output / "adapter", {"pruning": record["pruning"], **hashes})
     mark_finished(run.output, trained.step, run.settings, made_with)
     say(f"recalibrated projector: {run.output / 'adapter'}")
+
+
+def _pruning_lines(pruning: PruningSpec) -> list[str]:
+    chosen = "" if pruning.choose_with == "tuned" else f", chosen by the {pruning.choose_with} projector"
+    lines = []
+    if pruning.pruner != "identity" or not pruning.stages:
+        lines.append(f"pruning   {pruning.pruner}, keep {pruning.keep} {pruning.options or ''}{chosen}")
+    return lines + [f"pruning   {stage}, inside the LLM" for stage in told_stages(pruning.model_dump())]
 
 
 def _made_with(run: Run, arm: Arm) -> dict[str, Any]:
@@ -332,9 +346,7 @@ def announce(run: Run, report: FrozenReport) -> None:
     lines = [f"model     {config.model.path} ({config.model.dtype})"]
     if run.begins is not None:
         lines.append(f"begins    with the projector of {run.begins.line()}")
-    pruning = resolved(config.pruning)
-    chosen = "" if pruning.choose_with == "tuned" else f", chosen by the {pruning.choose_with} projector"
-    lines.append(f"pruning   {pruning.pruner}, keep {pruning.keep} {pruning.options or ''}{chosen}")
+    lines += _pruning_lines(resolved(config.pruning))
     if settings := settings_of(config.pruning, config.elastic):
         lines.append(f"elastic   {told(settings)}")
     if config.objective != ObjectiveConfig():

@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from prunetune.models import read_record
-from prunetune.models.adapter import start_projector
-from prunetune.models.record import adapter_folder, portable, required
+from prunetune.models.peft_adapter import start_projector
+from prunetune.models.record import adapter_folder, portable, required, told_pruning
 from prunetune.models.seal import short
 from prunetune.models.stored import BaseHashes
 
@@ -64,6 +64,8 @@ class Start:
     def line(self) -> str:
         """Return it for people."""
         tuned = f"{self.pruning.get('pruner')}, keep {self.pruning.get('keep')}"
+        if self.pruning.get("stages"):
+            tuned = told_pruning(self.pruning)
         if self.pruning.get("choose_with"):
             tuned += f", chosen by the {self.pruning['choose_with']} projector"
         return f"{self.adapter} ({short(self.projector_hash)}), tuned for {tuned}"

@@ -16,7 +16,7 @@ from prunetune.evaluation.records import (
 from prunetune.evaluation.report.rows import check_results_hash, check_rows, scored_again
 from prunetune.evaluation.report.tables.table import Projector
 from prunetune.evaluation.tasks.base import Scored
-from prunetune.models.record import portable
+from prunetune.models.record import portable, told_pruning
 from prunetune.pruning.spec import PruningSpec
 
 
@@ -60,7 +60,7 @@ class EvaluatedArm:
     @property
     def dense(self) -> bool:
         """Whether nothing is pruned and the projector is the base's."""
-        return self.pruner == "identity" and not self.tuned
+        return self.manifest.pruning.dense and not self.tuned
 
     @property
     def kept(self) -> float:
@@ -69,9 +69,25 @@ class EvaluatedArm:
         return self.manifest.kept_tokens.mean
 
     @property
+    def per_layer(self) -> float | None:
+        """The mean number of visual tokens that a layer of the LLM processed; None where no stage drops any."""
+        own = self.manifest.llm_tokens
+        return None if own is None else own.average
+
+    @property
+    def tokens(self) -> float:
+        """The mean number of visual tokens that the LLM pays for: those of its mean layer."""
+        return self.kept if self.per_layer is None else self.per_layer
+
+    @property
+    def method(self) -> str:
+        """What drops tokens: the pruner, and stages behind it; "dense" where nothing does."""
+        return self.manifest.pruning.method
+
+    @property
     def budget(self) -> str:
         """The budget as it was asked for; empty without pruning."""
-        return "" if self.pruner == "identity" else str(self.manifest.pruning.keep)
+        return self.manifest.pruning.budget
 
     @property
     def projector(self) -> Projector:
@@ -94,7 +110,8 @@ class EvaluatedArm:
         return (method or self._method()) + self._tuned_for()
 
     def _method(self) -> str:
-        name = "dense" if self.pruner == "identity" else self.pruner
+        stages = self.manifest.pruning.stages
+        name = "dense" if self.manifest.pruning.dense else self.pruner
         options = []
         for key, value in self.manifest.pruning.options.items():
             options.append(f"{key}={value}")
@@ -103,7 +120,10 @@ class EvaluatedArm:
         # Only options that were set: the method's own defaults are its name.
         if options:
             name += f" ({', '.join(options)})"
-        return name
+        inside = " then ".join(stage.label for stage in stages)
+        if not stages:
+            return name
+        return inside if self.pruner == "identity" and not options else f"{name} then {inside}"
 
     @property
     def adapter(self) -> str:
@@ -148,10 +168,10 @@ class EvaluatedArm:
             own["text_tower"] = portable(own["text_tower"])  # as the adapter's record has it
         if target is None or target == own:
             return " + tuned projector"
-        if target.get("pruner") == "identity":
+        if target.get("pruner") == "identity" and not target.get("stages"):
             return " + projector tuned without pruning"
         # The adapter's own word, which another version may have written.
-        return f" + tuned projector (for {target.get('pruner')}, {target.get('keep')})"
+        return f" + tuned projector (for {told_pruning(target)})"
 
     def average(self) -> Average:
         """Return the mean scores in percent of all items that have one, overall and by source."""

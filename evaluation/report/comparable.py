@@ -17,8 +17,8 @@ from prunetune.pruning import PruningSpec
 # decide between two tokens of half precision, and with them between two answers.
 _ARM = {"projector", "pruning", "profile", "plugins", "text_tower_hash"}
 ALLOWABLE = (
-    "model", "settings_hash", "batch_size", "max_new_tokens", "image_processor", "features", "device", "versions",
-    "prunetune",
+    "model", "settings_hash", "batch_size", "max_new_tokens", "share_prefix", "backend", "backend_options",
+    "image_processor", "features", "device", "versions", "prunetune",
 )  # fmt: skip
 """Fields of a manifest that may differ where somebody says so; of ``model``, ``versions`` and ``prunetune`` also parts
 alone, ``versions.torch``."""
@@ -244,7 +244,7 @@ def unchosen(pruning: PruningSpec) -> PruningSpec:
 def _nearest_twin(arm: EvaluatedArm, arms: Sequence[EvaluatedArm]) -> str:
     """Return in what the training-free arm of the same method differs, or "pruning" if there is none."""
     for other in arms:
-        if not other.tuned and not other.dense and other.pruner == arm.pruner:
+        if not other.tuned and not other.dense and other.method == arm.method:
             one, two = other.manifest.pruning.model_dump(), arm.manifest.pruning.model_dump()
             for name, left, right in _unequal("pruning.", one, two):
                 return f"{name} ({left!r} and {right!r})"

@@ -47,14 +47,15 @@ def plot_table(table: Table, path: Path) -> None:
     # By label and not by method: two sets of options are two lines, and a tuned arm stands beside its twin.
     for label in labels:
         points = [row for row in rows if row.label == label]
-        points.sort(key=lambda row: row.kept)
+        points.sort(key=lambda row: row.tokens)
         _points(axes, points, values, colors[label])
     axes.set_xscale("log", base=2)  # budgets are halved from one to the next
     # At the budgets themselves, of which there are few; the powers of two between them were measured by nobody.
-    ticks = sorted({row.kept for row in rows if not _dense(row)})
+    ticks = sorted({row.tokens for row in rows if not _dense(row)})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("visual tokens per image")
+    inside = any(row.per_layer is not None for row in rows)
+    axes.set_xlabel("visual tokens per image" + (", mean over the LLM's layers" if inside else ""))
     axes.set_ylabel(name)
     axes.grid(alpha=0.3)
     if labels:
@@ -103,7 +104,7 @@ def _points(axes: Any, rows: list[Row], values: Mapping[str, Value], color: Any)
     # Without an interval the whisker is as short as can be.
     ends = np.array([values[row.id].interval or (height, height) for row, height in zip(rows, heights, strict=True)])
     axes.errorbar(
-        [row.kept for row in rows],
+        [row.tokens for row in rows],
         heights,
         # matplotlib takes lengths, not ends, and none below zero: a metric that is no mean may lie outside.
         yerr=np.clip([heights - ends[:, 0], ends[:, 1] - heights], 0, None),

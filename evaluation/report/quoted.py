@@ -189,8 +189,9 @@ def known_methods() -> set[str]:
     """Return the names of our pruners, and "dense"."""
     # Importing them takes torch, and seconds; their names stand in their files.
     found = {"dense"}
-    for path in _METHODS.glob("*.py"):
-        found.update(re.findall(r'^@register_pruner\(\s*"(\w+)"', path.read_text(encoding="utf-8"), re.MULTILINE))
+    registered = re.compile(r'^@register_(?:pruner|stage)\(\s*"(\w+)"', re.MULTILINE)
+    for path in (*_METHODS.glob("*.py"), *_METHODS.parent.glob("stages/methods/*.py")):
+        found.update(registered.findall(path.read_text(encoding="utf-8")))
     return found - {"identity"}
 
 
@@ -222,6 +223,9 @@ def _as_published(row: Row) -> bool:
     pruning = json.loads(str(row.facts.get("pruning", "{}")))
     # Without a tuned projector both choices are one.
     own_choice = row.projector != "training-free" and pruning.get("choose_with", "tuned") != "tuned"
+    inside = pruning.get("stages") or []
+    if any(stage.get("options") or stage.get("boundaries") for stage in inside):
+        return False
     return not pruning.get("options") and pruning.get("profile") is None and not own_choice
 
 
@@ -230,6 +234,10 @@ def _tokens(row: Row) -> int | None:
     families = ["-".join(name.split("-")[:2]) for name in sorted(_models(row))]
     total, crops = next((_CROPS[name] for name in families if name in _CROPS), (None, 1))
     pruning = json.loads(str(row.facts.get("pruning", "{}")))
+    if pruning.get("stages"):
+        # Papers on pruning inside the LLM give the mean over its layers, as the budget that was asked for.
+        averages = [stage.get("average") for stage in pruning["stages"]]
+        return round(averages[0]) if len(averages) == 1 and averages[0] is not None else None
     keep = pruning.get("keep", row.budget)
     if isinstance(keep, int):
         return keep * (1 if pruning.get("scope") == "image" else crops)

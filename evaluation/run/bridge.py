@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -91,8 +91,8 @@ class Bridge:
             pruned = self.arm.pruned.prepare(self.arm.place(self._formatter.training_batch(samples)))
             inputs = dict(pruned.inputs)
             targets = inputs.pop("labels")[:, 1:]  # (B, L - 1), each predicted one place before
-            model: Any = self.arm.model
-            logits = model(**inputs).logits[:, :-1]
+            # The batch with its labels beside: stages inside the LLM ask the last token before the answer.
+            logits = self.arm.pruned.run(pruned, inputs).logits[:, :-1]
             found = []
             for row, own in enumerate(targets):
                 places = (own != IGNORE_INDEX).nonzero()[:-1, 0]  # the last is the end token

@@ -360,8 +360,7 @@ def _log_likelihoods(arm: Arm, formatter: Formatter, samples: list[Sample]) -> l
     prepared = arm.pruned.prepare(arm.place(formatter.training_batch(samples)))
     inputs = dict(prepared.inputs)
     labels = inputs.pop("labels")[:, 1:]  # (B, L - 1)
-    model: Any = arm.model
-    logits = model(**inputs).logits[:, :-1]  # (B, L - 1, V)
+    logits = arm.pruned.run(prepared, inputs).logits[:, :-1]  # (B, L - 1, V)
     told = labels != IGNORE_INDEX
     values: list[float | None] = []
     # Row by row and of supervised positions alone: a row's logits are wide enough in float32.

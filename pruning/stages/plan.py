@@ -243,6 +243,7 @@ def plan_of(
     visual: Bool[Tensor, "B L"],
     mask: Shaped[Tensor, "B L"] | None = None,
     labels: Int[Tensor, "B L"] | None = None,
+    schedules: Sequence[Schedule] | None = None,
 ) -> Plan:
     """Return the plan of a prompt, before anything is decided. This reads numbers back from the device once.
 
@@ -251,6 +252,7 @@ def plan_of(
         visual: which columns hold visual tokens.
         mask: which are no padding; None is all.
         labels: of a training batch. The last prompt token is then the one before the first supervised span.
+        schedules: what each row's counts are of; None is ``schedule`` for all.
 
     Raises:
         PruningError: for an average that a row can't have.
@@ -273,7 +275,8 @@ def plan_of(
         queries = torch.where(there, found, queries)
         there = there.clone()
         there[:, 0] = True  # a row without any answer asks with its last token
-    counts = [_row_counts(schedule, entering, bool(number)) for entering, _, number in read]
+    own = [schedule] * len(read) if schedules is None else schedules
+    counts = [_row_counts(one, row[0], bool(row[2])) for one, row in zip(own, read, strict=True)]
     text = [length - entering for entering, length, _ in read]
     return Plan(schedule, visual, real, queries, there, counts, text)
 

@@ -125,12 +125,15 @@ class Stages:
 
     # ---- the outer model: a plan of the prompt -----------------------------------------------------------------
 
-    def plan(self, inputs: Mapping[str, Any], asked: Mapping[str, Any]) -> Plan:
+    def plan(
+        self, inputs: Mapping[str, Any], asked: Mapping[str, Any], schedules: Sequence[Schedule] | None = None
+    ) -> Plan:
         """Return the plan of a batch.
 
         Args:
             inputs: ids, mask and labels.
             asked: what the model is called with: the same rows, perhaps without labels.
+            schedules: of each row, with the places of this one's and budgets of their own; None is this one's for all.
 
         Raises:
             PruningError: if it was laid out in another way.
@@ -142,7 +145,7 @@ class Stages:
                 f"{tuple(asked['input_ids'].shape)}; set engine.packing: false"
             )
         visual = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
-        plan = plan_of(self.schedule, visual, inputs.get("attention_mask"), inputs.get("labels"))
+        plan = plan_of(self.schedule, visual, inputs.get("attention_mask"), inputs.get("labels"), schedules)
         for log in self._logs:
             log.append(plan)
         return plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -84,6 +84,15 @@ class Schedule:
         if entering not in self._known:
             self._known[entering] = self._solve(entering)
         return self._known[entering]
+
+    def keeping_all(self) -> Schedule:
+        """Return a schedule of the same boundaries at which nothing is dropped."""
+        return Schedule(tuple(replace(point, keep=None) for point in self.points), self.layers)
+
+    def has_places_of(self, other: Schedule) -> bool:
+        """Return whether two schedules differ in budgets alone: the same stages at the same boundaries."""
+        places = [[(point.boundary, point.stage, point.name) for point in one.points] for one in (self, other)]
+        return places[0] == places[1] and self.layers == other.layers
 
     @cached_property
     def _known(self) -> dict[int, Counts]:

@@ -17,12 +17,13 @@ from prunetune.pruning import PrunedModel
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.rewrite import Pruned
 from prunetune.pruning.sequence import IGNORE_INDEX, counted
+from prunetune.pruning.stages.plan import Plan
 from prunetune.train.engine.head import Scores, hidden_instead_of_logits, plain_head
 from prunetune.train.engine.prefix import SHORTEST, begins_with, prefix_states
 from prunetune.train.engine.reading import Reading, Reads, States, after_pruning, row_means, text_behind_images
 from prunetune.train.engine.segments import Prefix, Segments, attending_by_segments, leak_between, place
 from prunetune.train.engine.tower import stopped, unread_layers
-from prunetune.train.flops import Work, sequences
+from prunetune.train.flops import Work, layered, sequences
 from prunetune.train.measured import RunNumbers
 
 Places = tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
@@ -205,7 +206,7 @@ class Engine:
             tower: what its images ask of the tower, for the numbers.
             counts: whether its samples are trained on, for the numbers.
         """
-        with self.phase("forward"):
+        with self.phase("forward"), self._noting() as plans:
             if self.reads.at_text:
                 mask = inputs["attention_mask"]
                 self._full = text_behind_images(inputs["input_ids"], mask, self.visual), mask
@@ -224,8 +225,20 @@ class Engine:
         # What does not count is run for nothing.
         if self.numbers is not None and counts and (len(rows.targets) or not self.reads.answers):
             work = rows.work + (tower or Work())
-            self.numbers.add(len(inputs["input_ids"]), rows.tokens, len(rows.targets), work, rows.kept)
+            inside = [counts.layers for plan in plans for counts in plan.counts if counts.entering]
+            if plans:
+                work += layered(_lengths(plans[0])).times(self.states.share)
+            self.numbers.add(len(inputs["input_ids"]), rows.tokens, len(rows.targets), work, rows.kept, inside)
         return reading
+
+    @contextmanager
+    def _noting(self) -> Iterator[list[Plan]]:
+        """While open, collect what stages inside the LLM decide, if there are any."""
+        if self.pruned.stages is None:
+            yield []
+            return
+        with self.pruned.stages.noted() as plans:
+            yield plans
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time what runs within, where anything is timed."""
@@ -243,7 +256,9 @@ class Engine:
         kept = [count for counts in pruned.kept.values() for count in counts]
         text = None if self._full is None else after_pruning(self._full[0], pruned, self._full[1])
         laid = self._packed(inputs, labels, text) if self.choice.packing else self._padded(inputs, labels, text)
-        work = laid.work.times(self.states.share) + Work(logits=len(laid.targets), projected=sum(kept))
+        work = Work(logits=len(laid.targets), projected=sum(kept))
+        if self.pruned.stages is None:  # with stages it is known when the model has run
+            work += laid.work.times(self.states.share)
         embeddings: Any = self.pruned.model.get_input_embeddings()
         features = row_means(pruned, embeddings.embedding_dim) if self.reads.features else None
         tokens = laid.inputs["input_ids"].numel()
@@ -312,6 +327,15 @@ class Engine:
         if self._prefix is None:  # with the first batch, whatever that is: under ZeRO-3 all ranks run the LLM in step
             self._prefix = prefix_states(self.language_model, self.prefix_ids)
         return self._prefix if begins_with(ids, labels, self.prefix_ids) else None
+
+
+def _lengths(plan: Plan) -> list[list[int]]:
+    """Return for each layer how many tokens every row of a batch has there, padding included."""
+    found = []
+    for layer in range(plan.schedule.layers):
+        rows = zip(plan.text, plan.counts, strict=True)
+        found.append([max(text + counts.layers[layer] for text, counts in rows)] * len(plan.text))
+    return found
 
 
 def _places(where: Tensor) -> Places:

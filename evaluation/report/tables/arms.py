@@ -150,9 +150,9 @@ def _order(entry: Entry, entries: Sequence[Entry]) -> tuple[int, bool, float, st
     arm = entry.first
     # Of methods that decide by the image, a tuned arm may keep other numbers than its twin, and stands below it.
     twin = twin_of(arm, [other.first for other in entries if other.model == entry.model]) if arm.tuned else None
-    kept = arm.kept if twin is None else twin.kept
+    kept = arm.tokens if twin is None else twin.tokens
     # False before True. The largest budget first, so that the table reads downwards as tokens are taken away.
-    return models.index(entry.model), not arm.dense, -kept, arm.pruner, arm.tuned, entry.label
+    return models.index(entry.model), not arm.dense, -kept, arm.method, arm.tuned, entry.label
 
 
 def _distinct(entry: Entry, entries: Sequence[Entry]) -> Entry:
@@ -179,7 +179,7 @@ def _adapter(entry: Entry) -> str:
 
 def _pruning(entry: Entry) -> str:
     """Return the settings of the pruning that a label does not have."""
-    own = entry.first.manifest.pruning.model_dump(exclude={"pruner", "keep", "options", "choose_with"})
+    own = entry.first.manifest.pruning.model_dump(exclude={"pruner", "keep", "options", "choose_with", "stages"})
     default = type(entry.first.manifest.pruning)().model_dump()
     for key in ("text_tower", "profile"):
         if own.get(key) is not None:

@@ -86,7 +86,7 @@ def assemble(
         check_comparable([arm for entry in own for arm in entry.arms], allowed)
         check_same_questions(entries[0].first, own[0].first)
     entries = named([entry for own in by_model for entry in own])
-    check_names(quoted, _known_here(entries[0].first), {entry.first.pruner for entry in entries})
+    check_names(quoted, _known_here(entries[0].first), {entry.first.method for entry in entries})
     arms = [arm for entry in entries for arm in entry.arms]
     dense = _dense(entries)
     columns = measured(arms, seed)
@@ -104,9 +104,10 @@ def assemble(
                 id=entry.id,
                 label=entry.label,
                 model=entry.model,
-                method="dense" if entry.first.pruner == "identity" else entry.first.pruner,
+                method=entry.first.method,
                 budget=entry.first.budget,
                 kept=float(np.mean([arm.kept for arm in entry.arms])),
+                per_layer=_per_layer(entry),
                 projector=entry.first.projector,
                 twin=twins.get(entry.id),
                 values={column.column.key: column.numbers.of(entry.places) for column in columns},
@@ -124,6 +125,7 @@ def assemble(
     footnotes = [
         *_on_intervals(entries, columns, pairs, gained),
         *_on_averages(columns, dense),
+        *_on_stages(rows),
         *hard_notes,
         *_on_allowed(by_model, allowed),
         *_on_scores(arms, rescore),
@@ -131,6 +133,20 @@ def assemble(
     ]
     table = Table(title=title, columns=[one.column for one in columns], rows=rows, footnotes=footnotes)
     return beside(table, quoted)
+
+
+def _per_layer(entry: Entry) -> float | None:
+    """Return the mean number of visual tokens of a layer, over trainings."""
+    found = [arm.per_layer for arm in entry.arms if arm.per_layer is not None]
+    return float(np.mean(found)) if found else None
+
+
+def _on_stages(rows: Sequence[Row]) -> Iterator[str]:
+    if any(row.per_layer is not None for row in rows):
+        yield (
+            "Visual tokens are those that enter the LLM; tokens per layer are the mean over its layers, between which "
+            "stages drop some."
+        )
 
 
 def _known_here(arm: EvaluatedArm) -> dict[str, set[str]]:
@@ -296,6 +312,9 @@ def _facts(entry: Entry) -> dict[str, str | int | float | None]:
         "adapter_hash": _each(entry, [one.manifest.projector.stored_hash or "" for one in entry.arms]),
         "prunetune": "; ".join(dict.fromkeys(_code(cell) for one in entry.arms for cell in one.cells)),
     }
+    if manifest.llm_tokens is not None:
+        facts["llm_final_tokens"] = manifest.llm_tokens.final
+        facts["llm_layer_tokens"] = " ".join(f"{count:g}" for count in manifest.llm_tokens.layers)
     if len(entry.arms) > 1:
         facts["trainings"] = len(entry.arms)
     return facts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Projector = Literal["training-free", "tuned", "elastic", "other"]
 """Whose projector a row ran with: the base's, one tuned for the row's setting, one for many, or any other."""
@@ -90,6 +90,8 @@ class Row(Part):
         method: the pruner's name, "dense" without pruning.
         budget: as it was asked for: "64", "11.1%"; empty without pruning.
         kept: mean number of visual tokens that reached the LLM.
+        per_layer: mean number of those that a layer of the LLM processed, where stages drop some between its layers;
+            None where every layer processed all.
         projector: whose.
         twin: id of the training-free row that differs in the projector alone; None of such rows.
         values: by column key.
@@ -112,6 +114,7 @@ class Row(Part):
     method: str
     budget: str
     kept: float
+    per_layer: float | None = Field(None, exclude_if=lambda per_layer: per_layer is None)
     projector: Projector
     twin: str | None = None
     values: dict[str, Value]
@@ -125,6 +128,11 @@ class Row(Part):
     costs: dict[str, Value] = {}
     facts: dict[str, str | int | float | None] = {}
     folders: list[str] = []
+
+    @property
+    def tokens(self) -> float:
+        """The visual tokens that the LLM pays for: those of its mean layer."""
+        return self.kept if self.per_layer is None else self.per_layer
 
 
 class QuotedRow(Part):

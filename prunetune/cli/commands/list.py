@@ -4,7 +4,7 @@ import click
 
 from prunetune.cli.options import plugins_option
 
-KINDS = ("families", "formats", "plugins", "pruners", "recipes", "signals", "tasks", "templates")
+KINDS = ("families", "formats", "plugins", "pruners", "recipes", "signals", "stages", "tasks", "templates")
 
 
 @click.command("list")

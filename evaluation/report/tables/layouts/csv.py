@@ -34,7 +34,7 @@ def _metric_names(key: str) -> list[str]:
     return [*own, *gain, f"{key} ours minus quoted"]
 
 
-_FIRST = ("id", "arm", "model", "method", "budget", "kept", "projector", "twin")
+_FIRST = ("id", "arm", "model", "method", "budget", "kept", "per_layer", "projector", "twin")
 _LAST = ("folders", "quoted", "beside")
 
 
@@ -58,6 +58,8 @@ def _measured(row: Row) -> dict[str, str]:
         "projector": row.projector,
         "twin": row.twin or "",
     }
+    if row.per_layer is not None:
+        line["per_layer"] = _number(row.per_layer)
     for name, value in _values(row):
         line.update(_value(name, value))
     gains = {**row.gains, "relative": row.relative_gain, "pooled": row.pooled_gain}

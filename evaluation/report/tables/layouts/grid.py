@@ -14,7 +14,7 @@ SIGNIFICANT = 0.05
 NONE = "—"
 """Stands where there is no number, with a note that says why."""
 
-Of = Literal["value", "kind", "hard", "relative", "gain", "pooled", "cost"]
+Of = Literal["layers", "value", "kind", "hard", "relative", "gain", "pooled", "cost"]
 """What a column shows of a row."""
 
 
@@ -115,9 +115,9 @@ class Grid:
 def grid(table: Table, also: Sequence[str] = (), mark: str = "bold") -> Grid:
     """Return the table as it is printed.
 
-    Its columns: each benchmark's headline metric, with the accuracy of its hard part beside it; of a single benchmark
-    the kinds of its questions before; the relative average; what tuning gains, if a row is tuned; last, of several
-    benchmarks, the pooled accuracy.
+    Its columns: how many tokens a layer processes, if stages inside the LLM drop any; each benchmark's headline metric,
+    with the accuracy of its hard part beside it; of a single benchmark the kinds of its questions before; the relative
+    average; what tuning gains, if a row is tuned; last, of several benchmarks, the pooled accuracy.
 
     Args:
         table: what is drawn.
@@ -139,6 +139,8 @@ def _headings(table: Table, also: Sequence[str]) -> list[Heading]:
     headlines = [column for column in table.columns if column.headline]
     alone = len({column.task for column in headlines}) == 1
     found: list[Heading] = []
+    if any(row.per_layer is not None for row in table.rows):
+        found.append(Heading("layers", "", "tokens per layer", "", None))
     for column in table.columns:
         if (alone and column.headline) or f"{column.key} kinds" in also:
             found += _of_kinds(table, column, "" if alone else f"{column.task} ")
@@ -235,6 +237,8 @@ def _measured(row: Row, drawn: Grid) -> Line:
 
 def value_of(row: Row, heading: Heading) -> Value | None:
     """Return what a column other than a gain shows of a row."""
+    if heading.of == "layers":
+        return Value(value=row.tokens)
     if heading.of == "kind":
         key, _, kind = heading.name.partition(" ")
         return row.by_type.get(key, {}).get(kind)

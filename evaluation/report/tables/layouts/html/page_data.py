@@ -26,11 +26,13 @@ def page_data(table: Table, drawn: Grid, series: Mapping[str, Series], examples:
     """
     upwards = [heading for kind in _UP for heading in drawn.headings if heading.of == kind]
     kinds = list(dict.fromkeys(series.values()))
+    inside = any(row.per_layer is not None for row in table.rows)
+    tokens = "visual tokens per layer" if inside else "visual tokens"
     costs = [{"key": name, "title": name} for name in cost_names(table)]
     return {
         "shapes": SHAPES,
         "series": [asdict(one) for one in kinds],
-        "across": [{"key": "tokens", "title": "visual tokens"}, *costs],
+        "across": [{"key": "tokens", "title": tokens}, *costs],
         "upwards": [{"key": one.key, "title": one.full, "digits": one.digits} for one in upwards],
         "rows": [_row(row, upwards, kinds.index(series[row.id])) for row in table.rows],
         "quoted": [_quoted(line, line.row, upwards) for line in drawn.quoted if isinstance(line.row, QuotedRow)],
@@ -49,7 +51,7 @@ def _row(row: Row, upwards: list[Heading], series: int) -> dict[str, Any]:
         "projector": row.projector,
         "twin": row.twin,
         "gain": " ".join(part for part in (gain.text, gain.interval) if part),
-        "across": {"tokens": [row.kept], **_numbers(row.costs)},
+        "across": {"tokens": [row.tokens], **_numbers(row.costs)},
         "upwards": _numbers({heading.key: value_of(row, heading) for heading in upwards}),
     }
 
