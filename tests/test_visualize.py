@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 import torch
 import visual_world
-from conftest import TINY_VLM
+from conftest import ROOT, TINY_VLM
 from PIL import Image
 from video_world import build_processor, write_folder, write_model
 
@@ -23,12 +24,15 @@ from prunetune.evaluation.records import read_results
 from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.evaluation.tasks import get_task
 from prunetune.evaluation.visual.merging import Traced
+from prunetune.evaluation.visual.rows import rows_of
 from prunetune.evaluation.visual.run import visualize
-from prunetune.models import Arm, CheckpointError, adapter, loading
+from prunetune.models import Arm, CheckpointError, loading, peft_adapter
+from prunetune.models.adapter import projector_state
 from prunetune.models.seal import why_unsealed
 from prunetune.pruning import PruningError, PruningSpec
 from prunetune.pruning.registry import build_pruner, registered_methods
 from prunetune.pruning.types import Selection, VisualTokens
+from prunetune.scripts.verify import verify
 from prunetune.tiny_world.recipe import SceneImages
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -49,12 +53,12 @@ def loaded():
 def tuned(loaded, tmp_path_factory):
     """Two projectors that are the base's with another sign: one for a method, one for several."""
     folder = tmp_path_factory.mktemp("tuned")
-    tensors = {name: -tensor for name, tensor in adapter.projector_state(loaded.model).items()}
+    tensors = {name: -tensor for name, tensor in projector_state(loaded.model).items()}
     record = {**loaded.base.hashes.record(), "pruning": PruningSpec("divprune", 16).model_dump()}
     other = Arm.load(loaded.base.config, device="cpu")  # wrapping changes the model that it is given
-    wrapped = adapter.wrap_projector(other.model)
-    adapter.write_adapter(folder / "one", tensors, wrapped, record)
-    adapter.write_adapter(folder / "elastic", tensors, wrapped, {**record, "elastic": {"budgets": [16]}})
+    wrapped = peft_adapter.wrap_projector(other.model)
+    peft_adapter.write_adapter(folder / "one", tensors, wrapped, record)
+    peft_adapter.write_adapter(folder / "elastic", tensors, wrapped, {**record, "elastic": {"budgets": [16]}})
     return folder
 
 
@@ -289,6 +293,27 @@ def test_the_figure_says_what_the_record_does(drawn):
     assert record["arms"][1]["projector_hash"] != record["original_projector_hash"]
     assert record["arms"][1]["tuned_for"]["keep"] == 16 and record["arms"][0]["adapter"] is None
     assert {"frozen_hash", "settings_hash", "template_hash", "prunetune", "versions"} <= record.keys()
+
+
+def test_every_file_and_the_base_are_verified(drawn, tmp_path):
+    checks = {check.link: check.holds for check in verify(drawn)}
+    figures = ["kept_00.png", "kept_00.svg", "kept_01.png", "kept_01.svg", "kept.html"]
+    assert all(checks[name] for name in ("seal", *figures, "frozen_hash")) and False not in checks.values()
+    copied = tmp_path / "copied"
+    shutil.copytree(drawn, copied)
+    with (copied / "kept_00.svg").open("a") as file:
+        file.write(" ")
+    assert [check.link for check in verify(copied) if check.holds is False] == ["kept_00.svg"]
+    text = (copied / "kept.json").read_text()
+    (copied / "kept.json").write_text(text.replace('"score": 0.0', '"score": 1.0', 1))
+    assert [check.link for check in verify(copied) if check.holds is False] == ["seal"]
+
+
+@pytest.mark.parametrize("file", ["tiny", "llava15_7b"])
+def test_shipped_visualizations_load_and_name_real_things(file):
+    path = ROOT / "configs" / "visualize" / f"{file}.yaml"
+    rows_of(load_config(VisualizeConfig, path))
+    assert f"--config visualize/{file}" in path.read_text() and "Cost:" in path.read_text()
 
 
 def test_maps_are_the_signals(drawn, loaded):
@@ -631,8 +656,6 @@ def test_the_slider_shows_one_budget_by_keyboard(drawn, hostile, browser):
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """A session, where a browser is installed."""
-    import shutil
-
     webdriver = pytest.importorskip("selenium.webdriver")
     from selenium.webdriver.chrome.service import Service
 
