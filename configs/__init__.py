@@ -6,6 +6,8 @@ if __name__ != "prunetune.configs":
 from prunetune.configs.analyze import AnalyzeConfig, AnalyzedMethod, CorruptionConfig
 from prunetune.configs.load import ConfigError, load_config, to_yaml
 from prunetune.configs.schema import (
+    Backend,
+    BackendOptions,
     DataConfig,
     EngineConfig,
     EvaluateConfig,
@@ -16,10 +18,13 @@ from prunetune.configs.schema import (
 )
 from prunetune.configs.serving import ServeConfig
 from prunetune.configs.table import TableConfig, TableMethod, TableModel
+from prunetune.configs.visualize import ShownMethod, VisualizeConfig
 
 __all__ = [
     "AnalyzeConfig",
     "AnalyzedMethod",
+    "Backend",
+    "BackendOptions",
     "ConfigError",
     "CorruptionConfig",
     "DataConfig",
@@ -28,11 +33,13 @@ __all__ = [
     "ModelConfig",
     "RecalibrateConfig",
     "ServeConfig",
+    "ShownMethod",
     "TableConfig",
     "TableMethod",
     "TableModel",
     "TrackingConfig",
     "TrainConfig",
+    "VisualizeConfig",
     "load_config",
     "to_yaml",
 ]

@@ -12,6 +12,10 @@ from prunetune.configs.serving import LimitsConfig
 from prunetune.reading import one_line
 from prunetune.serving.errors import Refused, bad
 
+_DISCARDED = 4
+"""Bodies up to so many times the limit are read to their end, and thrown away: a client that is cut off while it sends
+sees a broken connection, and not what is wrong."""
+
 
 async def read_body(request: Request, limits: LimitsConfig) -> Any:
     """Return the JSON value of a request.
@@ -20,16 +24,13 @@ async def read_body(request: Request, limits: LimitsConfig) -> Any:
         Refused: 413 above the limit of bytes, 415 for another type, 408 for a client that is too slow, 400 for what is
             no JSON.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Refused(415, "unsupported_media_type", f"send application/json, got {kind or 'no content-type'}")
-    told = request.headers.get("content-length", "0")
-    if told.isdigit() and int(told) > limits.max_body:
-        raise _too_large(limits)
     try:
         content = await asyncio.wait_for(_read(request, limits), limits.body_seconds)
     except TimeoutError:
         raise Refused(408, "request_timeout", f"the request took more than {limits.body_seconds:g} s") from None
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refused(415, "unsupported_media_type", f"send application/json, got {kind or 'no content-type'}")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -37,11 +38,20 @@ async def read_body(request: Request, limits: LimitsConfig) -> Any:
 
 
 async def _read(request: Request, limits: LimitsConfig) -> bytes:
-    content = bytearray()
+    content, size, most = bytearray(), 0, limits.max_body
+    told = request.headers.get("content-length", "0")
+    if told.isdigit() and int(told) > _DISCARDED * most:
+        raise _too_large(limits)
     async for piece in request.stream():
-        content += piece
-        if len(content) > limits.max_body:  # whatever its head said
-            raise _too_large(limits)
+        size += len(piece)
+        if size > _DISCARDED * most:  # whatever its head said
+            break
+        if size <= most:
+            content += piece
+        else:
+            content.clear()
+    if size > most:
+        raise _too_large(limits)
     return bytes(content)
 
 

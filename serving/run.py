@@ -40,7 +40,8 @@ def serve(config: ServeConfig, arm: Arm | None = None) -> None:
     if arm is None:
         arm = Arm.load(config.model, config.pruning, config.adapter, config.device)
     server = Server(Service(config, arm, backend_of(config, arm)))
-    say(f"serving {config.served_name} on http://{config.host}:{listening.getsockname()[1]}/v1 ({config.engine})")
+    address = f"http://{config.host}:{listening.getsockname()[1]}/v1"
+    print(f"serving {config.served_name} on {address} ({config.engine})", flush=True)  # who started it may read a pipe
     server.run(sockets=[listening])
 
 

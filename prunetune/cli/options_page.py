@@ -97,7 +97,7 @@ def _about(section: str) -> list[str]:
     """Return what the section is, and which files have it."""
     having = [kind for kind, schema in FILES.items() if section in _sections(schema)]
     inner = FILES[having[0]].model_fields[section].annotation
-    return [f"{_sentence(inner)} In files of: {', '.join(having)}.", ""]
+    return [f"{_sentence(inner if isinstance(inner, type) else None)} In files of: {', '.join(having)}.", ""]
 
 
 def _sentence(schema: type[BaseModel] | None) -> str:

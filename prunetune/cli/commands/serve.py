@@ -11,15 +11,9 @@ def run(config: str | None, overrides: list[str]) -> None:
     SIGTERM and Ctrl-C finish what is in flight and refuse new requests with 503; a second one ends at once.
     """
     from prunetune.configs import load_config, to_yaml
-    from prunetune.errors import PrunetuneError
+    from prunetune.serving.run import serve
 
     settings = load_config(ServeConfig, config, overrides)
-    try:
-        from prunetune.serving.run import serve
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("fastapi", "uvicorn", "starlette", "prometheus_client"):
-            raise
-        raise PrunetuneError(f"serving needs {error.name}; pip install 'prunetune[serve]'") from None
     print(to_yaml(settings))
     serve(settings)
 
