@@ -74,7 +74,7 @@ def bodies(count: int, tokens: int) -> list[dict]:
     images, made = SceneImages(), []
     for item in read_items("test", count // 8 + 1)[:count]:
         file = io.BytesIO()
-        images.open(item.image, item.id).save(file, "PNG")
+        images.open(str(item.image), item.id).save(file, "PNG")
         url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": item.question}]
         made.append({"model": "served", "messages": [{"role": "user", "content": content}], "max_tokens": tokens})

@@ -40,4 +40,4 @@ def main(version: str, root: Path = ROOT) -> str:
 
 
 if __name__ == "__main__":
-    print(main(*sys.argv[1:2]))
+    print(main(sys.argv[1]))
