@@ -7,15 +7,18 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
 # PyTorch comes first, in the version the tests ran with, so that nothing else pulls in another build of it.
-# To use the build for your CUDA version: make setup TORCH="torch==VERSION".
+# On Linux the index's own is the CUDA build, 2 to 3 GB. `make demo TORCH_BUILD=cpu` takes the CPU build, and cu126, cu128, ...
+# that of another CUDA version, from PyTorch's own index. TORCH="torch==VERSION" is another version.
 TORCH ?= torch==2.13.0
+TORCH_BUILD ?=
+TORCH_FROM := $(if $(TORCH_BUILD),--index-url https://download.pytorch.org/whl/$(TORCH_BUILD))
 
-FOLDERS := assets configs data_recipes evaluation models pruning scripts tiny_world train
+FOLDERS := assets configs data_recipes evaluation models pruning scripts serving tiny_world train
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test families lint types check setup clean
+.PHONY: demo test families docs dist lint types check setup clean
 
 demo: $(VENV)/.installed ## dense, training-free, recalibrate, tuned, table (about 4 minutes on 2 cores)
 	$(BIN)/prunetune demo $(DEMO_ARGS)
@@ -26,6 +29,14 @@ test: $(VENV)/.installed-dev ## every test, with the slowest named
 families: $(VENV)/.installed-dev ## docs/families.md, from a run of the identity suite of every family
 	$(BIN)/python -m pytest -q -p prunetune.testing.report --families-report build/families.json tests
 	$(BIN)/python -m prunetune.scripts.families build/families.json
+
+docs: $(VENV)/.installed-dev ## the site, in build/site; the same strict build is a test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(VENV)/.installed-dev ## wheel and source archive, in dist/
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --outdir dist
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -45,8 +56,8 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet $(TORCH_FROM) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]"
 	touch $@
 
 # lmms-eval without its pins: it asks for a wandb older than ours, and for dozens of packages of models we don't run.

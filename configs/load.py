@@ -67,6 +67,14 @@ def sets(file: str | Path, key: str, overrides: list[str] | None = None) -> bool
     return key in _read(config_file(file)) or any(name == key for name, _ in _pairs(overrides or []))
 
 
+def value_of(text: str, what: str) -> Any:
+    """Return what a word of the command line says, read as in a YAML file; raises ConfigError naming ``what``."""
+    try:
+        return parse_yaml(text, shown(text), ConfigError, _Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}; quote text with special characters") from None
+
+
 def to_yaml(config: BaseModel) -> str:
     """Return the effective configuration, defaults included, as YAML."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
@@ -165,10 +173,7 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise ConfigError(f"override --{key} has no value; write --{key} VALUE")
             value = rest.pop(0)
-        try:
-            pairs.append((key, parse_yaml(value, shown(value), ConfigError, _Loader)))
-        except ConfigError as error:
-            raise ConfigError(f"override --{key}: {error}; quote text with special characters") from None
+        pairs.append((key, value_of(value, f"override --{key}")))
     return pairs
 
 

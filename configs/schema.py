@@ -356,6 +356,39 @@ class RecalibrateConfig(PluggedConfig):
     )
 
 
+class BackendOptions(Section):
+    """What a backend of evaluations may be told."""
+
+    compile: bool = Field(
+        True, description="of static: compile the steps behind the prompts, once for each size; false runs them as is"
+    )
+    cache_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="of continuous: prompt and answer tokens that are held at once; None derives it from memory",
+    )
+    step_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="of continuous: tokens that one step computes, of all prompts; None is 256 on a CPU, and "
+        "transformers' choice on a GPU",
+    )
+
+
+Backend = Literal["plain", "continuous", "static"]
+
+_READ_BY = {"compile": "static", "cache_tokens": "continuous", "step_tokens": "continuous"}
+
+
+def check_backend_options(backend: Backend, options: BackendOptions, share_prefix: bool) -> None:
+    """Check that a backend reads what it is told; raises ValueError."""
+    for name in sorted(options.model_fields_set):
+        if _READ_BY[name] != backend:
+            raise ValueError(f"backend_options.{name} is read by backend {_READ_BY[name]}, and it is {backend}")
+    if share_prefix and backend != "plain":
+        raise ValueError(f"share_prefix needs backend: plain, and it is {backend}; choose one of the two")
+
+
 class EvaluateConfig(PluggedConfig):
     """Run one arm on the named tasks."""
 
@@ -375,6 +408,18 @@ class EvaluateConfig(PluggedConfig):
         "but for last bits, so it is in the manifest",
         exclude_if=lambda share: not share,  # effective configurations without it stay, to the byte
     )
+    backend: Backend = Field(
+        "plain",
+        description="how answers are generated: batch by batch; prompts that join and leave a running batch of "
+        "batch_size (continuous); or into a cache of one size with compiled steps (static). The same but for last "
+        "bits, so it is in the manifest",
+        exclude_if=lambda backend: backend == "plain",  # as above
+    )
+    backend_options: BackendOptions = Field(
+        default_factory=BackendOptions,
+        description="of that backend",
+        exclude_if=lambda options: options == BackendOptions(),  # as above
+    )
     max_pixels: int = Field(
         50_000_000, ge=1, description="images with more pixels are refused before they are decoded, 3 bytes each"
     )
@@ -390,6 +435,11 @@ class EvaluateConfig(PluggedConfig):
         False,
         description="delete what an earlier evaluation wrote to the output folder, that alone, and start over",
     )
+
+    @model_validator(mode="after")
+    def _read_by_the_backend(self) -> Self:
+        check_backend_options(self.backend, self.backend_options, self.share_prefix)
+        return self
 
     @field_validator("tasks")
     @classmethod

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from prunetune.configs.schema import ModelConfig, PluggedConfig, Section, TrackingConfig
+from prunetune.configs.schema import (
+    Backend,
+    BackendOptions,
+    ModelConfig,
+    PluggedConfig,
+    Section,
+    TrackingConfig,
+    check_backend_options,
+)
 from prunetune.data_recipes.sampling import VideoSampling
 from prunetune.pruning.spec import StageSpec
 
@@ -119,6 +127,18 @@ class TableConfig(PluggedConfig):
         "but for last bits, so it is in every arm's manifest",
         exclude_if=lambda share: not share,
     )
+    backend: Backend = Field(
+        "plain",
+        description="how answers are generated: batch by batch; prompts that join and leave a running batch of "
+        "batch_size (continuous); or into a cache of one size with compiled steps (static). The same but for last "
+        "bits, so it is in every arm's manifest",
+        exclude_if=lambda backend: backend == "plain",
+    )
+    backend_options: BackendOptions = Field(
+        default_factory=BackendOptions,
+        description="of that backend",
+        exclude_if=lambda options: options == BackendOptions(),
+    )
     max_pixels: int = Field(50_000_000, ge=1, description="images with more pixels are refused before they are decoded")
     video: VideoSampling = VideoSampling()
     hard: int | float | str | None = Field(
@@ -153,6 +173,11 @@ class TableConfig(PluggedConfig):
         "make them anew; without it they are named, and nothing starts",
     )
     overwrite: bool = Field(False, description="delete what an earlier table wrote there, that alone, and start over")
+
+    @model_validator(mode="after")
+    def _read_by_the_backend(self) -> Self:
+        check_backend_options(self.backend, self.backend_options, self.share_prefix)
+        return self
 
     @field_validator("models", "methods", "budgets", "projectors", "tasks")
     @classmethod

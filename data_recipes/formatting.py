@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from prunetune.data_recipes.chat_templates import V1, check_marks, template_text
-from prunetune.data_recipes.images import HERE, Album, Counted, ImageOpener, pad_to_square
+from prunetune.data_recipes.images import HERE, Album, Counted, Dialogue, ImageOpener, pad_to_square
 from prunetune.data_recipes.pixels import PIXELS, Pictures, look_up, mean_color
 from prunetune.data_recipes.sample import DataError, Sample
 from prunetune.data_recipes.segments import MODELS_TOKENS, Row, Segments, Tokens, first_difference, segments_of
@@ -364,7 +364,7 @@ class Formatter:
         if isinstance(opened, Clip):
             return replace(opened, frames=tuple(pad_to_square(frame, color) for frame in opened.frames))
         if isinstance(opened, Album):
-            return Album(tuple(pad_to_square(image, color) for image in opened.images))
+            return replace(opened, images=tuple(pad_to_square(image, color) for image in opened.images))
         return pad_to_square(opened, color)
 
     def _truncate(self, batch: dict[str, Tensor], samples: Sequence[Sample]) -> None:
@@ -390,8 +390,11 @@ def conversation(sample: Sample, opened: Any) -> list[dict[str, Any]]:
 
     Args:
         sample: the conversation.
-        opened: its picture, album or clip; ``PLACE`` for the place of one alone, None for no picture.
+        opened: its picture, album or clip; ``PLACE`` for the place of one alone, None for no picture. A dialogue is the
+            conversation itself.
     """
+    if isinstance(opened, Dialogue):
+        return opened.whole()
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(sample.turns):
         content: list[dict[str, Any]] = [{"type": "text", "text": turn.question}]

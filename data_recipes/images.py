@@ -78,6 +78,31 @@ class Album:
         return [*parts, {"type": "text", "text": texts[-1]}]
 
 
+@dataclass(frozen=True)
+class Dialogue(Album):
+    """A conversation as somebody else wrote it: a system message, images in any turn, text before or behind them.
+
+    Attributes:
+        images: in reading order.
+        messages: as chat templates read them; a part ``{"type": "image"}`` is the place of the next image.
+    """
+
+    messages: tuple[dict[str, Any], ...] = ()
+
+    def whole(self) -> list[dict[str, Any]]:
+        """Return the messages with the images in their places."""
+        images = iter(self.images)
+        messages = []
+        for message in self.messages:
+            parts = []
+            for part in message["content"]:
+                parts.append({"type": "image", "image": next(images)} if part["type"] == "image" else part)
+            if parts[-1]["type"] == "image":
+                parts.append({"type": "text", "text": ""})  # as of albums: templates look at the last part
+            messages.append({**message, "content": parts})
+        return messages
+
+
 class TooLarge(DataError):
     """An image with more pixels than are decoded."""
 

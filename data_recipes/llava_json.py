@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ijson
-
 from prunetune.data_recipes.images import check_inside
 from prunetune.data_recipes.parquet import ROW, parquet_rows
 from prunetune.data_recipes.sample import DataError, Sample, Turn
@@ -66,6 +64,8 @@ def read_records(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as stream:
+        import ijson  # of the data extra: naming recipes and formatting samples need it not
+
         # The first character tells a list from an object, whose items ijson would silently not find.
         head = stream.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
         if not head:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from prunetune.configs import ModelConfig
+from prunetune.configs import Backend, ModelConfig
 from prunetune.data_recipes.sampling import VideoSampling
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import file_hash, read_json, read_lines
@@ -223,6 +223,8 @@ class Manifest(_Record):
         max_new_tokens: longest answer.
         share_prefix: whether what questions about one image begin with was computed once, which moves last bits; not in
             the file where it was not.
+        backend: how answers were generated, which moves last bits; not in the file where it was plain.
+        backend_options: what it was told; not in the file if that is nothing.
         image_processor: class of the image processor, since fast and slow ones differ in their last bits.
         features: seal of the feature cache that was read in place of pixels; None, and not in the file, without one.
         video: which frames of videos were looked at; None, and not in the file, where no task has videos.
@@ -255,6 +257,8 @@ class Manifest(_Record):
     batch_size: int
     max_new_tokens: int
     share_prefix: bool = False
+    backend: Backend = "plain"
+    backend_options: dict[str, Any] = {}
     image_processor: str
     features: str | None = None
     video: VideoSampling | None = None
@@ -332,8 +336,11 @@ class Manifest(_Record):
                 left_out.add(name)
         if not self.share_prefix:
             left_out.add("share_prefix")
-        if not self.notes:
-            left_out.add("notes")
+        if self.backend == "plain":
+            left_out.add("backend")
+        for name in ("backend_options", "notes"):
+            if not getattr(self, name):
+                left_out.add(name)
         values = self.model_dump(exclude=left_out)
         if self.format != UNSEALED:
             return sealed(values)

@@ -32,7 +32,7 @@ from prunetune.models.ranks import launched_ranks
 from prunetune.models.record import is_export, read_record
 from prunetune.models.seal import short
 from prunetune.models.stored import BaseHashes, base_hashes, settings_hash
-from prunetune.pruning import PrunedModel, PruningSpec
+from prunetune.pruning import Generated, PrunedModel, PruningSpec
 from prunetune.pruning.elastic import ElasticModel
 from prunetune.pruning.families import family_of, name_projector
 from prunetune.pruning.fitting import unfitted
@@ -370,7 +370,41 @@ class Arm:
                     self._say_once(f"share_prefix: some batches are computed without it: {generated.why_whole}")
             else:
                 generated = self.pruned.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        texts = self.processor.batch_decode(generated.tokens, skip_special_tokens=True)
+        return self.answers(samples, generated, generated.tokens)
+
+    def answer_static(
+        self,
+        formatter: Formatter | FeatureFormatter,
+        samples: Sequence[Sample],
+        max_new_tokens: int,
+        compiled: bool = True,
+    ) -> list[Answer]:
+        """Return what :meth:`answer` does, generated into a cache of one size, see `PrunedModel.generate_static`.
+
+        Args:
+            formatter: as of :meth:`answer`.
+            samples: the last turn of each is a question without an answer.
+            max_new_tokens: longest answer in tokens.
+            compiled: whether the steps behind the prompts are compiled.
+        """
+        with torch.inference_mode():
+            inputs = self.place(formatter.prompt_batch(samples))
+            generated = self.pruned.generate_static(
+                **inputs, max_new_tokens=max_new_tokens, compiled=compiled, do_sample=False
+            )
+        return self.answers(samples, generated, generated.tokens)
+
+    def answers(
+        self, samples: Sequence[Sample], generated: Generated, tokens: Tensor | Sequence[Sequence[int]]
+    ) -> list[Answer]:
+        """Return what was generated for samples as answers.
+
+        Args:
+            samples: the batch.
+            generated: what was kept of its images.
+            tokens: the new tokens of each row.
+        """
+        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
         kept = [0] * len(samples)
         notes: list[list[Mapping[str, float]]] = [[] for _ in samples]
         for modality, rows in generated.rows.items():

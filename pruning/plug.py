@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunetune.pruning.admission import admit, check_reads_no_tower
 from prunetune.pruning.budget import Budget, BudgetRule, check_budget
+from prunetune.pruning.continuous import ContinuousBatch, LonePrompt, check_continuous, lone_prompts
 from prunetune.pruning.errors import PruningError, Unprojected
 from prunetune.pruning.families.base import PrunedOutput, family_of
 from prunetune.pruning.hooks import frozen_parts_at_rest, is_partitioned
@@ -37,6 +38,7 @@ from prunetune.pruning.spec import PruningSpec
 from prunetune.pruning.stages.inside import counted_inside, stages_of
 from prunetune.pruning.stages.plan import PLAN, Plan
 from prunetune.pruning.stages.run import attached_to, check_generation, check_none_attached
+from prunetune.pruning.static import check_static, static_options
 from prunetune.pruning.stored import StoredImages, another_choice, choice_of, is_all_tokens
 from prunetune.pruning.text import TextReader
 from prunetune.pruning.types import Selection
@@ -58,6 +60,7 @@ class Generated:
         why_whole: why it was, where prefixes were to be shared and could not.
         layers: with stages inside the LLM, for each row of the prompts how many visual tokens each layer processed; the
             last of them is the final count, their mean the average.
+        final: with stages, which columns of the pruned prompts hold visual tokens that the last layer processes.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -68,6 +71,7 @@ class Generated:
     prefixes: int | None = None
     why_whole: str | None = None
     layers: Sequence[Sequence[int]] = ()
+    final: Bool[Tensor, "B L"] | None = None
 
 
 class PrunedModel:
@@ -624,13 +628,19 @@ class PrunedModel:
             return self.model(**asked)
 
     def generate(
-        self, *, keep: Budget | None = None, vision: Mapping[str, Vision] | None = None, **inputs: Any
+        self,
+        *,
+        keep: Budget | None = None,
+        vision: Mapping[str, Vision] | None = None,
+        seen: Callable[[Pruned], None] | None = None,
+        **inputs: Any,
     ) -> Generated:
         """Generate from pruned inputs.
 
         Args:
             keep: the budget of this call, as of :meth:`prepare`.
             vision: the images, if they were encoded before.
+            seen: is called with the pruned prompts before the LLM is; what it raises stops the call.
             inputs: what the processor returned; generation options (``max_new_tokens`` and so on) pass through to the
                 stock method.
         """
@@ -640,6 +650,8 @@ class PrunedModel:
                 raise PruningError("with pruning.stages rows can't generate in settings of their own; leave cells out")
         with torch.no_grad(), self._inside() as plans:
             pruned = self._prompts(inputs, keep, vision)
+            if seen is not None:
+                seen(pruned)
             model: Any = self.model  # generate() comes from a mixin that the type of all models does not have
             output = model.generate(**_shifted(pruned.inputs, -self.family.first_position))
         generated = _generated(output[:, pruned.inputs["input_ids"].shape[1] :], pruned)
@@ -669,7 +681,8 @@ class PrunedModel:
         for modality, noted in generated.notes.items():
             for own, inside in zip(noted, notes[modality], strict=True):
                 inside.update(own)
-        return replace(generated, layers=[own.layers for own in counts], notes=notes)
+        final = plan.kept_columns()[::copies]
+        return replace(generated, layers=[own.layers for own in counts], notes=notes, final=final)
 
     def generate_shared(
         self,
@@ -721,6 +734,85 @@ class PrunedModel:
                 "the question behind it; set share_prefix: false"
             )
         check_shares(self.model, self.family, options)
+
+    def generate_static(
+        self,
+        *,
+        max_new_tokens: int,
+        compiled: bool = True,
+        keep: Budget | None = None,
+        vision: Mapping[str, Vision] | None = None,
+        **inputs: Any,
+    ) -> Generated:
+        """Generate as :meth:`generate` does, into a cache of one size, so that decoding can be compiled.
+
+        The cache is as long as prompts and answers, rounded up: what it holds beyond them is masked, and moves last
+        bits. Prompts are computed as ever; steps behind them are compiled once for each size.
+
+        Args:
+            max_new_tokens: longest answer in tokens.
+            compiled: compile the steps, on a CPU as well; False runs them as they are.
+            keep: the budget of this call, as of :meth:`prepare`.
+            vision: the images, if they were encoded before.
+            inputs: what the processor returned, and other options of generation.
+
+        Raises:
+            PruningError: for a model that can't, see :meth:`check_static`.
+        """
+        self.check_static()
+        with torch.no_grad(), self._inside():
+            pruned = self._prompts(inputs, keep, vision)
+            width = pruned.inputs["input_ids"].shape[1]
+            options = static_options(self.model, width + max_new_tokens, compiled)
+            model: Any = self.model
+            prompts = _shifted(pruned.inputs, -self.family.first_position)
+            output = model.generate(**prompts, **options, max_new_tokens=max_new_tokens)
+        return _generated(output[:, width:], pruned)
+
+    def check_static(self) -> None:
+        """Check that :meth:`generate_static` can run; raises PruningError in one line if it can't."""
+        check_static(self.model, self.family, self.stages is not None)
+
+    def lone_prompts(
+        self,
+        *,
+        keep: Budget | None = None,
+        vision: Mapping[str, Vision] | None = None,
+        **inputs: Any,
+    ) -> tuple[list[LonePrompt], Generated]:
+        """Prune a batch and return its rows one by one, for a :class:`ContinuousBatch`.
+
+        Args:
+            keep: the budget of this call, as of :meth:`prepare`.
+            vision: the images, if they were encoded before.
+            inputs: what the processor returned.
+
+        Returns:
+            The rows' prompts, and what :meth:`generate` would say of the batch, without any token.
+        """
+        with torch.no_grad():
+            pruned = self._prompts(inputs, keep, vision)
+            nothing = pruned.inputs["input_ids"][:, :0]
+            return lone_prompts(self.model, self.family, pruned), _generated(nothing, pruned)
+
+    def continuous(
+        self,
+        requests: int,
+        max_new_tokens: int,
+        cache_tokens: int | None = None,
+        step_tokens: int | None = None,
+    ) -> ContinuousBatch:
+        """Return a batch that prompts join and leave at any time, not begun yet; arguments are those of its class.
+
+        Raises:
+            PruningError: in one line, for a model whose answers would be others.
+        """
+        self.check_continuous()
+        return ContinuousBatch(self.model, self.family, requests, max_new_tokens, cache_tokens, step_tokens)
+
+    def check_continuous(self) -> None:
+        """Check that :meth:`continuous` can run; raises PruningError in one line if it can't."""
+        check_continuous(self.model, self.family, self.position_policy, self.stages is not None)
 
     def _prompts(self, inputs: Mapping[str, Any], keep: Budget | None, vision: Mapping[str, Vision] | None) -> Pruned:
         """Return pruned prompts, padded on the left, so that every row's answer begins in the same column."""

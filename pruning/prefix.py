@@ -198,7 +198,7 @@ def _features_by_row(pruned: Pruned, rows: int) -> list[bytes]:
     """Return the visual tokens of each row, bit for bit."""
     held = [b""] * rows
     for modality, output in (pruned.inputs.get("mm_encoder_outputs") or {}).items():
-        for row, features in zip(pruned.rows[modality], _by_image(output, pruned.kept[modality]), strict=True):
+        for row, features in zip(pruned.rows[modality], features_by_image(output, pruned.kept[modality]), strict=True):
             held[row] += features.float().cpu().contiguous().numpy().tobytes()  # float32 holds every half exactly
     return held
 
@@ -326,7 +326,7 @@ def _right_aligned(values: Shaped[Tensor, "*parts B L"], width: int) -> Shaped[T
     return torch.cat([before, values], dim=-1)
 
 
-def _by_image(output: PrunedOutput, counts: Sequence[int]) -> list[Tensor]:
+def features_by_image(output: PrunedOutput, counts: Sequence[int]) -> list[Tensor]:
     """Return the features (K, D) of each image, however the model takes them."""
     features = output.pooler_output
     if isinstance(features, Tensor):
@@ -342,7 +342,7 @@ def _features_of(family: Family, pruned: Pruned, rows: set[int]) -> dict[str, Pr
         images = [image for image, row in enumerate(pruned.rows[modality]) if row in rows]
         if not any(counts[image] for image in images):
             continue
-        features = _by_image(output, counts)
+        features = features_by_image(output, counts)
         levels = [[level[image] for image in images] for level in output.deepstack_features or ()]
         own = family.put_back([features[image] for image in images], levels, modality)
         if isinstance(own.pooler_output, Tensor):

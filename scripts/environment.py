@@ -8,6 +8,7 @@ import shutil
 from importlib import metadata
 
 from prunetune.errors import PrunetuneError
+from prunetune.extras import absent
 
 LIBRARIES = (
     "torch",
@@ -21,6 +22,9 @@ LIBRARIES = (
     "numpy",
     "triton",
 )
+
+EXTRAS = ("data", "train", "eval", "plots")
+"""What the README's commands use; all other extras are asked for by one thing each."""
 
 
 def environment() -> str:
@@ -69,7 +73,7 @@ def _missing() -> list[str]:
     """Return what is not there, and what for."""
     import torch
 
-    found = []
+    found = [f"{', '.join(names)}: pip install 'prunetune[{extra}]'" for extra in EXTRAS if (names := absent(extra))]
     if shutil.which("ninja") is None:
         found.append("ninja: DeepSpeed compiles its CPU optimizer with it")
     if shutil.which("java") is None:

@@ -13,12 +13,16 @@ from typing import Any
 
 from prunetune.assets import shipped
 from prunetune.errors import PrunetuneError
+from prunetune.evaluation.analysis.record import RECORD as ANALYSIS
+from prunetune.evaluation.analysis.record import read_analysis
 from prunetune.evaluation.files import file_hash
 from prunetune.evaluation.records import MANIFEST, Manifest, Result, read_manifest, read_results
 from prunetune.evaluation.report.compare import compare
 from prunetune.evaluation.report.comparison import COMPARISON, TABLE, read_comparison, read_recipe, read_table
 from prunetune.evaluation.report.rows import check_results_hash, check_rows, check_scores
 from prunetune.evaluation.report.tables.layouts.files import LAYOUTS
+from prunetune.evaluation.visual.record import RECORD as DRAWN
+from prunetune.evaluation.visual.record import read_drawn
 from prunetune.models.code import code_record, told
 from prunetune.models.dial import DIAL, read_dial
 from prunetune.models.errors import CheckpointError
@@ -60,7 +64,7 @@ class Check:
 
 
 def verify(path: Path, base: str | None = None) -> list[Check]:
-    """Return every check of an adapter, a recalibration, an arm, a comparison, a dial, an export or a profile.
+    """Return every check of what prunetune wrote: an adapter, an arm, a comparison, an analysis, a drawing, a profile.
 
     Args:
         path: its folder; of a profile the file.
@@ -77,6 +81,10 @@ def verify(path: Path, base: str | None = None) -> list[Check]:
         return _comparison(path)
     if (path / DIAL).is_file():
         return _dial(path, base)
+    if (path / ANALYSIS).is_file():
+        return _analysis(path, base)
+    if (path / DRAWN).is_file():
+        return _drawn(path, base)
     if not (path / RECORD).is_file() and (path / "adapter" / RECORD).is_file():
         path = path / "adapter"  # the output of a recalibration
     if (path / RECORD).is_file():
@@ -393,9 +401,49 @@ def _comparison(folder: Path) -> list[Check]:
     return [*checks, *_code(values["prunetune"], [])]
 
 
+def _analysis(folder: Path, base: str | None) -> list[Check]:
+    checks = [_check("seal", lambda: f"{ANALYSIS} is as it was written" if read_analysis(folder) else "")]
+    try:
+        values = read_analysis(folder)
+    except PrunetuneError:
+        return checks
+    for name, expected in values["files"].items():
+        checks.append(_check(name, partial(_table, folder / name, expected)))
+    for run in values.get("runs", ()):
+        checks.append(_check(f"run {run['folder']}", partial(_read, run)))
+    if "frozen_hash" in values:
+        model = values["config"]["model"]
+        checks += _base(values, base or model["path"], model["revision"], None)
+    return [*checks, *_code(values["prunetune"], values["plugins"])]
+
+
+def _drawn(folder: Path, base: str | None) -> list[Check]:
+    checks = [_check("seal", lambda: f"{DRAWN} is as it was written" if read_drawn(folder) else "")]
+    try:
+        values = read_drawn(folder)
+    except PrunetuneError:
+        return checks
+    for name, expected in values["files"].items():
+        checks.append(_check(name, partial(_table, folder / name, expected)))
+    model = values["model"]
+    checks += _base(values, base or model["path"], model["revision"], None)
+    return [*checks, *_code(values["prunetune"], values["plugins"])]
+
+
+def _read(run: dict[str, str]) -> str:
+    """Return what is said of an evaluation that was read."""
+    folder = Path(run["folder"])
+    if not (folder / MANIFEST).is_file():
+        raise _CantTell(f"{folder} is not here")
+    found = read_manifest(folder).results_hash
+    if found != run["results_hash"]:
+        raise CheckpointError(f"{folder} holds other results than those that were read; analyse again")
+    return f"the results that were read, {short(found)}"
+
+
 def _table(path: Path, expected: str) -> str:
     if file_hash(path) != expected:
-        raise CheckpointError(f"{path} was changed after it was written; compare the arms again")
+        raise CheckpointError(f"{path} was changed after it was written; make it again")
     return f"as it was written, {short(expected)}"
 
 

@@ -154,7 +154,7 @@ def _rewrite(folder, change):
 def test_a_failed_save_keeps_the_old_adapter(adapter, monkeypatch):
     folder = adapter(shifted)
     before = (folder / "adapter_model.safetensors").read_bytes()
-    monkeypatch.setattr("safetensors.torch.save_file", _disk_full)
+    monkeypatch.setattr("prunetune.models.peft_adapter.save_file", _disk_full)
     with pytest.raises(OutputError, match="No space left"):
         adapter()
     assert (folder / "adapter_model.safetensors").read_bytes() == before

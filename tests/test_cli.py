@@ -8,7 +8,7 @@ import click
 import pytest
 from conftest import ROOT, TINY_VLM
 
-from prunetune.cli import commands, main
+from prunetune.cli import commands, main, options_page
 from prunetune.cli.reference import PAGE, reference
 from prunetune.cli.schema import SchemaCommand, schema_options
 from prunetune.configs.load import shipped_configs
@@ -101,16 +101,26 @@ def test_help_lists_every_option_with_type_default_and_meaning(words, capsys):
             if default not in (None, False, ()) and not option.required:
                 assert f"[default: {default}]" in printed
     if isinstance(command, SchemaCommand):
+        unbroken = printed.replace("- ", "-")  # lines are broken at hyphens as well
         for option in schema_options(command.schema):
             assert option.about, f"{option.flag} has no description in the schema"
             told = option.default if option.default is not None else "required"
-            assert f"{option.flag} {option.type}" in printed and f"{told}]" in printed
-            assert option.about in printed
+            assert f"{option.flag} {option.type}" in printed and f"{told}]".replace("- ", "-") in unbroken
+            assert option.about.replace("- ", "-") in unbroken
 
 
 def test_the_reference_page_is_the_one_of_these_commands():
     """Written by ``python -m prunetune.cli.reference``."""
     assert PAGE.read_text() == reference()
+
+
+def test_the_options_page_is_the_one_of_this_schema():
+    """Written by the same command; every field of every section is on it."""
+    page = options_page.PAGE.read_text()
+    assert page == options_page.options_page()
+    for schema in options_page.FILES.values():
+        for option in schema_options(schema):
+            assert f"| `{option.flag.removeprefix('--')}` |" in page, option
 
 
 QUICK = [["--version"], ["--help"], *([*words, "--help"] for words in ALL), *(["list", what] for what in listing.ROWS),

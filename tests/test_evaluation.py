@@ -12,14 +12,14 @@ from PIL import Image
 from prunetune.configs import EvaluateConfig, load_config
 from prunetune.evaluation.metrics.intervals import bootstrap_interval
 from prunetune.evaluation.records import read_manifest, read_results, results_hash, write_manifest, write_results
+from prunetune.evaluation.report import plot
 from prunetune.evaluation.report.compare import compare
-from prunetune.evaluation.report.plot import kept_overlay, plot_table
+from prunetune.evaluation.report.plot import plot_table
 from prunetune.evaluation.report.quoted import beside, read_quoted
 from prunetune.evaluation.report.tables.layouts.csv import to_csv
 from prunetune.evaluation.report.tables.layouts.markdown import to_markdown
 from prunetune.evaluation.run import evaluate as evaluate_module
 from prunetune.evaluation.run.evaluate import evaluate
-from prunetune.evaluation.run.visualize import visualize
 from prunetune.evaluation.tasks import TaskError, get_task
 from prunetune.models import load_model, wrap_projector, write_adapter
 from prunetune.models.seal import sealed
@@ -68,7 +68,7 @@ def test_rows_carry_what_a_reader_needs(settings):
 
 def test_an_interrupted_arm_goes_on_to_the_same_results(settings, monkeypatch):
     whole = (evaluate(settings("whole", *DIVPRUNE)) / "results.jsonl").read_text()
-    real, calls = evaluate_module._answers, []
+    real, calls = evaluate_module._rows, []
 
     def dies_in_the_third_batch(*args):
         calls.append(1)
@@ -77,7 +77,7 @@ def test_an_interrupted_arm_goes_on_to_the_same_results(settings, monkeypatch):
         return real(*args)
 
     config = settings("interrupted", *DIVPRUNE)
-    monkeypatch.setattr(evaluate_module, "_answers", dies_in_the_third_batch)
+    monkeypatch.setattr(evaluate_module, "_rows", dies_in_the_third_batch)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config)
     results = evaluate_module.Path(config.output) / "results.jsonl"
@@ -112,7 +112,7 @@ def test_what_the_method_noted_is_in_the_rows_and_its_means_in_the_manifest(sett
 def test_a_finished_arm_is_not_run_again(settings, monkeypatch):
     config = settings("arm", *DIVPRUNE)
     evaluate(config)
-    monkeypatch.setattr(evaluate_module, "_answers", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(evaluate_module, "_rows", lambda *_: pytest.fail("ran again"))
     evaluate(config)
 
 
@@ -318,23 +318,11 @@ def test_the_plot_names_a_projector_tuned_for_another_budget(arms, settings, ada
     assert names == {"divprune", tuned, f"{tuned} (for divprune, 16)"}
 
 
-def test_the_overlay_lights_exactly_the_kept_patches():
-    white = Image.new("RGB", (84, 84), (255, 255, 255))
-    strip = np.asarray(kept_overlay(white, {"half": np.arange(72), "none": np.array([], dtype=int)}, (12, 12)))
-    dark = (strip == 51).all(-1)
-    assert dark.mean() > 0.1
-    columns = np.flatnonzero(dark.any(0))
-    half, none = columns[columns < strip.shape[1] * 2 // 3], columns[columns >= strip.shape[1] * 2 // 3]
-    assert dark[:, none].sum() == pytest.approx(2 * dark[:, half].sum(), rel=0.05)
-
-
-def test_visualize_writes_one_picture_per_scene(untrained_folder, tmp_path):
-    config = load_config(EvaluateConfig, None, ["--model.path", str(untrained_folder), "--model.dtype", "float32",
-                                                "--tasks", "[tiny_world]", "--output", "x"]).model  # fmt: skip
-    specs = [PruningSpec("fastervlm", 16), PruningSpec("divprune", 16)]
-    paths = visualize(config, specs, "tiny_world_validation", 2, tmp_path)
-    assert [p.name for p in paths] == ["kept_00.png", "kept_01.png"]
-    assert Image.open(paths[0]).size[0] > 2 * Image.open(paths[0]).size[1]
+def test_the_figure_of_answers_lights_exactly_the_kept_patches():
+    mask = plot._mask(np.arange(72), (12, 12), (84, 84, 3))
+    assert mask[:42].all() and not mask[42:].any()
+    uneven = plot._mask(np.array([0]), (3, 3), (10, 10, 3))  # sides that are no multiples of the grid's
+    assert uneven[:4, :4].all() and uneven.sum() == 16
 
 
 def test_unknown_tasks_are_answered_with_the_nearest():

@@ -15,7 +15,8 @@ from tuned import tuned
 from prunetune.cli import main
 from prunetune.configs import ConfigError, RecalibrateConfig, TrainConfig, load_config
 from prunetune.models import CheckpointError, load_model
-from prunetune.models.adapter import projector_state, start_projector, unwrapped_projector, wrap_low_rank
+from prunetune.models.adapter import projector_state
+from prunetune.models.peft_adapter import start_projector, unwrapped_projector, wrap_low_rank
 from prunetune.models.stored import base_hashes
 from prunetune.scripts.verify import verify
 from prunetune.train.ema import RunningMean

@@ -11,7 +11,7 @@ from datasets import Dataset
 from video_world import build_processor, mvbench_row, videomme_row, write_gif, write_model, write_videos
 
 from prunetune.cli import main
-from prunetune.configs import EvaluateConfig, ModelConfig, load_config
+from prunetune.configs import EvaluateConfig, load_config
 from prunetune.data_recipes.sampling import VideoSampling
 from prunetune.evaluation.metrics.choices import chosen_letter, first_letter
 from prunetune.evaluation.records import read_manifest, read_results
@@ -19,12 +19,10 @@ from prunetune.evaluation.report.grader import Grader, read_grade
 from prunetune.evaluation.report.score import score_file
 from prunetune.evaluation.run.calibrate import _task_slice, calibrate
 from prunetune.evaluation.run.evaluate import evaluate
-from prunetune.evaluation.run.visualize import visualize
 from prunetune.evaluation.tasks import TaskError, get_task
 from prunetune.evaluation.tasks.video import NAMES, write_predictions
 from prunetune.models import loading
 from prunetune.models.profile import ProfiledData
-from prunetune.pruning import PruningSpec
 
 
 @pytest.fixture
@@ -152,11 +150,6 @@ def test_a_profile_of_videos_says_which_frames_it_was_fitted_on():
     assert "video" not in images.model_dump()  # profiles of images keep their seals
     videos = images.model_copy(update={"video": VideoSampling(frames=16)})
     assert ProfiledData.model_validate(json.loads(videos.model_dump_json())) == videos
-
-
-def test_kept_tokens_are_drawn_over_images_alone(folder, tmp_path):
-    with pytest.raises(TaskError, match="^msvd is about videos, and kept tokens are drawn over images"):
-        visualize(ModelConfig(path=str(folder)), [PruningSpec("evs", 8)], "msvd", 1, str(tmp_path / "out"))
 
 
 def test_a_model_for_images_is_not_asked(untrained_folder, tmp_path):

@@ -8,8 +8,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from prunetune.configs import ConfigError, TrainConfig
-from prunetune.models.adapter import wrap_low_rank, wrap_projector
 from prunetune.models.loading import CheckpointError
+from prunetune.models.peft_adapter import wrap_low_rank, wrap_projector
 from prunetune.pruning.families import family_of
 
 

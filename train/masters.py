@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prunetune.models.adapter import low_rank_scales, unwrapped_projector
+from prunetune.models.peft_adapter import low_rank_scales, unwrapped_projector
 from prunetune.pruning.hooks import is_partitioned
 
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from prunetune.models import read_record
-from prunetune.models.adapter import start_projector
+from prunetune.models.peft_adapter import start_projector
 from prunetune.models.record import adapter_folder, portable, required, told_pruning
 from prunetune.models.seal import short
 from prunetune.models.stored import BaseHashes

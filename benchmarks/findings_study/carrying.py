@@ -117,6 +117,10 @@ def planned(config: str, options: list[str]) -> Plan:
     return make_plan(loaded, GPUS[GPU], 1, model=_model(loaded.model.path))  # type: ignore[arg-type]
 
 
+NEEDS = "# needs: a GPU with 80 GB, LLaVA-1.5-7B and its data"
+"""What tests/test_doc_commands.py reads of blocks that it can't run."""
+
+
 def section(results: Results) -> Iterator[str]:
     """Yield the last section."""
     yield "## What carries over to real models"
@@ -130,6 +134,7 @@ def section(results: Results) -> Iterator[str]:
     )
     yield ""
     yield "```bash"
+    yield NEEDS
     yield "D=(--data.file llava_v1_5_mix665k.json --data.image_root images)"
     yield f"E=({ELASTIC[0]} '{PRUNERS}'"
     yield f"   {ELASTIC[2]} '{BUDGETS}')"
@@ -156,6 +161,7 @@ def section(results: Results) -> Iterator[str]:
         yield f"{number}. {check.finding} Planned: {cost}{told}, {plan.load.samples:,} samples. {check.then}".rstrip()
         yield ""
         yield "   ```bash"
+        yield f"   {NEEDS}"
         yield f'   prunetune recalibrate --config {check.config} "${{D[@]}}" --output runs/findings/{number} \\'
         yield f"       {options_text(check.options)}"
         yield "   ```"
@@ -170,6 +176,7 @@ def _without_training() -> Iterator[str]:
     )
     yield ""
     yield "   ```bash"
+    yield f"   {NEEDS}"
     yield "   prunetune soup runs/a/adapter runs/b/adapter runs/c/adapter runs/d/adapter --output runs/findings/soup"
     yield "   prunetune export --model llava-hf/llava-1.5-7b-hf --adapter runs/findings/2/adapter --strength 0.5 \\"
     yield "       --output runs/findings/half"

@@ -44,6 +44,7 @@ what happens there: the [last section](#what-carries-over-to-real-models) has th
 AGAIN = """## To do it again
 
 ```
+# needs: days of a CPU core
 OMP_NUM_THREADS=1 python benchmarks/findings.py --list      # what is missing, and what it will cost
 OMP_NUM_THREADS=1 python benchmarks/findings.py             # goes on where it was, then writes this page
 python benchmarks/findings.py --report                      # this page from the rows that are there

@@ -17,8 +17,8 @@ from prunetune.pruning import PruningSpec
 # decide between two tokens of half precision, and with them between two answers.
 _ARM = {"projector", "pruning", "profile", "plugins", "text_tower_hash"}
 ALLOWABLE = (
-    "model", "settings_hash", "batch_size", "max_new_tokens", "image_processor", "features", "device", "versions",
-    "prunetune",
+    "model", "settings_hash", "batch_size", "max_new_tokens", "share_prefix", "backend", "backend_options",
+    "image_processor", "features", "device", "versions", "prunetune",
 )  # fmt: skip
 """Fields of a manifest that may differ where somebody says so; of ``model``, ``versions`` and ``prunetune`` also parts
 alone, ``versions.torch``."""

@@ -1,4 +1,4 @@
-"""Results as images: accuracy over budget, and kept tokens drawn over the image."""
+"""Results as images: accuracy over budget, and answers with what was kept of their images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from prunetune.evaluation.report.tables.table import Row, Table, Value
 
@@ -116,35 +115,6 @@ def _points(axes: Any, rows: list[Row], values: Mapping[str, Value], color: Any)
         capsize=2,
         label=rows[0].label,
     )
-
-
-def kept_overlay(image: Image.Image, kept: dict[str, np.ndarray], grid: tuple[int, int]) -> Image.Image:
-    """Return a strip of panels: the image, then per method the image with dropped patches dimmed.
-
-    Args:
-        image: the square image the vision tower saw.
-        kept: per panel title, the kept positions in raster order.
-        grid: patch rows and columns.
-    """
-    plt = _pyplot()
-    pixels = np.asarray(image.convert("RGB"))
-    number = len(kept) + 1
-    figure, panels = plt.subplots(1, number, figsize=(2.1 * number, 2.5), dpi=130, squeeze=False)
-    shown = {"picture": pixels}
-    for title, positions in kept.items():
-        # A fifth of the light is left: what was dropped stays recognisable, and white becomes 51.
-        light = 0.2 + 0.8 * _mask(positions, grid, pixels.shape)
-        shown[title] = (pixels * light).astype(np.uint8)
-    for axes, (title, panel) in zip(panels[0], shown.items(), strict=True):
-        axes.set_title(title, fontsize=8)
-        axes.axis("off")
-        axes.imshow(panel)
-    figure.tight_layout()
-    figure.canvas.draw()
-    # A copy: the buffer belongs to the canvas, and is gone with the figure.
-    strip = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
-    plt.close(figure)
-    return strip
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -34,10 +35,12 @@ from prunetune.evaluation.records import (
     write_manifest,
 )
 from prunetune.evaluation.run.features import feature_data, sample_of, within
-from prunetune.evaluation.run.shards import Batches, gather, shard, start
+from prunetune.evaluation.run.shards import Batches as Ids
+from prunetune.evaluation.run.shards import gather, shard, start
 from prunetune.evaluation.tasks import Benchmark, Item, Scored, get_task
 from prunetune.evaluation.tasks.base import Questions, items_hash, task_folder
-from prunetune.models import Arm, read_record
+from prunetune.models import Answer, Arm, read_record
+from prunetune.models.answering import Batches, answered, check_backend
 from prunetune.models.code import code_record
 from prunetune.models.features import FeatureFormatter, FeatureStore
 from prunetune.models.ranks import Ranks, join_ranks
@@ -106,8 +109,7 @@ def _fill(
         arm = Arm.load(config.model, config.pruning, config.adapter, device)
     _check_is_configured(arm, config)
     _check_takes_videos(arm, works)
-    if config.share_prefix:
-        arm.check_shares_prefix()
+    check_backend(arm, config.backend, config.share_prefix)
     if ranks.is_zero:
         _say_seen(arm, config)
     store = _open_features(config, works, arm)
@@ -134,6 +136,8 @@ def _fill(
         # Of this run alone: rows of an earlier one took no time now.
         new = len(rows) - len(done)
         rate = round(new / seconds, 2) if new else None
+        if bar and rate is not None:
+            say(f"{output.name}: {rate} items/s (backend {config.backend}, batch size {config.batch_size})")
         summaries = {}
         for work in works:
             summaries[work.task.name] = _summary(work, rows, folder)
@@ -155,9 +159,9 @@ def _work(name: str, config: EvaluateConfig) -> Work:
     return Work(task, questions, batches)
 
 
-def _batches(works: list[Work]) -> Batches:
+def _batches(works: list[Work]) -> Ids:
     """Return the ids of all batches, by task."""
-    batches: Batches = {}
+    batches: Ids = {}
     for work in works:
         batches[work.task.name] = []
         for batch in work.batches:
@@ -243,31 +247,34 @@ def _run(
         mininterval=1.0,
         disable=not (bar and ranks.is_zero),
     )
-    formatters: dict[str, Formatter | FeatureFormatter] = {}
-    with shard(output, ranks.rank, ranks.world).open("a", encoding="utf-8") as file, shown:
+
+    def asked() -> Batches:
+        formatters: dict[str, Formatter | FeatureFormatter] = {}
         for work, batch in todo:
             # Images are opened when the first batch needs them: a run that has nothing left to do needs none.
             if work.task.name not in formatters:
                 formatters[work.task.name] = _formatter(config, work, arm, store)
-            formatter = formatters[work.task.name]
-            rows = _answers(arm, formatter, work.task, batch, config.max_new_tokens, config.share_prefix)
-            file.write("".join(row.to_line() for row in rows))
+            # No answer in the last turn: the prompt ends where the model is to go on.
+            yield formatters[work.task.name], [sample_of(item) for item in batch]
+
+    answers = answered(
+        arm,
+        asked(),
+        config.max_new_tokens,
+        config.batch_size,
+        config.backend,
+        config.backend_options,
+        config.share_prefix,
+    )
+    with shard(output, ranks.rank, ranks.world).open("a", encoding="utf-8") as file, shown, closing(answers):
+        for (work, batch), own in zip(todo, answers, strict=True):
+            file.write("".join(row.to_line() for row in _rows(work.task, batch, own)))
             file.flush()  # killed later, this batch is not made again
             shown.update(len(batch))
 
 
-def _answers(
-    arm: Arm,
-    formatter: Formatter | FeatureFormatter,
-    task: Benchmark,
-    batch: list[Item],
-    max_new_tokens: int,
-    share_prefix: bool,
-) -> list[Result]:
-    """Generate the answers of one batch and score them, once and for all."""
-    # No answer in the last turn: the prompt ends where the model is to go on.
-    samples = [sample_of(item) for item in batch]
-    answers = arm.answer(formatter, samples, max_new_tokens, share_prefix)
+def _rows(task: Benchmark, batch: list[Item], answers: list[Answer]) -> list[Result]:
+    """Score the answers to one batch, once and for all."""
     rows = []
     for item, answer in zip(batch, answers, strict=True):
         row = Result(
@@ -381,6 +388,8 @@ def _manifest(config: EvaluateConfig, works: list[Work], arm: Arm, store: Featur
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         share_prefix=config.share_prefix,
+        backend=config.backend,
+        backend_options=config.backend_options.model_dump(exclude_defaults=True),
         # transformers has a slow and a fast one for many models, and takes one by what else is installed.
         image_processor=type(arm.processor.image_processor).__name__,
         features=None if store is None else store.seal,

@@ -1,8 +1,7 @@
-"""Which tokens each method keeps of some images, drawn over them."""
+"""Which tokens an arm keeps of an image, and the image as the vision tower saw it."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,80 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prunetune.configs import ModelConfig
-from prunetune.data_recipes import Sample, Turn
+from prunetune.data_recipes import Sample
 from prunetune.data_recipes.images import ImageOpener
 from prunetune.evaluation.errors import TaskError
-from prunetune.evaluation.report.plot import kept_overlay
-from prunetune.evaluation.tasks import Item, get_task
-from prunetune.evaluation.tasks.base import task_folder
 from prunetune.models import Arm
-from prunetune.outputs import VISUALIZATION, OutputFolder
-from prunetune.pruning import PruningSpec
 from prunetune.pruning.rewrite import Chosen
-
-
-def visualize(
-    config: ModelConfig,
-    specs: list[PruningSpec],
-    task: str,
-    count: int,
-    output: Path,
-    data: str | None = None,
-    arm: Arm | None = None,
-    overwrite: bool = False,
-) -> list[Path]:
-    """Write one PNG per image with a panel per method, for the first ``count`` images of a task.
-
-    Args:
-        config: the model.
-        specs: pruners and budgets, one panel each.
-        task: a benchmark whose images are shown.
-        count: how many images.
-        output: folder of the PNG files.
-        data: folder of the benchmark's files, see EvaluateConfig.
-        arm: one of that model that is loaded already; None loads it.
-        overwrite: see :class:`~prunetune.outputs.OutputFolder`.
-
-    Raises:
-        OutputError: if the folder holds something else, or can't be written.
-        TaskError: if the visual tokens of this model form no grid, or the task is about videos.
-    """
-    if get_task(task).video:
-        raise TaskError(f"{task} is about videos, and kept tokens are drawn over images; choose a task about images")
-    names = []
-    # All or none: beside those of an earlier call, half of the images would pass for a whole set.
-    folder = OutputFolder(output, VISUALIZATION, overwrite, reads=(config.path, data))
-    with folder, folder.staged(whole=True) as new:
-        # Loaded once: the methods share the model's weights, and differ in what they keep of its output.
-        loaded = Arm.load(config) if arm is None else arm
-        arms = [loaded.with_pruning(spec) for spec in specs]
-        questions = get_task(task).open(task_folder(data, task))
-        images = questions.open_images()
-        for number, item in enumerate(_first_questions(questions.items)[:count]):
-            sample = Sample(str(item.image), task, item.image, (Turn(item.question, None),))
-            name = f"kept_{number:02d}.png"
-            _strip(arms, images, sample).save(new / name)
-            names.append(name)
-    return [output / name for name in names]
-
-
-def _first_questions(items: list[Item]) -> list[Item]:
-    """Return the first question about each image, since methods that read the question need one."""
-    first: dict[str, Item] = {}
-    for item in items:
-        if item.image is not None:
-            first.setdefault(item.image, item)
-    return list(first.values())
-
-
-def _strip(arms: list[Arm], images: ImageOpener, sample: Sample) -> Image.Image:
-    """Return one image with a panel for each arm."""
-    panels: dict[str, np.ndarray] = {}
-    for arm in arms:
-        positions, grid, picture = kept_view(arm, images, sample)
-        panels[f"{arm.spec.pruner}, {len(positions)}"] = positions
-    return kept_overlay(picture, panels, grid)
 
 
 def kept_view(arm: Arm, images: ImageOpener, sample: Sample) -> tuple[np.ndarray, tuple[int, int], Image.Image]:

@@ -12,6 +12,7 @@ import click
 
 from prunetune.cli.group import Commands
 from prunetune.errors import PrunetuneError
+from prunetune.extras import extra_of
 
 INTERRUPTED = "interrupted; run the same command again"
 GO_ON = {"cache", "evaluate", "recalibrate", "table", "teach"}
@@ -37,6 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except click.ClickException as error:
         sys.exit(f"error: {error.format_message()}")
+    except ModuleNotFoundError as error:
+        if (extra := extra_of(error.name)) is None:
+            raise
+        sys.exit(f"error: {error.name} is not installed; pip install 'prunetune[{extra}]'")
     except click.Abort:
         click.echo(f"\n{_interrupted(sys.argv[1:] if arguments is None else arguments)}", err=True)
         sys.exit(130)  # what shells report for Ctrl-C

@@ -1,4 +1,4 @@
-"""The reference page of the command line, ``docs/reference.md``: ``python -m prunetune.cli.reference``."""
+"""The pages ``docs/reference.md`` and ``docs/options.md``: ``python -m prunetune.cli.reference`` writes both."""
 
 from __future__ import annotations
 
@@ -57,4 +57,7 @@ def _cells(flag: str, kind: str, default: str | None, about: str) -> str:
 
 
 if __name__ == "__main__":
+    from prunetune.cli import options_page
+
     PAGE.write_text(reference())
+    options_page.PAGE.write_text(options_page.options_page())

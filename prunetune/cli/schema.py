@@ -108,7 +108,11 @@ def _default(field: FieldInfo) -> str | None:
     if field.is_required():
         return None
     value = field.get_default(call_default_factory=True)
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=_as_written)
+
+
+def _as_written(section: BaseModel) -> dict[str, Any]:
+    return section.model_dump(exclude_defaults=True)
 
 
 def _type(field: FieldInfo) -> str:

@@ -9,6 +9,7 @@ from prunetune.outputs.files import delete, replaced_folder, write_bytes, write_
 from prunetune.outputs.folder import MARKER, OutputFolder
 from prunetune.outputs.kinds import (
     ADAPTER_FILES,
+    ANALYSIS,
     ANSWERS,
     CHECKPOINT_FILES,
     COMPARISON,
@@ -29,6 +30,7 @@ from prunetune.outputs.lock import LOCK, SHARED
 
 __all__ = [
     "ADAPTER_FILES",
+    "ANALYSIS",
     "ANSWERS",
     "CHECKPOINT_FILES",
     "COMPARISON",

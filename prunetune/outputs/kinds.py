@@ -110,6 +110,7 @@ TEACHER = Kind("teacher", ("teacher.json", "teacher-#.safetensors", "libraries.l
 
 
 VISUALIZATION = Kind("visualization", ("libraries.log",), (("kept_00.png", "PNG"),))
+ANALYSIS = Kind("analysis", ("analysis.json", "config.yaml", "index.md", "libraries.log"), last="analysis.json")
 ANSWERS = Kind("figure of answers", ("answers.png",))
 RATE = Kind("learning-rate sweep", ("lr_finder.json", "lr_finder.png", "libraries.log"))
 DIAL = Kind("dial", ("dial.json", "dial.png", "libraries.log", *(f"adapter/{name}" for name in ADAPTER_FILES)))

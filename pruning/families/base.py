@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from prunetune.plugins import import_folder, load_installed
 from prunetune.pruning.errors import PruningError
+from prunetune.pruning.families.tiling import Tiling
 from prunetune.pruning.hooks import stood_in
 from prunetune.pruning.vision import Vision
 
@@ -176,6 +177,19 @@ class Family(ABC):
         what was projected before the projector was tuned must not be used in silence.
         """
         return vision.projected_by(partial(self.project, model), partial(self.project_level, model))
+
+    def tilings(
+        self, model: nn.Module, processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]]
+    ) -> list[Tiling] | None:
+        """Return how each picture of a prompt was cut into items, in their order; None where no item is a tile.
+
+        Args:
+            model: the stock model.
+            processor: the model's.
+            inputs: what it returned for one prompt.
+            sizes: height and width of the prompt's pictures as it was given them.
+        """
+        return None
 
     def put_back(self, features: list[Tensor], levels: list[list[Tensor]], modality: str) -> PrunedOutput:
         """Return the features of every image or video (K, D), and of every level, as the model takes them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.families.base import Family
 from prunetune.pruning.families.stock import idefics_model
+from prunetune.pruning.families.tiling import Tiling, written_tilings
 from prunetune.pruning.families.tower import Tower, blank_image, per_llm_token, record_signals, signal_layers, tower_of
 from prunetune.pruning.hooks import record_input, record_output
 from prunetune.pruning.types import VisualTokens
@@ -77,6 +78,13 @@ class Idefics(Family):
             layers=signal_layers(model, needs, tower),
         )
         return of_equal_images(tokens)
+
+    def tilings(
+        self, model: nn.Module, processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]]
+    ) -> list[Tiling] | None:
+        """Return the tiles of each picture, as the prompt (1, L) names them."""
+        (ids,) = inputs["input_ids"]
+        return written_tilings(ids, self.token_id(model, "image"), processor.tokenizer)
 
     def blank(self, model: nn.Module) -> dict[str, Tensor]:
         """Return one white tile: the model takes black ones for padding."""

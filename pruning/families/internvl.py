@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.families.anyres import owner_of
 from prunetune.pruning.families.base import Family, register_family
+from prunetune.pruning.families.tiling import Tiling, canvas_tiling
 from prunetune.pruning.families.tower import (
     blank_image,
     per_llm_token,
@@ -69,6 +70,12 @@ class InternVL(Family):
             slots=projected.flatten(0, 1).split(lengths),
             origin=numbers.split(lengths),
         )
+
+    def tilings(
+        self, model: nn.Module, processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]]
+    ) -> list[Tiling] | None:
+        """Return the tiles that the processor makes of pictures of these sizes, which its output does not say."""
+        return [canvas_tiling(size, processor.image_processor) for size in sizes]
 
     def blank(self, model: nn.Module) -> dict[str, Tensor]:
         """Return one black tile."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prunetune.pruning.families.anyres import check_crops, crops_of, owner_of, packed_images
 from prunetune.pruning.families.base import Family, register_family
 from prunetune.pruning.families.stock import llava_next_model
+from prunetune.pruning.families.tiling import WHOLE, Tiling, anyres_tiling
 from prunetune.pruning.families.tower import blank_image, record_signals, tower_of, visual_tokens
 from prunetune.pruning.hooks import record_input, record_output
 from prunetune.pruning.vision import Vision
@@ -61,6 +62,22 @@ class LlavaNext(Family):
             origin=origin,
             row=row,
         )
+
+    def tilings(
+        self, model: nn.Module, processor: Any, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]]
+    ) -> list[Tiling] | None:
+        """Return the tiles of ``image_sizes`` (images, 2), behind the base view."""
+        config: Any = model.config
+        crops = self.crops(model, inputs)
+        grids, side = config.image_grid_pinpoints, config.vision_config.image_size
+        found = []
+        for (height, width), number in zip(inputs["image_sizes"].tolist(), crops, strict=True):
+            found.append(WHOLE if number == 1 else anyres_tiling((height, width), grids, side))
+        return found
+
+    def crops(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[int]:
+        """Return how many crops each image has."""
+        return crops_of(model, inputs["image_sizes"])
 
     def blank(self, model: nn.Module) -> dict[str, Tensor]:
         """Return one black image of the base view's size, with as many crops as the model makes of it."""

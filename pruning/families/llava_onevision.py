@@ -64,6 +64,10 @@ class LlavaOnevision(LlavaNext):
         tokens = visual_tokens(model, needs, features[0], outputs[0], signals)
         return of_crops(Packing(model, tuple(crops), sizes), tokens, output.pooler_output)
 
+    def crops(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[int]:
+        """Return how many crops each image has; those of rows with several are not cut up."""
+        return _crops(model, inputs["image_sizes"], inputs.get("batch_num_images"))
+
     def reproject(self, model: nn.Module, vision: Vision) -> Vision:
         """Return stored images as the projector of now sees them: what is interpolated is interpolated anew."""
         if not vision.sources:  # nothing is

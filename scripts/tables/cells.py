@@ -202,6 +202,8 @@ class Plan:
             batch_size=config.batch_size,
             max_new_tokens=config.max_new_tokens,
             share_prefix=config.share_prefix,
+            backend=config.backend,
+            backend_options=config.backend_options,
             max_pixels=config.max_pixels,
             video=config.video,
             features=str(self.features(arm.model, task)) if task in self.stored_tasks else None,

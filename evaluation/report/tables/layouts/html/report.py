@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from prunetune.evaluation.report.pages import content_policy, in_script
 from prunetune.evaluation.report.tables.layouts.examples import Examples
 from prunetune.evaluation.report.tables.layouts.grid import further, grid
 from prunetune.evaluation.report.tables.layouts.html.page_data import page_data
@@ -57,10 +54,10 @@ def to_html(table: Table, examples: Examples | None = None) -> str:
         series=series,
         examples=examples,
         facts=_facts(table),
-        policy=_policy(style, script),
+        policy=content_policy(style, script),
         style=style,
         script=script,
-        data=_in_script(page_data(table, drawn, series, examples)),
+        data=in_script(page_data(table, drawn, series, examples)),
     )
 
 
@@ -82,23 +79,3 @@ def _of_rows(examples: Examples | None, table: Table) -> Examples | None:
 
 def _facts(table: Table) -> list[str]:
     return list(dict.fromkeys(name for row in table.rows for name in row.facts))
-
-
-def _policy(style: str, script: str) -> str:
-    """Return the page's content policy: this very style and script, pictures in the page, and no network at all."""
-    return (
-        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _in_script(data: dict[str, Any]) -> str:
-    """Return data as JSON that can't end the element it stands in."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    for mark in "<>&":
-        text = text.replace(mark, f"\\u{ord(mark):04x}")
-    return text

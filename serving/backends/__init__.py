@@ -1,0 +1,1 @@
+"""Who runs the LLM: this process, or a stock engine."""
