@@ -78,6 +78,7 @@ ELSEWHERE = {
     "answers": "three files, never over another's: test_answers.py",
     "teach": "takes up what is there, below",
     "dial": "opens its folder as find-rate does: test_dial.py",
+    "serve": "answers requests, and writes no file",
     "soup": "below",
     "profile": "in the table's folder: test_profile.py",
     "table": "in an OutputFolder as the others: test_tables.py",
