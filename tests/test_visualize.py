@@ -481,16 +481,19 @@ def test_frames_of_a_video_stand_in_a_row(videos, tmp_path):
     assert max(x + width for x, _, width, _ in first) < min(x for x, _, _, _ in second)
 
 
-def test_signals_of_two_layers_are_read_in_two_runs(loaded, tmp_path, monkeypatch):
+def test_signals_of_two_layers_are_read_in_two_runs(loaded, tmp_path):
     """One name has one place, so that two methods with different layers must not read each other's."""
-    methods = [{"pruner": "vscan", "name": f"layer {layer}", "options": {"shallow_layer": layer}} for layer in (1, 2)]
+    options = [{"object_layer": layer, "alpha": 0.5} for layer in (1, 3)]
+    methods = [{"pruner": "hiprune", "name": str(number), "options": own} for number, own in enumerate(options)]
     line = (*TASK, "--count", "1", "--methods", json.dumps(methods), "--formats", "[svg]")
     visualize(settings(tmp_path / "out", *line), loaded)
     record = record_of(tmp_path / "out")
-    for layer, cell in zip((1, 2), record["drawings"][0]["cells"], strict=True):
-        spec = PruningSpec("vscan", 16, {"shallow_layer": layer})
-        kept = selection(loaded, first_sample(record), spec).kept_tokens().nonzero()[:, 0].tolist()
-        assert sorted(cell["tokens"]["kept"]) == kept
+    shown = [sorted(cell["tokens"]["kept"]) for cell in record["drawings"][0]["cells"]]
+    expected = []
+    for own in options:
+        choice = selection(loaded, first_sample(record), PruningSpec("hiprune", 16, own))
+        expected.append(choice.kept_tokens().nonzero()[:, 0].tolist())
+    assert shown == expected and expected[0] != expected[1]
 
 
 def test_images_are_encoded_once_for_all_methods(loaded, tmp_path, monkeypatch):
