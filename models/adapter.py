@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,7 @@ def export_merged(
     record: Mapping[str, Any] | None = None,
     rows: str | None = None,
     overwrite: bool = False,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the model with its current projector as a full stock checkpoint; LLaVA's own file lies beside it.
 
@@ -138,6 +139,7 @@ def export_merged(
         record: of the adapter that the projector is from; it is carried, with a model card and an entry in config.json.
         rows: measured rows of a comparison in Markdown, for the card.
         overwrite: whether a folder that holds other files may be used.
+        finish: is called with the folder before the weights in it are hashed, and may add to it.
 
     Raises:
         CheckpointError: if the projector holds NaN or infinity; nothing is written then.
@@ -150,6 +152,8 @@ def export_merged(
         projector = _llava_projector(projector_state(model))
         if projector is not None:
             torch.save(projector, partial / "mm_projector.bin")
+        if finish is not None:
+            finish(partial)
         if record is not None:
             _say_what_it_is(partial, record, family_of(model).projectors, rows)
 

@@ -43,7 +43,7 @@ _SCORES_ALONE = ("SuppressTokensLogitsProcessor", "InfNanRemoveLogitsProcessor")
 _PAGE = 32
 """Tokens of a page of the cache on a CPU; the stock 256 would leave most of it empty under short prompts."""
 
-_STEP = 512
+_STEP = 256
 """Tokens that one step on a CPU computes at most, of all prompts together: more is slower there."""
 
 _ON_GPU = 0.7

@@ -19,6 +19,7 @@ from prunetune.plugins import GROUP, load_installed, loaded_plugins, plugin_reco
 Rows = list[list[str]]
 _KEPT = Path(__file__).parent / "listed.json"
 _PRUNING = Path(__file__).resolve().parents[1] / "pruning"
+_SERVABLE = _PRUNING.parent / "serving" / "servable.py"
 
 
 def listed(what: str) -> str:
@@ -30,6 +31,7 @@ def listed(what: str) -> str:
 def pruner_rows() -> Rows:
     """Return a row per method: paper, signals, whether training goes through, how faithful it is, whether it serves."""
     from prunetune.pruning import registered_methods
+    from prunetune.serving.servable import method_servable
 
     rows = [["name", "paper", "needs", "trainable through", "status", "golden-checked", "for", "servable"]]
     for method in registered_methods().values():
@@ -42,7 +44,7 @@ def pruner_rows() -> Rows:
                 "exact" if method.exact else "reconstruction",
                 "yes" if method.golden else "no",
                 "videos" if method.video else "images",
-                "yes" if method.servable else "no",
+                ", ".join(method_servable(method)) or "-",
             ]
         )
     return rows
@@ -51,11 +53,13 @@ def pruner_rows() -> Rows:
 def family_rows() -> Rows:
     """Return a row per model family."""
     from prunetune.pruning import registered_families
+    from prunetune.serving.servable import embeds_servable
 
-    rows = [["name", "model types", "projector", "budget per"]]
+    rows = [["name", "model types", "projector", "budget per", "servable"]]
     for family in registered_families().values():
-        rows.append([family.name, ", ".join(family.model_types), ", ".join(family.projectors), family.item])
-    generic = ["generic", "any other that takes mm_encoder_outputs", "guessed, or model.projector", "image"]
+        served = "embeds" if embeds_servable(family) else "-"
+        rows.append([family.name, ", ".join(family.model_types), ", ".join(family.projectors), family.item, served])
+    generic = ["generic", "any other that takes mm_encoder_outputs", "guessed, or model.projector", "image", "-"]
     return [*rows, generic]
 
 
@@ -173,7 +177,7 @@ def _source_hash() -> str:
     digest = hashlib.sha256()
     folders = ("methods", "families", "stages/methods")
     files = [path for folder in folders for path in _PRUNING.glob(f"{folder}/*.py")]
-    for path in sorted([*files, _PRUNING / "signals.py"]):
+    for path in sorted([*files, _PRUNING / "signals.py", _SERVABLE]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

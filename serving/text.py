@@ -71,7 +71,7 @@ class AnswerText:
                 if text.endswith(stop[:length]):
                     hold = length
                     break
-        return text[: len(text) - hold]
+        return text[: len(text) - hold].rstrip()  # spaces before an end go with it
 
     def _tell(self, text: str) -> None:
         if len(text) > len(self.told) and text.startswith(self.told):

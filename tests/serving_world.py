@@ -3,6 +3,7 @@
 import base64
 import io
 import threading
+import time
 from contextlib import contextmanager
 
 import httpx
@@ -44,6 +45,14 @@ class Running:
         return 0.0
 
 
+def wait_for(server):
+    """Wait until a server on another thread listens."""
+    end = time.monotonic() + 30
+    while not server.started:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @contextmanager
 def running(arm, backend=None, **fields):
     config = config_of(**fields)
@@ -51,6 +60,7 @@ def running(arm, backend=None, **fields):
     server = Server(Service(config, arm, backend or backend_of(config, arm)))
     thread = threading.Thread(target=lambda: server.run(sockets=[listening]))
     thread.start()
+    wait_for(server)
     found = Running(server, listening)
     try:
         yield found

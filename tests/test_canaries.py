@@ -22,6 +22,7 @@ from prunetune.evaluation.records import read_results
 from prunetune.models import adapter as adapter_module
 from prunetune.models import arm as arm_module
 from prunetune.outputs import (
+    ANALYSIS,
     COMPARISON,
     DEMO,
     EVALUATION,
@@ -159,7 +160,19 @@ def call(world, monkeypatch):
     line = {
         "evaluate": _evaluate(world),
         "compare": (str(world / "dense"), str(world / "pruned")),
-        "visualize": ("divprune", "--model", str(world / "base"), "--count", "2"),
+        "visualize": (
+            "divprune",
+            "--model",
+            str(world / "base"),
+            "--count",
+            "2",
+            "--format",
+            "png",
+            "--maps",
+            "false",
+            "--max_new_tokens",
+            "1",
+        ),
         "export": ("--model", str(world / "base"), "--adapter", str(world / "adapter")),
         "demo": ("--quick",),
         "analyze": ("--model.path", str(world / "base"), *MODEL, "--tasks", "[tiny_world]", "--limit", "2",
@@ -175,7 +188,7 @@ def call(world, monkeypatch):
 WRITTEN = {
     "evaluate": {"results.jsonl", "manifest.json", "config.yaml", "log.jsonl"},
     "compare": {"table.md", "table.csv", "table.tex", "table.json", "plot.png"},
-    "visualize": {"kept_00.png", "kept_01.png"},
+    "visualize": {"kept_00.png", "kept_01.png", "kept.json", "config.yaml"},
     "export": {"model.safetensors", "config.json", "mm_projector.bin", "tokenizer.json"},
     "analyze": {"index.md", "overlap.csv", "overlap.svg", "analysis.json", "config.yaml"},
     "demo": {"comparison/table.md", "recalibrate/elastic/adapter/prunetune.json", "arms/dense/manifest.json"},
@@ -266,7 +279,7 @@ def test_an_output_that_is_a_file_is_one_line(call, tmp_path):
 
 
 def test_a_folder_in_use_stops_every_command_and_names_the_holder(call, tmp_path):
-    kinds = (EVALUATION, COMPARISON, VISUALIZATION, EXPORT, DEMO)
+    kinds = (EVALUATION, COMPARISON, VISUALIZATION, EXPORT, DEMO, ANALYSIS)
     for name, kind in zip(WITH_A_FOLDER, kinds, strict=True):
         held = OutputFolder(tmp_path / name, kind)
         thread = threading.Thread(target=held.__enter__)  # a lock is a thread's own

@@ -16,9 +16,10 @@ def shifted(tensor, by=0.05):
     return tensor + by * torch.arange(tensor.numel()).sin().view_as(tensor)
 
 
-def tuned(base, output, pruner="divprune", keep=16, change=shifted, held_out=0, recipe="tiny_world"):
+def tuned(base, output, pruner="divprune", keep=16, change=shifted, held_out=0, recipe="tiny_world", **pruning):
     """Write ``output/adapter`` and the run's configuration, and return the adapter's folder."""
-    values = {"model": {"path": str(base), "dtype": "float32"}, "pruning": PruningSpec(pruner, keep).model_dump(),
+    spec = PruningSpec(pruner, keep, **pruning)
+    values = {"model": {"path": str(base), "dtype": "float32"}, "pruning": spec.model_dump(),
               "output": str(output), "data": {"recipe": str(recipe), "max_samples": 32},
               "train": {"held_out": held_out}}  # fmt: skip
     config = RecalibrateConfig.model_validate(values)

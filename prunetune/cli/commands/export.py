@@ -16,6 +16,12 @@ from prunetune.cli.options import DTYPES, overwrite_option
 )
 @click.option("--dtype", type=DTYPES, default="float32", help="dtype of the written weights")
 @click.option("--output", type=Path, required=True, help="folder that is written")
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(["vllm", "openvino"]),
+    help="add what this engine needs, and refuse what it can't serve",
+)
 @overwrite_option
 @click.option("--rows", type=Path, metavar="FILE", help="table.csv of a comparison with this adapter, for the card")
 @click.option("--push-to-hub", metavar="REPO", help="upload the folder to this repository of the Hugging Face hub")
@@ -27,6 +33,7 @@ def command(
     strength: float | None,
     dtype: str,
     output: Path,
+    engine: str | None,
     overwrite: bool,
     rows: Path | None,
     push_to_hub: str | None,
@@ -49,14 +56,24 @@ def command(
             "the base with the adapter, or recalibrate with pruning.choose_with: tuned"
         )
     measured = measured_rows(rows, record) if rows is not None and strength is None else None
+    extra = None
+    if engine is not None:
+        from prunetune.serving.export import ENGINES
+
+        extra = ENGINES[engine](record, adapter)
     with OutputFolder(output, EXPORT, overwrite, reads=(model, adapter)):  # before minutes of loading
         arm = Arm.load(config, adapter=adapter, device="cpu")
         if strength is not None:
             tensors, record = dialled(arm.base, Path(adapter), strength)
             measured = measured_rows(rows, record) if rows is not None else None
             put_projector(arm.model, tensors)
-        export_merged(arm.model, arm.processor, output, record, measured)
+        if extra is not None:
+            extra.prepare(arm)
+        finish = None if extra is None else extra.finish
+        export_merged(arm.model, arm.processor, output, record, measured, finish=finish)
     print(f"stock checkpoint and mm_projector.bin: {output}")
     print(f"warning: {warning(record)}")
+    if extra is not None:
+        print(extra.words(output))
     if push_to_hub is not None:
         print(f"uploaded: {push(output, push_to_hub, private)}")
