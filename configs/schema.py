@@ -370,7 +370,7 @@ class BackendOptions(Section):
     step_tokens: int | None = Field(
         None,
         ge=1,
-        description="of continuous: tokens that one step computes, of all prompts; None is 512 on a CPU, and "
+        description="of continuous: tokens that one step computes, of all prompts; None is 256 on a CPU, and "
         "transformers' choice on a GPU",
     )
 

@@ -16,6 +16,7 @@ from prunetune.configs.schema import (
     check_backend_options,
 )
 from prunetune.data_recipes.sampling import VideoSampling
+from prunetune.pruning.spec import StageSpec
 
 ProjectorKind = Literal["training-free", "tuned", "elastic"]
 
@@ -40,10 +41,17 @@ class TableModel(Section):
 class TableMethod(Section):
     """One of the table's methods."""
 
-    pruner: str = Field(description="a name from `prunetune list pruners`")
+    pruner: str = Field("identity", description="a name from `prunetune list pruners`")
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
     pruning: dict[str, Any] = Field(
         default_factory=dict, description="other fields of `pruning` for this method, such as profile or scope"
+    )
+    stages: list[StageSpec] = Field(
+        default_factory=list,
+        description="as of pruning.stages. A budget is then the average of visual tokens per layer that the one stage "
+        "without keep is solved for, and the pruner's own stands in pruning.keep; where all stages have their budgets "
+        "it is the pruner's, and without a pruner there is one row",
+        exclude_if=lambda stages: not stages,  # tables without any stay, to the byte
     )
     name: str | None = Field(None, description="tells two rows of one pruner apart; None is the pruner's")
     budgets: list[int | float | str] | None = Field(None, description="its own budgets; None are the table's")
@@ -53,6 +61,12 @@ class TableMethod(Section):
     @classmethod
     def _by_name(cls, values: Any) -> Any:
         return {"pruner": values} if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _something(self) -> TableMethod:
+        if self.pruner == "identity" and not self.stages:
+            raise ValueError("give a pruner, or stages; all tokens are in every table, as its dense row")
+        return self
 
 
 class WorkersConfig(Section):

@@ -38,8 +38,8 @@ class ShownMethod(Section):
         return self.name or self.pruner
 
 
-def _usual() -> list[ShownMethod]:
-    return [ShownMethod(pruner=name) for name in ("fastervlm", "vispruner", "prismprune", "divprune")]
+def _usual() -> list[Any]:
+    return ["fastervlm", "vispruner", "prismprune", "divprune"]
 
 
 def _every_format() -> list[Format]:
@@ -51,7 +51,9 @@ class VisualizeConfig(PluggedConfig):
 
     model: ModelConfig
     methods: list[ShownMethod] = Field(
-        default_factory=_usual, description="pruners, by name or with options; a row of the grid each"
+        default_factory=_usual,
+        validate_default=True,
+        description="pruners, by name or with options; a row of the grid each",
     )
     budgets: list[int | float | str] = Field(
         default=[16], description='budgets, each as of pruning.keep: 64, 0.111 or "11.1%"; a column of the grid each'
@@ -130,7 +132,7 @@ def with_options(methods: list[ShownMethod], options: list[str]) -> list[ShownMe
         name, _, rest = text.partition(".")
         option, equals, value = rest.partition("=")
         if not (name and option and equals):
-            raise ConfigError(f"--option {text}: write METHOD.OPTION=VALUE, as prismprune.beta=0.3")
+            raise ConfigError(f"--option {text}: write METHOD.OPTION=VALUE, as prismprune.salient_ratio=0.3")
         at = _method_at(methods, name, f"--option {text}")
         own = {**methods[at].options, option: value_of(value, f"--option {text}")}
         methods = [*methods[:at], methods[at].model_copy(update={"options": own}), *methods[at + 1 :]]

@@ -71,7 +71,10 @@ def answered(
     elif backend == "static":
         try:
             for formatter, samples in batches:
-                yield arm.answer_static(formatter, samples, max_new_tokens, options.compile)
+                # A shorter batch would be compiled for itself.
+                more = max(batch_size - len(samples), 0) if options.compile else 0
+                filled = [*samples, *[samples[-1]] * more]
+                yield arm.answer_static(formatter, filled, max_new_tokens, options.compile)[: len(samples)]
         finally:
             forget_compiled(arm.model)
     else:

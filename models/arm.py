@@ -38,6 +38,7 @@ from prunetune.pruning.families import family_of, name_projector
 from prunetune.pruning.fitting import unfitted
 from prunetune.pruning.registry import method_of
 from prunetune.pruning.rewrite import gathered_notes
+from prunetune.pruning.stages.registry import stage_class
 from prunetune.pruning.stored import StoredImages
 from prunetune.pruning.text import instruction_text
 from prunetune.screen import say
@@ -219,6 +220,7 @@ class Arm:
 
     def _say_unfitted(self) -> None:
         """Say it once if a method runs with defaults that belong to its paper's model."""
+        self._say_unfitted_stages()
         name = self.spec.pruner
         options = unfitted(method_of(name).fits, self.pruned.pruner, self.pruning.options)
         if not options or name in self.base.told or not launched_ranks().is_zero:
@@ -229,6 +231,17 @@ class Arm:
             f"{name} runs with its published {defaults}, not fitted to {self.base.config.path}; `prunetune calibrate` "
             "fits it, pruning.profile names the result"
         )
+
+    def _say_unfitted_stages(self) -> None:
+        """Say it once of a stage that withdraws all tokens at its paper's layer, which is that of another model."""
+        for stage in self.pruning.stages:
+            own = stage_class(stage.name)
+            if stage.boundaries is None and own.drops_all:
+                layers = ", ".join(map(str, own.boundaries))
+                self._say_once(
+                    f"{stage.name} runs with its published layer {layers}, not fitted to {self.base.config.path}; "
+                    "`prunetune calibrate` fits it, pruning.profile names the result"
+                )
 
     def check_shares_prefix(self) -> None:
         """Check that :meth:`answer` can share prefixes, and say it once where it rarely will.

@@ -185,8 +185,13 @@ def _check_budget(pruned: PrunedModel) -> None:
         vision = pruned.family.encode(pruned.model, blank, "image", frozenset())
     except (NotImplementedError, RuntimeError):
         return  # a family from outside may look into tensors, which have no values here
+    entering = 0
     for tokens in vision.groups:
-        resolve_budget(pruned.spec.keep, tokens.features.shape[1])
+        items, count = tokens.features.shape[:2]
+        kept = resolve_budget(pruned.spec.keep, count)
+        entering += kept if pruned.spec.scope == "image" else items * kept
+    if pruned.stages is not None:
+        pruned.stages.schedule.counts(entering)  # an average that can't be reached is told with the least
 
 
 def _check_weight_files(folder: Path) -> None:

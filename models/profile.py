@@ -97,6 +97,7 @@ class Profile(_Part):
     Attributes:
         pruner: the method.
         options: the fitted options.
+        stages: fitted boundaries, by the name of the stage; not in the file if there are none.
         pruning: the pruning they were fitted under: its budget, and the options that were set by hand.
         model: the model.
         data: the data.
@@ -111,6 +112,7 @@ class Profile(_Part):
     format: Literal[1] = FORMAT
     pruner: str
     options: dict[str, Any]
+    stages: dict[str, list[int]] = Field(default_factory=dict, exclude_if=lambda stages: not stages)
     pruning: dict[str, Any]
     model: ProfiledModel
     data: ProfiledData
@@ -120,6 +122,11 @@ class Profile(_Part):
     prunetune: dict[str, Any]
     plugins: list[dict[str, Any]] = []
 
+    @property
+    def fitted(self) -> dict[str, Any]:
+        """Options, and boundaries of stages, by name."""
+        return {**self.options, **self.stages}
+
     def to_text(self) -> str:
         """Return the file's text, with its seal."""
         return json.dumps(sealed(self.model_dump()), indent=2) + "\n"
@@ -127,11 +134,18 @@ class Profile(_Part):
     def link(self) -> dict[str, Any]:
         """Return what records and manifests say of it; the options themselves stand in their pruning."""
         seal = sealed(self.model_dump())[SEAL]
-        return {"seal": seal, "options": self.options, "source": self.data.source, "fitted_on": self.data.name}
+        link = {"seal": seal, "options": self.options, "source": self.data.source, "fitted_on": self.data.name}
+        return {**link, "stages": self.stages} if self.stages else link
 
     def fill(self, spec: PruningSpec) -> PruningSpec:
         """Return a specification whose options are complete: its own, and where it has none, the fitted ones."""
-        return spec.model_copy(update={"options": {**self.options, **spec.options}, "profile": None})
+        stages = []
+        for stage in spec.stages:
+            fitted = self.stages.get(stage.name)
+            is_open = stage.boundaries is None and fitted is not None
+            stages.append(stage.model_copy(update={"boundaries": fitted}) if is_open else stage)
+        options = {**self.options, **spec.options}
+        return spec.model_copy(update={"options": options, "stages": stages, "profile": None})
 
 
 def read_profile(path: str | Path) -> Profile:

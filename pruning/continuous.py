@@ -43,7 +43,7 @@ _SCORES_ALONE = ("SuppressTokensLogitsProcessor", "InfNanRemoveLogitsProcessor")
 _PAGE = 32
 """Tokens of a page of the cache on a CPU; the stock 256 would leave most of it empty under short prompts."""
 
-_STEP = 512
+_STEP = 256
 """Tokens that one step on a CPU computes at most, of all prompts together: more is slower there."""
 
 _ON_GPU = 0.7
@@ -375,8 +375,10 @@ class ContinuousBatch:
                 generation_config=_settings(model, {"max_new_tokens": self.max_new_tokens}),
                 continuous_batching_config=self._config,
             )
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
         try:
-            manager.warmup()  # makes the cache here, where an error is the caller's
+            with torch.random.fork_rng(devices):  # it is seeded there, for answers that are drawn
+                manager.warmup()  # makes the cache here, where an error is the caller's
         except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
             raise PruningError(
                 f"the cache of backend: continuous does not fit: {str(error).splitlines()[0]}; lower batch_size or "

@@ -21,9 +21,9 @@ OURS = {"identity", "random"}
 
 HEAD = """# Papers
 
-Generated from the methods and [citations.bib](citations.bib) by `python -m prunetune.scripts.citations`. If you use a method, cite its
-paper; "reconstruction" says that paper or code leave something open, and the method's section says where it guesses. To cite
-prunetune itself: `CITATION.cff` at the top of the repository.
+Generated from the methods and [citations.bib](citations.bib) by `python -m prunetune.scripts.citations`. If you use a
+method, cite its paper; "reconstruction" says that paper or code leave something open, and the method's section says
+where it guesses. To cite prunetune itself: `CITATION.cff` at the top of the repository.
 """
 
 

@@ -21,6 +21,8 @@ from prunetune.evaluation.report.compare import compare
 from prunetune.evaluation.report.comparison import COMPARISON, TABLE, read_comparison, read_recipe, read_table
 from prunetune.evaluation.report.rows import check_results_hash, check_rows, check_scores
 from prunetune.evaluation.report.tables.layouts.files import LAYOUTS
+from prunetune.evaluation.visual.record import RECORD as DRAWN
+from prunetune.evaluation.visual.record import read_drawn
 from prunetune.models.code import code_record, told
 from prunetune.models.dial import DIAL, read_dial
 from prunetune.models.errors import CheckpointError
@@ -62,7 +64,7 @@ class Check:
 
 
 def verify(path: Path, base: str | None = None) -> list[Check]:
-    """Return every check of what prunetune wrote: an adapter, an arm, a comparison, an analysis, a profile, and so on.
+    """Return every check of what prunetune wrote: an adapter, an arm, a comparison, an analysis, a drawing, a profile.
 
     Args:
         path: its folder; of a profile the file.
@@ -81,6 +83,8 @@ def verify(path: Path, base: str | None = None) -> list[Check]:
         return _dial(path, base)
     if (path / ANALYSIS).is_file():
         return _analysis(path, base)
+    if (path / DRAWN).is_file():
+        return _drawn(path, base)
     if not (path / RECORD).is_file() and (path / "adapter" / RECORD).is_file():
         path = path / "adapter"  # the output of a recalibration
     if (path / RECORD).is_file():
@@ -208,7 +212,7 @@ def _entry(folder: Path, record: Mapping[str, Any]) -> str:
 
 def _profile(file: Path, base: str | None) -> list[Check]:
     """Return the checks of a profile against the model that it was fitted to."""
-    checks = [_check("seal", lambda: f"{file.name} is as it was written: {read_profile(file).options}")]
+    checks = [_check("seal", lambda: f"{file.name} is as it was written: {read_profile(file).fitted}")]
     try:
         profile = read_profile(file)
     except PruningError:
@@ -410,6 +414,19 @@ def _analysis(folder: Path, base: str | None) -> list[Check]:
     if "frozen_hash" in values:
         model = values["config"]["model"]
         checks += _base(values, base or model["path"], model["revision"], None)
+    return [*checks, *_code(values["prunetune"], values["plugins"])]
+
+
+def _drawn(folder: Path, base: str | None) -> list[Check]:
+    checks = [_check("seal", lambda: f"{DRAWN} is as it was written" if read_drawn(folder) else "")]
+    try:
+        values = read_drawn(folder)
+    except PrunetuneError:
+        return checks
+    for name, expected in values["files"].items():
+        checks.append(_check(name, partial(_table, folder / name, expected)))
+    model = values["model"]
+    checks += _base(values, base or model["path"], model["revision"], None)
     return [*checks, *_code(values["prunetune"], values["plugins"])]
 
 

@@ -11,11 +11,12 @@ from conftest import ROOT, TINY_VLM
 
 from prunetune.cli import main
 from prunetune.configs import EvaluateConfig, ModelConfig, RecalibrateConfig, load_config
-from prunetune.data_recipes import Formatter, load_recipe
+from prunetune.data_recipes import Formatter, Sample, Turn, load_recipe
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import read_manifest
-from prunetune.evaluation.run.calibrate import Spread, _layers, calibrate, fitted_lines
+from prunetune.evaluation.run.calibrate import Spread, _layers, _of_drawn_images, calibrate, fitted_lines
 from prunetune.evaluation.run.evaluate import evaluate
+from prunetune.evaluation.tasks import get_task
 from prunetune.models import Arm, load_model
 from prunetune.models.adapter import projector_state
 from prunetune.models.profile import Profile, read_profile, resolved, write_profile
@@ -26,6 +27,7 @@ from prunetune.pruning.fitting import Choice, Fit, Mean, unfitted
 from prunetune.pruning.methods.adaptive import Adaptive
 from prunetune.pruning.ops.complexity import attention_entropy, erank
 from prunetune.pruning.registry import method_of, register_pruner
+from prunetune.pruning.spec import StageSpec
 from prunetune.scripts.verify import verify
 from prunetune.train.record import run_record
 
@@ -375,3 +377,57 @@ def test_a_configuration_that_sets_a_fitted_option_is_told(recipe, capsys):
     printed = capsys.readouterr().out
     assert "sets erank_avg itself, which wins over a profile" in printed
     assert "nothing written: name a file with --profile" in printed
+
+
+def boundary_settings(*more):
+    return load_config(EvaluateConfig, "evaluate/tiny_dense", ["--pruning.stages", "[{name: vtw}]", *more])
+
+
+def test_the_layer_of_vtw_is_the_first_that_changes_answers_little(tmp_path, capsys):
+    found = calibrate(boundary_settings(), count=5, batch_size=3, eta=1.0, device="cpu")
+    rows = found.profile.evidence["vtw boundaries"]
+    assert [row.value for row in rows] == [1, 2] and found.profile.stages == {"vtw": [2]}
+    # Prompt by prompt, in float64, by the definition.
+    arm = Arm.load(TINY, PruningSpec(), device="cpu")
+    task = get_task("tiny_world").open(None)
+    items = _of_drawn_images([item for item in task.items if item.image is not None], 5)
+    formatter = arm.formatter(task.open_images())
+    at = {layer: PruningSpec(stages=[StageSpec(name="vtw", boundaries=[layer])]) for layer in (1, 2)}
+    change = {1: [], 2: []}
+    for item in items:
+        prompt = formatter.prompt_batch([Sample(item.id, item.source, item.image, (Turn(item.question, None),))])
+        with torch.no_grad():
+            full, *others = (
+                PrunedModel(arm.model, spec).forward(**prompt).logits[0, -1].double().softmax(-1).numpy()
+                for spec in (PruningSpec(), *at.values())
+            )
+        for layer, own in zip(at, others, strict=True):
+            change[layer].append(float((own * np.log(own / full)).sum()))
+    for row in rows:
+        assert -row.score == pytest.approx(np.mean(change[row.value]), rel=1e-3)
+    assert 1.0 < np.mean(change[1]) and np.mean(change[2]) < 1.0
+    with pytest.raises(PruningError, match=r"no boundary changes the answers by 0.001 or less, the least is 0\."):
+        calibrate(boundary_settings(), count=5, batch_size=3, eta=0.001, device="cpu")
+    # The profile is read where the stage names no layer, and stands in records.
+    path = tmp_path / "vtw.json"
+    write_profile(path, found.profile)
+    text = path.read_text()
+    assert "x |" in found.to_markdown() and all(check.holds is not False for check in verify(path))
+    fitted = Arm.load(TINY, PruningSpec(stages=[StageSpec(name="vtw")], profile=str(path)), device="cpu")
+    assert fitted.pruning.stages[0].boundaries == [2] and fitted.pruned.stages.schedule.points[0].boundary == 2
+    assert fitted.profile.link()["stages"] == {"vtw": [2]}
+    own = PruningSpec(stages=[StageSpec(name="vtw", boundaries=[1])], profile=str(path))
+    assert resolved(own).stages[0].boundaries == [1]
+    path.write_text(text.replace('"vtw": [\n      2', '"vtw": [\n      1'))
+    with pytest.raises(PruningError, match="can't be trusted"):
+        read_profile(path)
+    assert "vtw runs with its published" not in capsys.readouterr().out
+
+
+def test_stages_that_can_not_be_fitted_together_are_told():
+    both = ["--pruning.stages", "[{name: vtw}, {name: vtw}]"]
+    with pytest.raises(TaskError, match="withdraws all visual tokens twice"):
+        calibrate(boundary_settings(*both), count=4, device="cpu")
+    other = ["--pruning.stages", "[{name: vtw}, {name: fastv, boundaries: [2]}]"]
+    with pytest.raises(TaskError, match="another stage has boundary 2"):
+        calibrate(boundary_settings(*other), count=4, device="cpu")

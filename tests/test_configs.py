@@ -10,8 +10,10 @@ from prunetune.configs import ConfigError, EvaluateConfig, RecalibrateConfig, lo
 from prunetune.data_recipes.chat_templates import registered_templates
 from prunetune.data_recipes.recipe import read_recipe
 from prunetune.evaluation.tasks import get_task
+from prunetune.models.blueprint import model_without_weights
 from prunetune.pruning import PruningSpec
 from prunetune.train.deepspeed_settings import deepspeed_config, deepspeed_file
+from prunetune.train.visual import visual_layers
 
 RECALIBRATE = sorted((ROOT / "configs" / "recalibrate").glob("*.yaml"))
 EVALUATE = sorted((ROOT / "configs" / "evaluate").glob("*.yaml"))
@@ -43,7 +45,14 @@ def test_shipped_recalibrations_load_and_name_real_things(path):
         world = 8 * config.train.batch_size * config.train.accumulation
         assert world == 128 and config.train.learning_rate == 2e-5 and config.train.epochs == 1
         budget = path.stem.removesuffix("_quick").rsplit("_", 1)[1]
-        if budget == "elastic":
+        if config.pruning.stages:
+            (stage,) = config.pruning.stages
+            assert (stage.average, config.pruning.pruner) == (int(budget), "identity")
+            spec = load_config(EvaluateConfig, ROOT / "configs" / "evaluate" / path.name).pruning
+            assert spec == config.pruning
+            model = model_without_weights(config.model.path)
+            assert visual_layers(model, spec, 576) == [576] * 2 + [166] * 30
+        elif budget == "elastic":
             assert config.elastic.on and config.pruning.keep in config.elastic.budgets
         else:
             assert config.pruning.keep == (int(budget) if "llava15" in path.name else int(budget) // 5)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -46,6 +47,21 @@ def wheel(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def archive(tmp_path_factory):
+    """The source archive, built from a copy of all that the repository holds, and unpacked."""
+    source, folder = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("archive")
+    line = ["git", "ls-files", "-co", "--exclude-standard"]
+    for path in subprocess.run(line, cwd=ROOT, text=True, capture_output=True, check=True).stdout.splitlines():
+        if (ROOT / path).exists():
+            (source / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / path, source / path)
+    python("-c", f"from setuptools import build_meta as b; b.build_sdist({str(folder)!r})", cwd=source)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as file:
+        file.extractall(folder, filter="data")
+    return next(path for path in folder.iterdir() if path.is_dir())
+
+
+@pytest.fixture(scope="session")
 def installed(wheel, tmp_path_factory):
     """A folder with what the wheel installs, found before the checkout."""
     folder = tmp_path_factory.mktemp("site")
@@ -70,6 +86,25 @@ def test_a_wheel_holds_prunetune_alone_with_all_its_files(wheel):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"prunetune"}
     wanted = {path if path.startswith("prunetune/") else f"prunetune/{path}" for path in own_files()}
     assert wanted == {name for name in names if ".dist-info/" not in name}
+
+
+def test_a_source_archive_holds_the_repository(archive):
+    """So that whoever has it alone can build the site and run the tests."""
+    line = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(line, cwd=ROOT, text=True, capture_output=True, check=True).stdout.splitlines()
+    left_out = (".ci", ".github", ".gitignore", ".dockerignore", "Dockerfile")
+    wanted = {path for path in listed if (ROOT / path).exists() and not path.startswith(left_out)}
+    held = {str(path.relative_to(archive)) for path in archive.rglob("*") if path.is_file()}
+    made = {"PKG-INFO", "setup.cfg"}
+    assert wanted <= held and {path for path in held - wanted if ".egg-info/" not in path} == made
+
+
+def test_the_wheel_of_a_source_archive_is_the_one_of_the_checkout(archive, wheel, tmp_path):
+    """To the byte, metadata included."""
+    python("-c", f"from setuptools import build_meta as b; b.build_wheel({str(tmp_path)!r})", cwd=archive)
+    ours, theirs = zipfile.ZipFile(wheel), zipfile.ZipFile(next(tmp_path.glob("*.whl")))
+    assert set(ours.namelist()) == set(theirs.namelist())
+    assert [name for name in ours.namelist() if ours.read(name) != theirs.read(name)] == []
 
 
 def test_every_folder_is_a_package_under_the_root():

@@ -13,7 +13,7 @@ from prunetune.configs import RecalibrateConfig, load_config
 from prunetune.data_recipes import load_recipe
 from prunetune.models import blueprint
 from prunetune.models.blueprint import formatter_without_model
-from prunetune.pruning import PruningSpec
+from prunetune.pruning import PruningError, PruningSpec
 from prunetune.scripts.planned import written
 from prunetune.train.flops import Work, flops_of, image
 from prunetune.train.gpus import GPUS
@@ -319,3 +319,31 @@ def test_a_plan_is_written_over_nothing(tmp_path):
     with pytest.raises(SystemExit, match="is there already; a plan is never written over anything"):
         main(["plan", "--config", "recalibrate/tiny_divprune_16", "--write", str(tmp_path / "plan.json")])
     assert (tmp_path / "plan.json").read_text() == "mine"
+
+
+def test_a_plan_counts_what_each_layer_processes():
+    """Of 144 tokens and three layers: 56 a layer are 144 in the first and 12 in the others."""
+    stages = ["--pruning.pruner", "identity", "--pruning.keep", "100%", "--data.max_samples", "40"]
+    config = load_config(RecalibrateConfig, TINY, stages)
+    inside = load_config(
+        RecalibrateConfig, TINY, [*stages, "--pruning.stages", "[{name: fastv, boundaries: [1], average: 56}]"]
+    )
+    few = load_config(RecalibrateConfig, TINY, ["--pruning.keep", "12", "--data.max_samples", "40"])
+    gpu = GPUS["h200"]
+    dense, staged, pruned = (plan_of(one, gpu, 1) for one in (config, inside, few))
+    assert staged.load.inside == (144, 12, 12) and dense.load.inside == ()
+    works = [plan.load.work for plan in (dense, staged, pruned)]
+    for part in ("tokens", "pairs"):
+        whole, own, least = (getattr(work, part) for work in works)
+        assert own == pytest.approx((whole + 2 * least) / 3)
+    assert staged.load.tokens == dense.load.tokens and staged.load.longest == dense.load.longest
+    assert "144 enter the LLM, 56.0 a layer, 12 in the last" in staged.to_text()
+    several = ["--pruning.stages", "[{name: fastv, boundaries: [1]}]", "--elastic.averages", "[56, 96]"]
+    mixed = load_config(RecalibrateConfig, TINY, [*stages, *several, "--elastic.dense", "0.5"])
+    # 96 a layer are 72 behind the first; a quarter each, and half of the samples keep all.
+    assert plan_of(mixed, gpu, 1).load.inside == (144, 93, 93)
+    least = load_config(
+        RecalibrateConfig, TINY, [*stages, "--pruning.stages", "[{name: fastv, boundaries: [1], average: 20}]"]
+    )
+    with pytest.raises(PruningError, match="an average of 20 .* process 48 already"):
+        plan_of(least, gpu, 1)

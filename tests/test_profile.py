@@ -3,6 +3,7 @@
 import json
 import threading
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from conftest import spec_of
 from gemma_world import tiny_gemma3
 from idefics_world import tiny_idefics
 from qwen_world import tiny_qwen
+from stage_world import LAYERS
+from stage_world import tiny_llava as staged_llava
 from test_flops import tiny_llava
 from test_llava_next import _small_model
 from test_tables import table
@@ -19,6 +22,7 @@ from prunetune.configs import ConfigError
 from prunetune.evaluation.report.comparison import read_table
 from prunetune.models.blueprint import model_without_weights, pruned_without_tokenizer
 from prunetune.pruning import PruningSpec
+from prunetune.pruning.spec import StageSpec
 from prunetune.scripts.profiling import energy
 from prunetune.scripts.profiling.accounting import cache_bytes, decode_flop, flop_of, prefill_flop, same_everywhere
 from prunetune.scripts.profiling.columns import measured_columns
@@ -76,6 +80,36 @@ def test_what_is_computed_is_what_torch_counts_and_what_the_cache_holds(name):
     assert dense.model is fewer.model and not dense.model._forward_pre_hooks
 
 
+STAGED = {
+    "fastv": [{"name": "fastv", "boundaries": [2], "average": 9}],
+    "pyramiddrop": [{"name": "pyramiddrop", "boundaries": [1, 3, 4]}],
+    "dart": [{"name": "dart", "boundaries": [2], "keep": 8, "options": {"image_pivots": 2, "text_pivots": 1}}],
+    "sparsevlm": [{"name": "sparsevlm", "boundaries": [2, 4], "keep": [10, 5]}],
+    "vtw": [{"name": "vtw", "boundaries": [3]}],
+    "both": [{"name": "fastv", "boundaries": [2], "keep": 3}, {"name": "vtw", "boundaries": [4]}],
+}
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_layers_behind_stages_cost_what_torch_counts_and_their_caches_hold(name):
+    model = staged_llava()
+    stages = [StageSpec(**stage) for stage in STAGED[name]]
+    spec = PruningSpec("divprune", 12, stages=stages) if name == "both" else PruningSpec(stages=stages)
+    arms = [subject(model, PruningSpec()), replace(subject(model, spec), row=name)]
+    dense, arm = measure(arms, Settings(sizes=(2,), repeats=1, warmup=0, new_tokens=4), print)
+    (cost,), (beside,) = arm.batches, dense.batches
+    text = beside.tokens - 16
+    assert len(cost.layers) == LAYERS and cost.layers[0] == cost.tokens and cost.layers[-1] < cost.tokens
+    assert cost.average == pytest.approx(sum(cost.layers) / LAYERS - text)
+    for part, computed in cost.flop.items():
+        assert cost.counted[part] == pytest.approx(computed, rel=0.03), part
+    assert cost.cache_measured == cost.cache < beside.cache
+    # What a stage reads and chooses is the pruner's own, and not among the parts; withdrawing all reads nothing.
+    assert (cost.counted["inside"] > 0) == (name != "vtw") and "inside" in cost.stages
+    assert beside.counted["inside"] == 0 and beside.average is None
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_fewer_tokens_in_later_layers_cost_what_those_layers_do(llava):
     """The seam of stages inside the LLM: a list of tokens by layer."""
     language = shape_of(llava).language
@@ -124,7 +158,7 @@ def test_stages_add_up_and_leave_the_model_as_it_was(llava):
     seen = staged(pruned, inputs, now)
     gap = readings[-2] - readings[-3]  # between the preparation and the prefill
     assert sum(seen.spent.values()) == readings[-1] - readings[0] - gap
-    assert all(seen.spent[stage] > 0 for stage in STAGES)
+    assert all((seen.spent[stage] > 0) == (stage != "inside") for stage in STAGES)
     again = pruned.prepare(inputs, padding_side="left")
     assert torch.equal(seen.prepared.inputs["input_ids"], again.inputs["input_ids"])
     assert torch.equal(seen.prepared.inputs["position_ids"], again.inputs["position_ids"])

@@ -16,8 +16,9 @@ from prunetune.evaluation.report.comparable import twin_of
 from prunetune.evaluation.report.comparison import read_table
 from prunetune.evaluation.report.tables.layouts.csv import to_csv
 from prunetune.evaluation.report.tables.layouts.markdown import to_markdown
+from prunetune.evaluation.run.bridge import Bridge, Question
 from prunetune.evaluation.run.evaluate import evaluate
-from prunetune.evaluation.tasks import TaskError
+from prunetune.evaluation.tasks import TaskError, get_task
 from prunetune.models.record import told_pruning
 from prunetune.pruning import PruningSpec
 from prunetune.pruning.spec import StageSpec
@@ -158,3 +159,17 @@ def test_what_a_pruning_is_called(spec, method, budget, told):
 
 def test_stages_of_another_version_are_told_by_their_name():
     assert told_pruning({"pruner": "identity", "stages": [{"name": "late", "depth": 3}, None]}) == "late, then ?"
+
+
+def test_bridges_score_answers_through_stages(settings):
+    """What is answered greedily is likeliest by the same scores, whose stages ask the same token."""
+    questions = get_task("tiny_world").open(None)
+    images = questions.open_images()
+    items = questions.items[:8]
+    asked = [Question(item.id, "x", item.question, (images.open(item.image, item.id),)) for item in items]
+    bridge = Bridge(settings("bridge", *DIVPRUNE, *inside(average=24)), "cpu")
+    answers = bridge.answers(asked, [4] * len(asked))
+    found = bridge.likelihoods(asked, answers)
+    assert all(likeliest for _, likeliest in found)
+    dense = Bridge(settings("bridge"), "cpu").likelihoods(asked, answers)
+    assert not all(likeliest for _, likeliest in dense)  # of which some are other answers than these few tokens give

@@ -12,10 +12,10 @@ from rich.console import Console
 from prunetune import plugins
 from prunetune.configs import ConfigError, TableConfig, load_config
 from prunetune.evaluation.run.evaluate import evaluate
-from prunetune.pruning import registered_methods, registry
+from prunetune.pruning import PruningSpec, registered_methods, registry
 from prunetune.scripts.tables.cells import lay_out
-from prunetune.scripts.tables.check import _of_options
-from prunetune.scripts.tables.cost import plan_text, questions_of
+from prunetune.scripts.tables.check import _of_options, impossible
+from prunetune.scripts.tables.cost import plan_text, questions_of, sizes_of
 from prunetune.scripts.tables.live import Progress
 from prunetune.scripts.tables.make import make_table
 from prunetune.scripts.tables.state import is_evaluated, is_trained
@@ -66,6 +66,55 @@ def test_arms_are_dense_then_every_method_budget_and_projector(tmp_path):
     assert plan.trainings[1].config.pruning.pruner == "divprune"  # its own home setting, not a row's
     (cache,) = {cell.config.features for cell in plan.cells}  # one for all arms
     assert cache.startswith(str(tmp_path / "features" / "tiny" / "tiny_world-"))
+
+
+FASTV = {"name": "fastv", "boundaries": [1]}
+
+
+def test_a_method_with_stages_has_a_row_for_each_average(tmp_path):
+    methods = ["divprune", {"stages": [FASTV]}, {"stages": [{"name": "vtw", "boundaries": [1]}]},
+               {"pruner": "divprune", "pruning": {"keep": 64}, "stages": [FASTV], "budgets": [32]},
+               {"pruner": "divprune", "stages": [{**FASTV, "keep": 8}], "name": "two", "budgets": [24]}]  # fmt: skip
+    plan = lay_out(table(tmp_path, methods=methods, budgets=[56, 96], projectors=["training-free", "tuned"]))
+    assert [arm.name for arm in plan.arms if arm.kind == "training-free"] == [
+        "tiny/dense", "tiny/divprune_56", "tiny/divprune_96", "tiny/fastv_56-a-layer", "tiny/fastv_96-a-layer",
+        "tiny/vtw", "tiny/divprune+fastv_64-32-a-layer", "tiny/two_24-8"]  # fmt: skip
+    specs = {arm.name: arm.spec for arm in plan.arms}
+    assert specs["tiny/fastv_56-a-layer"].stages[0].average == 56 and specs["tiny/two_24-8"].keep == 24
+    tuned = {training.name: training.config.pruning for training in plan.trainings}
+    assert tuned["tiny/fastv_96-a-layer"].stages[0].average == 96 and tuned["tiny/vtw"].stages[0].name == "vtw"
+    # The tower's part of them is one: a cache of tables without stages has another name by its other rows alone.
+    fewer = lay_out(table(tmp_path, methods=[{"stages": [FASTV]}], budgets=[56]))
+    dense = lay_out(table(tmp_path, methods=[{"stages": [{"name": "vtw", "boundaries": [2]}]}]))
+    assert {cell.config.features for cell in fewer.cells} == {cell.config.features for cell in dense.cells}
+
+
+@pytest.mark.parametrize(("method", "message"), [
+    ({"stages": [FASTV], "budgets": ["50%"]}, "fastv has stages that are solved for a budget"),
+    ({"stages": [FASTV, {"name": "dart"}]}, r"fastv\+dart has 2 stages without keep"),
+    ({"stages": [{"name": "fastw"}]}, "unknown stage 'fastw', did you mean 'fastv'"),
+    ({"stages": [FASTV], "pruning": {"stages": []}}, "has stages and pruning.stages"),
+])  # fmt: skip
+def test_budgets_that_are_no_stages_are_told(tmp_path, method, message):
+    with pytest.raises(ConfigError, match=message):
+        lay_out(table(tmp_path, methods=[method]))
+
+
+def test_an_average_that_can_not_be_reached_is_told_before_anything_starts(tmp_path):
+    config = table(tmp_path, methods=[{"stages": [FASTV]}, {"pruner": "divprune", "pruning": {"keep": 36},
+                                                            "stages": [FASTV]}], budgets=[20])  # fmt: skip
+    (line,) = impossible(lay_out(config))  # of 36 that enter, 12 a layer can be had, and of 144 no less than 48
+    assert "tiny, fastv_20-a-layer: an average of 20" in line and "process 48 already" in line and "\n" not in line
+    fine = table(tmp_path, methods=[{"stages": [FASTV]}], budgets=[48, 96], tasks=["tiny_world"])
+    plan = lay_out(fine)
+    assert impossible(plan) == []
+    (sizes,) = sizes_of(plan).values()
+    dense, less, more = (sizes.question(arm.spec, 10) for arm in plan.arms)
+    assert less < more < dense
+    # One layer of three sees all 144, and the others none, or half of them.
+    head = 2 * sizes.shape.language.head
+    whole, text = (sizes.question(PruningSpec(), number) - head for number in (10, -134))
+    assert less - head == pytest.approx((whole + 2 * text) / 3)
 
 
 def test_what_can_not_be_kept_is_read_as_it_is(tmp_path):

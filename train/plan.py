@@ -122,6 +122,12 @@ class Plan:
         if not self.config.pruning.stages:
             one = f"{self.config.pruning.pruner} at {self.config.pruning.keep}"
         title = f"{self.config.model.path}, {told(settings) if settings else one}"
+        if self.load.inside:
+            layers = self.load.inside
+            title += (
+                f"\nvisual tokens of an image: {layers[0]:.0f} enter the LLM, {sum(layers) / len(layers):.1f} a layer, "
+                f"{layers[-1]:.0f} in the last"
+            )
         return f"{title}\n\n{columns(header, rows)}"
 
     def _cost(self) -> str:
@@ -272,7 +278,8 @@ def as_computed(config: RecalibrateConfig, load: Workload) -> Work:
     """Return the work of one epoch as the engine's switches lay it out: padding, the prefix, logits, the projector."""
     engine, work = config.engine, load.work
     tokens, pairs = work.tokens, work.pairs
-    if engine.packing:  # also "auto": what it can't pack is laid out by the budget, nearly without padding
+    # Also "auto": what it can't pack is laid out by the budget, nearly without padding. Stages need rows of their own.
+    if engine.packing and not load.inside:
         prefix = prefix_of(config.model.template) if engine.shared_prefix else 0
         # Its keys and values are there; what comes behind still sees them.
         pairs -= load.samples * prefix * (prefix + 1) / 2
@@ -322,7 +329,7 @@ def tokens_at_once(config: RecalibrateConfig, load: Workload) -> int:
     whole_step = math.ceil(config.train.batch_size * config.train.accumulation * load.tokens)
     if config.engine.token_budget is not None:
         return max(min(config.engine.token_budget, whole_step), load.longest)
-    padded = 1.0 if config.engine.packing else PADDED[config.train.sampling]
+    padded = 1.0 if config.engine.packing and not load.inside else PADDED[config.train.sampling]
     return math.ceil(config.train.batch_size * load.tokens * padded)
 
 

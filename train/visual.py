@@ -15,6 +15,7 @@ from prunetune.pruning import PruningError, PruningSpec
 from prunetune.pruning.budget import resolve_budget
 from prunetune.pruning.families import family_of
 from prunetune.pruning.families.anyres import crops_of
+from prunetune.pruning.stages.inside import schedule_in
 from prunetune.train.flops import Work, image
 
 TILES = 12
@@ -60,6 +61,23 @@ class Visual:
         else:
             keep = resolve_budget(spec.keep, count)
         return keep + ends if whole else keep * self.items + ends
+
+
+def visual_layers(model: Any, spec: PruningSpec, entering: int) -> list[int]:
+    """Return how many visual tokens each layer of the LLM processes of a sample.
+
+    Args:
+        model: the stock model, which may lie on the meta device.
+        spec: whose stages drop some between layers, if it has any.
+        entering: how many enter the LLM.
+
+    Raises:
+        PruningError: for stages that the model can't have, or an average that can't be reached, with the least.
+    """
+    schedule = schedule_in(model, spec.stages)
+    if schedule is None:
+        return [entering] * int(model.config.get_text_config().num_hidden_layers)
+    return list(schedule.counts(entering).layers)
 
 
 def visual_of(model: Any, height: int, width: int) -> Visual:

@@ -21,9 +21,10 @@ from prunetune.data_recipes.videos import VIDEO
 from prunetune.errors import PrunetuneError
 from prunetune.models import CheckpointError
 from prunetune.models.blueprint import formatter_without_model
+from prunetune.pruning import PruningSpec
 from prunetune.train.elastic import settings_of
-from prunetune.train.flops import Work, sequences
-from prunetune.train.visual import Visual, visual_of
+from prunetune.train.flops import Work, layered, sequences
+from prunetune.train.visual import Visual, visual_layers, visual_of
 
 MIX = {"coco": 364_100, "vg": 86_417, "gqa": 72_140, "ocr_vqa": 80_000, "textvqa": 21_953, "text": 40_688}
 """Conversations by source in llava_v1_5_mix665k.json."""
@@ -77,6 +78,8 @@ class Workload:
         work: of all samples, without padding.
         longest: tokens of the longest sample after pruning; the average one's where lengths are assumed.
         visual: what an image is to the model, of the average size.
+        inside: visual tokens of a sample with one image in each layer of the LLM, mean over the settings; empty where
+            every layer processes what enters.
         assumptions: what is not known but assumed, a sentence each.
         measured: whether samples were counted in the data itself.
     """
@@ -85,6 +88,7 @@ class Workload:
     work: Work
     longest: int
     visual: Visual
+    inside: tuple[float, ...] = ()
     assumptions: list[str] = field(default_factory=list)
     measured: bool = False
 
@@ -143,10 +147,53 @@ def workload_of_data(
         with_image = int((items[own] > 0).sum())
         visuals = float(kept * items[own].sum() / max(with_image, 1))
         sources.append(Source(name, int(own.sum()), with_image, float(text[own].mean()), visuals))
-    work = sequences(total.tolist()) + _images(visual, int(items.sum()), kept)
+    inside = inside_by(config, model, visual)
+    work = sequences(total.tolist()) if not inside else _work_inside(config, model, visual, total - kept * items, items)
+    work += _images(visual, int(items.sum()), kept)
     work += Work(logits=float(text.sum()) * _supervised(data))
     longest = int((total + (most - kept) * items).max())
-    return Workload(tuple(sources), work, longest, visual, assumptions, measured=True)
+    return Workload(tuple(sources), work, longest, visual, inside, assumptions, measured=True)
+
+
+def inside_by(config: RecalibrateConfig, model: Any, visual: Visual) -> tuple[float, ...]:
+    """Return the visual tokens of an image in each layer of the LLM, mean over a run's settings; empty without stages.
+
+    Raises:
+        PruningError: for stages that the model can't have, or an average that can't be reached, with the least.
+    """
+    if not config.pruning.stages:
+        return ()
+    total = np.zeros(int(model.config.get_text_config().num_hidden_layers))
+    for share, spec in _settings(config):
+        total += share * np.array(visual_layers(model, spec, visual.kept(spec)))
+    return tuple(total.tolist())
+
+
+def _settings(config: RecalibrateConfig) -> list[tuple[float, PruningSpec]]:
+    """Return the share and the pruning of each setting of a run."""
+    settings = settings_of(config.pruning, config.elastic)
+    return [(setting.share, setting.spec) for setting in settings] or [(1.0, config.pruning)]
+
+
+def _work_inside(config: RecalibrateConfig, model: Any, visual: Visual, text: Any, items: Any) -> Work:
+    """Return the LLM's work of samples whose layers process unlike many tokens.
+
+    Args:
+        config: the run's.
+        model: the stock model.
+        visual: an image.
+        text: text tokens of every sample.
+        items: images of every sample.
+    """
+    work = Work()
+    for share, spec in _settings(config):
+        kept = visual.kept(spec)
+        by_items = {number: visual_layers(model, spec, kept * number) for number in set(items.tolist())}
+        counts = np.array([by_items[number] for number in items.tolist()])  # (samples, layers)
+        lengths = text[:, None] + counts
+        pairs = (lengths * (lengths + 1) / 2).mean(axis=1).sum()
+        work += Work(tokens=float(lengths.mean(axis=1).sum()), pairs=float(pairs)).times(share)
+    return work
 
 
 def kept_by(config: RecalibrateConfig, visual: Visual) -> tuple[int, int]:
@@ -197,9 +244,14 @@ def _assumed(recipe: Recipe, config: RecalibrateConfig, model: Any) -> Workload:
         share = round(count * limit / sum(samples.values()))
         sources.append(Source(name, share, 0 if name == "text" else share, TEXT_TOKENS, kept))
     images = sum(source.images for source in sources)
+    inside = inside_by(config, model, visual)
     work = Work()
     for source in sources:
-        work += sequences([source.tokens]).times(source.samples)
+        # Of those without an image no layer sees one.
+        lengths = [
+            source.text + tokens * source.images / max(source.samples, 1) for tokens in inside or (source.visual,)
+        ]
+        work += layered([[length] for length in lengths]).times(source.samples)
         work += Work(logits=source.samples * source.text * SUPERVISED)
     low, high = (tokens - 64 for tokens in PLAUSIBLE)
     assumptions = [
@@ -209,7 +261,7 @@ def _assumed(recipe: Recipe, config: RecalibrateConfig, model: Any) -> Workload:
     if visual.sized:
         assumptions.append(f"images of {IMAGE[1]} x {IMAGE[0]} pixels")
     longest = max(source.tokens for source in sources) + most - kept
-    return Workload(tuple(sources), work + _images(visual, images, kept), round(longest), visual, assumptions)
+    return Workload(tuple(sources), work + _images(visual, images, kept), round(longest), visual, inside, assumptions)
 
 
 def _images(visual: Visual, images: int, kept: int) -> Work:

@@ -189,7 +189,7 @@ class Corruption:
                 batch = self.eye.batch(images, dataset.samples(part))
                 looked = batch.looked()
                 if name == CLEAN:
-                    clean += looked
+                    clean += [own.choices() for own in looked]
                 self._ask(outcome, dataset, part, batch)
                 _compare(outcome, looked, clean[start : start + len(part)])
                 ran(len(part))

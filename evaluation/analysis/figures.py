@@ -117,5 +117,13 @@ def matrix(axes: Any, values: np.ndarray, rows: Sequence[str], columns: Sequence
             value = values[row, column]
             if np.isfinite(value):
                 color = "black" if image.norm(value) > 0.5 else "white"
-                axes.text(column, row, text.format(value), ha="center", va="center", fontsize=7, color=color)
+                axes.text(
+                    column,
+                    row,
+                    text.format(value).replace("-0.00", "0.00"),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color=color,
+                )
     return image

@@ -176,6 +176,10 @@ class Hallucination:
                 yield {"task": task, "rate": rate.name, "first": first, "second": second,
                        "difference": float(difference), "low": ends[0], "high": ends[1]}  # fmt: skip
 
+    def _named(self, arm: EvaluatedArm) -> str:
+        """Return an arm's label with its kind."""
+        return self.label(arm) if arm.dense else f"{self.label(arm)} ({self.kind(arm)})"
+
     def _training_free(self, kind: str, budget: str) -> list[int]:
         """Return the arms of a kind at a budget with the base's projector: a tuned one has another."""
         found = []
@@ -195,7 +199,7 @@ class Hallucination:
                     kind = ORDER.index(self.kind(self.arms[number]))
                     how: dict[str, Any] = {"color": COLORS[(6, 0, 5, 2)[kind]], "marker": MARKERS[kind]}
                     whiskers(place, [row], [found[rate.name][number]], **how)
-                names = [f"{self.label(self.arms[number])} ({self.kind(self.arms[number])})" for number in order]
+                names = [self._named(self.arms[number]) for number in order]
                 place.set_yticks(range(len(order)), names if place is axes[0][0] else [""] * len(order))
                 place.set_ylim(len(order) - 0.5, -0.5)
                 place.set_xlabel(rate.about)

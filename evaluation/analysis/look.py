@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class Looked:
     def count(self) -> int:
         """How many visual tokens the image has."""
         return sum(int(own.sum()) for own in self.there)
+
+    def choices(self) -> Looked:
+        """Return the same without features, which hold the device's memory as long as they are held."""
+        return replace(self, tokens=torch.empty(0), features={})
 
     def kept_of_all(self, label: str) -> np.ndarray:
         """Return which of all tokens of the image a method keeps (count,)."""

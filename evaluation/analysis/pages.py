@@ -103,8 +103,8 @@ def page(title: str, about: Sequence[str], parts: Sequence[Part]) -> str:
     lines = [f"# {title}", "", *about, ""]
     for part in parts:
         lines += [f"## {part.title}", ""]
-        for remark in part.remarks:
-            lines += [remark, ""]
+        lines += [f"- {remark}" for remark in part.remarks]
+        lines += [""] if part.remarks else []
         for figure in part.figures:
             lines += [f"![{figure.title}]({figure.name}.png)", "", f"**{figure.title}.** {figure.sentence}", ""]
         for name, holds in part.tables.items():

@@ -22,6 +22,7 @@ from prunetune.data_recipes.sampling import VideoSampling
 from prunetune.data_recipes.videos import VIDEO, sampled
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.metrics.intervals import bootstrap_interval
+from prunetune.evaluation.run.boundaries import MEASURE, fit_boundary, open_stage
 from prunetune.evaluation.tasks import Benchmark, Item, get_task
 from prunetune.evaluation.tasks.base import items_hash, task_folder
 from prunetune.models import Arm
@@ -29,7 +30,7 @@ from prunetune.models.code import code_record
 from prunetune.models.profile import Measured, Profile, ProfiledData, ProfiledModel
 from prunetune.models.record import portable
 from prunetune.plugins import plugin_records
-from prunetune.pruning import PruningSpec, VisualTokens
+from prunetune.pruning import PruningSpec, StageSpec, VisualTokens
 from prunetune.pruning.fitting import Choice, Fit, Mean
 from prunetune.pruning.ops.complexity import attention_entropy, erank
 from prunetune.pruning.registry import method_of
@@ -100,8 +101,8 @@ def fitted_lines(profile: Profile) -> list[str]:
             gain = ""
             if row.gain is not None and row.gain_interval is not None:
                 gain = f"{row.gain:+.3f} ({row.gain_interval[0]:+.3f} to {row.gain_interval[1]:+.3f})"
-            mean = "" if row.score is None else f"{row.score:.3f}"
-            chosen = "x" if row.value == profile.options[option] else ""
+            mean = "" if row.score is None else f"{row.score:.{3 if option in profile.options else 5}f}"
+            chosen = "x" if _is_fitted(profile, option, row.value) else ""
             lines.append(f"| {option} | {row.value} | {mean} | {gain} | {chosen} |")
         scores = {row.score for row in rows}
         if len(rows) > 1 and None not in scores and len(scores) == 1:
@@ -112,6 +113,12 @@ def fitted_lines(profile: Profile) -> list[str]:
     for name, value in profile.reports.items():
         lines.append(f"\n{name}: {100 * value:.1f} % of the items")
     return lines
+
+
+def _is_fitted(profile: Profile, option: str, value: Any) -> bool:
+    if option in profile.options:
+        return bool(value == profile.options[option])
+    return [value] == profile.stages.get(option.split(" ")[0])
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,11 @@ class Slice:
 
 @torch.inference_mode()
 def calibrate(
-    config: RecalibrateConfig | EvaluateConfig, count: int, batch_size: int = 8, device: str | None = None
+    config: RecalibrateConfig | EvaluateConfig,
+    count: int,
+    batch_size: int = 8,
+    device: str | None = None,
+    eta: float = 0.003,
 ) -> Calibration:
     """Fit the configuration's method to its model, on ``count`` samples of its data.
 
@@ -207,6 +218,9 @@ def calibrate(
     The data are the samples that a recipe holds out, or of one that holds out none, a draw by its seed from all; of a
     benchmark the items of drawn images or videos. The projector is the checkpoint's: both arms of a comparison, the
     tuned and the training-free one, run with what is fitted.
+
+    Of a stage that withdraws all visual tokens and names no layer (``vtw``) that layer is fitted: the first at which
+    the distribution of the first answer token changes by no more than ``eta``.
 
     Raises:
         DataError, TaskError, PruningError, CheckpointError: for data, options or weights that can't work.
@@ -219,9 +233,14 @@ def calibrate(
     fits = [fit for fit in method.fits if fit.counts(pruner)]
     published = {fit.option: getattr(method.pruner(), fit.option) for fit in fits}
     spec = _with_options(spec, published)
+    stage = open_stage(spec)
+    if stage is not None:  # its paper's layer may be none of this model's
+        spec = spec.model_copy(update={"stages": [own for own in spec.stages if own != stage]})
     arm = Arm.load(config.model, spec, device=device)
     evidence: dict[str, list[Measured]] = {}
     fitted: dict[str, Any] = {}
+    if stage is not None:
+        return _of_stage(config, arm, stage, data, batch_size, eta, fits)
     means = [fit for fit in fits if isinstance(fit, Mean)]
     if means:
         fitted |= _means(arm, data, means, batch_size)
@@ -236,6 +255,33 @@ def calibrate(
     arm = arm.with_pruning(_with_options(spec, fitted))
     looked = _look(arm, data, batch_size)
     profile = _profile(config, arm, data, fitted, evidence, looked.reports) if fits else None
+    return Calibration(len(looked.before["erank"]), _spreads(looked.before), _spreads(looked.after), profile)
+
+
+def _of_stage(
+    config: RecalibrateConfig | EvaluateConfig,
+    arm: Arm,
+    stage: StageSpec,
+    data: Slice,
+    batch_size: int,
+    eta: float,
+    fits: Sequence[Fit],
+) -> Calibration:
+    """Return what was measured of a stage's boundaries."""
+    if fits:
+        raise TaskError(
+            f"{config.pruning.pruner} and {stage.name} are both to be fitted: fit the pruner without the stage first, "
+            "and write its options into pruning.options"
+        )
+    formatter = arm.formatter(data.images)
+    prompts = (
+        formatter.prompt_batch([_question(data.samples[index]) for index in indices])
+        for indices in _batches(len(data.samples), batch_size, "boundaries")
+    )
+    rows, boundary = fit_boundary(arm, stage, prompts, eta)
+    looked = _look(arm, data, batch_size)
+    profile = _profile(config, arm, data, {}, {f"{stage.name} boundaries": rows}, looked.reports)
+    profile = profile.model_copy(update={"stages": {stage.name: [boundary]}, "measure": MEASURE})
     return Calibration(len(looked.before["erank"]), _spreads(looked.before), _spreads(looked.after), profile)
 
 

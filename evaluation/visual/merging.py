@@ -75,6 +75,9 @@ class Traced:
             return selection.mixing
         if selection.merged is None or not self._asks:
             return None
+        copies = _copies(tokens, selection)
+        if copies is not None:
+            return copies
         width = tokens.features.shape[-1]
         marked, size = _marked(tokens)
         again = self.pruner(marked, keep)
@@ -88,6 +91,34 @@ def traced(pruned: PrunedModel) -> PrunedModel:
     own = copy.copy(pruned)
     own.pruner = Traced(pruned.pruner, pruned.merges)
     return own
+
+
+def _copies(tokens: VisualTokens, selection: Selection) -> list[Tensor] | None:
+    """Return the shares of outputs that are tokens as they were, or none of them, such as [CLS]; None if one is not."""
+    if selection.merged is None or selection.origin is None:
+        return None
+    found = []
+    for features, merged, origin in zip(tokens.features, selection.merged, selection.origin, strict=True):
+        own = origin >= 0
+        if not torch.equal(merged[own], features[origin[own]].to(merged.dtype)):
+            return None
+        shares = torch.zeros(len(origin), len(features), device=features.device)
+        shares[own.nonzero()[:, 0], origin[own]] = 1.0
+        # What was made around none of them may be a mean of them: only what holds nothing else is a copy.
+        if bool((~own).any()) and not _is_feature_of_all(tokens, merged[~own]):
+            return None
+        found.append(shares)
+    return found
+
+
+def _is_feature_of_all(tokens: VisualTokens, outputs: Tensor) -> bool:
+    """Return whether every one of some outputs (K, C) is a feature of an item as a whole, such as [CLS]'s."""
+    for name, values in tokens.signals.items():
+        if signal_of(name).axes == "B C" and values.shape[-1] == outputs.shape[-1]:
+            known = values.to(outputs.dtype)
+            if bool((outputs[:, None] == known[None]).all(dim=-1).any(dim=1).all()):
+                return True
+    return False
 
 
 def _marked(tokens: VisualTokens) -> tuple[VisualTokens, float]:

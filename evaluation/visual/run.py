@@ -16,14 +16,16 @@ from torch import Tensor
 
 from prunetune.configs import VisualizeConfig, to_yaml
 from prunetune.data_recipes import Formatter
-from prunetune.data_recipes.images import ImageOpener
+from prunetune.data_recipes.images import HERE, ImageOpener
 from prunetune.evaluation.errors import TaskError
+from prunetune.evaluation.files import file_hash
 from prunetune.evaluation.run.examples import told_answer
 from prunetune.evaluation.visual.drawing.figure import write_png, write_svg
 from prunetune.evaluation.visual.drawing.page import write_page
 from prunetune.evaluation.visual.drawn import Cell, Drawing, Line, Said
 from prunetune.evaluation.visual.maps import TokenMap, maps_of
 from prunetune.evaluation.visual.merging import traced
+from prunetune.evaluation.visual.record import FORMAT, RECORD
 from prunetune.evaluation.visual.rows import Row, arms_of, columns_of, rows_of
 from prunetune.evaluation.visual.sources import Asked, asked_of
 from prunetune.evaluation.visual.states import WORDS, states_of
@@ -41,7 +43,6 @@ from prunetune.pruning.signals import signal_of
 from prunetune.pruning.text import instruction_text
 from prunetune.pruning.vision import NEWLINE, Vision
 
-RECORD = "kept.json"
 PAGE = "kept.html"
 
 
@@ -98,6 +99,7 @@ def _write(
         write_page(drawings, loaded.base.config.path, new / PAGE)
         names.append(PAGE)
     record = _record(config, drawings, rows, arms, loaded)
+    record["files"] = {name: file_hash(new / name) for name in names}
     (new / RECORD).write_text(json.dumps(sealed(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     # Without the word: the file repeats the drawing, and should not write over what it repeats.
     (new / "config.yaml").write_text(to_yaml(config.model_copy(update={"overwrite": False})), encoding="utf-8")
@@ -176,7 +178,7 @@ def _prompt(one: Asked, formatter: Formatter, images: _Remembered, arms: Sequenc
             visions[number] = vision
     opened = images.open(str(one.sample.image), one.sample.id)
     found = [vision for vision in visions if vision is not None]
-    return _Prompt(inputs, modality, found, opened, instruction_text([one.question]))
+    return _Prompt(inputs, modality, found, opened, instruction_text([one.sample.turns[0].question.replace(HERE, "")]))
 
 
 def _encodings(arms: Sequence[Arm]) -> list[tuple[frozenset[str], list[int]]]:
@@ -313,10 +315,11 @@ def _record(
             }
         )
     return {
-        "format": 1,
+        "format": FORMAT,
         "model": config.model.model_dump(),
         "frozen_hash": loaded.base.hashes.frozen_hash,
         "original_projector_hash": loaded.base.hashes.original_projector_hash,
+        "projectors": list(loaded.base.hashes.projectors),
         "settings_hash": loaded.base.settings_hash,
         "template_hash": loaded.template_hash,
         "max_new_tokens": config.max_new_tokens,

@@ -8,7 +8,18 @@ from pydantic import BaseModel
 
 from prunetune.cli import commands
 from prunetune.cli.schema import SchemaCommand, SchemaOption, schema_options
-from prunetune.configs import EvaluateConfig, RecalibrateConfig, ServeConfig, TableConfig, TableMethod, TableModel
+from prunetune.configs import (
+    AnalyzeConfig,
+    AnalyzedMethod,
+    EvaluateConfig,
+    RecalibrateConfig,
+    ServeConfig,
+    ShownMethod,
+    TableConfig,
+    TableMethod,
+    TableModel,
+    VisualizeConfig,
+)
 from prunetune.configs.schema import MixedPruner
 from prunetune.data_recipes.formats import LlavaJsonRecipe
 from prunetune.pruning import StageSpec
@@ -18,6 +29,8 @@ FILES: dict[str, type[BaseModel]] = {
     "recalibration": RecalibrateConfig,
     "evaluation": EvaluateConfig,
     "table": TableConfig,
+    "analysis": AnalyzeConfig,
+    "visualization": VisualizeConfig,
     "serving": ServeConfig,
 }
 """The kinds of configuration files there are."""
@@ -27,6 +40,8 @@ PARTS: dict[str, tuple[str, type[BaseModel]]] = {
     "pruning.stages": ("an entry of `pruning.stages`", StageSpec),
     "models": ("an entry of a table's `models`", TableModel),
     "methods": ("an entry of a table's `methods`, or a pruner's name alone", TableMethod),
+    "methods of an analysis": ("an entry of an analysis's `methods`, or a pruner's name alone", AnalyzedMethod),
+    "methods of a visualization": ("an entry of its `methods`, or a pruner's name alone", ShownMethod),
 }
 """Lists of mappings, whose keys no command line option has."""
 
@@ -35,9 +50,9 @@ HEAD = """# Options
 Generated from the schema by `python -m prunetune.cli.reference`. These are the keys of configuration files, section by
 section. A key `section.field` stands in the YAML file as `section: {field: value}`, or on the command line as
 `--section.field value`, which wins. Keys are strict: one that is not here stops before anything is loaded, with the
-nearest name that is. Values are YAML on the command line, too (`--tasks '[gqa, pope]'`), and of a mapping single keys can
-be set (`--pruning.options.power 2`). What commands take beside a configuration: [command line](reference.md). Files to
-begin with: `prunetune configs list`.
+nearest name that is. Values are YAML on the command line, too (`--tasks '[gqa, pope]'`), and of a mapping single keys
+can be set (`--pruning.options.power 2`). What commands take beside a configuration: [command line](reference.md).
+Files to begin with: `prunetune configs list`.
 """
 
 

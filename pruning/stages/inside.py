@@ -9,13 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from prunetune.pruning.errors import PruningError
-from prunetune.pruning.families.base import Family
+from prunetune.pruning.families.base import Family, family_of
 from prunetune.pruning.rewrite import Pruned
 from prunetune.pruning.spec import StageSpec
 from prunetune.pruning.stages.decoder import decoder_of
 from prunetune.pruning.stages.plan import Plan
 from prunetune.pruning.stages.run import Stages
-from prunetune.pruning.stages.schedule import schedule_of
+from prunetune.pruning.stages.schedule import Schedule, schedule_of
 
 
 def stages_of(model: PreTrainedModel, family: Family, specs: Sequence[StageSpec]) -> Stages | None:
@@ -46,6 +46,16 @@ def stages_of(model: PreTrainedModel, family: Family, specs: Sequence[StageSpec]
                 "of which a merged token has no place; choose another stage"
             )
     return Stages(schedule, decoder, family.token_ids(model))
+
+
+def schedule_in(model: PreTrainedModel, specs: Sequence[StageSpec]) -> Schedule | None:
+    """Return when stages run in a model, which may lie on the meta device; None if there are none.
+
+    Raises:
+        PruningError: as of :func:`stages_of`.
+    """
+    stages = stages_of(model, family_of(model), specs)
+    return None if stages is None else stages.schedule
 
 
 def counted_inside(

@@ -94,6 +94,14 @@ class Plan:
         """L, the columns of the prompt."""
         return self.visual.shape[1]
 
+    def widths(self) -> list[int]:
+        """Return how many slots of a row each layer processes, text, padding and filler included."""
+        found = []
+        for layer in range(self.schedule.layers):
+            segment = self.before(layer)
+            found.append(self.width if segment is None else segment.take.shape[1])
+        return found
+
     def before(self, layer: int) -> Segment | None:
         """Return the segment in which a layer runs, by the boundaries below and at it; None is the whole prompt."""
         found = None

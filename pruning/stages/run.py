@@ -9,8 +9,8 @@ with the same plan, which has decided then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -69,6 +69,9 @@ class Stages:
         schedule: when they run.
         decoder: of the model.
         visual_ids: ids of visual placeholders.
+
+    Attributes:
+        around: what is opened around all that stages compute beside the layers, for whoever counts or times it.
     """
 
     def __init__(self, schedule: Schedule, decoder: Decoder, visual_ids: Sequence[int]) -> None:
@@ -76,6 +79,7 @@ class Stages:
         self.decoder = decoder
         self.visual_ids = tuple(visual_ids)
         self._boundaries = {point.boundary: number for number, point in enumerate(schedule.points)}
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._logs: list[list[Plan]] = []
         self._is_paused = False
         for point in schedule.points:
@@ -243,7 +247,8 @@ class Stages:
                 self._decide(boundary, plan, hidden, kwargs["position_embeddings"])
             made = plan.segments[number]
             if made is not None:
-                hidden = made.apply(hidden)
+                with self.around():
+                    hidden = made.apply(hidden)
         segment = plan.before(number)
         rotary = self._rotary(segment, kwargs["position_embeddings"], hidden)
         above = self._boundaries.get(number + 1)
@@ -305,7 +310,7 @@ class Stages:
         """Let stages that choose their query rows themselves do so, by what enters the first layer."""
         for point in self.schedule.points:
             if point.stage.queries == "raters" and point.boundary not in plan.raters:
-                with exact_float32(embeddings.device):
+                with self.around(), exact_float32(embeddings.device):
                     raters = point.stage.raters(embeddings.detach().float(), plan.visual, plan.question())
                 # Of a prompt without any, its last token.
                 last = torch.zeros_like(raters).scatter(1, plan.queries[:, :1], True)
@@ -323,7 +328,7 @@ class Stages:
         point = self.schedule.points[number]
         if not self._must_run(number, plan):
             return
-        with exact_float32(hidden.device):
+        with self.around(), exact_float32(hidden.device):
             plan.noted[point.boundary] = self._heard(point, plan, segment, layer, hidden.detach(), rotary)
 
     def _heard(
@@ -374,7 +379,7 @@ class Stages:
         if "states" in point.stage.wants:
             found["states"] = hidden.detach().float()
         question = plan.at_slots(plan.question(), segment)
-        with exact_float32(hidden.device):
+        with self.around(), exact_float32(hidden.device):
             if "normed" in point.stage.wants:
                 found["normed"] = self.decoder.final_norm(hidden.detach()).float()
             heard = Heard(plan.visual_slots(segment), question, **found)

@@ -20,7 +20,7 @@ from prunetune.outputs import TABLE, OutputFolder
 from prunetune.pruning import PruningSpec
 from prunetune.reading import one_line
 from prunetune.screen import libraries_in, say
-from prunetune.scripts.profiling.accounting import cache_bytes, flop_of, same_everywhere
+from prunetune.scripts.profiling.accounting import cache_bytes, flop_of
 from prunetune.scripts.profiling.energy import energy_counter
 from prunetune.scripts.profiling.measure import Settings, Subject, measure
 from prunetune.scripts.profiling.page import MIB, computed_markdown, to_markdown
@@ -29,7 +29,7 @@ from prunetune.scripts.profiling.requests import Asked, MadeUp, Requests, first_
 from prunetune.scripts.tables.cells import Model, Plan, lay_out
 from prunetune.train.flops import Work, image
 from prunetune.train.shape import shape_of
-from prunetune.train.visual import visual_of
+from prunetune.train.visual import visual_layers, visual_of
 
 
 def profile_table(
@@ -133,8 +133,8 @@ def _rows(plan: Plan, model: Model) -> Iterator[tuple[str, str, PruningSpec]]:
     for arm in plan.arms:
         if arm.model is model and arm.spec not in seen:
             seen.append(arm.spec)
-            dense = arm.spec.pruner == "identity"
-            yield arm.row, "dense" if dense else f"{arm.label}, {arm.spec.keep}", arm.spec
+            label = f"{arm.label}, {arm.spec.budget}" if arm.spec.budget else arm.label
+            yield arm.row, "dense" if arm.spec.dense else label, arm.spec
 
 
 @torch.inference_mode()
@@ -179,15 +179,19 @@ def computed_table(config: TableConfig, new_tokens: int, text: int, side: int) -
         vision = image(visual.patches, visual.items) + Work(projected=visual.items * visual.tokens)
         element = getattr(torch, model.config.dtype).itemsize
         rows: dict[str, dict[str, float]] = {}
+        inside_somewhere = any(spec.stages for _, _, spec in _rows(plan, model))
         for _, label, spec in _rows(plan, model):
             try:
                 kept = visual.kept(resolved(spec))
+                inside = visual_layers(stock, spec, kept)
             except PrunetuneError as error:
                 say(f"{model.name}, {label}: not computed: {one_line(error)}")
                 continue
-            layers = same_everywhere(shape, kept + text)
+            layers = [tokens + text for tokens in inside]
             flop = flop_of(shape, vision, layers, new_tokens)
             found = {"visual tokens": float(kept)}
+            if inside_somewhere:
+                found["visual tokens per layer"] = sum(inside) / len(inside)
             found |= {f"{part}, TFLOP": value / 1e12 for part, value in flop.parts().items()}
             found |= {"total, TFLOP": flop.total / 1e12}
             found |= {"cache, MiB": cache_bytes(shape.language, layers, element) / MIB}

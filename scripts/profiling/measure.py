@@ -170,6 +170,7 @@ class _Counted:
 
     tokens: int
     kept: float
+    average: float | None
     layers: list[int]
     flop: dict[str, float]
     counted: dict[str, float]
@@ -185,13 +186,14 @@ def _counted(subject: Subject, size: int, new_tokens: int) -> _Counted:
     with flop_counter() as now:
         seen = staged(pruned, inputs, now)
         decode = generated(pruned, inputs, new_tokens, now).rest
-    layers = layers_of(pruned, seen.prepared)
+    layers = layers_of(pruned, seen.prepared, seen.plan)
     flop = flop_of(shape, _encoded(shape, pruned, inputs, seen).times(1 / size), layers, new_tokens)
     measured = measured_cache(seen.cache)
     kept = sum(sum(counts) for counts in seen.prepared.kept.values())
     return _Counted(
         tokens=int(seen.prepared.inputs["input_ids"].shape[1]),
         kept=kept / size,
+        average=None if seen.plan is None else sum(counts.average for counts in seen.plan.counts) / size,
         layers=layers,
         flop=flop.parts(),
         counted={stage: spent / size for stage, spent in {**seen.spent, "decode": decode}.items()},
@@ -219,7 +221,7 @@ def _cost(counted: _Counted, own: _Rounds, dense: _Rounds, size: int, is_dense: 
         size=size,
         **vars(counted),
         stages=stages,
-        prefill=stages["prefill"],
+        prefill=Number.of(_milli(_prefills(own))),
         first_token=Number.of(_milli([one.first for one in own.generated])),
         end_to_end=Number.of(_milli([one.whole for one in own.generated])),
         decode=rate,
@@ -246,7 +248,8 @@ def _faster(own: _Rounds, dense: _Rounds) -> dict[str, Number]:
 
 
 def _prefills(rounds: _Rounds) -> list[float]:
-    return [spent["prefill"] for spent in rounds.staged]
+    """Return the seconds of the LLM over the prompts, with what stages compute between its layers."""
+    return [spent["prefill"] + spent["inside"] for spent in rounds.staged]
 
 
 def _over_stock(own: _Rounds) -> dict[str, Number]:

@@ -51,6 +51,8 @@ Rows = Sequence[tuple[ArmCost, BatchCost]]
 
 def _stages(rows: Rows) -> Iterator[str]:
     names = ["inputs", *STAGES]
+    if not any(batch.average is not None for _, batch in rows):  # nothing is pruned inside the LLM
+        names.remove("inside")
     body = []
     for arm, batch in rows:
         shares = []
@@ -58,7 +60,8 @@ def _stages(rows: Rows) -> Iterator[str]:
             own = sum(batch.stages[name].median for name in parts)
             shares.append(f"{own / rows[0][1].prefill.median:.1%} / {own / batch.prefill.median:.1%}")
         body.append([arm.label, *(_digits(batch.stages[name].median) for name in names), *shares])
-    yield "Milliseconds of each stage, waited for one by one; signals, selection and rewriting are the pruner's own."
+    own_names = "signals, selection, rewriting and inside" if "inside" in names else "signals, selection and rewriting"
+    yield f"Milliseconds of each stage, waited for one by one; {own_names} are the pruner's own."
     yield ""
     heads = ["arm", *names, "selection, of the dense / own prefill", "all the pruner's own, of the dense / own prefill"]
     yield from _table(heads, body)
@@ -81,7 +84,7 @@ def _computed(rows: Rows) -> Iterator[str]:
         total = sum(batch.flop.values())
         counted = sum(batch.counted.values()) - own
         body.append(
-            [arm.label, f"{batch.kept:g}", f"{batch.tokens}", *(_digits(value / 1e9) for value in batch.flop.values()),
+            [arm.label, _visual(batch), f"{batch.tokens}", *(_digits(value / 1e9) for value in batch.flop.values()),
              _digits(own / 1e9), f"{dense / total:.2f}", f"{counted / total:.4f}", _digits(batch.cache / MIB),
              _cache(batch), "-" if batch.peak is None else f"{batch.peak / GIB:.2f}"]
         )  # fmt: skip
@@ -91,6 +94,11 @@ def _computed(rows: Rows) -> Iterator[str]:
     yield "Of one request; computed from the shape: two for a multiplication and an addition, attention over all pairs."
     yield ""
     yield from _table(["arm", *heads], body)
+
+
+def _visual(batch: BatchCost) -> str:
+    """Return a request's visual tokens; of those that are pruned inside the LLM also what a layer processes."""
+    return f"{batch.kept:g}" if batch.average is None else f"{batch.kept:g}, {batch.average:g} a layer"
 
 
 def _cache(batch: BatchCost) -> str:

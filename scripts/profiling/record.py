@@ -71,9 +71,11 @@ class BatchCost(_Part):
         size: requests in the batch.
         tokens: of each prompt at the LLM, padding included.
         kept: visual tokens of a request that reached the LLM, mean.
+        average: visual tokens of a request that a layer of the LLM processed, mean; None where no stage drops any
+            inside.
         layers: how many tokens each layer of the LLM processes.
         stages: milliseconds of each stage of the batch, one after another: see docs/profile.md.
-        prefill: milliseconds of the LLM over the prompts.
+        prefill: milliseconds of the LLM over the prompts, stages between its layers included.
         first_token: milliseconds from pixels to the first token of all answers.
         end_to_end: milliseconds from pixels to the last token.
         decode: tokens a second after the first, all rows together.
@@ -90,6 +92,7 @@ class BatchCost(_Part):
     size: int
     tokens: int
     kept: float
+    average: float | None = None
     layers: list[int]
     stages: dict[str, Number]
     prefill: Number

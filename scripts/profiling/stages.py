@@ -17,12 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from prunetune.pruning import PrunedModel
 from prunetune.pruning.families import Family
 from prunetune.pruning.rewrite import Pruned
+from prunetune.pruning.stages.plan import Plan
 
 Now = Callable[[], float]
 """Reads a counter: seconds, or FLOP."""
-STAGES = ("tower", "projector", "signals", "selection", "rewriting", "prefill")
+STAGES = ("tower", "projector", "signals", "selection", "rewriting", "inside", "prefill")
 """Of a request before its first token, in their order; all but the first two and the last are the pruner's own."""
-PRUNERS_OWN = ("signals", "selection", "rewriting")
+PRUNERS_OWN = ("signals", "selection", "rewriting", "inside")
 
 
 def clock(device: torch.device) -> Now:
@@ -65,11 +66,13 @@ class Staged:
         spent: by stage.
         prepared: what the LLM was given.
         cache: the keys and values of the prompt.
+        plan: what stages inside the LLM decided; None without any.
     """
 
     spent: dict[str, float]
     prepared: Pruned
     cache: Any
+    plan: Plan | None = None
 
 
 class _Ledger:
@@ -107,7 +110,8 @@ def staged(pruned: PrunedModel, inputs: Mapping[str, Any], now: Now) -> Staged:
     """Run a batch up to its first token, and read a counter between stages.
 
     ``tower`` and ``projector`` are those modules' own; ``signals`` is what the encoding takes beside them, and reading
-    the text; ``selection`` the method; ``rewriting`` the rest of the preparation; ``prefill`` the LLM and its head.
+    the text; ``selection`` the method; ``rewriting`` the rest of the preparation; ``inside`` what stages hear, choose
+    and cut between layers; ``prefill`` the LLM and its head.
     What each takes adds up to the whole. On a GPU every reading waits for the device, so the whole is a little slower
     than one that runs through.
 
@@ -120,9 +124,9 @@ def staged(pruned: PrunedModel, inputs: Mapping[str, Any], now: Now) -> Staged:
     with _watched_modules(pruned, ledger):
         with ledger.stage("rewriting"):
             prepared = _watched(pruned, ledger).prepare(inputs, padding_side="left")
-        with ledger.stage("prefill"):
-            output = pruned.model(**prepared.inputs, **_of_the_last_position(pruned.model))
-    return Staged(ledger.spent, prepared, output.past_key_values)
+        with ledger.stage("prefill"), _watched_inside(pruned, ledger) as plans:
+            output = pruned.run(prepared, {**prepared.inputs, **_of_the_last_position(pruned.model)})
+    return Staged(ledger.spent, prepared, output.past_key_values, plans[0] if plans else None)
 
 
 def _of_the_last_position(model: Any) -> dict[str, Any]:
@@ -153,6 +157,21 @@ def _watched(pruned: PrunedModel, ledger: _Ledger) -> PrunedModel:
     encode, pruner = _Watched(pruned.encode, "signals", ledger), _Watched(pruned.pruner, "selection", ledger)
     vars(copied).update(text=text, encode=encode, pruner=pruner)
     return copied
+
+
+@contextmanager
+def _watched_inside(pruned: PrunedModel, ledger: _Ledger) -> Iterator[list[Plan]]:
+    """Book what stages compute between layers, and yield what they decide."""
+    stages = pruned.stages
+    if stages is None:
+        yield []
+        return
+    before, stages.around = stages.around, lambda: ledger.stage("inside")
+    try:
+        with stages.noted() as plans:
+            yield plans
+    finally:
+        stages.around = before
 
 
 @contextmanager
@@ -234,12 +253,19 @@ def _clocked(run: Callable[..., Tensor], new_tokens: int, now: Now) -> Generated
     return Generated(first - began, (rest[-1] if rest else first) - first, done - began, tokens)
 
 
-def layers_of(pruned: PrunedModel, prepared: Pruned) -> list[int]:
+def layers_of(pruned: PrunedModel, prepared: Pruned, plan: Plan | None = None) -> list[int]:
     """Return how many tokens of a prompt each layer of the LLM processes, padding included.
 
     Pruned before the LLM, every layer sees as many. Stages that drop tokens between layers enter here and nowhere
     else: FLOP and cache follow from this list, and the cache is compared with the one that was measured.
+
+    Args:
+        pruned: the model with its pruner.
+        prepared: what the LLM was given.
+        plan: what stages decided; None without any.
     """
+    if plan is not None:
+        return plan.widths()
     width = int(prepared.inputs["input_ids"].shape[1])
     layers: Any = pruned.model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     return [width] * int(layers)

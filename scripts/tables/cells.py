@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,9 @@ from prunetune.errors import PrunetuneError
 from prunetune.evaluation.tasks import get_task
 from prunetune.models.seal import seal_of
 from prunetune.outputs import OutputError
-from prunetune.pruning import PruningSpec
+from prunetune.pruning import PruningError, PruningSpec
+from prunetune.pruning.spec import StageSpec
+from prunetune.pruning.stages.registry import stage_class
 
 FEATURES, TRAINED, ARMS = "features", "trained", "arms"
 """Folders below a table's output folder."""
@@ -174,8 +176,15 @@ class Plan:
 
     def features(self, model: Model, task: str) -> Path:
         """Return where a benchmark's images are kept for a model: a table that is extended needs another cache."""
-        specs = [spec.model_dump() for spec in self.specs(model)]
-        tuned = [arm.spec.model_dump() for arm in self.arms if arm.model is model and arm.training is not None]
+        # Stages read nothing of the tower: with and without them the same is kept of images.
+        without = {"stages"}
+        specs = []
+        for spec in self.specs(model):
+            if (own := spec.model_dump(exclude=without)) not in specs:
+                specs.append(own)
+        tuned = [
+            arm.spec.model_dump(exclude=without) for arm in self.arms if arm.model is model and arm.training is not None
+        ]
         config = self.config
         held = seal_of({"specs": specs, "tuned": tuned, "images": [config.data, config.limit, config.max_pixels]})
         return self.output / FEATURES / model.slug / f"{task}-{held[:8]}"
@@ -293,8 +302,7 @@ def _arms(config: TableConfig, model: Model, impossible: list[str]) -> Iterator[
         yield TableArm(model, HARD, None, "downsample", PruningSpec("downsample", config.hard), "training-free")
     lacking = set()
     for method in config.methods:
-        for budget in config.budgets if method.budgets is None else method.budgets:
-            spec = _spec(method, budget)
+        for spec in _specs(config, method):
             for kind in config.projectors if method.projectors is None else method.projectors:
                 if kind != "training-free" and _file(model, kind) is None:
                     lacking.add(kind)
@@ -312,12 +320,62 @@ def _wants(config: TableConfig, kind: ProjectorKind) -> bool:
     return any(kind in (method.projectors or config.projectors) for method in config.methods)
 
 
-def _spec(method: TableMethod, budget: int | float | str) -> PruningSpec:
-    values = {**method.pruning, "pruner": method.pruner, "keep": budget, "options": method.options}
+def _specs(config: TableConfig, method: TableMethod) -> list[PruningSpec]:
+    """Return the pruning of each of a method's budgets.
+
+    Raises:
+        ConfigError: for a budget that is no average where stages are solved for one, or an unknown stage.
+    """
+    budgets = config.budgets if method.budgets is None else method.budgets
+    if not method.stages:
+        return [_spec(method, {"keep": budget}) for budget in budgets]
+    if "stages" in method.pruning:
+        raise ConfigError(f"methods: {_called(method)} has stages and pruning.stages; leave one out")
+    solved = [number for number, stage in enumerate(method.stages) if _is_open(stage)]
+    if len(solved) > 1:
+        raise ConfigError(
+            f"methods: {_called(method)} has {len(solved)} stages without keep, and a budget is the average of one; "
+            "give the others keep"
+        )
+    if not solved:
+        if method.pruner == "identity":
+            return [_spec(method, {"stages": method.stages})]
+        return [_spec(method, {"keep": budget, "stages": method.stages}) for budget in budgets]
+    found = []
+    for budget in budgets:
+        if isinstance(budget, str) or budget <= 0:
+            raise ConfigError(
+                f"methods: {_called(method)} has stages that are solved for a budget, which is a number of visual "
+                f"tokens per layer, and {budget!r} is none; give the method budgets of its own"
+            )
+        stages = list(method.stages)
+        stages[solved[0]] = stages[solved[0]].model_copy(update={"average": budget})
+        found.append(_spec(method, {"stages": stages}))
+    return found
+
+
+def _is_open(stage: StageSpec) -> bool:
+    """Return whether a stage's budget is the table's."""
+    try:
+        drops_all = stage_class(stage.name).drops_all
+    except PruningError as error:
+        raise ConfigError(f"methods: {error}") from None
+    return stage.keep is None and stage.average is None and not drops_all
+
+
+def _spec(method: TableMethod, own: Mapping[str, Any]) -> PruningSpec:
+    values = {**method.pruning, "pruner": method.pruner, "options": method.options, **own}
     try:
         return PruningSpec.model_validate(values)
     except ValueError as error:
-        raise ConfigError(f"methods: {method.name or method.pruner}: {_one_line(error)}") from None
+        raise ConfigError(f"methods: {_called(method)}: {_one_line(error)}") from None
+
+
+def _called(method: TableMethod) -> str:
+    """Return what a method's rows are called."""
+    if method.name is not None or not method.stages:
+        return method.name or method.pruner
+    return "+".join(name for name in (method.pruner, *(stage.name for stage in method.stages)) if name != "identity")
 
 
 def _one_line(error: ValueError) -> str:
@@ -330,8 +388,8 @@ def _one_line(error: ValueError) -> str:
 def _of_kind(
     config: TableConfig, model: Model, method: TableMethod, spec: PruningSpec, kind: ProjectorKind
 ) -> Iterator[TableArm]:
-    name = slug(f"{method.name or method.pruner}_{spec.keep}")
-    label = method.name or method.pruner
+    label = _called(method)
+    name = slug(f"{label}_{spec.budget if spec.stages else spec.keep}".rstrip("_"))
     if kind == "training-free":
         yield TableArm(model, name, None, label, spec, kind)
         return
@@ -354,7 +412,7 @@ def _trainings(
     options: dict[str, Any] = {**config.training}
     if kind == "tuned" and spec is not None:
         options["pruning"] = spec.model_dump(exclude_defaults=True)
-    tags = [kind] if spec is None else [kind, spec.pruner, str(spec.keep)]
+    tags = [kind] if spec is None else [kind, spec.method, spec.budget or str(spec.keep)]
     if config.plugins:
         options["plugins"] = config.plugins
     seeds: list[int | None] = [*config.seeds] if config.seeds else [None]

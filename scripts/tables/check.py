@@ -75,7 +75,7 @@ def _of_other_settings(plan: Plan) -> Iterator[str]:
 
 
 def _quoted(plan: Plan) -> None:
-    methods = {arm.label for arm in plan.arms} | {arm.spec.pruner for arm in plan.arms}
+    methods = {arm.label for arm in plan.arms} | {arm.spec.method for arm in plan.arms}
     models = {plain_model(name) for model in plan.models for name in (model.name, model.config.path)}
     for name in plan.config.quoted:
         quotes = read_quoted(name)

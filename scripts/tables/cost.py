@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.tasks import Item, get_task
@@ -13,11 +14,11 @@ from prunetune.models.profile import resolved
 from prunetune.pruning import PruningSpec
 from prunetune.scripts.tables.cells import Cell, Plan, Training
 from prunetune.scripts.tables.state import is_evaluated, is_trained
-from prunetune.train.flops import flops_of, forward_of, image, sequence
+from prunetune.train.flops import flops_of, forward_of, image, layered
 from prunetune.train.gpus import GPUS, Gpu
 from prunetune.train.plan import MFU, columns, duration, make_plan
 from prunetune.train.shape import ModelShape, shape_of
-from prunetune.train.visual import Visual, visual_of
+from prunetune.train.visual import Visual, visual_layers, visual_of
 from prunetune.train.workload import IMAGE, TOKENS_AROUND, TOKENS_PER_WORD
 
 EVALUATION_MFU = 0.2
@@ -30,10 +31,12 @@ class Sizes:
 
     shape: ModelShape
     visual: Visual
+    model: Any
 
     def question(self, spec: PruningSpec, text: float) -> float:
         """Return the FLOP of the LLM's prefill for a question of so many text tokens about an image."""
-        work = sequence(text + self.visual.kept(resolved(spec)))
+        layers = visual_layers(self.model, spec, self.visual.kept(resolved(spec)))
+        work = layered([[text + tokens] for tokens in layers])
         return forward_of(self.shape, work) + 2 * self.shape.language.head
 
     def encoding(self) -> float:
@@ -47,7 +50,7 @@ def sizes_of(plan: Plan) -> dict[str, Sizes]:
     for model in plan.models:
         try:
             stock = model_without_weights(model.config.path, model.config.revision)
-            found[model.slug] = Sizes(shape_of(stock), visual_of(stock, *IMAGE))
+            found[model.slug] = Sizes(shape_of(stock), visual_of(stock, *IMAGE), stock)
         except PrunetuneError:
             continue
     return found

@@ -101,7 +101,7 @@ def _runs(plan: Plan, group: Sequence[TableArm]) -> ArmRuns:
     """Return a row by the names that the YAML has for its model and its method."""
     arm = group[0]
     # A method without a name of its own is called by its pruner, with the options that are set.
-    method = "" if arm.label in (arm.spec.pruner, "dense") else arm.label
+    method = "" if arm.label in (arm.spec.method, "dense") else arm.label
     return ArmRuns("", [_folders(plan, one) for one in group], arm.model.name, method)
 
 

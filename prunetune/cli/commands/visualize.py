@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _OWN = {"model": "model.path", "dtype": "model.dtype", "template": "model.template", "text_tower": "pruning.text_tower"}
 """Short options, by the fields that they set."""
+_SOURCES = {"--task", "--images", "--videos"}
+"""Options that say what is drawn; without any it is the toy world."""
 
 
 def run(
@@ -46,7 +48,10 @@ def run(
     from prunetune.evaluation.visual.run import output_folder, visualize
 
     pruners, others = _sorted(words)
+    named = any(word.partition("=")[0] in _SOURCES for word in others)
     said = _said(config, pruners, image, video, keep, format, overwrite, plugins, own)
+    if config is None and not (image or video or named):
+        said += ["--task", "tiny_world_validation"]
     settings = load_config(VisualizeConfig, config, [*said, *others])
     methods: list[ShownMethod] = with_options(settings.methods, list(option))
     settings = settings.model_copy(update={"methods": with_adapters(methods, list(adapter))})
@@ -85,8 +90,6 @@ def _said(
     said: list[str] = []
     if config is None:  # a file says all of this by itself
         said += ["--model.path", "assets/tiny_vlm", "--model.dtype", "float32"]
-        if not (image or video or own["task"]):
-            said += ["--task", "tiny_world_validation"]
     for name, value in own.items():
         if value is not None:
             said += [f"--{_OWN.get(name, name)}", _quoted(value)]
@@ -126,10 +129,8 @@ command = SchemaCommand(
         click.Option(["--dtype"], type=DTYPES, help="dtype of all weights; float32 without --config"),
         click.Option(["--template"], help="chat template, as model.template"),
         click.Option(["--text-tower"], help="CLIP checkpoint of the vision tower, for methods that read the question"),
-        click.Option(["--task"], help="a benchmark whose images are shown; tiny_world_validation if nothing is named"),
         _several("--image", "an image of your own, or a folder of them; may be repeated", "FILE"),
         _several("--video", "a video of your own, or a folder of its frames; may be repeated", "FILE"),
-        click.Option(["--question"], help="what is asked about your own images and videos"),
         _several("--keep", "budgets, with commas: 64,0.111,11.1%; may be repeated", "BUDGET"),
         _several("--option", "an option of a method, METHOD.OPTION=VALUE; may be repeated", "TEXT"),
         _several("--adapter", "a projector tuned for a method, METHOD=FOLDER; may be repeated", "TEXT"),

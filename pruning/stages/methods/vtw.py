@@ -63,13 +63,27 @@ def search_boundary(
     Raises:
         PruningError: if every boundary changes more.
     """
-    log_full = full.double().log_softmax(dim=-1)[:, None]
-    log_withdrawn = withdrawn.double().log_softmax(dim=-1)
-    change = (log_withdrawn.exp() * (log_withdrawn - log_full)).sum(dim=-1).mean(dim=0)  # (K,)
+    change = torch.stack([changes(full, one) for one in withdrawn.unbind(dim=1)], dim=1).mean(dim=0)  # (K,)
+    return first_small(change, first, eta), change.float()
+
+
+def changes(full: Float[Tensor, "S V"], withdrawn: Float[Tensor, "S V"]) -> Float[Tensor, " S"]:
+    """Return KL(withdrawn || full) of each sample's logits, in float64."""
+    log_full, log_withdrawn = full.double().log_softmax(dim=-1), withdrawn.double().log_softmax(dim=-1)
+    change: Tensor = (log_withdrawn.exp() * (log_withdrawn - log_full)).sum(dim=-1)
+    return change
+
+
+def first_small(change: Float[Tensor, " K"], first: int, eta: float) -> int:
+    """Return the first boundary whose change is small, of K that begin with ``first``.
+
+    Raises:
+        PruningError: if every boundary changes more.
+    """
     small = (change <= eta).nonzero()
     if not len(small):
         raise PruningError(
             f"no boundary changes the answers by {eta:g} or less, the least is {float(change.min()):g}; choose a "
             "larger eta"
         )
-    return first + int(small[0]), change.float()
+    return first + int(small[0])
