@@ -6,6 +6,7 @@ runs that one.
 
 import asyncio
 import base64
+import copy
 import io
 import json
 import threading
@@ -27,7 +28,7 @@ class FakeEngine:
 
     def __init__(self, model, processor, context=512):
         self.model = model
-        self.processor = processor
+        self.processor = copy.deepcopy(processor)  # padding is set on it, by one thread at a time
         self.context = context
         self.seen = []
         self.fail = None
