@@ -75,7 +75,11 @@ def backend_of(config: ServeConfig, arm: Arm) -> Backend:
     engine = VllmEmbeds(arm, config.limits, options)
     references = drawn(options.questions) if options.references is None else read_references(options.references)
     if references and options.questions:
-        say(check_same_answers(here, engine, references[: options.questions], config.model.dtype == "float32"))
+        try:
+            say(check_same_answers(here, engine, references[: options.questions], config.model.dtype == "float32"))
+        except ServingError:
+            engine.close()
+            raise
     if not options.keep_llm:
         let_go_of_llm(arm)
     return engine

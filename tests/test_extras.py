@@ -109,6 +109,16 @@ def test_an_extra_imports_its_rooms(environment, extra, rooms):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_serving_needs_its_own_extra_alone(environment):
+    done = environment(IMPORT_ALL, "prunetune.serving", extras=("serve",))
+    assert (done.returncode, without(done.stdout)) == (0, {"prunetune.serving.vllm_model": "vllm"}), done.stderr[-2000:]
+
+
+def test_serving_without_it_is_one_line(environment):
+    done = environment("from prunetune.cli import main; main(['serve', '--config', 'serve/tiny_divprune_16'])")
+    assert "is not installed; pip install 'prunetune[serve]'" in done.stderr
+
+
 def test_all_is_what_the_readme_needs():
     assert needed(("all",)) >= needed(("train",)) | needed(("eval",)) | needed(("plots",))
     assert not {"matplotlib", "peft", "deepspeed", "datasets", "wandb", "openpyxl", "inflect"} & needed(())

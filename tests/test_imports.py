@@ -35,7 +35,7 @@ ONLY_IN = {
     "fastapi": ("serving/",),
     "prometheus_client": ("serving/",),
     "uvicorn": ("serving/",),
-    "vllm": ("serving/vllm_model.py",),
+    "vllm": ("serving/vllm_",),
     "transformers": ("pruning/", "models/", "serving/", "train/", "tiny_world/"),
 }
 FILES = sorted(path for folder in (*OURS, "prunetune") for path in (ROOT / folder).rglob("*.py"))

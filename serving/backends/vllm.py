@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from torch import Tensor
 from prunetune.configs.serving import EngineClientConfig, LimitsConfig
 from prunetune.data_recipes.formatting import PLACE, conversation
 from prunetune.data_recipes.images import Dialogue
+from prunetune.data_recipes.segments import MODELS_TOKENS
 from prunetune.models.arm import Arm
 from prunetune.pruning.rewrite import Pruned
 from prunetune.reading import shown
@@ -47,6 +47,11 @@ class VllmEmbeds:
         why = why_not_embeds(arm.pruned)
         if why is not None:
             raise ServingError(why)
+        if arm.base.config.tokens != MODELS_TOKENS:
+            raise ServingError(
+                f"model.tokens {arm.base.config.tokens} gives prompts that no engine's chat template does; set it to "
+                f"{MODELS_TOKENS}, or use --engine embedded"
+            )
         self.arm = arm
         self.prompts = Prompts(arm, limits)
         self.client = EngineClient(options.url, limits.answer_seconds)
@@ -202,8 +207,3 @@ def embeds_part(features: Tensor) -> dict[str, str]:
     file = io.BytesIO()
     np.save(file, numbers.numpy(), allow_pickle=False)
     return {"type": "image_embeds", "image_embeds": base64.b64encode(file.getvalue()).decode()}
-
-
-def size_of(body: dict[str, Any]) -> int:
-    """Return a request's bytes."""
-    return len(json.dumps(body).encode())
