@@ -19,6 +19,7 @@ from typing import IO
 
 BEGIN, END = b"\x1e", b"\x1f"
 LIBRARIES = [
+    "ContinuousBatchingLogger",  # of transformers
     "accelerate",
     "datasets",
     "deepspeed",

@@ -375,8 +375,10 @@ class ContinuousBatch:
                 generation_config=_settings(model, {"max_new_tokens": self.max_new_tokens}),
                 continuous_batching_config=self._config,
             )
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
         try:
-            manager.warmup()  # makes the cache here, where an error is the caller's
+            with torch.random.fork_rng(devices):  # it is seeded there, for answers that are drawn
+                manager.warmup()  # makes the cache here, where an error is the caller's
         except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
             raise PruningError(
                 f"the cache of backend: continuous does not fit: {str(error).splitlines()[0]}; lower batch_size or "

@@ -40,4 +40,6 @@ def main(version: str, root: Path = ROOT) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("error: give the version, as in scripts/release.py 0.1.0")
     print(main(sys.argv[1]))

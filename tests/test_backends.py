@@ -235,7 +235,9 @@ def prompts_of(arm, questions):
 def test_tokens_stream_requests_cancel_and_answers_have_their_own_length(tiny, questions):
     arm = tiny.with_pruning(PruningSpec("divprune", 16))
     prompts, expected = prompts_of(arm, questions)
+    state = torch.get_rng_state()
     with arm.pruned.continuous(4, 6) as batch:
+        assert torch.equal(torch.get_rng_state(), state)
         streams = [batch.submit(prompt, streaming=True) for prompt in prompts[:8]]
         cancelled = batch.submit(prompts[8], streaming=True)
         cancelled.cancel()

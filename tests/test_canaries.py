@@ -21,6 +21,7 @@ from prunetune.cli import commands, main
 from prunetune.evaluation.records import read_results
 from prunetune.models import adapter as adapter_module
 from prunetune.models import arm as arm_module
+from prunetune.models import peft_adapter as peft_module
 from prunetune.outputs import (
     ANALYSIS,
     COMPARISON,
@@ -77,6 +78,7 @@ ELSEWHERE = {
     "answers": "three files, never over another's: test_answers.py",
     "teach": "takes up what is there, below",
     "dial": "opens its folder as find-rate does: test_dial.py",
+    "serve": "answers requests, and writes no file",
     "soup": "below",
     "profile": "in the table's folder: test_profile.py",
     "table": "in an OutputFolder as the others: test_tables.py",
@@ -125,11 +127,11 @@ def world(untrained_folder, tmp_path_factory):
     base = arm_module.Arm.load(demo.EvaluateConfig.model_validate(
         {"model": {"path": str(folder / "base"), "dtype": "float32"}, "tasks": ["tiny_world"], "output": "x"}
     ).model, device="cpu")  # fmt: skip
-    peft_model = adapter_module.wrap_projector(model)
+    peft_model = peft_module.wrap_projector(model)
     tensors = {name: -tensor for name, tensor in adapter_module.projector_state(base.model).items()}
     pruning = demo.PruningSpec("divprune", 16).model_dump()
     record = {**base.base.hashes.record(), "pruning": pruning}
-    adapter_module.write_adapter(folder / "adapter", tensors, peft_model, record)
+    peft_module.write_adapter(folder / "adapter", tensors, peft_model, record)
     for name, more in (("dense", ()), ("pruned", ("--pruning.pruner", "divprune", "--pruning.keep", "16"))):
         main(["evaluate", *_evaluate(folder), "--output", str(folder / name), *more])
     return folder
@@ -150,11 +152,11 @@ def call(world, monkeypatch):
         base = arm_module.Arm.load(demo.load_config(demo.RecalibrateConfig, demo.TINY.one).model, device="cpu")
         record = {**base.base.hashes.record(), "pruning": demo.PruningSpec("divprune", 16).model_dump()}
         tensors = {name: tensor.clone() for name, tensor in adapter_module.projector_state(base.model).items()}
-        wrapped = adapter_module.wrap_projector(base.model)
+        wrapped = peft_module.wrap_projector(base.model)
         for name in ("divprune", demo.ELASTIC, demo.CONTROL):
             output = folder.path / "recalibrate" / name / "adapter"
             output.mkdir(parents=True)
-            adapter_module.write_adapter(output, tensors, wrapped, record)
+            peft_module.write_adapter(output, tensors, wrapped, record)
 
     monkeypatch.setattr(demo, "_recalibrate", recalibrated)
     line = {

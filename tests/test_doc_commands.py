@@ -21,9 +21,18 @@ from tuned import tuned
 from prunetune import plugins
 from prunetune.cli import commands, main
 from prunetune.cli.schema import SchemaCommand, schema_options
-from prunetune.configs import ConfigError, EvaluateConfig, RecalibrateConfig, TableConfig, load_config
+from prunetune.configs import (
+    AnalyzeConfig,
+    ConfigError,
+    EvaluateConfig,
+    RecalibrateConfig,
+    ServeConfig,
+    TableConfig,
+    VisualizeConfig,
+    load_config,
+)
 from prunetune.configs.load import shipped_configs
-from prunetune.pruning import registry
+from prunetune.pruning import PruningSpec, registry
 
 RUN_HERE = {
     "prunetune evaluate --config evaluate/tiny_dense": "--limit 16",
@@ -95,10 +104,16 @@ SHELL = ("trap", "wait", "[", "export", "mount", "printf", "curl", "cp", "cd")
 TOOLS = ("pip", "hf", "conda", "docker", "jupyter")
 PLACEHOLDER = re.compile(r"[A-Z]+|\.\.\.")
 TINY = {
-    RecalibrateConfig: "recalibrate/tiny_divprune_16",
     EvaluateConfig: "evaluate/tiny_divprune_16",
+    RecalibrateConfig: "recalibrate/tiny_divprune_16",
     TableConfig: "tables/tiny",
+    AnalyzeConfig: "analyze/tiny",
+    ServeConfig: "serve/tiny_divprune_16",
+    VisualizeConfig: None,
 }
+LEAST = {VisualizeConfig: ["--model.path", "assets/tiny_vlm", "--methods", "[divprune]", "--task", "x"]}
+"""What a kind without a shipped file needs."""
+
 ALL = shown()
 UNIQUE = {entry.line: entry for entry in ALL}
 
@@ -257,7 +272,10 @@ def check_prunetune(words: list[str], whole: bool) -> None:
         if value and not isinstance(param.type, (click.Path, click.File)) and not PLACEHOLDER.search(str(value)):
             param.type_cast_value(context, value)
     if isinstance(command, SchemaCommand):
-        check_overrides(command.schema, values.get("config"), rest)
+        words = [*(values.get("words") or ()), *rest]  # arguments and overrides come in one list where there are both
+        first = next((number for number, word in enumerate(words) if word.startswith("--")), len(words))
+        assert set(words[:first]) <= {*registry.registered_methods(), "norm"} or not values.get("words"), words
+        check_overrides(command.schema, values.get("config"), words[first:] if values.get("words") else rest)
     elif whole:
         assert not [word for word in rest if word.startswith("--")], rest
 
@@ -270,18 +288,19 @@ def check_overrides(schema, config: str | None, overrides: list[str]) -> None:
         known = config is None or config in ("...", "shelves_64.yaml") or PLACEHOLDER.fullmatch(config)
         assert known, f"no configuration {config}"
         file = TINY[schema]
-    if file.startswith("docs/"):
+    if file and file.startswith("docs/"):
         file = str(ROOT / file)
     overrides = [word.replace("docs/examples", str(ROOT / "docs" / "examples")) for word in overrides]
     overrides = [word for word in overrides if word not in ("...", "./shelves.py")]
-    loaded = load_config(schema, file, overrides)
-    if schema is not TableConfig and loaded.pruning.profile is None:
-        loaded.pruning.build()
+    loaded = load_config(schema, file, [*LEAST.get(schema, []), *overrides])
+    pruning = getattr(loaded, "pruning", None)
+    if isinstance(pruning, PruningSpec) and pruning.profile is None:
+        pruning.build()
 
 
 def schema_with(flag: str):
     """Return the kind of configuration that an option alone belongs to."""
-    for schema in (EvaluateConfig, RecalibrateConfig, TableConfig):
+    for schema in TINY:
         if flag in {option.flag for option in schema_options(schema)}:
             return schema
     raise ValueError(f"no option {flag}")

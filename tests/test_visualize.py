@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,13 +24,17 @@ from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import read_results
 from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.evaluation.tasks import get_task
+from prunetune.evaluation.visual.drawing.shapes import Words
+from prunetune.evaluation.visual.drawing.svg import to_svg
 from prunetune.evaluation.visual.merging import Traced
-from prunetune.evaluation.visual.rows import rows_of
+from prunetune.evaluation.visual.rows import arms_of, rows_of
 from prunetune.evaluation.visual.run import visualize
 from prunetune.models import Arm, CheckpointError, loading, peft_adapter
 from prunetune.models.adapter import projector_state
 from prunetune.models.seal import why_unsealed
 from prunetune.pruning import PruningError, PruningSpec
+from prunetune.pruning.families.base import registered_families
+from prunetune.pruning.families.tiling import WHOLE, Tiling, anyres_tiling, written_tilings
 from prunetune.pruning.registry import build_pruner, registered_methods
 from prunetune.pruning.types import Selection, VisualTokens
 from prunetune.scripts.verify import verify
@@ -434,6 +439,24 @@ def test_padding_of_tiles_is_what_the_model_cuts_away(worlds, tmp_path, monkeypa
     assert outside == expected and record_of(tmp_path / "out")["drawings"][0]["tokens"] == 3 * 144 - 48
 
 
+def test_tilings_of_every_kind():
+    """Rows and columns, from sizes or from what the prompt says; of several pictures in a row none is cut up."""
+    assert anyres_tiling((60, 150), visual_world.PINPOINTS, 84) == Tiling(1, 2, whole=0)
+    assert anyres_tiling((150, 140), visual_world.PINPOINTS, 84).tiles() == [1, 2, 3, 4]
+    words = ["<s>", "<row_1_col_1>", "<image>", "<image>", "<row_1_col_2>", "<image>", "\n", "<row_2_col_1>", "<image>",
+             "<row_2_col_2>", "<image>", "<global-img>", "<image>", "x", "<global-img>", "<image>", "</s>"]  # fmt: skip
+    known = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda ids: [list(known)[number] for number in ids])
+    ids = torch.tensor([known[word] for word in words])
+    assert written_tilings(ids, known["<image>"], tokenizer) == [Tiling(2, 2, whole=4), WHOLE]
+    vision = SimpleNamespace(image_size=84)
+    model = SimpleNamespace(config=SimpleNamespace(image_grid_pinpoints=visual_world.PINPOINTS, vision_config=vision))
+    family = registered_families()["llava_onevision"]
+    sizes = {"image_sizes": torch.tensor([[60, 150], [150, 60]])}
+    assert family.tilings(model, None, sizes, []) == [Tiling(1, 2, whole=0), Tiling(2, 1, whole=0)]
+    assert family.tilings(model, None, {**sizes, "batch_num_images": [2]}, []) == [WHOLE, WHOLE]
+
+
 @pytest.fixture
 def videos(tmp_path, monkeypatch):
     """A tiny Qwen2.5-VL for videos, whose processor is put in, and a folder of six frames."""
@@ -458,16 +481,19 @@ def test_frames_of_a_video_stand_in_a_row(videos, tmp_path):
     assert max(x + width for x, _, width, _ in first) < min(x for x, _, _, _ in second)
 
 
-def test_signals_of_two_layers_are_read_in_two_runs(loaded, tmp_path, monkeypatch):
+def test_signals_of_two_layers_are_read_in_two_runs(loaded, tmp_path):
     """One name has one place, so that two methods with different layers must not read each other's."""
-    methods = [{"pruner": "vscan", "name": f"layer {layer}", "options": {"shallow_layer": layer}} for layer in (1, 2)]
+    options = [{"object_layer": layer, "alpha": 0.5} for layer in (1, 3)]
+    methods = [{"pruner": "hiprune", "name": str(number), "options": own} for number, own in enumerate(options)]
     line = (*TASK, "--count", "1", "--methods", json.dumps(methods), "--formats", "[svg]")
     visualize(settings(tmp_path / "out", *line), loaded)
     record = record_of(tmp_path / "out")
-    for layer, cell in zip((1, 2), record["drawings"][0]["cells"], strict=True):
-        spec = PruningSpec("vscan", 16, {"shallow_layer": layer})
-        kept = selection(loaded, first_sample(record), spec).kept_tokens().nonzero()[:, 0].tolist()
-        assert sorted(cell["tokens"]["kept"]) == kept
+    shown = [sorted(cell["tokens"]["kept"]) for cell in record["drawings"][0]["cells"]]
+    expected = []
+    for own in options:
+        choice = selection(loaded, first_sample(record), PruningSpec("hiprune", 16, own))
+        expected.append(choice.kept_tokens().nonzero()[:, 0].tolist())
+    assert shown == expected and expected[0] != expected[1]
 
 
 def test_images_are_encoded_once_for_all_methods(loaded, tmp_path, monkeypatch):
@@ -631,6 +657,18 @@ def test_text_from_elsewhere_stays_text(hostile):
     page = (hostile / "kept.html").read_text()
     assert page.count("<script>") == 1 and "<img" not in page and "{{ 7 * 7 }}" in page
     assert HOSTILE in "".join(ElementTree.parse(hostile / "kept_00.svg").getroot().find(f"{SVG}title").itertext())
+
+
+def test_control_characters_of_an_answer_leave_the_figure_readable(tmp_path):
+    text = to_svg([Words("a\x00b\x1b \ufffe<", 0, 10, 9)], 20, 20, "\x07 & more")
+    root = ElementTree.fromstring(text)
+    assert root.find(f"{SVG}text").text == "a\ufffdb\ufffd \ufffd<" and root.find(f"{SVG}title").text == "\ufffd & more"
+
+
+def test_arms_of_one_text_tower_share_it(loaded):
+    methods = [{"pruner": name, "pruning": {"text_tower": str(TINY_VLM / "clip")}} for name in ("cdpruner", "trim")]
+    arms = arms_of(rows_of(settings("x", *TASK, "--methods", json.dumps(methods))), loaded)
+    assert arms[0].pruned.text is arms[1].pruned.text
 
 
 def test_the_slider_shows_one_budget_by_keyboard(drawn, hostile, browser):

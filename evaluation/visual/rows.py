@@ -13,6 +13,7 @@ from prunetune.models import Arm, CheckpointError, read_record
 from prunetune.pruning import PruningSpec
 from prunetune.pruning.budget import Budget, check_budget
 from prunetune.pruning.registry import build_pruner
+from prunetune.pruning.text import TextReader
 
 
 @dataclass(frozen=True)
@@ -112,4 +113,13 @@ def arms_of(rows: Sequence[Row], loaded: Arm) -> list[Arm]:
         if row.adapter not in by_adapter:
             by_adapter[row.adapter] = loaded.with_adapter(row.adapter)
         arms.append(by_adapter[row.adapter].with_pruning(row.spec))
+    _share_text_towers(arms)
     return arms
+
+
+def _share_text_towers(arms: Sequence[Arm]) -> None:
+    """Let arms of one text tower read with one copy of it: nothing that is tuned is in it, and the others are freed."""
+    readers: dict[str | None, TextReader] = {}
+    for arm in arms:
+        if arm.pruned.reads_text_tower:
+            arm.pruned.text = readers.setdefault(arm.spec.text_tower, arm.pruned.text)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunetune.configs import VisualizeConfig, to_yaml
 from prunetune.data_recipes import Formatter
-from prunetune.data_recipes.images import ImageOpener
+from prunetune.data_recipes.images import HERE, ImageOpener
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import file_hash
 from prunetune.evaluation.run.examples import told_answer
@@ -178,7 +178,7 @@ def _prompt(one: Asked, formatter: Formatter, images: _Remembered, arms: Sequenc
             visions[number] = vision
     opened = images.open(str(one.sample.image), one.sample.id)
     found = [vision for vision in visions if vision is not None]
-    return _Prompt(inputs, modality, found, opened, instruction_text([one.question]))
+    return _Prompt(inputs, modality, found, opened, instruction_text([one.sample.turns[0].question.replace(HERE, "")]))
 
 
 def _encodings(arms: Sequence[Arm]) -> list[tuple[frozenset[str], list[int]]]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from prunetune.configs import VisualizeConfig
 from prunetune.data_recipes import Sample, Turn
-from prunetune.data_recipes.images import ImageOpener, StoredImages, limited
+from prunetune.data_recipes.images import HERE, ImageOpener, StoredImages, limited
 from prunetune.data_recipes.sampling import VideoSampling
 from prunetune.data_recipes.videos import ANIMATIONS, FILES, FRAMES, VIDEO, read_clip, sampled
 from prunetune.evaluation.errors import TaskError
@@ -40,8 +40,8 @@ class Asked:
 
     @property
     def question(self) -> str:
-        """What is asked."""
-        return self.sample.turns[0].question
+        """What is asked, with a word where an image of several belongs."""
+        return self.sample.turns[0].question.replace(HERE, "[image]")
 
     def score(self, answer: str) -> float | None:
         """Return an answer's score from 0 to 1; None where nobody knows the right one."""

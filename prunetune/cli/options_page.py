@@ -14,9 +14,11 @@ from prunetune.configs import (
     EvaluateConfig,
     RecalibrateConfig,
     ServeConfig,
+    ShownMethod,
     TableConfig,
     TableMethod,
     TableModel,
+    VisualizeConfig,
 )
 from prunetune.configs.schema import MixedPruner
 from prunetune.data_recipes.formats import LlavaJsonRecipe
@@ -28,6 +30,7 @@ FILES: dict[str, type[BaseModel]] = {
     "evaluation": EvaluateConfig,
     "table": TableConfig,
     "analysis": AnalyzeConfig,
+    "visualization": VisualizeConfig,
     "serving": ServeConfig,
 }
 """The kinds of configuration files there are."""
@@ -38,6 +41,7 @@ PARTS: dict[str, tuple[str, type[BaseModel]]] = {
     "models": ("an entry of a table's `models`", TableModel),
     "methods": ("an entry of a table's `methods`, or a pruner's name alone", TableMethod),
     "methods of an analysis": ("an entry of an analysis's `methods`, or a pruner's name alone", AnalyzedMethod),
+    "methods of a visualization": ("an entry of its `methods`, or a pruner's name alone", ShownMethod),
 }
 """Lists of mappings, whose keys no command line option has."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterator, Sequence
-from html import escape
+from html import escape as escaped
 
 import numpy as np
 from PIL import Image
@@ -22,6 +23,14 @@ from prunetune.evaluation.visual.drawing.shapes import (
     Stroke,
     Words,
 )
+
+_NO_TEXT = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML has no place for, such as control characters, which a model may answer with."""
+
+
+def escape(text: str) -> str:
+    """Return text as it stands in an SVG file."""
+    return escaped(_NO_TEXT.sub("\ufffd", text))
 
 
 def to_svg(shapes: Sequence[Shape], width: float, height: float, about: str) -> str:
