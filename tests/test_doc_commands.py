@@ -20,6 +20,7 @@ from tuned import tuned
 
 from prunetune import plugins
 from prunetune.cli import commands, main
+from prunetune.cli.commands.analyze import runs_as_list
 from prunetune.cli.schema import SchemaCommand, schema_options
 from prunetune.configs import (
     AnalyzeConfig,
@@ -45,6 +46,8 @@ RUN_HERE = {
     "prunetune export --model assets/tiny_vlm --adapter runs/recalibrate/tiny_divprune_16/adapter "
     "--output runs/merged": "",
     "prunetune visualize divprune fastervlm --keep 16": "--count 1",
+    "prunetune visualize divprune visionzip --keep 16,25%": "--count 1 --output runs/two",
+    "prunetune visualize --config visualize/tiny": "--count 1 --output runs/all",
     "prunetune visualize norm --keep 16 --plugins docs/examples/my_pruning/norm.py": "--count 1",
     "prunetune evaluate --config evaluate/tiny_divprune_16 --pruning.pruner norm --plugins "
     "'[docs/examples/my_pruning/norm.py]' --output runs/norm": "--limit 16",
@@ -96,11 +99,23 @@ RUN_BY = {
     "pip install --no-deps --editable docs/examples":
         "tests/test_plugins.py::test_an_installed_package_is_found_by_its_entry_points",
     "python -m pytest docs/examples/tests": "tests/test_plugins.py::test_the_examples_pass_their_own_tests",
+    "prunetune analyze --config analyze/tiny":
+        "tests/test_analyze.py::test_the_page_shows_every_figure_and_the_record_seals_every_file",
+    "prunetune analyze --runs runs/pope/dense runs/pope/fastervlm runs/pope/divprune":
+        "tests/test_analyze.py::test_pope_rates_are_counted_by_hand_with_paired_differences",
+    "prunetune calibrate --config FILE --pruning.stages '[{name: vtw}]' --count 20 --eta 0.003 --profile vtw.json":
+        "tests/test_calibrate.py::test_the_layer_of_vtw_is_the_first_that_changes_answers_little",
+    "prunetune evaluate --config FILE --pruning.stages '[{name: vtw}]' --pruning.profile vtw.json":
+        "tests/test_calibrate.py::test_the_layer_of_vtw_is_the_first_that_changes_answers_little",
+    "prunetune serve --config serve/tiny_divprune_16":
+        "tests/test_serving.py::test_the_command_serves_and_ends_with_sigterm",
     "jupyter lab docs/notebooks/quickstart.ipynb": "tests/test_notebook.py",
 }  # fmt: skip
 """Commands that other tests run, with other folders and fewer samples."""
 
-SHELL = ("trap", "wait", "[", "export", "mount", "printf", "curl", "cp", "cd")
+WRITTEN = ("...", "shelves_64.yaml", "serve.yaml")
+"""Configurations that a reader copies, or that a command writes."""
+SHELL = ("trap", "wait", "[", "export", "mount", "printf", "curl", "cp", "cd", "served/serve.sh")
 TOOLS = ("pip", "hf", "conda", "docker", "jupyter")
 PLACEHOLDER = re.compile(r"[A-Z]+|\.\.\.")
 TINY = {
@@ -109,11 +124,8 @@ TINY = {
     TableConfig: "tables/tiny",
     AnalyzeConfig: "analyze/tiny",
     ServeConfig: "serve/tiny_divprune_16",
-    VisualizeConfig: None,
+    VisualizeConfig: "visualize/tiny",
 }
-LEAST = {VisualizeConfig: ["--model.path", "assets/tiny_vlm", "--methods", "[divprune]", "--task", "x"]}
-"""What a kind without a shipped file needs."""
-
 ALL = shown()
 UNIQUE = {entry.line: entry for entry in ALL}
 
@@ -222,6 +234,8 @@ def test_the_python_of_the_quick_start_runs(monkeypatch, capsys):
 
 def check(words: list[str], whole: bool = True) -> None:
     """Check a command's program, options and values; with ``whole`` also that nothing it needs is missing."""
+    if words[0] == "cd" and "&&" in words:
+        words = words[words.index("&&") + 1 :]
     words = words[: words.index("&")] if "&" in words else words
     words = [word.strip("[]") if re.fullmatch(r"\[--.*|[^\[{]*\]", word) else word for word in words]
     program = words[0]
@@ -271,11 +285,11 @@ def check_prunetune(words: list[str], whole: bool) -> None:
         value = values.get(param.name)
         if value and not isinstance(param.type, (click.Path, click.File)) and not PLACEHOLDER.search(str(value)):
             param.type_cast_value(context, value)
-    if isinstance(command, SchemaCommand):
-        words = [*(values.get("words") or ()), *rest]  # arguments and overrides come in one list where there are both
-        first = next((number for number, word in enumerate(words) if word.startswith("--")), len(words))
-        assert set(words[:first]) <= {*registry.registered_methods(), "norm"} or not values.get("words"), words
-        check_overrides(command.schema, values.get("config"), words[first:] if values.get("words") else rest)
+    if isinstance(command, SchemaCommand) and isinstance(values.get("words"), list | tuple):
+        check_flags(command.schema, [*values["words"], *rest])
+    elif isinstance(command, SchemaCommand):
+        rest = runs_as_list(rest) if command.name == "analyze" else rest
+        check_overrides(command.schema, values.get("config"), rest)
     elif whole:
         assert not [word for word in rest if word.startswith("--")], rest
 
@@ -285,17 +299,28 @@ def check_overrides(schema, config: str | None, overrides: list[str]) -> None:
     if config in shipped_configs() or (config and (ROOT / config).exists()):
         file = config
     else:
-        known = config is None or config in ("...", "shelves_64.yaml") or PLACEHOLDER.fullmatch(config)
+        known = config is None or config in WRITTEN or PLACEHOLDER.fullmatch(config)
         assert known, f"no configuration {config}"
         file = TINY[schema]
     if file and file.startswith("docs/"):
         file = str(ROOT / file)
     overrides = [word.replace("docs/examples", str(ROOT / "docs" / "examples")) for word in overrides]
     overrides = [word for word in overrides if word not in ("...", "./shelves.py")]
-    loaded = load_config(schema, file, [*LEAST.get(schema, []), *overrides])
+    loaded = load_config(schema, file, overrides)
     pruning = getattr(loaded, "pruning", None)
     if isinstance(pruning, PruningSpec) and pruning.profile is None:
         pruning.build()
+
+
+def check_flags(schema, words: list[str]) -> None:
+    """Check names of pruners, and options of a configuration that the command completes by itself."""
+    known = {option.flag for option in schema_options(schema)}
+    flags = [number for number, word in enumerate(words) if word.startswith("--")]
+    assert {words[number] for number in flags} <= known, words
+    names = {word for number, word in enumerate(words) if number not in flags and number - 1 not in flags}
+    assert {name for name in names if not PLACEHOLDER.fullmatch(name)} <= {*registry.registered_methods(), "norm"}, (
+        names
+    )
 
 
 def schema_with(flag: str):
