@@ -6,7 +6,7 @@ import re
 from conftest import ROOT
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
-FOLDERS = ("configs", "data_recipes", "evaluation", "models", "pruning", "prunetune", "scripts", "train")
+FOLDERS = ("configs", "data_recipes", "evaluation", "models", "pruning", "prunetune", "scripts", "serving", "train")
 
 
 def messages() -> list[str]:
