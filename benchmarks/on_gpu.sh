@@ -7,7 +7,8 @@
 # step has ten minutes, its own file of results, and fails for itself. First what is right, then what is fast:
 # kernels against plain loops and golden cases; selection times; one recalibration step of the 7B shape in bfloat16 and
 # float8 with every saving in turn, MFU, memory and the time that whole recipes would take; larger token budgets; what
-# inference costs at 2,880, 640, 320, 160 and at 576, 192, 128, 64, 32 visual tokens, alone, in batches and under load.
+# inference costs at 2,880, 640, 320, 160 and at 576, 192, 128, 64, 32 visual tokens, alone, in batches and under load, and
+# with pruning inside the LLM; the backends of evaluations.
 set -u
 results=${1:-gpu-results}
 golden=${2:-}
@@ -31,6 +32,10 @@ few='["vispruner", "divprune"]'
 step profile-next $profile --config tables/vispruner_llava16_7b --output "$results/profile-next"
 step profile-15 $profile --config tables/vispruner_llava15_7b --methods "$few" --budgets "[192, 128, 64, 32]" \
     --output "$results/profile-15"
+inside='[{stages: [{name: fastv}]}, {stages: [{name: pyramiddrop}]}, {stages: [{name: dart}]}, {stages: [{name: sparsevlm}]}, divprune]'
+step profile-inside $profile --config tables/vispruner_llava15_7b --methods "$inside" --budgets "[192]" \
+    --output "$results/profile-inside"
+step backends python benchmarks/backends.py --device cuda --dtype bfloat16
 engine="python benchmarks/recalibration.py --shape 7b --device cuda --dtype bfloat16 --samples 64"
 step engine $engine --budget 10240 --float8
 for budget in 5120 20480 40960; do
