@@ -9,9 +9,8 @@ from typing import Any
 
 from prunetune.models.code import code_record
 from prunetune.models.errors import CheckpointError
-from prunetune.models.seal import sealed, why_unsealed
+from prunetune.models.seal import read_sealed, sealed
 from prunetune.outputs import write_text
-from prunetune.reading import read_json
 
 DIAL = "dial.json"
 
@@ -24,13 +23,4 @@ def write_dial(folder: Path, values: Mapping[str, Any]) -> None:
 
 def read_dial(folder: Path) -> dict[str, Any]:
     """Return a dial's losses; raises CheckpointError if the file is missing, broken or was edited."""
-    path = folder / DIAL
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; run prunetune dial again")
-    values = read_json(path, CheckpointError)
-    if not isinstance(values, dict) or values.get("format") != 1:
-        raise CheckpointError(f"{path} is no dial of this version; run prunetune dial again")
-    wrong = why_unsealed(values)
-    if wrong is not None:
-        raise CheckpointError(f"{path} can't be trusted: {wrong}; run prunetune dial again")
-    return values
+    return read_sealed(folder / DIAL, "dial", "run prunetune dial again", CheckpointError, format=1)

@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from prunetune.reading import Kind, read_json
 
 SEAL = "seal"
 CHAIN = {
@@ -54,6 +57,27 @@ def why_unsealed(values: Mapping[str, Any]) -> str | None:
     if stored is None:
         return "its seal is missing"
     return f"it was changed after it was written: its seal is {short(stored)}, its content's {short(own)}"
+
+
+def read_sealed(path: Path, what: str, again: str, error: Kind, **marks: object) -> dict[str, Any]:
+    """Return a sealed file of ours, with its seal.
+
+    Args:
+        path: the file.
+        what: it should be, for the message.
+        again: what to do where it is none.
+        error: is raised if it is missing, no JSON, something else, another version's, or was edited.
+        marks: values that it must hold, such as its ``format``.
+    """
+    if not path.is_file():
+        raise error(f"{path} is missing; {again}")
+    values = read_json(path, error)
+    if not isinstance(values, dict) or any(values.get(name) != value for name, value in marks.items()):
+        raise error(f"{path} is no {what} that this version reads; {again}")
+    wrong = why_unsealed(values)
+    if wrong is not None:
+        raise error(f"{path} can't be trusted: {wrong}; {again}")
+    return values
 
 
 def short(value: object) -> str:

@@ -23,7 +23,7 @@ from prunetune.evaluation.report.tables.assemble import assemble
 from prunetune.evaluation.report.tables.table import Table
 from prunetune.models.code import code_record
 from prunetune.models.record import portable
-from prunetune.models.seal import sealed, why_unsealed
+from prunetune.models.seal import read_sealed, sealed
 from prunetune.outputs import write_text
 
 COMPARISON = "comparison.json"
@@ -183,16 +183,7 @@ def _write(
 
 def read_comparison(folder: Path) -> dict[str, Any]:
     """Return a comparison's record; raises TaskError if it is missing, broken or was edited."""
-    path = folder / COMPARISON
-    if not path.is_file():
-        raise TaskError(f"{path} is missing; compare the arms again with this version")
-    values = read_json(path)
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise TaskError(f"{path} is no comparison of this version; compare the arms again")
-    wrong = why_unsealed(values)
-    if wrong is not None:
-        raise TaskError(f"{path} can't be trusted: {wrong}; compare the arms again")
-    return values
+    return read_sealed(folder / COMPARISON, "comparison", "compare the arms again", TaskError, format=FORMAT)
 
 
 def read_table(folder: Path) -> Table:

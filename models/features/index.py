@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.models.errors import FeatureError
-from prunetune.models.seal import seal_of, sealed, why_unsealed
+from prunetune.models.seal import read_sealed, seal_of, sealed
 from prunetune.outputs import write_text
-from prunetune.reading import read_json
 
 INDEX = "features.json"
 KIND = "prunetune features"
@@ -42,10 +41,4 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
         raise FeatureError(f"{folder} holds no feature cache: there is no {INDEX}; `prunetune cache` makes one")
-    index = read_json(path, FeatureError)
-    if not isinstance(index, dict) or index.get("kind") != KIND or index.get("format") != FORMAT:
-        raise FeatureError(f"{path} is no index of a feature cache, or one of another release; make the cache anew")
-    why = why_unsealed(index)
-    if why is not None:
-        raise FeatureError(f"{path}: {why}; make the cache anew")
-    return index
+    return read_sealed(path, "index of a feature cache", "make the cache anew", FeatureError, kind=KIND, format=FORMAT)

@@ -33,9 +33,9 @@ from prunetune.data_recipes import RecipeData
 from prunetune.data_recipes.formatting import supervised
 from prunetune.data_recipes.segments import MODELS_TOKENS
 from prunetune.models import Arm
-from prunetune.models.seal import SEAL, sealed, why_unsealed
+from prunetune.models.seal import SEAL, read_sealed, sealed
 from prunetune.outputs import write_text
-from prunetune.reading import one_line, read_json
+from prunetune.reading import one_line
 from prunetune.train.objectives import terms
 from prunetune.train.objectives.objective import Objective, Taught
 
@@ -105,13 +105,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
         raise ConfigError(f"{folder} holds no teacher: there is no {INDEX}; `prunetune teach` makes one")
-    index = read_json(path, ConfigError)
-    if not isinstance(index, dict) or index.get("kind") != KIND or index.get("format") != FORMAT:
-        raise ConfigError(f"{path} is no index of a teacher, or one of another release; teach anew")
-    why = why_unsealed(index)
-    if why is not None:
-        raise ConfigError(f"{path}: {why}; teach anew")
-    return index
+    return read_sealed(path, "index of a teacher", "teach anew", ConfigError, kind=KIND, format=FORMAT)
 
 
 class Shard:
