@@ -32,7 +32,6 @@ class Decoder:
         lowest: the lowest boundary that it can have.
         why: why that is not 1.
         window: the shortest sliding window of its layers; None if there is none.
-        mask: what masks are like: "float" (eager), "bool" (sdpa) or "columns" (flash).
     """
 
     model: Any
@@ -40,7 +39,11 @@ class Decoder:
     lowest: int
     why: str
     window: int | None
-    mask: str
+
+    @property
+    def mask(self) -> str:
+        """What masks are like now, "float" (eager), "bool" (sdpa) or "columns" (flash): attention can be set anew."""
+        return _kind_of_mask(self.model)
 
     def rotary(self, hidden: Tensor, positions: Int[Tensor, "B n"]) -> Rotary:
         """Return cosines and sines of plain positions."""
@@ -81,7 +84,8 @@ def decoder_of(language_model: nn.Module, deepstack: int = 0) -> Decoder:
             raise PruningError(f"stages can't run in {kind}: its layers have no {told}; leave pruning.stages out")
         rotation(attention)
     lowest, why = _lowest(model, deepstack)
-    return Decoder(model, layers, lowest, why, _window(layers), _kind_of_mask(model))
+    _kind_of_mask(model)
+    return Decoder(model, layers, lowest, why, _window(layers))
 
 
 def _lowest(model: Any, deepstack: int) -> tuple[int, str]:
@@ -290,6 +294,6 @@ def causal_mask(
 def as_mask(seen: Bool[Tensor, "B 1 q n"], like: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
     """Return a boolean mask as the model's attention takes it."""
     dtype = dtype if like is None else like.dtype
-    if kind == "bool" or dtype == torch.bool:
+    if dtype == torch.bool or (like is None and kind == "bool"):
         return seen
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

@@ -171,7 +171,7 @@ class Stages:
                 "cache (cache_implementation: null), or pass the processor's mask"
             )
         tokens = torch.tensor(self.visual_ids, device=ids.device)
-        if cache is not None and cache.get_seq_length() > 0:
+        if is_begun(cache):
             if ids.shape[1] > 1 and bool(torch.isin(ids, tokens).any()):
                 raise PruningError(
                     "visual tokens behind the first call can't be cut: prefill in one piece (no prefill_chunk_size), "
@@ -216,6 +216,7 @@ class Stages:
         if self._is_paused:
             return output
         call: Call = kwargs[PLAN]
+        call.plan.check_left()
         call.plan.forget_made()
         segment = call.plan.before(self.schedule.layers)
         if call.past or segment is None:
@@ -442,6 +443,11 @@ class _Outer:
             raise PruningError("a model with attached stages takes keyword arguments only")
         plan = self.owner._plan(kwargs)
         return None if plan is None else (args, {**kwargs, PLAN: plan})
+
+
+def is_begun(cache: Any) -> bool:
+    """Return whether a cache holds anything, so that the prefill is over."""
+    return cache is not None and int(cache.get_seq_length()) > 0
 
 
 def attached_to(model: nn.Module) -> Stages | None:
