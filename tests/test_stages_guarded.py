@@ -231,3 +231,41 @@ def test_merging_is_refused_where_images_see_themselves():
         staged(WORLDS["gemma3"].build("sdpa"), folding)
     pruned, prompts = staged(tiny_llava(), folding), llava_batch(ROWS, "left")
     assert pruned.generate(**prompts, **SETTINGS).layers == [(16, 16, 5, 5, 5, 5), (32, 32, 5, 5, 5, 5), (0,) * LAYERS]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", [FASTV, DENSE], ids=["fastv", "pyramiddrop"])
+def test_a_step_copies_nothing_and_layers_share_masks_and_rotations(model, stage, monkeypatch):
+    """In each step behind the prefill; a copy to the device would wait for it."""
+    import prunetune.pruning.stages.run as run
+
+    masks, rotations = [], []
+    made, rotary = run.as_mask, model.model.language_model.rotary_emb.forward
+    monkeypatch.setattr(run, "as_mask", lambda *call: masks.append(1) or made(*call))
+    monkeypatch.setattr(
+        model.model.language_model.rotary_emb,
+        "forward",
+        lambda *call, **named: rotations.append(1) or rotary(*call, **named),
+    )
+    prompts = llava_batch(ROWS, "left")
+    grown = torch.cat([prompts["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
+    with staged(model, stage).attach():
+        cache = model(**prompts, use_cache=True).past_key_values
+        masks.clear()
+        rotations.clear()
+        monkeypatch.setattr(run.torch, "tensor", None)
+        model(input_ids=prompts["input_ids"][:, -1:], attention_mask=grown, past_key_values=cache)
+    segments = len(stage["boundaries"])
+    assert len(masks) == segments and len(rotations) == 1 + segments * (stage is DENSE)
+
+
+@torch.no_grad()
+def test_raters_are_found_once(model, monkeypatch):
+    from prunetune.pruning.stages.methods.sparsevlm import SparseVLM
+
+    found, raters = [], SparseVLM.raters
+    monkeypatch.setattr(SparseVLM, "raters", lambda *call: found.append(raters(*call)) or found[-1])
+    plan, _ = plan_for(
+        staged(model, {"name": "sparsevlm", "boundaries": [2, 3, 5], "keep": [7, 5, 3]}), llava_batch(ROWS)
+    )
+    assert len(found) == 1 and list(plan.raters) == [2, 3, 5]

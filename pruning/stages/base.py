@@ -26,6 +26,7 @@ class Heard:
     Attributes:
         visual: (B, n) which slots hold visual tokens, merged ones included.
         question: (B, n) which slots hold text of the prompt behind the first visual token, up to the last prompt token.
+        counts: of each row how many visual slots there are; empty where nobody counted.
         attention: (B, H, Q, n) float32, softmax of the query rows in each head; zeros in rows that do not exist.
         rows: (B, Q) which query rows exist.
         keys: (B, n, H * d) float32, keys after rotation, heads side by side.
@@ -36,6 +37,7 @@ class Heard:
 
     visual: Bool[Tensor, "B n"]
     question: Bool[Tensor, "B n"]
+    counts: Sequence[int] = ()
     attention: Float[Tensor, "B H Q n"] | None = None
     rows: Bool[Tensor, "B Q"] | None = None
     keys: Float[Tensor, "B n C"] | None = None

@@ -72,9 +72,11 @@ class Plan:
         queries: (B, Q) the last column of the prompt, or that before each supervised span.
         there: (B, Q) which of these exist; every row has the first.
         counts: of each row.
+        whole: (S, B) of which rows each boundary drops nothing.
         text: of each row how many columns are neither padding nor visual.
         segments: what was decided, by boundary; None where nothing is dropped.
         raters: (B, L) whose attention is heard, by boundary, of stages that find it themselves.
+        asked: (B, Q) their columns, and which of these exist, by boundary.
         noted: what was heard before its boundary, by boundary.
         left: (B,) how many visual tokens each stage left, by number of its boundary, where that was not compared yet.
     """
@@ -85,9 +87,11 @@ class Plan:
     queries: Int[Tensor, "B Q"]
     there: Bool[Tensor, "B Q"]
     counts: list[Counts]
+    whole: Bool[Tensor, "S B"]
     text: list[int]
     segments: dict[int, Segment | None] = field(default_factory=dict)
     raters: dict[int, Bool[Tensor, "B L"]] = field(default_factory=dict)
+    asked: dict[int, tuple[Int[Tensor, "B Q"], Bool[Tensor, "B Q"]]] = field(default_factory=dict)
     noted: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     left: dict[int, Int[Tensor, " B"]] = field(default_factory=dict)
 
@@ -151,6 +155,10 @@ class Plan:
         own = self.own_columns(segment)
         return values.gather(1, own.clamp(min=0)) & (own >= 0)
 
+    def entering(self, number: int) -> list[int]:
+        """Return how many visual tokens of each row reach a boundary."""
+        return [_entering(counts, number) for counts in self.counts]
+
     def drops(self, number: int) -> bool:
         """Return whether the stage of a boundary drops anything of any row."""
         return any(_entering(counts, number) != counts.after[number] for counts in self.counts)
@@ -172,9 +180,8 @@ class Plan:
         if choice is None or not self.drops(number):
             self.segments[boundary] = None
             return
-        entering = [_entering(counts, number) for counts in self.counts]
         after = [counts.after[number] for counts in self.counts]
-        whole = torch.tensor([a == b for a, b in zip(entering, after, strict=True)], device=self.visual.device)
+        whole = self.whole[number]
         visual = self.visual_slots(segment)
         self._check_shape(number, choice.kept, visual)
         kept = torch.where(whole[:, None], visual, choice.kept & visual)
@@ -336,7 +343,9 @@ def plan_of(
     own = [schedule] * len(read) if schedules is None else schedules
     counts = [_row_counts(one, row[0], bool(row[2])) for one, row in zip(own, read, strict=True)]
     text = [length - entering for entering, length, *_ in read]
-    return Plan(schedule, visual, real, queries, there, counts, text)
+    same = [[_entering(row, number) == row.after[number] for row in counts] for number in range(len(schedule.points))]
+    whole = torch.tensor(same, device=visual.device)
+    return Plan(schedule, visual, real, queries, there, counts, whole, text)
 
 
 def _check_prompts(read: Sequence[Sequence[int]]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -55,11 +55,13 @@ class Call:
         plan: of its prompt.
         past: how many columns came before; 0 in the prefill.
         mask: (B, columns so far) which are no padding, if it is known.
+        made: masks and rotations of its steps, by segment, with what they were made from: layers share them.
     """
 
     plan: Plan
     past: int
     mask: Tensor | None
+    made: dict[tuple[str, int, int], tuple[Any, Any]] = field(default_factory=dict)
 
 
 class Stages:
@@ -78,6 +80,7 @@ class Stages:
         self.schedule = schedule
         self.decoder = decoder
         self.visual_ids = tuple(visual_ids)
+        self._ids: dict[torch.device, Tensor] = {}
         self._boundaries = {point.boundary: number for number, point in enumerate(schedule.points)}
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._logs: list[list[Plan]] = []
@@ -148,11 +151,17 @@ class Stages:
                 f"stages need samples in rows of their own, and {tuple(ids.shape)} became "
                 f"{tuple(asked['input_ids'].shape)}; set engine.packing: false"
             )
-        visual = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
+        visual = self._are_visual(ids)
         plan = plan_of(self.schedule, visual, inputs.get("attention_mask"), inputs.get("labels"), schedules)
         for log in self._logs:
             log.append(plan)
         return plan
+
+    def _are_visual(self, ids: Tensor) -> Tensor:
+        """Return which ids are visual placeholders."""
+        if ids.device not in self._ids:
+            self._ids[ids.device] = torch.tensor(self.visual_ids, device=ids.device)  # once: a copy stalls a step
+        return torch.isin(ids, self._ids[ids.device])
 
     def _plan(self, kwargs: dict[str, Any]) -> Plan | None:
         """Return the plan of a call of the outer model; None beyond the prefill, where the cache has it."""
@@ -170,9 +179,8 @@ class Stages:
                 "stages need the 2-D attention_mask, got one that was made for the layers; generate with a dynamic "
                 "cache (cache_implementation: null), or pass the processor's mask"
             )
-        tokens = torch.tensor(self.visual_ids, device=ids.device)
         if is_begun(cache):
-            if ids.shape[1] > 1 and bool(torch.isin(ids, tokens).any()):
+            if ids.shape[1] > 1 and bool(self._are_visual(ids).any()):
                 raise PruningError(
                     "visual tokens behind the first call can't be cut: prefill in one piece (no prefill_chunk_size), "
                     "and give all images in the first turn"
@@ -309,13 +317,23 @@ class Stages:
     @torch.no_grad()
     def _find_raters(self, plan: Plan, embeddings: Tensor) -> None:
         """Let stages that choose their query rows themselves do so, by what enters the first layer."""
+        found: dict[
+            int, tuple[Tensor, tuple[Tensor, Tensor]]
+        ] = {}  # of each stage once, however many boundaries it has
         for point in self.schedule.points:
-            if point.stage.queries == "raters" and point.boundary not in plan.raters:
+            if point.stage.queries != "raters":
+                continue
+            own = id(point.stage)
+            if own not in found:
                 with self.around(), exact_float32(embeddings.device):
                     raters = point.stage.raters(embeddings.detach().float(), plan.visual, plan.question())
                 # Of a prompt without any, its last token.
                 last = torch.zeros_like(raters).scatter(1, plan.queries[:, :1], True)
-                plan.raters[point.boundary] = torch.where(raters.any(dim=1, keepdim=True), raters, last)
+                raters = torch.where(raters.any(dim=1, keepdim=True), raters, last)
+                most = int(raters.sum(dim=1).max())
+                columns = torch.sort((~raters).long(), dim=1, stable=True).indices[:, :most]
+                found[own] = raters, (columns, raters.gather(1, columns))
+            plan.raters[point.boundary], plan.asked[point.boundary] = found[own]
 
     def _must_run(self, number: int, plan: Plan) -> bool:
         """Return whether a stage runs: also for nothing under ZeRO-3, whose ranks gather weights in step."""
@@ -361,10 +379,7 @@ class Stages:
             return plan.queries, plan.there
         if point.stage.queries == "last":
             return plan.queries[:, :1], plan.there[:, :1]
-        raters = plan.raters[point.boundary]
-        most = int(raters.sum(dim=1).max())
-        columns = torch.sort((~raters).long(), dim=1, stable=True).indices[:, :most]
-        return columns, raters.gather(1, columns)
+        return plan.asked[point.boundary]
 
     @torch.no_grad()
     def _decide(self, number: int, plan: Plan, hidden: Tensor, whole: Rotary) -> None:
@@ -383,7 +398,7 @@ class Stages:
         with self.around(), exact_float32(hidden.device):
             if "normed" in point.stage.wants:
                 found["normed"] = self.decoder.final_norm(hidden.detach()).float()
-            heard = Heard(plan.visual_slots(segment), question, **found)
+            heard = Heard(plan.visual_slots(segment), question, plan.entering(number), **found)
             choice = point.stage.choose(heard, [counts.keep[number] for counts in plan.counts])
         plan.decide(number, choice, point.stage.dense)
 
@@ -394,18 +409,29 @@ class Stages:
         segment = call.plan.before(number)
         if segment is None:
             return kwargs
-        new, width = hidden.shape[1], call.plan.width
         if segment.dense:
-            begun = segment.shown.sum(dim=1, keepdim=True)
-            if call.mask is None:
-                later = torch.arange(call.past - width, call.past - width + new, device=hidden.device)[None]
-            else:
-                later = (call.mask[:, width:].long().cumsum(dim=1) - 1).clamp(min=0)[:, -new:]
-            kwargs["position_embeddings"] = self.decoder.rotary(hidden, begun + later)
-        kwargs["attention_mask"] = self._decoding_mask(segment, call, new, kwargs.get("attention_mask"), hidden.dtype)
+            rotary = ("rotary", id(segment), 0)
+            if rotary not in call.made:
+                call.made[rotary] = (None, self._decoding_rotary(segment, call, hidden))
+            kwargs["position_embeddings"] = call.made[rotary][1]
+        mask = kwargs.get("attention_mask")
+        key = ("mask", id(segment), id(mask))  # some models have a mask for each kind of layer
+        if key not in call.made:
+            call.made[key] = (mask, self._decoding_mask(segment, call, hidden.shape[1], mask, hidden.dtype))
+        kwargs["attention_mask"] = call.made[key][1]
         if "position_ids" in kwargs:
             kwargs["position_ids"] = None
         return kwargs
+
+    def _decoding_rotary(self, segment: Segment, call: Call, hidden: Tensor) -> Rotary:
+        """Return cosines and sines of new tokens that are numbered on from what is left of the prompt."""
+        new, width = hidden.shape[1], call.plan.width
+        begun = segment.shown.sum(dim=1, keepdim=True)
+        if call.mask is None:
+            later = torch.arange(call.past - width, call.past - width + new, device=hidden.device)[None]
+        else:
+            later = (call.mask[:, width:].long().cumsum(dim=1) - 1).clamp(min=0)[:, -new:]
+        return self.decoder.rotary(hidden, begun + later)
 
     def _decoding_mask(
         self, segment: Segment, call: Call, new: int, mask: Tensor | None, dtype: torch.dtype
