@@ -14,6 +14,7 @@ from stage_world import (
     LAYERS,
     ROWS,
     WORLDS,
+    listening,
     llava_batch,
     masked_run,
     plan_for,
@@ -269,3 +270,57 @@ def test_raters_are_found_once(model, monkeypatch):
         staged(model, {"name": "sparsevlm", "boundaries": [2, 3, 5], "keep": [7, 5, 3]}), llava_batch(ROWS)
     )
     assert len(found) == 1 and list(plan.raters) == [2, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"guidance_scale": 1.5}, "guidance_scale can't run with pruning.stages: the prompt without its condition"),
+        ({"use_mtp": True}, "use_mtp can't run with pruning.stages: candidates"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states can't be asked"),
+    ],
+    ids=["guidance", "mtp", "states"],
+)
+def test_options_are_refused_by_their_names(model, options, words):
+    pruned, prompts = staged(model, FASTV), llava_batch(ROWS[:1], "left")
+    with pytest.raises(PruningError, match=words) as caught:
+        pruned.generate(**prompts, **SETTINGS, **options)
+    assert "\n" not in str(caught.value)
+    tokens = pruned.generate(**prompts, **SETTINGS, guidance_scale=1.0, use_mtp=False).tokens
+    assert torch.equal(tokens, pruned.generate(**prompts, **SETTINGS).tokens)
+
+
+def test_states_of_layers_are_refused(model):
+    """Asked in the call, or by the model's configuration."""
+    pruned, batch = staged(model, FASTV), llava_batch(ROWS[:1])
+    with pytest.raises(PruningError, match="output_hidden_states can't be asked"):
+        pruned.forward(**batch, output_hidden_states=True)
+    model.config.output_hidden_states = True
+    try:
+        with pruned.attach(), pytest.raises(PruningError, match="output_hidden_states can't be asked"):
+            model(**batch)
+    finally:
+        model.config.output_hidden_states = False
+
+
+def test_the_language_model_is_not_called_by_itself(model):
+    inner = model.model.language_model
+    with staged(model, FASTV).attach(), pytest.raises(PruningError, match="call the outer model, with input_ids"):
+        inner(inputs_embeds=torch.zeros(1, 3, 32))
+    assert torch.isfinite(inner(inputs_embeds=torch.zeros(1, 3, 32)).last_hidden_state).all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_decides_once(model, reentrant):
+    """What is computed again in the backward pass asks no stage again."""
+    pruned, llm = staged(model, FASTV), model.model.language_model
+    llm.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    try:
+        with listening(pruned) as heard, pruned.attach():
+            model(**llava_batch(ROWS, labels=True)).loss.backward()
+        assert len(heard) == 1
+    finally:
+        model.eval()
+        model.zero_grad()
+        llm.gradient_checkpointing_disable()

@@ -27,7 +27,8 @@ class Heard:
         visual: (B, n) which slots hold visual tokens, merged ones included.
         question: (B, n) which slots hold text of the prompt behind the first visual token, up to the last prompt token.
         counts: of each row how many visual slots there are; empty where nobody counted.
-        attention: (B, H, Q, n) float32, softmax of the query rows in each head; zeros in rows that do not exist.
+        attention: (B, H, Q, n) float32, softmax of the query rows in each head; zeros in rows that do not exist. What
+            is multiplied are the layer's own queries and keys, in the model's precision.
         rows: (B, Q) which query rows exist.
         keys: (B, n, H * d) float32, keys after rotation, heads side by side.
         states: (B, n, D) float32, output of the layer below the boundary.

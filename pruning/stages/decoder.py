@@ -159,7 +159,7 @@ def _gathered(values: Tensor, slots: Int[Tensor, "B n"]) -> Tensor:
 
 
 def keys_of(layer: Any, hidden: Float[Tensor, "B n D"], rotary: Rotary) -> Float[Tensor, "B G n d"]:
-    """Return the keys of a layer after rotation, of each key head, from what enters the layer, in float32."""
+    """Return the keys of a layer after rotation, of each key head, as it projects what enters it; cast to float32."""
     attention = layer.self_attn
     keys = attention.k_proj(layer.input_layernorm(hidden))
     return _rotated(attention, keys, "k_norm", rotary)
@@ -184,6 +184,9 @@ def attention_of(
     shown: Bool[Tensor, "B n"],
 ) -> Float[Tensor, "B H Q n"]:
     """Return what some slots attend to in a layer, from what enters it, in float32; zeros in rows that do not exist.
+
+    Queries and keys are projected as the layer does it, in its own precision: float32 copies of weights would not be
+    there under ZeRO-3, and bring what half precision keeps no nearer to what float32 keeps (docs/pruners/stages.md).
 
     Args:
         layer: a decoder layer.

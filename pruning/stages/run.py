@@ -3,8 +3,8 @@
 Three kinds of hooks. The outer model's reads ids, mask and labels and hands a fresh plan on as a keyword argument,
 which stock code passes to every layer. Each layer's takes it out again, cuts the states at its boundary, and cuts masks
 and positions above it. The language model's takes the plan from the cache in later steps, and puts states back to the
-full length, so that stock losses and heads need to know nothing. With gradient checkpointing layers' hooks run again
-with the same plan, which has decided then.
+full length, so that stock losses and heads need to know nothing. Gradient checkpointing wraps what layers compute, and
+their hooks stay outside: they run once, and what is computed again is of the shorter sequence.
 """
 
 from __future__ import annotations
@@ -43,8 +43,12 @@ _ONE_AT_A_TIME = {
     "assistant_model": "a draft model's candidates stand behind the prompt in the first call",
     "prompt_lookup_num_tokens": "looked-up candidates stand behind the prompt in the first call",
     "assistant_early_exit": "candidates of an early layer stand behind the prompt in the first call",
+    "use_mtp": "candidates of its own further heads stand behind the prompt in the first call",
     "prefill_chunk_size": "the last prompt token is not in the first chunk",
+    "guidance_scale": "the prompt without its condition runs beside it, through the same stages and without a plan",
 }
+_OFF = {"use_mtp": False, "guidance_scale": 1}
+"""Values that leave an option as it is by default."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +206,8 @@ class Stages:
                 raise PruningError("this cache was made without stages, so they can't go on from it; begin anew")
         if plan is None:
             raise PruningError(
-                "no plan reached the language model: its model does not hand keyword arguments on, so stages can't run "
-                "in it; leave pruning.stages out"
+                "no plan reached the language model, which finds no visual tokens by itself: while stages are "
+                "attached, call the outer model, with input_ids"
             )
         if self.decoder.window is not None and self._reach(args, kwargs, past) > self.decoder.window:
             raise PruningError(
@@ -252,8 +256,7 @@ class Stages:
             self._enter(plan, hidden, kwargs.get("past_key_values"))
         boundary = self._boundaries.get(number)
         if boundary is not None:
-            if number not in plan.segments:
-                self._decide(boundary, plan, hidden, kwargs["position_embeddings"])
+            self._decide(boundary, plan, hidden, kwargs["position_embeddings"])
             made = plan.segments[number]
             if made is not None:
                 with self.around():
@@ -261,7 +264,7 @@ class Stages:
         segment = plan.before(number)
         rotary = self._rotary(segment, kwargs["position_embeddings"], hidden)
         above = self._boundaries.get(number + 1)
-        if above is not None and self.schedule.points[above].stage.listens == -1 and number + 1 not in plan.segments:
+        if above is not None and self.schedule.points[above].stage.listens == -1:
             self._listen(above, plan, segment, number, hidden, rotary)
         if segment is None:
             return args, kwargs
@@ -462,13 +465,25 @@ class _Outer:
     def __init__(self, owner: Stages) -> None:
         self.owner = owner
 
-    def __call__(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if self.owner._is_paused:
             return None
         if args:
             raise PruningError("a model with attached stages takes keyword arguments only")
+        _check_no_states(model, kwargs)
         plan = self.owner._plan(kwargs)
         return None if plan is None else (args, {**kwargs, PLAN: plan})
+
+
+def _check_no_states(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    asked = kwargs.get("output_hidden_states")
+    if asked is None:
+        asked = getattr(model.config, "output_hidden_states", False)
+    if asked:
+        raise PruningError(
+            "output_hidden_states can't be asked with pruning.stages: states of each layer are of what is left there, "
+            "in rows of another length and order; leave it out, logits and the last state have the prompt's length"
+        )
 
 
 def is_begun(cache: Any) -> bool:
@@ -517,7 +532,7 @@ def check_generation(model: Any, options: Mapping[str, Any]) -> None:
         return next((found for found in own if found is not None), None)
 
     for name, why in _ONE_AT_A_TIME.items():
-        if value(name) is not None:
+        if value(name) not in (None, _OFF.get(name)):
             raise PruningError(f"{name} can't run with pruning.stages: {why}; leave it out")
     if value("use_cache") is False:
         raise PruningError(
