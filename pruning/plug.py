@@ -37,12 +37,15 @@ from prunetune.pruning.signals import of_source, signal_of
 from prunetune.pruning.spec import PruningSpec
 from prunetune.pruning.stages.inside import counted_inside, stages_of
 from prunetune.pruning.stages.plan import PLAN, Plan
-from prunetune.pruning.stages.run import attached_to, check_generation, check_none_attached
+from prunetune.pruning.stages.run import attached_to, check_generation, check_none_attached, is_begun
 from prunetune.pruning.static import check_static, static_options
 from prunetune.pruning.stored import StoredImages, another_choice, choice_of, is_all_tokens
 from prunetune.pruning.text import TextReader
+from prunetune.pruning.turns import turn_of
 from prunetune.pruning.types import Selection
 from prunetune.pruning.vision import Vision
+
+LATER_IMAGES = "images in a later turn can't be pruned: the cache holds the turns before as they were"
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ class PrunedModel:
     """A stock Hugging Face model and the pruner in front of its LLM.
 
     The model itself is not changed, and nothing is remembered between calls. ``prepare`` rewrites inputs; ``forward``
-    and ``generate`` call the stock model on them; ``attach`` lets a trainer call the model as usual.
+    and ``generate`` call the stock model on them; ``attach`` lets a trainer call the model as usual. Calls of the stock
+    model from several threads wait for each other, whichever pruned models they are of; one that a trainer makes by
+    itself while a model is attached does not.
 
     Args:
         model: a conditional-generation model (under PEFT: ``peft_model.get_base_model()``).
@@ -572,6 +577,11 @@ class PrunedModel:
         self, inputs: dict[str, Any], blanks: Mapping[str, Vision], project_kept: bool, cells: Sequence[int] | None
     ) -> Pruned:
         """Pass text through; in training it reaches the projector all the same."""
+        if not is_begun(inputs.get("past_key_values")) and bool(self._placeholders_in(inputs).any()):
+            raise PruningError(
+                "the ids hold placeholders of images and there are no pixels, so they would run as words; pass what "
+                "the processor returned of text and images together"
+            )
         blanks = self._read_for(blanks, cells)
         encoded = {modality: self._nothing_of(modality, blank, project_kept) for modality, blank in blanks.items()}
         return self._text_alone(inputs, encoded)
@@ -623,7 +633,7 @@ class PrunedModel:
         """
         asked = dict(pruned.inputs if inputs is None else inputs)
         with self._inside():
-            if self.stages is not None:
+            if self.stages is not None and not is_begun(asked.get("past_key_values")):
                 asked[PLAN] = self._plan(pruned.inputs, asked, cells)
             return self.model(**asked)
 
@@ -661,9 +671,13 @@ class PrunedModel:
 
     @contextmanager
     def _inside(self) -> Iterator[list[Plan]]:
-        """While open, the model runs with this one's stages alone, if any; collects the plan of every prefill."""
-        here = attached_to(self.model)
+        """While open, the model runs with this one's stages alone, if any; collects the plan of every prefill.
+
+        Another thread's call waits meanwhile: it would run with these stages, or end them halfway.
+        """
         with ExitStack() as undo:
+            undo.enter_context(turn_of(self.model))
+            here = attached_to(self.model)
             if here is not self.stages:
                 # Another's, such as those of a trainer whose dense model is asked in between.
                 if here is not None:
@@ -711,7 +725,7 @@ class PrunedModel:
             PruningError: if a model can't share prefixes, or an option of generation can't.
         """
         self._check_shares(inputs)
-        with torch.no_grad():
+        with torch.no_grad(), self._inside():
             pruned = self._prompts(inputs, keep, vision)
             shared, why = self._shared(pruned, inputs, images, max_new_tokens)
             model: Any = self.model
@@ -815,7 +829,12 @@ class PrunedModel:
         check_continuous(self.model, self.family, self.position_policy, self.stages is not None)
 
     def _prompts(self, inputs: Mapping[str, Any], keep: Budget | None, vision: Mapping[str, Vision] | None) -> Pruned:
-        """Return pruned prompts, padded on the left, so that every row's answer begins in the same column."""
+        """Return pruned prompts, padded on the left, so that every row's answer begins in the same column.
+
+        Raises:
+            PruningError: for a cache that holds other tokens than the ids say.
+        """
+        self._check_goes_on(inputs)
         pruned = self.prepare(
             _shifted(inputs, self.family.first_position), padding_side="left", keep=keep, vision=vision
         )
@@ -824,6 +843,26 @@ class PrunedModel:
             if not any(counts):
                 del encoded[modality]  # stock generation can't repeat nothing for its beams
         return pruned
+
+    def _check_goes_on(self, inputs: Mapping[str, Any]) -> None:
+        """Check that what a cache holds is what stock generation takes it for: the ids up to its length."""
+        if not is_begun(inputs.get("past_key_values")):
+            return
+        full = self.family.renamed(inputs)
+        if any(full.get(name) is not None for name in self.family.pixels.values()):
+            raise PruningError(LATER_IMAGES)
+        if self.spec.pruner != "identity" and bool(self._placeholders_in(full).any()):
+            raise PruningError(
+                f"this cache holds what {self.spec.pruner} left of the images, and the ids have all of their tokens, "
+                "so generation would go on from another column; give the whole conversation anew, without "
+                "past_key_values"
+            )
+
+    def _placeholders_in(self, inputs: Mapping[str, Any]) -> Bool[Tensor, "B L"]:
+        """Return which ids are placeholders of any modality, padding aside."""
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        found = torch.isin(ids, torch.tensor(self.family.token_ids(self.model), device=ids.device))
+        return found if mask is None or mask.shape != ids.shape else found & mask.bool()
 
     def _shared(
         self, pruned: Pruned, inputs: Mapping[str, Any], images: Sequence[Hashable], max_new_tokens: int
@@ -905,7 +944,7 @@ class PrunedModel:
         has_pixels = any(name in self.family.renamed(kwargs) for name in self.family.pixels.values())
         later = kwargs.get("past_key_values") is not None
         if has_pixels and later:
-            raise PruningError("images in a later turn can't be pruned: the cache holds the turns before as they were")
+            raise PruningError(LATER_IMAGES)
         return bool(encoded) or later  # beyond the prefill there is nothing to prune, and nothing to send along
 
 

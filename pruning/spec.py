@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class StageSpec(BaseModel):
     """One method that drops visual tokens between layers of the LLM."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: str = Field(description="a name from `prunetune list stages`, or package.module:Class")
     boundaries: list[int] | None = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from family_world import IMAGE, SHAPE, TEXT, lively, noise, padded, sentence
 
 from prunetune.pruning import PrunedModel, PruningSpec
+from prunetune.pruning.families import family_of
 from prunetune.pruning.spec import StageSpec
+from prunetune.pruning.stages.base import Choice, Merged, Stage
 
 LAYERS = 6
 COUNT = 16  # visual tokens of an image of Llava
@@ -198,15 +201,75 @@ def plan_for(pruned, inputs):
     return plan, output
 
 
-def masked_run(model, inputs, plan, dense_from=LAYERS):
+@contextmanager
+def listening(pruned):
+    """What each boundary's stage hears, in their order."""
+    heard, undo = [], []
+    for point in pruned.stages.schedule.points:
+        stage = point.stage
+        if "choose" in vars(stage):
+            continue  # of an earlier boundary too
+
+        def choose(at, keep, stage=stage):
+            heard.append(at)
+            return type(stage).choose(stage, at, keep)
+
+        object.__setattr__(stage, "choose", choose)  # a frozen dataclass
+        undo.append(stage)
+    try:
+        yield heard
+    finally:
+        for stage in undo:
+            object.__delattr__(stage, "choose")
+
+
+@dataclass(frozen=True)
+class Miscounts(Stage):
+    """Keeps another number of tokens than it is asked for, in the last row."""
+
+    more: int = 1
+
+    def choose(self, at, keep):
+        wanted = torch.tensor(keep)
+        wanted[-1] += self.more
+        return Choice(at.visual & (at.visual.long().cumsum(1) <= wanted[:, None]))
+
+
+@dataclass(frozen=True)
+class Misshapen(Stage):
+    """Answers of some slots alone."""
+
+    def choose(self, at, keep):
+        return Choice(at.visual[:, :4])
+
+
+@dataclass(frozen=True)
+class Folding(Stage):
+    """Keeps the first tokens and folds the others into one, with the positions of the prompt."""
+
+    merges = True
+
+    def after(self, entering, keep):
+        return keep + 1 if keep < entering else entering
+
+    def choose(self, at, keep):
+        kept = at.visual & (at.visual.long().cumsum(1) <= torch.tensor(keep)[:, None])
+        dropped = (at.visual & ~kept).float()
+        mixing = (dropped / dropped.sum(1, keepdim=True).clamp(min=1))[:, None]
+        return Choice(kept, Merged(mixing, dropped.argmax(1, keepdim=True), [1] * len(kept)))
+
+
+def masked_run(model, inputs, plan, dense_from=LAYERS, until=LAYERS, **options):
     """The stock model on the full sequence, whose layers do not see what the plan dropped below them.
 
     Args:
         inputs: of the stock model; longer than the prompt where answers follow it.
         plan: what is kept at each layer.
         dense_from: the first layer that numbers what is left anew.
+        until: the last layer that drops anything.
+        options: what the model is asked for beside its logits.
     """
-    text = model.base_model.language_model
+    text = family_of(model).llm(model)
     width = plan.width
     handles = []
 
@@ -214,7 +277,7 @@ def masked_run(model, inputs, plan, dense_from=LAYERS):
         hidden = args[0]
         length = hidden.shape[1]
         visible = torch.ones(len(hidden), length, dtype=torch.bool)
-        visible[:, :width] = plan.real & (~plan.visual | plan.kept_columns(number))
+        visible[:, :width] = plan.real & (~plan.visual | plan.kept_columns(min(number, until)))
         mask = kwargs["attention_mask"]
         seen = torch.ones(length, length).tril().bool() if mask is None else mask
         if seen.is_floating_point():
@@ -233,7 +296,7 @@ def masked_run(model, inputs, plan, dense_from=LAYERS):
             lambda *call, number=number: hook(number, *call), with_kwargs=True
         ))  # fmt: skip
     try:
-        return model(**inputs, use_cache=False)
+        return model(**inputs, **{"use_cache": False, **options})
     finally:
         for handle in handles:
             handle.remove()

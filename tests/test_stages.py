@@ -92,6 +92,14 @@ def test_keep_all_is_bit_identical_to_stock(case):
     assert torch.equal(tokens, answers(model, prompts, **world.settings))
 
 
+def check_counts(plan):
+    """What is told of each layer is what its segment holds."""
+    for number, point in enumerate(plan.schedule.points):
+        visual = plan.visual_slots(plan.before(point.boundary)).sum(dim=1).tolist()
+        assert visual == [counts.after[number] for counts in plan.counts]
+        assert visual == [counts.layers[point.boundary] for counts in plan.counts]
+
+
 @torch.no_grad()
 @every_case
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -101,6 +109,7 @@ def test_pruned_equals_the_full_run_with_dropped_tokens_hidden(case, side):
     plan, ours = plan_for(staged(model, *stages), batch)
     there = left_at_the_end(plan)
     assert there.sum() < batch["attention_mask"].sum()
+    check_counts(plan)
     forget(model)
     full = masked_run(model, batch, plan, dense_from)
     torch.testing.assert_close(ours.logits[there], full.logits[there], rtol=1e-4, atol=1e-5)
@@ -127,6 +136,27 @@ def test_generate_equals_every_step_recomputed(case):
         logits = masked_run(model, grown, plan, dense_from).logits[:, -1]
         logits[:, world.settings["suppress_tokens"]] = float("-inf")
         assert torch.equal(logits.argmax(dim=1), tokens[:, step])
+
+
+EQUALLY_LONG = ((1, 24, 1), (2, 6, 2))
+"""Rows of one length, of which the stock model has no mask, that are ragged behind a stage."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [case for case in [*CASES, *EVERY] if case[0] == "llava"], ids="-".join)
+def test_rows_of_one_length_equal_each_alone(case):
+    _, model, stages, _ = of(case)
+    pruned, prompts = staged(model, *stages), llava_batch(EQUALLY_LONG, "left")
+    assert prompts["attention_mask"].all()
+    together = pruned.generate(**prompts, **SETTINGS).tokens
+    plan, output = plan_for(pruned, prompts)
+    check_counts(plan)
+    assert any(segment is not None and segment.filler is not None for segment in plan.segments.values())
+    for number, row in enumerate(EQUALLY_LONG):
+        alone = llava_batch([row], "left")
+        assert torch.equal(together[number], pruned.generate(**alone, **SETTINGS).tokens[0])
+        logits = plan_for(pruned, alone)[1].logits[0, -1]
+        torch.testing.assert_close(output.logits[number, -1], logits, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -371,18 +401,21 @@ def test_masks_by_column_are_cut_too():
 
 
 @torch.no_grad()
-def test_answers_do_not_choose(model):
+@pytest.mark.parametrize("name", [*ORIGINAL, *DENSE, *MERGED])
+def test_answers_do_not_choose(model, name):
     """The same tokens are kept with an answer behind the prompt, with another one, and without."""
-    pruned = staged(model, FASTV)
+    pruned = staged(model, *(ORIGINAL | DENSE | MERGED)[name])
     batch = llava_batch(ROWS[:2], labels=True)
-    kept = plan_for(pruned, batch)[0].kept_columns()
+
+    def kept(inputs, row):
+        plan = plan_for(pruned, inputs)[0]
+        return [plan.kept_columns(layer)[row].nonzero()[:, 0].tolist() for layer in range(LAYERS)]
+
     other = {**batch, "input_ids": torch.where(batch["labels"] == -100, batch["input_ids"], 11)}
-    assert torch.equal(plan_for(pruned, other)[0].kept_columns(), kept)
     for number, row in enumerate(ROWS[:2]):
         alone = llava_batch([row])
         prompt = {**alone, **{name: alone[name][:, :-3] for name in ("input_ids", "attention_mask")}}
-        columns = plan_for(pruned, prompt)[0].kept_columns()[0].nonzero()
-        assert torch.equal(columns, kept[number].nonzero())
+        assert kept(batch, number) == kept(other, number) == kept(prompt, 0)
 
 
 @torch.no_grad()

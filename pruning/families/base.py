@@ -61,6 +61,7 @@ class Family(ABC):
         unproven: whether a model is compared with the stock one on the first batch before anything is pruned.
         causal: whether the model reads a prompt from left to right, images aside, which may see themselves both ways:
             what a prompt begins with is then the same whatever follows.
+        sees_both_ways: whether tokens of an image see those behind them.
         first_position: where plain positions begin; stock generation adds it by itself, so it is given them from 0.
     """
 
@@ -82,6 +83,7 @@ class Family(ABC):
     projects_tokens: ClassVar[bool] = False
     unproven: ClassVar[bool] = False
     causal: ClassVar[bool] = True
+    sees_both_ways: ClassVar[bool] = False
     first_position: ClassVar[int] = 0
 
     @abstractmethod

@@ -34,6 +34,7 @@ class Gemma3(Family):
     unread = ("mm_token_type_ids",)
     replaced = ("num_crops",)
     one_tensor = ("image",)
+    sees_both_ways = True
 
     def signals(self, model: nn.Module) -> frozenset[str]:
         """Return what the tower offers."""

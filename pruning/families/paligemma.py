@@ -24,6 +24,7 @@ class PaliGemma(Llava):
     one_tensor = ("image",)
     first_position = 1
     causal = False
+    sees_both_ways = True
 
 
 register_family(PaliGemma())

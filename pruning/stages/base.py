@@ -6,6 +6,7 @@ the sequence as it is at a boundary, a *column* one in the prompt as it entered 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,7 +26,9 @@ class Heard:
     Attributes:
         visual: (B, n) which slots hold visual tokens, merged ones included.
         question: (B, n) which slots hold text of the prompt behind the first visual token, up to the last prompt token.
-        attention: (B, H, Q, n) float32, softmax of the query rows in each head; zeros in rows that do not exist.
+        counts: of each row how many visual slots there are; empty where nobody counted.
+        attention: (B, H, Q, n) float32, softmax of the query rows in each head; zeros in rows that do not exist. What
+            is multiplied are the layer's own queries and keys, in the model's precision.
         rows: (B, Q) which query rows exist.
         keys: (B, n, H * d) float32, keys after rotation, heads side by side.
         states: (B, n, D) float32, output of the layer below the boundary.
@@ -35,6 +38,7 @@ class Heard:
 
     visual: Bool[Tensor, "B n"]
     question: Bool[Tensor, "B n"]
+    counts: Sequence[int] = ()
     attention: Float[Tensor, "B H Q n"] | None = None
     rows: Bool[Tensor, "B Q"] | None = None
     keys: Float[Tensor, "B n C"] | None = None
@@ -125,15 +129,22 @@ class Stage:
         """Return the number of tokens that a budget means for a row with ``entering`` visual tokens; 0 is none.
 
         Raises:
-            PruningError: if it is no budget.
+            PruningError: if it is no budget, or a share that rounds to no token.
         """
-        if keep == 0 and not isinstance(keep, (bool, str)):
+        if is_nothing(keep):
             return 0
         share = share_of(check_budget(keep))
         if share is None:
             return min(int(keep), entering)
         # Far above the rounding of such a product, and far below the share of one token.
-        return int(share * entering + 1e-9) if self.rounds_down else round(share * entering)
+        wanted = int(share * entering + 1e-9) if self.rounds_down else round(share * entering)
+        if entering and not wanted:
+            least = math.ceil(10_000 / entering) / 10_000
+            raise PruningError(
+                f"keep={keep!r} of {entering} visual tokens rounds to 0; the smallest budget is {least:.4f}, and "
+                "keep: 0 withdraws them all"
+            )
+        return wanted
 
     def after(self, entering: int, keep: int) -> int:
         """Return how many tokens there are when ``keep`` of ``entering`` are kept, merged ones included."""
@@ -148,6 +159,11 @@ class Stage:
     def choose(self, at: Heard, keep: Sequence[int]) -> Choice:
         """Choose ``keep`` visual slots of each row; a row that has no more is left alone whatever is answered."""
         raise NotImplementedError
+
+
+def is_nothing(keep: Budget) -> bool:
+    """Return whether a budget is 0, which no pruner has and a stage may have."""
+    return keep == 0 and not isinstance(keep, (bool, str))
 
 
 def best(score: Float[Tensor, "B n"], visual: Bool[Tensor, "B n"], keep: Sequence[int]) -> Bool[Tensor, "B n"]:

@@ -32,7 +32,6 @@ class Decoder:
         lowest: the lowest boundary that it can have.
         why: why that is not 1.
         window: the shortest sliding window of its layers; None if there is none.
-        mask: what masks are like: "float" (eager), "bool" (sdpa) or "columns" (flash).
     """
 
     model: Any
@@ -40,7 +39,11 @@ class Decoder:
     lowest: int
     why: str
     window: int | None
-    mask: str
+
+    @property
+    def mask(self) -> str:
+        """What masks are like now, "float" (eager), "bool" (sdpa) or "columns" (flash): attention can be set anew."""
+        return _kind_of_mask(self.model)
 
     def rotary(self, hidden: Tensor, positions: Int[Tensor, "B n"]) -> Rotary:
         """Return cosines and sines of plain positions."""
@@ -81,7 +84,8 @@ def decoder_of(language_model: nn.Module, deepstack: int = 0) -> Decoder:
             raise PruningError(f"stages can't run in {kind}: its layers have no {told}; leave pruning.stages out")
         rotation(attention)
     lowest, why = _lowest(model, deepstack)
-    return Decoder(model, layers, lowest, why, _window(layers), _kind_of_mask(model))
+    _kind_of_mask(model)
+    return Decoder(model, layers, lowest, why, _window(layers))
 
 
 def _lowest(model: Any, deepstack: int) -> tuple[int, str]:
@@ -155,7 +159,7 @@ def _gathered(values: Tensor, slots: Int[Tensor, "B n"]) -> Tensor:
 
 
 def keys_of(layer: Any, hidden: Float[Tensor, "B n D"], rotary: Rotary) -> Float[Tensor, "B G n d"]:
-    """Return the keys of a layer after rotation, of each key head, from what enters the layer, in float32."""
+    """Return the keys of a layer after rotation, of each key head, as it projects what enters it; cast to float32."""
     attention = layer.self_attn
     keys = attention.k_proj(layer.input_layernorm(hidden))
     return _rotated(attention, keys, "k_norm", rotary)
@@ -180,6 +184,9 @@ def attention_of(
     shown: Bool[Tensor, "B n"],
 ) -> Float[Tensor, "B H Q n"]:
     """Return what some slots attend to in a layer, from what enters it, in float32; zeros in rows that do not exist.
+
+    Queries and keys are projected as the layer does it, in its own precision: float32 copies of weights would not be
+    there under ZeRO-3, and bring what half precision keeps no nearer to what float32 keeps (docs/pruners/stages.md).
 
     Args:
         layer: a decoder layer.
@@ -290,6 +297,6 @@ def causal_mask(
 def as_mask(seen: Bool[Tensor, "B 1 q n"], like: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
     """Return a boolean mask as the model's attention takes it."""
     dtype = dtype if like is None else like.dtype
-    if kind == "bool" or dtype == torch.bool:
+    if dtype == torch.bool or (like is None and kind == "bool"):
         return seen
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

@@ -40,7 +40,7 @@ def stages_of(model: PreTrainedModel, family: Family, specs: Sequence[StageSpec]
                 f"stage {point.name!r} numbers tokens anew, and positions of family {family.name!r} count rows and "
                 "columns, so they would be another model's; choose original positions in its options, or another stage"
             )
-        if point.stage.merges and not family.causal:
+        if point.stage.merges and family.sees_both_ways:
             raise PruningError(
                 f"stage {point.name!r} merges tokens, and in family {family.name!r} images see themselves both ways, "
                 "of which a merged token has no place; choose another stage"

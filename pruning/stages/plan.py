@@ -72,10 +72,13 @@ class Plan:
         queries: (B, Q) the last column of the prompt, or that before each supervised span.
         there: (B, Q) which of these exist; every row has the first.
         counts: of each row.
+        whole: (S, B) of which rows each boundary drops nothing.
         text: of each row how many columns are neither padding nor visual.
         segments: what was decided, by boundary; None where nothing is dropped.
         raters: (B, L) whose attention is heard, by boundary, of stages that find it themselves.
+        asked: (B, Q) their columns, and which of these exist, by boundary.
         noted: what was heard before its boundary, by boundary.
+        left: (B,) how many visual tokens each stage left, by number of its boundary, where that was not compared yet.
     """
 
     schedule: Schedule
@@ -84,10 +87,13 @@ class Plan:
     queries: Int[Tensor, "B Q"]
     there: Bool[Tensor, "B Q"]
     counts: list[Counts]
+    whole: Bool[Tensor, "S B"]
     text: list[int]
     segments: dict[int, Segment | None] = field(default_factory=dict)
     raters: dict[int, Bool[Tensor, "B L"]] = field(default_factory=dict)
+    asked: dict[int, tuple[Int[Tensor, "B Q"], Bool[Tensor, "B Q"]]] = field(default_factory=dict)
     noted: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    left: dict[int, Int[Tensor, " B"]] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -135,15 +141,23 @@ class Plan:
         return columns
 
     def slots_of(self, columns: Int[Tensor, "B Q"], segment: Segment | None) -> Int[Tensor, "B Q"]:
-        """Return the slots of columns that are left."""
+        """Return the slots of columns, and of a visual token that was dropped the last slot that is left before it.
+
+        Text is never dropped; a prompt that ends with an image asks with a visual token.
+        """
         if segment is None:
             return columns
-        return (self.own_columns(segment)[:, None, :] == columns[:, :, None]).long().argmax(dim=2)
+        own = self.own_columns(segment)[:, None, :]
+        return torch.where(own <= columns[:, :, None], own, -1).argmax(dim=2)
 
     def at_slots(self, values: Bool[Tensor, "B L"], segment: Segment | None) -> Bool[Tensor, "B n"]:
         """Return what is known of columns at the slots of a segment; filler and merged tokens have none of it."""
         own = self.own_columns(segment)
         return values.gather(1, own.clamp(min=0)) & (own >= 0)
+
+    def entering(self, number: int) -> list[int]:
+        """Return how many visual tokens of each row reach a boundary."""
+        return [_entering(counts, number) for counts in self.counts]
 
     def drops(self, number: int) -> bool:
         """Return whether the stage of a boundary drops anything of any row."""
@@ -156,16 +170,20 @@ class Plan:
             number: of the boundary, from 0.
             choice: what the stage answered; None if every row stays as it is.
             dense: whether slots are numbered anew.
+
+        Raises:
+            PruningError: for an answer of another shape, and on a CPU for another number of tokens than was asked for;
+                elsewhere :meth:`check_left` says so when the layers have run.
         """
         boundary = self.schedule.points[number].boundary
         segment = self.before(boundary)
         if choice is None or not self.drops(number):
             self.segments[boundary] = None
             return
-        entering = [_entering(counts, number) for counts in self.counts]
         after = [counts.after[number] for counts in self.counts]
-        whole = torch.tensor([a == b for a, b in zip(entering, after, strict=True)], device=self.visual.device)
+        whole = self.whole[number]
         visual = self.visual_slots(segment)
+        self._check_shape(number, choice.kept, visual)
         kept = torch.where(whole[:, None], visual, choice.kept & visual)
         width = max(text + count for text, count in zip(self.text, after, strict=True))
         ragged = any(text + count < width for text, count in zip(self.text, after, strict=True))
@@ -180,6 +198,9 @@ class Plan:
             own = choice.merged
             mixing = own.mixing
             needed, columns, visual, merged, order = _with_merged(own, whole, kept, needed, columns, visual, merged)
+        self.left[number] = (needed & visual).sum(dim=1)
+        if visual.device.type == "cpu":
+            self.check_left()
         # Stable sorting moves what is needed to the front without changing its order; the rest fills rows up.
         take = torch.sort((~needed).long(), dim=1, stable=True).indices[:, :width]
         take = take.gather(1, torch.sort(order.gather(1, take), dim=1, stable=True).indices)
@@ -194,6 +215,38 @@ class Plan:
             filler=~there if ragged else None,
             dense=dense or (segment is not None and segment.dense),
         )
+
+    def check_left(self) -> None:
+        """Check that stages left as many visual tokens as they were asked for: text would be cut off in their place.
+
+        Raises:
+            PruningError: naming the stage.
+        """
+        if not self.left:
+            return
+        found = torch.stack(list(self.left.values())).tolist()
+        numbers = list(self.left)
+        self.left.clear()
+        for number, rows in zip(numbers, found, strict=True):
+            for row, (counts, left) in enumerate(zip(self.counts, rows, strict=True)):
+                if left != counts.after[number]:
+                    raise PruningError(
+                        f"{self._named(number)} left {left} visual tokens in row {row}, and {counts.after[number]} "
+                        "were asked for; its choose() keeps as many as `keep` says, and after() counts what it merges"
+                    )
+
+    def _check_shape(self, number: int, kept: Any, visual: Bool[Tensor, "B n"]) -> None:
+        if isinstance(kept, Tensor) and kept.shape == visual.shape and kept.dtype == torch.bool:
+            return
+        got = f"{kept.dtype} {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
+        raise PruningError(
+            f"{self._named(number)} answered {got}; its choose() returns a Choice of bool {tuple(visual.shape)}, for "
+            "each slot whether it stays"
+        )
+
+    def _named(self, number: int) -> str:
+        point = self.schedule.points[number]
+        return f"stage {point.name!r} at boundary {point.boundary}"
 
     def forget_made(self) -> None:
         """Free masks and rotations; they can be cut again."""
@@ -263,7 +316,7 @@ def plan_of(
         schedules: what each row's counts are of; None is ``schedule`` for all.
 
     Raises:
-        PruningError: for an average that a row can't have.
+        PruningError: for a budget that a row can't have, and for a row without a prompt.
     """
     real = torch.ones_like(visual) if mask is None else mask.bool()
     visual = visual & real
@@ -271,13 +324,17 @@ def plan_of(
     queries = (columns * real).amax(dim=1, keepdim=True)
     there = torch.ones_like(queries, dtype=torch.bool)
     spans = torch.ones(len(visual), dtype=torch.long, device=visual.device)
+    promptless = torch.zeros_like(spans)
     if labels is not None:
         supervised = (labels != IGNORE_INDEX) & real
         begins = supervised[:, 1:] & ~supervised[:, :-1] & real[:, :-1]  # at the column before each span
         spans = begins.sum(dim=1)
-    read = torch.stack([visual.sum(dim=1), real.sum(dim=1), spans], dim=1).tolist()
+        first = real.long().argmax(dim=1, keepdim=True)
+        promptless = supervised.gather(1, first)[:, 0].long()
+    read = torch.stack([visual.sum(dim=1), real.sum(dim=1), spans, promptless], dim=1).tolist()
     if labels is not None:
-        most = max(1, max(number for _, _, number in read))
+        _check_prompts(read)
+        most = max(1, *(row[2] for row in read))
         found = torch.sort((~begins).long(), dim=1, stable=True).indices[:, :most]
         there = torch.arange(found.shape[1], device=found.device) < spans[:, None]
         queries = torch.where(there, found, queries)
@@ -285,8 +342,20 @@ def plan_of(
         there[:, 0] = True  # a row without any answer asks with its last token
     own = [schedule] * len(read) if schedules is None else schedules
     counts = [_row_counts(one, row[0], bool(row[2])) for one, row in zip(own, read, strict=True)]
-    text = [length - entering for entering, length, _ in read]
-    return Plan(schedule, visual, real, queries, there, counts, text)
+    text = [length - entering for entering, length, *_ in read]
+    same = [[_entering(row, number) == row.after[number] for row in counts] for number in range(len(schedule.points))]
+    whole = torch.tensor(same, device=visual.device)
+    return Plan(schedule, visual, real, queries, there, counts, whole, text)
+
+
+def _check_prompts(read: Sequence[Sequence[int]]) -> None:
+    """Check that rows with visual tokens have a prompt: answers must not choose."""
+    for row, (entering, _, _, promptless) in enumerate(read):
+        if entering and promptless:
+            raise PruningError(
+                f"labels supervise row {row} from its first token on, so there is no prompt whose last token stages "
+                "could ask; set labels of the prompt to -100"
+            )
 
 
 def _row_counts(schedule: Schedule, entering: int, answered: bool) -> Counts:

@@ -3,15 +3,15 @@
 Three kinds of hooks. The outer model's reads ids, mask and labels and hands a fresh plan on as a keyword argument,
 which stock code passes to every layer. Each layer's takes it out again, cuts the states at its boundary, and cuts masks
 and positions above it. The language model's takes the plan from the cache in later steps, and puts states back to the
-full length, so that stock losses and heads need to know nothing. With gradient checkpointing layers' hooks run again
-with the same plan, which has decided then.
+full length, so that stock losses and heads need to know nothing. Gradient checkpointing wraps what layers compute, and
+their hooks stay outside: they run once, and what is computed again is of the shorter sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -43,8 +43,12 @@ _ONE_AT_A_TIME = {
     "assistant_model": "a draft model's candidates stand behind the prompt in the first call",
     "prompt_lookup_num_tokens": "looked-up candidates stand behind the prompt in the first call",
     "assistant_early_exit": "candidates of an early layer stand behind the prompt in the first call",
+    "use_mtp": "candidates of its own further heads stand behind the prompt in the first call",
     "prefill_chunk_size": "the last prompt token is not in the first chunk",
+    "guidance_scale": "the prompt without its condition runs beside it, through the same stages and without a plan",
 }
+_OFF = {"use_mtp": False, "guidance_scale": 1}
+"""Values that leave an option as it is by default."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,13 @@ class Call:
         plan: of its prompt.
         past: how many columns came before; 0 in the prefill.
         mask: (B, columns so far) which are no padding, if it is known.
+        made: masks and rotations of its steps, by segment, with what they were made from: layers share them.
     """
 
     plan: Plan
     past: int
     mask: Tensor | None
+    made: dict[tuple[str, int, int], tuple[Any, Any]] = field(default_factory=dict)
 
 
 class Stages:
@@ -78,6 +84,7 @@ class Stages:
         self.schedule = schedule
         self.decoder = decoder
         self.visual_ids = tuple(visual_ids)
+        self._ids: dict[torch.device, Tensor] = {}
         self._boundaries = {point.boundary: number for number, point in enumerate(schedule.points)}
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._logs: list[list[Plan]] = []
@@ -148,11 +155,17 @@ class Stages:
                 f"stages need samples in rows of their own, and {tuple(ids.shape)} became "
                 f"{tuple(asked['input_ids'].shape)}; set engine.packing: false"
             )
-        visual = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
+        visual = self._are_visual(ids)
         plan = plan_of(self.schedule, visual, inputs.get("attention_mask"), inputs.get("labels"), schedules)
         for log in self._logs:
             log.append(plan)
         return plan
+
+    def _are_visual(self, ids: Tensor) -> Tensor:
+        """Return which ids are visual placeholders."""
+        if ids.device not in self._ids:
+            self._ids[ids.device] = torch.tensor(self.visual_ids, device=ids.device)  # once: a copy stalls a step
+        return torch.isin(ids, self._ids[ids.device])
 
     def _plan(self, kwargs: dict[str, Any]) -> Plan | None:
         """Return the plan of a call of the outer model; None beyond the prefill, where the cache has it."""
@@ -170,9 +183,8 @@ class Stages:
                 "stages need the 2-D attention_mask, got one that was made for the layers; generate with a dynamic "
                 "cache (cache_implementation: null), or pass the processor's mask"
             )
-        tokens = torch.tensor(self.visual_ids, device=ids.device)
-        if cache is not None and cache.get_seq_length() > 0:
-            if ids.shape[1] > 1 and bool(torch.isin(ids, tokens).any()):
+        if is_begun(cache):
+            if ids.shape[1] > 1 and bool(self._are_visual(ids).any()):
                 raise PruningError(
                     "visual tokens behind the first call can't be cut: prefill in one piece (no prefill_chunk_size), "
                     "and give all images in the first turn"
@@ -194,8 +206,8 @@ class Stages:
                 raise PruningError("this cache was made without stages, so they can't go on from it; begin anew")
         if plan is None:
             raise PruningError(
-                "no plan reached the language model: its model does not hand keyword arguments on, so stages can't run "
-                "in it; leave pruning.stages out"
+                "no plan reached the language model, which finds no visual tokens by itself: while stages are "
+                "attached, call the outer model, with input_ids"
             )
         if self.decoder.window is not None and self._reach(args, kwargs, past) > self.decoder.window:
             raise PruningError(
@@ -216,6 +228,7 @@ class Stages:
         if self._is_paused:
             return output
         call: Call = kwargs[PLAN]
+        call.plan.check_left()
         call.plan.forget_made()
         segment = call.plan.before(self.schedule.layers)
         if call.past or segment is None:
@@ -243,8 +256,7 @@ class Stages:
             self._enter(plan, hidden, kwargs.get("past_key_values"))
         boundary = self._boundaries.get(number)
         if boundary is not None:
-            if number not in plan.segments:
-                self._decide(boundary, plan, hidden, kwargs["position_embeddings"])
+            self._decide(boundary, plan, hidden, kwargs["position_embeddings"])
             made = plan.segments[number]
             if made is not None:
                 with self.around():
@@ -252,7 +264,7 @@ class Stages:
         segment = plan.before(number)
         rotary = self._rotary(segment, kwargs["position_embeddings"], hidden)
         above = self._boundaries.get(number + 1)
-        if above is not None and self.schedule.points[above].stage.listens == -1 and number + 1 not in plan.segments:
+        if above is not None and self.schedule.points[above].stage.listens == -1:
             self._listen(above, plan, segment, number, hidden, rotary)
         if segment is None:
             return args, kwargs
@@ -308,13 +320,23 @@ class Stages:
     @torch.no_grad()
     def _find_raters(self, plan: Plan, embeddings: Tensor) -> None:
         """Let stages that choose their query rows themselves do so, by what enters the first layer."""
+        found: dict[
+            int, tuple[Tensor, tuple[Tensor, Tensor]]
+        ] = {}  # of each stage once, however many boundaries it has
         for point in self.schedule.points:
-            if point.stage.queries == "raters" and point.boundary not in plan.raters:
+            if point.stage.queries != "raters":
+                continue
+            own = id(point.stage)
+            if own not in found:
                 with self.around(), exact_float32(embeddings.device):
                     raters = point.stage.raters(embeddings.detach().float(), plan.visual, plan.question())
                 # Of a prompt without any, its last token.
                 last = torch.zeros_like(raters).scatter(1, plan.queries[:, :1], True)
-                plan.raters[point.boundary] = torch.where(raters.any(dim=1, keepdim=True), raters, last)
+                raters = torch.where(raters.any(dim=1, keepdim=True), raters, last)
+                most = int(raters.sum(dim=1).max())
+                columns = torch.sort((~raters).long(), dim=1, stable=True).indices[:, :most]
+                found[own] = raters, (columns, raters.gather(1, columns))
+            plan.raters[point.boundary], plan.asked[point.boundary] = found[own]
 
     def _must_run(self, number: int, plan: Plan) -> bool:
         """Return whether a stage runs: also for nothing under ZeRO-3, whose ranks gather weights in step."""
@@ -360,10 +382,7 @@ class Stages:
             return plan.queries, plan.there
         if point.stage.queries == "last":
             return plan.queries[:, :1], plan.there[:, :1]
-        raters = plan.raters[point.boundary]
-        most = int(raters.sum(dim=1).max())
-        columns = torch.sort((~raters).long(), dim=1, stable=True).indices[:, :most]
-        return columns, raters.gather(1, columns)
+        return plan.asked[point.boundary]
 
     @torch.no_grad()
     def _decide(self, number: int, plan: Plan, hidden: Tensor, whole: Rotary) -> None:
@@ -382,7 +401,7 @@ class Stages:
         with self.around(), exact_float32(hidden.device):
             if "normed" in point.stage.wants:
                 found["normed"] = self.decoder.final_norm(hidden.detach()).float()
-            heard = Heard(plan.visual_slots(segment), question, **found)
+            heard = Heard(plan.visual_slots(segment), question, plan.entering(number), **found)
             choice = point.stage.choose(heard, [counts.keep[number] for counts in plan.counts])
         plan.decide(number, choice, point.stage.dense)
 
@@ -393,18 +412,29 @@ class Stages:
         segment = call.plan.before(number)
         if segment is None:
             return kwargs
-        new, width = hidden.shape[1], call.plan.width
         if segment.dense:
-            begun = segment.shown.sum(dim=1, keepdim=True)
-            if call.mask is None:
-                later = torch.arange(call.past - width, call.past - width + new, device=hidden.device)[None]
-            else:
-                later = (call.mask[:, width:].long().cumsum(dim=1) - 1).clamp(min=0)[:, -new:]
-            kwargs["position_embeddings"] = self.decoder.rotary(hidden, begun + later)
-        kwargs["attention_mask"] = self._decoding_mask(segment, call, new, kwargs.get("attention_mask"), hidden.dtype)
+            rotary = ("rotary", id(segment), 0)
+            if rotary not in call.made:
+                call.made[rotary] = (None, self._decoding_rotary(segment, call, hidden))
+            kwargs["position_embeddings"] = call.made[rotary][1]
+        mask = kwargs.get("attention_mask")
+        key = ("mask", id(segment), id(mask))  # some models have a mask for each kind of layer
+        if key not in call.made:
+            call.made[key] = (mask, self._decoding_mask(segment, call, hidden.shape[1], mask, hidden.dtype))
+        kwargs["attention_mask"] = call.made[key][1]
         if "position_ids" in kwargs:
             kwargs["position_ids"] = None
         return kwargs
+
+    def _decoding_rotary(self, segment: Segment, call: Call, hidden: Tensor) -> Rotary:
+        """Return cosines and sines of new tokens that are numbered on from what is left of the prompt."""
+        new, width = hidden.shape[1], call.plan.width
+        begun = segment.shown.sum(dim=1, keepdim=True)
+        if call.mask is None:
+            later = torch.arange(call.past - width, call.past - width + new, device=hidden.device)[None]
+        else:
+            later = (call.mask[:, width:].long().cumsum(dim=1) - 1).clamp(min=0)[:, -new:]
+        return self.decoder.rotary(hidden, begun + later)
 
     def _decoding_mask(
         self, segment: Segment, call: Call, new: int, mask: Tensor | None, dtype: torch.dtype
@@ -435,13 +465,30 @@ class _Outer:
     def __init__(self, owner: Stages) -> None:
         self.owner = owner
 
-    def __call__(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if self.owner._is_paused:
             return None
         if args:
             raise PruningError("a model with attached stages takes keyword arguments only")
+        _check_no_states(model, kwargs)
         plan = self.owner._plan(kwargs)
         return None if plan is None else (args, {**kwargs, PLAN: plan})
+
+
+def _check_no_states(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    asked = kwargs.get("output_hidden_states")
+    if asked is None:
+        asked = getattr(model.config, "output_hidden_states", False)
+    if asked:
+        raise PruningError(
+            "output_hidden_states can't be asked with pruning.stages: states of each layer are of what is left there, "
+            "in rows of another length and order; leave it out, logits and the last state have the prompt's length"
+        )
+
+
+def is_begun(cache: Any) -> bool:
+    """Return whether a cache holds anything, so that the prefill is over."""
+    return cache is not None and int(cache.get_seq_length()) > 0
 
 
 def attached_to(model: nn.Module) -> Stages | None:
@@ -485,7 +532,7 @@ def check_generation(model: Any, options: Mapping[str, Any]) -> None:
         return next((found for found in own if found is not None), None)
 
     for name, why in _ONE_AT_A_TIME.items():
-        if value(name) is not None:
+        if value(name) not in (None, _OFF.get(name)):
             raise PruningError(f"{name} can't run with pruning.stages: {why}; leave it out")
     if value("use_cache") is False:
         raise PruningError(

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from prunetune.pruning.budget import Budget
+from prunetune.pruning.budget import Budget, check_budget
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.spec import StageSpec
-from prunetune.pruning.stages.base import Stage
+from prunetune.pruning.stages.base import Stage, is_nothing
 from prunetune.pruning.stages.registry import build_stage
 
 
@@ -101,15 +101,19 @@ class Schedule:
     def _solve(self, entering: int) -> Counts:
         if self.average is None or entering <= self.average:
             return self._with(entering, 1.0)
-        least = self._with(entering, 0.0)
+        # With this share one token is left of the last step that is solved for: none would be withdrawing the image.
+        steps = max(point.step for point in self.points if point.keep is None)
+        low, high = min(1.0, (1.0 / entering) ** (1.0 / steps) * (1 + 1e-9)), 1.0
+        least = self._with(entering, low)
         if least.average > self.average:
+            below = self._with(entering, 0.0).average
             raise PruningError(
                 f"an average of {self.average:g} visual tokens per layer can't be reached with {entering} that enter "
-                f"the LLM: the layers below the boundaries process {least.average:g} already, which is the least; "
-                "choose more, lower boundaries, or prune before the LLM (pruning.keep)"
+                f"the LLM: the layers below the boundaries process {below:g} already, and with one token left at "
+                f"the end the least is {math.ceil(100 * least.average) / 100:g}; choose more, lower boundaries, or "
+                "prune before the LLM (pruning.keep)"
             )
         # The largest share whose integer counts stay under: closed forms are off by a token.
-        low, high = 0.0, 1.0
         for _ in range(60):
             middle = (low + high) / 2
             if self._with(entering, middle).average <= self.average:
@@ -168,7 +172,7 @@ def schedule_of(specs: Sequence[StageSpec], layers: int, lowest: int = 1, why: s
     for point in points:
         _check_boundary(point, layers, lowest, why)
     average = None if not averages else averages[0].average
-    if average is not None and average <= 0:
+    if average is not None and not 0 < average < math.inf:  # also of no number
         raise PruningError(f"average: {average:g} is no number of visual tokens per layer; it is above 0")
     return Schedule(tuple(points), layers, average)
 
@@ -199,9 +203,15 @@ def _points_of(spec: StageSpec) -> list[Point]:
             f"stage {spec.name!r} has {len(boundaries)} boundaries and {len(keeps)} budgets; give keep one for each"
         )
     for keep in keeps:
-        stage.count(keep, 1)  # type: ignore[arg-type] # only a list of None could hold None, and the schema has none
+        _check_keep(keep)  # type: ignore[arg-type] # only a list of None could hold None, and the schema has none
     pairs = zip(boundaries, keeps, strict=True)
     return [Point(layer, stage, spec.name, keep, step) for step, (layer, keep) in enumerate(pairs, start=1)]
+
+
+def _check_keep(keep: Budget) -> None:
+    """Check that a stage's budget reads as one: a pruner's, or 0."""
+    if not is_nothing(keep):
+        check_budget(keep)
 
 
 def _check_boundary(point: Point, layers: int, lowest: int, why: str) -> None:

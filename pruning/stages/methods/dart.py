@@ -51,33 +51,46 @@ class DART(Stage):
         """Return pivots and what is least like them."""
         norm = heard(at.keys, "keys").abs().sum(dim=2)  # (B, n)
         states = torch.nn.functional.normalize(heard(at.normed, "normed"), dim=2)
-        kept = torch.zeros_like(at.visual)
-        images, texts = ranked(norm, at.visual), ranked(norm, at.question)
-        # Row by row: rows have other numbers of pivots and tokens, and there are a dozen pivots.
-        numbers = torch.stack([at.visual.sum(dim=1), at.question.sum(dim=1)], dim=1).tolist()
-        for row, ((visual, question), wanted) in enumerate(zip(numbers, keep, strict=True)):
-            wanted = min(wanted, visual)
-            own = images[row, : min(self.image_pivots, wanted)]
-            pivots = torch.cat([own, texts[row, : min(self.text_pivots, question)]])
-            kept[row] = _around(states[row], at.visual[row], own, pivots, wanted)
-        return Choice(kept)
+        wanted = torch.minimum(torch.tensor(list(keep), device=norm.device), at.visual.sum(dim=1))  # (B,)
+        images = ranked(norm, at.visual)[:, : self.image_pivots]
+        texts = ranked(norm, at.question)[:, : self.text_pivots]
+        own = _first(wanted, images.shape[1])
+        exist = torch.cat([own, _first(at.question.sum(dim=1), texts.shape[1])], dim=1)  # (B, P)
+        kept = torch.zeros_like(at.visual).scatter(1, images, own)
+        left = wanted - own.sum(dim=1)
+        return Choice(_around(states, at.visual, kept, torch.cat([images, texts], dim=1), exist, left))
+
+
+def _first(counts: Int[Tensor, " B"], width: int) -> Bool[Tensor, "B w"]:
+    """Return which of ``width`` places are among the first of each row."""
+    return torch.arange(width, device=counts.device) < counts[:, None]
 
 
 def _around(
-    states: Float[Tensor, "n D"],
-    visual: Bool[Tensor, " n"],
-    own: Int[Tensor, " I"],
-    pivots: Int[Tensor, " P"],
-    keep: int,
-) -> Bool[Tensor, " n"]:
-    """Return the slots that one row keeps, of states of length 1."""
-    kept = torch.zeros_like(visual)
-    kept[own] = True
-    left = keep - len(own)
-    for number, pivot in enumerate(pivots):
-        share = left // (len(pivots) - number) + (left % (len(pivots) - number) > 0)
-        likeness = (states @ states[pivot]).masked_fill(~visual | kept, float("inf"))
+    states: Float[Tensor, "B n D"],
+    visual: Bool[Tensor, "B n"],
+    kept: Bool[Tensor, "B n"],
+    pivots: Int[Tensor, "B P"],
+    exist: Bool[Tensor, "B P"],
+    left: Int[Tensor, " B"],
+) -> Bool[Tensor, "B n"]:
+    """Return the visual slots that are kept when each pivot has added its own.
+
+    Args:
+        states: of length 1.
+        visual: which slots can be kept.
+        kept: which are: those of the visual pivots.
+        pivots: slots, in the order of their turns.
+        exist: which of them there are.
+        left: how many slots each row is still to keep.
+    """
+    for number in range(pivots.shape[1]):
+        turns = exist[:, number:].sum(dim=1).clamp(min=1)
+        share = torch.where(exist[:, number], (left + turns - 1) // turns, 0)
+        pivot = states.gather(1, pivots[:, number, None, None].expand(-1, 1, states.shape[2]))
+        likeness = (states @ pivot.transpose(1, 2))[:, :, 0].masked_fill(~visual | kept, float("inf"))
         # A stable sort: of equally unlike tokens the lower index.
-        kept[torch.sort(likeness, stable=True).indices[:share]] = True
-        left -= share
+        order = torch.sort(likeness, dim=1, stable=True).indices
+        kept = kept | torch.zeros_like(kept).scatter(1, order, _first(share, order.shape[1]))
+        left = left - share
     return kept

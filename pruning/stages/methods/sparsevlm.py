@@ -81,10 +81,14 @@ class SparseVLM(Stage):
         self, embeddings: Float[Tensor, "B L D"], visual: Bool[Tensor, "B L"], question: Bool[Tensor, "B L"]
     ) -> Bool[Tensor, "B L"]:
         """Return the text tokens that take more than the mean of the visual tokens' softmax over the text."""
-        scores = embeddings @ embeddings.transpose(1, 2)  # (B, L, L), rows are visual tokens
-        scores = scores.masked_fill(~question[:, None, :], float("-inf"))
-        scores = scores.masked_fill(~question.any(dim=1)[:, None, None], 0.0)  # a row without text would be NaN
-        shares = over_rows(scores.softmax(dim=2), visual) * question  # (B, L)
+        most = torch.stack([visual.sum(dim=1), question.sum(dim=1)], dim=1).amax(dim=0).tolist()
+        tokens, images = _columns_of(visual, most[0])
+        words, texts = _columns_of(question, most[1])
+        scores = _at(embeddings, tokens) @ _at(embeddings, words).transpose(1, 2)  # (B, V, T)
+        scores = scores.masked_fill(~texts[:, None, :], float("-inf"))
+        scores = scores.masked_fill(~texts.any(dim=1)[:, None, None], 0.0)  # a row without text would be NaN
+        taken = over_rows(scores.softmax(dim=2), images) * texts  # (B, T)
+        shares = torch.zeros_like(embeddings[:, :, 0]).scatter(1, words, taken)  # (B, L)
         mean = shares.sum(dim=1, keepdim=True) / question.sum(dim=1, keepdim=True).clamp(min=1)
         return (shares > mean) & question
 
@@ -98,7 +102,19 @@ class SparseVLM(Stage):
         kept = best(score, at.visual, keep)
         if not self.merges:
             return Choice(kept)
-        return Choice(kept, _merged(score, at.visual & ~kept, heard(at.states, "states")))
+        there = at.counts or at.visual.sum(dim=1).tolist()
+        dropped = [count - min(count, own) for count, own in zip(there, keep, strict=True)]
+        return Choice(kept, _merged(score, at.visual & ~kept, dropped, heard(at.states, "states")))
+
+
+def _at(values: Float[Tensor, "B L D"], columns: Int[Tensor, "B m"]) -> Float[Tensor, "B m D"]:
+    return values.gather(1, columns[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+def _columns_of(which: Bool[Tensor, "B L"], most: int) -> tuple[Int[Tensor, "B m"], Bool[Tensor, "B m"]]:
+    """Return the columns of what there is, at most ``most`` in a row, and which of these there are."""
+    columns = torch.sort((~which).long(), dim=1, stable=True).indices[:, :most]
+    return columns, which.gather(1, columns)
 
 
 def _recycled(dropped: int) -> int:
@@ -128,10 +144,12 @@ def _unbiased(
     return over_rows(picked.mean(dim=1), rows)
 
 
-def _merged(score: Float[Tensor, "B n"], dropped: Bool[Tensor, "B n"], states: Float[Tensor, "B n D"]) -> Merged:
-    """Return clusters of the best dropped tokens of each row."""
+def _merged(
+    score: Float[Tensor, "B n"], dropped: Bool[Tensor, "B n"], lost: Sequence[int], states: Float[Tensor, "B n D"]
+) -> Merged:
+    """Return clusters of the best dropped tokens of each row, which lost so many."""
     order = ranked(score, dropped)
-    numbers = [_recycled(number) if number else 0 for number in dropped.sum(dim=1).tolist()]
+    numbers = [_recycled(number) if number else 0 for number in lost]
     counts = [_clusters(number) if number else 0 for number in numbers]
     most = max([*counts, 1])
     mixing = states.new_zeros(len(score), most, score.shape[1])
