@@ -200,7 +200,7 @@ def _explain(schema: type[BaseModel], detail: Any) -> str:
     if detail["type"] == "missing":
         return f"  {key}: missing; it must be set"
     if detail["type"] == "value_error":
-        return f"  {key}: {detail['ctx']['error']}"
+        return f"  {key}: {detail['ctx']['error']}" if key else f"  {detail['ctx']['error']}"
     return f"  {key}: {detail['msg'][0].lower() + detail['msg'][1:]}, got {shown(detail['input'])}"
 
 

@@ -100,7 +100,7 @@ class LlavaJsonRecipe(Recipe):
             return Path(named)
         if image_root is not None and (Path(image_root) / MIX).is_file():
             return Path(image_root) / MIX
-        raise DataError(f"recipe {self.name!r} reads a data file; set data.file")
+        raise DataError(f"recipe {self.name!r} reads a data file; set data.file (--file of `prunetune data`)")
 
     def open_rows(self, file: str | None, image_root: str | None) -> tuple[Dataset, ImageOpener]:
         """Return the rows, from the Arrow cache if they were read before, and the images.

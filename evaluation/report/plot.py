@@ -13,7 +13,6 @@ import numpy as np
 
 from prunetune.evaluation.report.tables.table import Row, Table, Value
 
-
 _MARKS = (("D", 7), ("X", 9), ("P", 9), ("v", 8), ("s", 7))
 """Markers with their sizes of projectors that are neither the base's nor tuned for the row alone."""
 
