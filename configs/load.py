@@ -54,8 +54,11 @@ def load_config(schema: type[Config], file: str | Path | None, overrides: list[s
         source = f"{file}" if file is not None else "the command line"
         # A plug-in may fail on one rank alone, which then has to say so itself.
         causes = [detail.get("ctx", {}).get("error") for detail in error.errors()]
+        if file is None and any(detail["type"] == "missing" for detail in error.errors()):
+            lines.append("give --config FILE, or one of the names that `prunetune configs list` prints")
         kind = PluginError if any(isinstance(cause, PluginError) for cause in causes) else ConfigError
-        raise kind(f"{source} has {len(lines)} error{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
+        count = len(error.errors())
+        raise kind(f"{source} has {count} error{'s' * (count > 1)}:\n" + "\n".join(lines)) from None
 
 
 def sets(file: str | Path, key: str, overrides: list[str] | None = None) -> bool:
@@ -134,7 +137,7 @@ def config_file(name: str | Path) -> Path:
         return shipped[asked]
     raise ConfigError(
         f"config file {name} does not exist, and no shipped configuration has that name{nearest(asked, shipped)}; "
-        f"there are {', '.join(shipped)}"
+        "`prunetune configs list` names them"
     )
 
 
@@ -197,7 +200,7 @@ def _explain(schema: type[BaseModel], detail: Any) -> str:
     if detail["type"] == "missing":
         return f"  {key}: missing; it must be set"
     if detail["type"] == "value_error":
-        return f"  {key}: {detail['ctx']['error']}"
+        return f"  {key}: {detail['ctx']['error']}" if key else f"  {detail['ctx']['error']}"
     return f"  {key}: {detail['msg'][0].lower() + detail['msg'][1:]}, got {shown(detail['input'])}"
 
 

@@ -110,7 +110,7 @@ class VisualizeConfig(PluggedConfig):
         if own and self.task is not None:
             raise ValueError(f"task {self.task!r} has images of its own; give a task, or images and a question")
         if own and not (self.question or "").strip():
-            raise ValueError("images of your own need a question: methods may read it, and the model answers it")
+            raise ValueError("images of your own need a question, which the model answers; set question")
         if self.question is not None and not own:
             raise ValueError("a question is asked about images of your own; give images, or leave the question out")
         if not own and self.task is None:

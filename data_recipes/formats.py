@@ -38,8 +38,8 @@ class Recipe(BaseModel):
     draws: ClassVar[bool] = False
     """Whether samples are drawn, not read: then there is no data file to name or to check."""
 
-    name: str
-    format: str
+    name: str = Field(description="what logs and records call it")
+    format: str = Field(description="a name from `prunetune list formats`, whose further keys stand beside these")
     weights: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         default_factory=dict, description="share of a source that is kept"
     )
@@ -47,10 +47,14 @@ class Recipe(BaseModel):
         default_factory=dict, description="at most so many samples of a source"
     )
     held_out: int = Field(0, ge=0, description="samples set aside with all others of their images, never trained on")
-    max_samples: int | None = Field(None, ge=1)
-    max_missing: float | None = Field(None, ge=0, le=1)
-    max_broken: float | None = Field(None, ge=0, le=1)
-    seed: int = 0
+    max_samples: int | None = Field(None, ge=1, description="use this many samples, drawn by the seed; None is all")
+    max_missing: float | None = Field(
+        None, ge=0, le=1, description="largest share of samples without their image file; None is 1 %"
+    )
+    max_broken: float | None = Field(
+        None, ge=0, le=1, description="largest share of records that are no conversation; None is 1 %"
+    )
+    seed: int = Field(0, description="of everything that is drawn")
 
     @abstractmethod
     def open_rows(self, file: str | None, image_root: str | None) -> tuple[Dataset, ImageOpener]:
@@ -96,7 +100,7 @@ class LlavaJsonRecipe(Recipe):
             return Path(named)
         if image_root is not None and (Path(image_root) / MIX).is_file():
             return Path(image_root) / MIX
-        raise DataError(f"recipe {self.name!r} reads a data file; set data.file")
+        raise DataError(f"recipe {self.name!r} reads a data file; set data.file (--file of `prunetune data`)")
 
     def open_rows(self, file: str | None, image_root: str | None) -> tuple[Dataset, ImageOpener]:
         """Return the rows, from the Arrow cache if they were read before, and the images.

@@ -60,6 +60,8 @@ def test_a_changed_file_is_imported_instead_of_the_kept_table(monkeypatch):
     (["evalute"], "No such command 'evalute'. Did you mean 'evaluate'?"),
     (["compare", "a", "--quotd", "x"], "No such option '--quotd'. Did you mean '--quoted'?"),
     (["evaluate", "--config", "no.yaml"], "config file no.yaml does not exist"),
+    (["evaluate", "--config", "no.yaml"], "; `prunetune configs list` names them"),
+    (["evaluate"], "give --config FILE, or one of the names that `prunetune configs list` prints"),
     (["compare", "nowhere"], "nowhere is no evaluated arm"),
     (["recalibrate", "--config", "configs/recalibrate/tiny_divprune_16.yaml", "--train.lr", "1"],
      "train.lr: unknown key"),
@@ -102,7 +104,11 @@ def test_help_lists_every_option_with_type_default_and_meaning(words, capsys):
                 assert f"[default: {default}]" in printed
     if isinstance(command, SchemaCommand):
         unbroken = printed.replace("- ", "-")  # lines are broken at hyphens as well
+        own = {flag for param in command.params for flag in param.opts}
         for option in schema_options(command.schema):
+            if option.flag in own:  # told of once, by the command's own
+                assert unbroken.count(f"{option.flag} ") == 1, option.flag
+                continue
             assert option.about, f"{option.flag} has no description in the schema"
             told = option.default if option.default is not None else "required"
             assert f"{option.flag} {option.type}" in printed and f"{told}]".replace("- ", "-") in unbroken

@@ -318,6 +318,16 @@ def test_the_plot_names_a_projector_tuned_for_another_budget(arms, settings, ada
     assert names == {"divprune", tuned, f"{tuned} (for divprune, 16)"}
 
 
+def test_kinds_of_projectors_have_marks_of_their_own_beside_the_budget():
+    kinds = ["", " + tuned projector", " + elastic projector", " + projector tuned without pruning"]
+    marks = plot._marks([f"{method}{kind}" for method in ("divprune", "fps") for kind in kinds])
+    for kind in kinds:
+        assert marks[f"divprune{kind}"] == marks[f"fps{kind}"]
+    shapes, _, places = zip(*(marks[f"fps{kind}"] for kind in kinds), strict=True)
+    assert len(set(shapes)) == len(set(places)) == 4
+    assert shapes[:2] == ("o", "*") and places[0] == 1 and max(places) < 1.2  # far from half or twice the budget
+
+
 def test_the_figure_of_answers_lights_exactly_the_kept_patches():
     mask = plot._mask(np.arange(72), (12, 12), (84, 84, 3))
     assert mask[:42].all() and not mask[42:].any()

@@ -13,6 +13,9 @@ import numpy as np
 
 from prunetune.evaluation.report.tables.table import Row, Table, Value
 
+_MARKS = (("D", 7), ("X", 9), ("P", 9), ("v", 8), ("s", 7))
+"""Markers with their sizes of projectors that are neither the base's nor tuned for the row alone."""
+
 
 @lru_cache(maxsize=1)
 def _pyplot() -> Any:
@@ -26,7 +29,7 @@ def _pyplot() -> Any:
 
 
 def plot_table(table: Table, path: Path) -> None:
-    """Draw a table over kept visual tokens: a line per training-free method, a star per tuned arm.
+    """Draw a table over kept visual tokens: a line per training-free method, a mark for each kind of projector.
 
     Its height is the metric of a single benchmark, of several the relative average, without a dense arm the pooled
     accuracy. Nothing is drawn where all answers are hidden.
@@ -37,6 +40,7 @@ def plot_table(table: Table, path: Path) -> None:
     rows = [row for row in table.rows if values[row.id].value is not None]
     labels = sorted({row.label for row in rows if not _dense(row)})  # so that a method's colour stays what it is
     colors = _colors(labels)
+    marks = _marks(labels)
     for row in rows:
         # Dense is a line across the plot: it has no budget, and every method is read against it.
         if _dense(row):
@@ -48,7 +52,7 @@ def plot_table(table: Table, path: Path) -> None:
     for label in labels:
         points = [row for row in rows if row.label == label]
         points.sort(key=lambda row: row.tokens)
-        _points(axes, points, values, colors[label])
+        _points(axes, points, values, colors[label], marks[label])
     axes.set_xscale("log", base=2)  # budgets are halved from one to the next
     # At the budgets themselves, of which there are few; the powers of two between them were measured by nobody.
     ticks = sorted({row.tokens for row in rows if not _dense(row)})
@@ -95,16 +99,27 @@ def _colors(labels: list[str]) -> dict[str, Any]:
     return colors
 
 
-def _points(axes: Any, rows: list[Row], values: Mapping[str, Value], color: Any) -> None:
+def _marks(labels: list[str]) -> dict[str, tuple[str, int, float]]:
+    """Return marker, size and place of each label, alike for one kind of projector: two of a method are told apart.
+
+    The place is a factor of the budget: kinds stand a little beside it, so that none hides another.
+    """
+    kinds = sorted({label.partition(" + ")[2] for label in labels} - {"", "tuned projector"})
+    by_kind = {"": ("o", 5, 1.0), "tuned projector": ("*", 12, 1.04)}
+    for number, kind in enumerate(kinds):
+        by_kind[kind] = (*_MARKS[number % len(_MARKS)], 1.04 ** (number + 2))
+    return {label: by_kind[label.partition(" + ")[2]] for label in labels}
+
+
+def _points(axes: Any, rows: list[Row], values: Mapping[str, Value], color: Any, mark: tuple[str, int, float]) -> None:
     """Draw the arms of one label; all of them are tuned, or none is."""
-    style, size = "o-", 5
-    if rows[0].projector != "training-free":
-        style, size = "*--", 13
+    marker, size, place = mark
+    style = f"{marker}-" if rows[0].projector == "training-free" else f"{marker}--"
     heights = np.array([values[row.id].value for row in rows], dtype=float)
     # Without an interval the whisker is as short as can be.
     ends = np.array([values[row.id].interval or (height, height) for row, height in zip(rows, heights, strict=True)])
     axes.errorbar(
-        [row.tokens for row in rows],
+        [row.tokens * place for row in rows],
         heights,
         # matplotlib takes lengths, not ends, and none below zero: a metric that is no mean may lie outside.
         yerr=np.clip([heights - ends[:, 0], ends[:, 1] - heights], 0, None),

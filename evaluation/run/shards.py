@@ -51,8 +51,8 @@ def start(output: Path, manifest: Manifest) -> None:
             changed.append(key)
     if changed:
         raise TaskError(
-            f"{output} holds an arm that differs in {', '.join(changed)}; choose another output folder or "
-            "delete this one"
+            f"{output} holds an arm that differs in {', '.join(changed)}; choose another output folder, "
+            "or set overwrite to start over"
         )
 
 

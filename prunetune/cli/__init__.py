@@ -15,11 +15,12 @@ from prunetune.errors import PrunetuneError
 from prunetune.extras import extra_of
 
 INTERRUPTED = "interrupted; run the same command again"
+BEGIN = "Begin with `prunetune demo --quick`, or a name from `prunetune configs list`; COMMAND --help has every option."
 GO_ON = {"cache", "evaluate", "recalibrate", "table", "teach"}
 """The commands that continue what was interrupted; the others start over, and leave nothing half written."""
 
 
-@click.group(cls=Commands, invoke_without_command=True)
+@click.group(cls=Commands, invoke_without_command=True, epilog=BEGIN)
 @click.version_option(package_name="prunetune")
 @click.pass_context
 def commands(context: click.Context) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 
 import click
 
@@ -11,7 +12,17 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 """Of every command: what help looks like."""
 
 
-class Commands(click.Group):
+class Summarised(click.Group):
+    """A group whose help has the first clause of each command's description, whole: click would cut it at the line."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands by name."""
+        rows = [(name, re.split(r"[:;.]\s", f"{self.commands[name].help} ")[0]) for name in sorted(self.commands)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+class Commands(Summarised):
     """A group whose subcommand NAME is the object ``command`` of ``prunetune.cli.commands.NAME``."""
 
     def __init__(self, **options: object) -> None:

@@ -61,9 +61,9 @@ def options_page() -> str:
     lines = [HEAD, "## Who takes what", "", "| file | commands | begins with |", "| --- | --- | --- |"]
     for kind, schema in FILES.items():
         taking = ", ".join(f"`{name}`" for name in sorted(_taking(schema)))
-        shown = ", ".join(f"[`{name}`](#{name})" for name in _sections(schema))
+        shown = ", ".join(f"[`{name}`](#{name})" for name in sections_of(schema))
         lines.append(f"| {kind} | {taking} | {shown}, and [its own keys](#{kind}) |")
-    for section in dict.fromkeys(name for schema in FILES.values() for name in _sections(schema)):
+    for section in dict.fromkeys(name for schema in FILES.values() for name in sections_of(schema)):
         lines += ["", f"## {section}", "", *_about(section), *_table(_options_of(section))]
     for name, (about, schema) in PARTS.items():
         lines += ["", f"## {name}", "", f"{about[0].upper()}{about[1:]}:", "", *_table(schema_options(schema, "--"))]
@@ -89,7 +89,8 @@ def _taking(schema: type[BaseModel]) -> list[str]:
     ]
 
 
-def _sections(schema: type[BaseModel]) -> list[str]:
+def sections_of(schema: type[BaseModel]) -> list[str]:
+    """Return the names of a schema's sections, in its order."""
     return list(dict.fromkeys(option.section for option in schema_options(schema) if option.section))
 
 
@@ -99,7 +100,7 @@ def _bare(schema: type[BaseModel]) -> list[SchemaOption]:
 
 def _about(section: str) -> list[str]:
     """Return what the section is, and which files have it."""
-    having = [kind for kind, schema in FILES.items() if section in _sections(schema)]
+    having = [kind for kind, schema in FILES.items() if section in sections_of(schema)]
     inner = FILES[having[0]].model_fields[section].annotation
     return [f"{_sentence(inner if isinstance(inner, type) else None)} In files of: {', '.join(having)}.", ""]
 

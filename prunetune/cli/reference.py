@@ -6,15 +6,17 @@ from pathlib import Path
 
 import click
 
-from prunetune.cli import commands
-from prunetune.cli.schema import SchemaCommand, by_section
+from prunetune.cli import commands, options_page
+from prunetune.cli.options_page import FILES, sections_of
+from prunetune.cli.schema import SchemaCommand
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference.md"
 HEAD = """# Command line
 
-Generated from the commands and the schema by `python -m prunetune.cli.reference`. Every option of a section can
-stand in the YAML file or on the command line, where it wins. `eval "$(prunetune completion bash)"` completes commands
-and options.
+Generated from the commands by `python -m prunetune.cli.reference`. A command that takes `--config` takes every key of
+its configuration as an option as well, `--section.field value`, which wins over the file: they are on the page
+[options](options.md), and in the command's `--help`. `eval "$(prunetune completion bash)"` completes commands and
+options.
 """
 
 
@@ -30,17 +32,24 @@ def _command(command: click.Command, path: str) -> list[str]:
     lines = [f"## `{path}`\n", f"    {usage}\n", (command.help or "").split("\n\n")[0] + "\n"]
     options = [param for param in command.get_params(context) if isinstance(param, click.Option)]
     rows = [_row(option, context) for option in options if not {"--help", "--version"} & set(option.opts)]
-    if isinstance(command, SchemaCommand):
-        for _, schema in by_section(command.schema):
-            rows += [(option.flag, option.type, option.default, option.about) for option in schema]
     if rows:
         lines += ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [_cells(*row) for row in rows]
         lines.append("")
+    if isinstance(command, SchemaCommand):
+        lines.append(_keys(command) + "\n")
     if isinstance(command, click.Group):
         for name in sorted(command.commands):
             lines += _command(command.commands[name], f"{path} {name}")
     return lines
+
+
+def _keys(command: SchemaCommand) -> str:
+    """Return the sentence that leads to the keys of the command's configuration."""
+    (kind,) = [kind for kind, schema in FILES.items() if schema is command.schema]
+    sections = ", ".join(f"[`{name}`](options.md#{name})" for name in sections_of(command.schema))
+    article = "an" if kind[0] in "aeiou" else "a"
+    return f"And the keys of {article} {kind}: {sections}, and [its own](options.md#{kind})."
 
 
 def _row(option: click.Option, context: click.Context) -> tuple[str, str, str | None, str]:
@@ -57,7 +66,5 @@ def _cells(flag: str, kind: str, default: str | None, about: str) -> str:
 
 
 if __name__ == "__main__":
-    from prunetune.cli import options_page
-
     PAGE.write_text(reference())
     options_page.PAGE.write_text(options_page.options_page())

@@ -72,7 +72,11 @@ class SchemaCommand(click.Command):
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the command's own options, then the schema's, section by section."""
         super().format_options(context, formatter)
-        for section, options in by_section(self.schema):
+        own = self._own_flags()
+        for section, found in by_section(self.schema):
+            options = [option for option in found if option.flag not in own]  # one is told of once
+            if not options:
+                continue
             with formatter.section(section or "Configuration"):
                 formatter.write_dl([(f"{option.flag} {option.type}", _told(option)) for option in options], col_max=44)
 
@@ -81,8 +85,13 @@ class SchemaCommand(click.Command):
         own = super().shell_complete(context, incomplete)
         if not incomplete.startswith("-"):
             return own
+        taken = self._own_flags()
         known = (option for option in schema_options(self.schema) if option.flag.startswith(incomplete))
-        return own + [CompletionItem(option.flag, help=option.about) for option in known]
+        return own + [CompletionItem(option.flag, help=option.about) for option in known if option.flag not in taken]
+
+    def _own_flags(self) -> set[str]:
+        """Return the options of the command's own, which stand before the schema's of the same name."""
+        return {flag for option in self.params for flag in option.opts}
 
 
 def by_section(schema: type[BaseModel]) -> Iterator[tuple[str, list[SchemaOption]]]:
@@ -100,7 +109,7 @@ def config_option(required: bool = False) -> Any:
 
 
 def _told(option: SchemaOption) -> str:
-    default = "required" if option.default is None else f"default: {option.default}"
+    default = "in the file or here: required" if option.default is None else f"default: {option.default}"
     return f"{option.about}  [{default}]"
 
 

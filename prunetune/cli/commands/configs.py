@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
-from prunetune.cli.group import SETTINGS
+from prunetune.cli.group import SETTINGS, Summarised
 
 
-@click.group("configs", context_settings=SETTINGS)
+@click.group("configs", cls=Summarised, context_settings=SETTINGS)
 def command() -> None:
     """The shipped configurations: list, show or copy them."""
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from prunetune.cli.group import SETTINGS
+from prunetune.cli.group import SETTINGS, Summarised
 from prunetune.cli.options import at_least_one, plugins_option, share
 
 
-@click.group("data", context_settings=SETTINGS)
+@click.group("data", cls=Summarised, context_settings=SETTINGS)
 def command() -> None:
     """Check a recipe's data, or say what to download."""
 
