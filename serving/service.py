@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunetune.configs import ServeConfig
-from prunetune.data_recipes.images import HERE
+from prunetune.data_recipes.placeholders import placeholders
 from prunetune.models.arm import Arm
 from prunetune.serving.backends.base import Backend
 from prunetune.serving.batcher import MicroBatcher
@@ -236,13 +236,10 @@ def reserved(processor: Any, template: str) -> list[str]:
         template: of chats, whose special tokens begin and end turns: a text that holds them would forge others.
     """
     tokenizer = processor.tokenizer
-    found = {HERE, tokenizer.bos_token, tokenizer.eos_token}
-    for name in dir(processor):
-        if name.endswith("_token"):
-            found.add(getattr(processor, name))
+    found = placeholders(processor) | {tokenizer.bos_token, tokenizer.eos_token}
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     found.update(token for token in [*tokenizer.all_special_tokens, *added] if token in template)
-    return sorted(mark for mark in found if isinstance(mark, str) and mark)
+    return sorted(mark for mark in found if mark)
 
 
 def _too_late(seconds: float) -> Refused:
