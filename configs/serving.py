@@ -26,6 +26,10 @@ class LimitsConfig(Section):
     max_pixels: int = Field(
         20_000_000, ge=1, description="images with more pixels are refused before they are decoded, 3 bytes each"
     )
+    max_waiting_pixels: int = Field(
+        1_000_000_000, ge=1, description="pixels of the images of all requests that wait or run, 3 bytes each; a "
+        "request above is refused with 429"
+    )  # fmt: skip
     max_tokens: int = Field(
         512, ge=1, description="longest answer of a request that does not ask for one, in tokens; shorter where the "
         "context ends"

@@ -108,9 +108,15 @@ class TooLarge(DataError):
 
 
 class StoredImages:
-    """Base of what opens stored images; ``max_pixels`` is the largest that it decodes."""
+    """Base of what opens stored images.
+
+    Attributes:
+        max_pixels: the largest that it decodes.
+        formats: which it decodes, by Pillow's names; None is all that Pillow reads.
+    """
 
     max_pixels: int = MAX_PIXELS
+    formats: tuple[str, ...] | None = None
 
     def decode(self, source: Path | IO[bytes], what: str) -> Image.Image:
         """Return the decoded RGB image.
@@ -125,11 +131,13 @@ class StoredImages:
             DataError: if it can't be decoded.
         """
         try:
-            with Image.open(source) as image:
+            with Image.open(source, formats=self.formats) as image:
                 self.check_size(image, what)
                 return image.convert("RGB")  # decodes: open() alone reads the head
         except (TooLarge, FileNotFoundError):
             raise
+        except Image.DecompressionBombError as error:  # Pillow's own limit, which ours can't raise
+            raise TooLarge(f"{what} can't be decoded ({one_line(error)}); make it smaller") from error
         # Pillow's decoders raise nearly anything for a broken file, struct.error and KeyError among it.
         except Exception as error:
             raise DataError(f"{what} can't be decoded ({one_line(error)}); replace the file") from error

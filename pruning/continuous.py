@@ -351,8 +351,11 @@ class ContinuousBatch:
             self._manager = self._begun()
             self.capacity = self._manager.batch_processor.cache.max_tokens_read
             self.rows = FeatureRows(embedding, self.capacity)
-        self._undo.enter_context(stood_in(embedding, self.rows.embed))
-        self._manager.start()
+        with ExitStack() as undo:
+            undo.callback(self._manager.destroy)
+            undo.enter_context(stood_in(embedding, self.rows.embed))
+            self._manager.start()
+            self._undo = undo.pop_all()  # until here, what fails leaves the model as it was
         self._closed = None
         self._thread = threading.Thread(target=self._hand_on, name="continuous answers", daemon=True)
         self._thread.start()
@@ -361,10 +364,9 @@ class ContinuousBatch:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Finish what is in flight; after an error, drop it."""
         self._closed = "is closed"
-        self._manager.stop(block=True, hard_stop=kind is not None)
-        self._thread.join()
-        self._manager.destroy()
-        self._undo.close()
+        with self._undo:  # the model is a stock one again, whatever becomes of the threads
+            self._manager.stop(block=True, hard_stop=kind is not None)
+            self._thread.join()
 
     def _begun(self) -> Any:
         """Return the stock manager with its cache, which generates nothing yet."""
@@ -397,6 +399,8 @@ class ContinuousBatch:
         Raises:
             PruningError: for a prompt that is longer than the cache with its answer, or if generation has stopped.
         """
+        if self._closed is not None:
+            raise PruningError(f"the continuous batch {self._closed}")
         longest = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         if len(prompt.ids) + longest > self.capacity:
             raise PruningError(
@@ -409,7 +413,8 @@ class ContinuousBatch:
         for place, own in zip(prompt.visual, ids, strict=True):
             tokens[place] = own
         with self._lock:
-            if self._closed is not None:
+            if self._closed is not None:  # while it waited
+                self.rows.drop(ids)
                 raise PruningError(f"the continuous batch {self._closed}")
             name = f"prompt {self._count}"
             self._count += 1

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -22,6 +22,8 @@ from prunetune.serving.job import Delta, Event, Finished
 from prunetune.serving.schema import ChatRequest, read_request
 from prunetune.serving.service import Answering, Service
 from prunetune.serving.shapes import Reply, event, model, models
+
+Told = TypeVar("Told")
 
 
 def build_app(service: Service) -> FastAPI:
@@ -94,7 +96,11 @@ class Exchange:
     async def response(self) -> Response:
         """Return the response; what is refused is refused with its status, also of streams."""
         self.service.opened(1)
-        response = await self._response()
+        try:
+            response = await self._response()
+        except BaseException:  # as of a stop that waits no longer: nobody waits for the answer, and nobody may count it
+            await self.close(499)
+            raise
         if not isinstance(response, Stream):
             await self.close(response.status_code)
         return response
@@ -103,7 +109,7 @@ class Exchange:
         try:
             self.service.check_running()
             asked = read_request(await read_body(self.request, self.service.config.limits))
-            answering = await self.held.enter_async_context(self.service.answering(asked))
+            answering = await self._unless_gone(self.held.enter_async_context(self.service.answering(asked)))
             first = await self._unless_gone(answering.next())
             self.service.metrics.first.observe(time.perf_counter() - self.began)
             if asked.stream:
@@ -120,8 +126,8 @@ class Exchange:
             say(f"a request failed: {type(error).__name__}: {one_line(error)}")
             return refusal(Refused(500, "internal_error", "the server failed; its log says more"))
 
-    async def _unless_gone(self, told: Awaitable[Event]) -> Event:
-        """Return an event, unless the client goes away before it comes.
+    async def _unless_gone(self, told: Awaitable[Told]) -> Told:
+        """Return what is waited for, unless the client goes away before it comes.
 
         Raises:
             Refused: 499, which nobody reads.
@@ -167,9 +173,12 @@ class Stream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it; the request is closed whatever becomes of it, also if no event was ever asked for."""
+        limits = self.exchange.service.config.limits
         try:
-            await super().__call__(scope, receive, send)
-        except ClientDisconnect:
+            # A client that reads nothing ends like one that went away, when no answer could still be on its way.
+            async with asyncio.timeout(limits.answer_seconds + limits.body_seconds):
+                await super().__call__(scope, receive, send)
+        except (ClientDisconnect, TimeoutError):
             pass
         finally:
             await self.exchange.close(self.ended)

@@ -36,6 +36,7 @@ class MicroBatcher:
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._failed = False
         self._thread = threading.Thread(target=self._serve, name="model", daemon=True)
         self._thread.start()
 
@@ -53,11 +54,13 @@ class MicroBatcher:
         """Put a request into the queue.
 
         Raises:
-            Refused: 429 if too many wait, 503 if the server stops.
+            Refused: 429 if too many wait, 503 if the server stops or has failed.
         """
         with self._changed:
             if self._closed:
                 raise Refused(503, "stopping", "the server is stopping; ask another one")
+            if self._failed:
+                raise _dead()
             if len(self._waiting) >= self.options.max_waiting:
                 raise Refused(429, "queue_full", f"{len(self._waiting)} requests wait already; ask again later")
             self._waiting.append(job)
@@ -81,11 +84,24 @@ class MicroBatcher:
         self.backend.close()
 
     def _serve(self) -> None:
-        while batch := self._next_batch():
-            for job in batch:
-                self.metrics.queued.observe(time.perf_counter() - job.began)
-            self.metrics.batches.observe(len(batch))
-            self._answer(batch)
+        batch: list[Job] = []
+        try:
+            while batch := self._next_batch():
+                for job in batch:
+                    self.metrics.queued.observe(time.perf_counter() - job.began)
+                self.metrics.batches.observe(len(batch))
+                self._answer(batch)
+                # Nothing holds a request's images until the next one comes.
+                batch.clear()
+                del job
+        except BaseException:  # such as SystemExit of a plugin: nobody would ever be answered
+            with self._changed:
+                self._failed = True
+                left = [*batch, *self._waiting]
+                self._waiting.clear()
+            for job in left:
+                job.tell(Failed(_dead()))
+            raise
 
     def _next_batch(self) -> list[Job]:
         """Return what has come in, at least one request; nothing when the server stops."""
@@ -133,6 +149,10 @@ class MicroBatcher:
         left = [job for job in jobs if not job.ended]
         if left:
             self._answer(left)
+
+
+def _dead() -> Refused:
+    return Refused(503, "model_stopped", "the model's thread has ended; the server's log says why. Restart it")
 
 
 def refusal_of(error: Exception) -> Refused:

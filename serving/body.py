@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 from fastapi import Request
 
 from prunetune.configs.serving import LimitsConfig
-from prunetune.reading import one_line
-from prunetune.serving.errors import Refused, bad
+from prunetune.reading import one_line, parse_json
+from prunetune.serving.errors import Refused, ServingError, bad
 
 _DISCARDED = 4
 """Bodies up to so many times the limit are read to their end, and thrown away: a client that is cut off while it sends
@@ -32,9 +31,9 @@ async def read_body(request: Request, limits: LimitsConfig) -> Any:
     if kind != "application/json":
         raise Refused(415, "unsupported_media_type", f"send application/json, got {kind or 'no content-type'}")
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise bad("invalid_json", f"the body is no JSON: {one_line(error)}") from None
+        return parse_json(content.decode("utf-8-sig"), "the body", ServingError)
+    except (UnicodeDecodeError, ServingError) as error:
+        raise bad("invalid_json", one_line(error)) from None
 
 
 async def _read(request: Request, limits: LimitsConfig) -> bytes:

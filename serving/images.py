@@ -7,17 +7,41 @@ import binascii
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from PIL import Image
 
 from prunetune.configs.serving import LimitsConfig
+from prunetune.data_recipes.images import StoredImages, TooLarge
+from prunetune.data_recipes.sample import DataError
 from prunetune.reading import one_line, shown
-from prunetune.serving.errors import Refused, bad
-from prunetune.serving.remote import fetch
+from prunetune.serving.errors import bad
+from prunetune.serving.remote import fetch, split
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What is decoded. Pillow reads many more, some of which start other programs."""
+
+NARROWEST = 200
+"""How many times as long as wide an image may be. Processors scale the shorter side to that of their crop: an image of
+1 x 1,000,000 pixels, a few hundred bytes as PNG, would be 336 x 336,000,000."""
+
+
+class SentImages(StoredImages):
+    """Decodes what clients send as evaluations decode their files, of fewer formats and within limits."""
+
+    formats = FORMATS
+
+    def __init__(self, max_pixels: int) -> None:
+        self.max_pixels = max_pixels
+
+    def check_size(self, image: Image.Image, what: str) -> None:
+        """Raise TooLarge for an image with too many pixels, or one that is a line."""
+        super().check_size(image, what)
+        if max(image.size) > NARROWEST * min(image.size):
+            raise TooLarge(
+                f"{what} has {image.width:,} x {image.height:,} pixels, and is at most {NARROWEST} times as long as "
+                "wide; cut it"
+            )
 
 
 @dataclass(frozen=True)
@@ -55,31 +79,14 @@ class ImageReader:
     def decode(self, content: bytes, where: str) -> Image.Image:
         """Return the RGB image of a file's content, of which the head alone is read where it is too large."""
         try:
-            # Pillow's own limit warns or fails by itself; ours, which is lower, is asked first.
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                self._check_size(image, where)
-                return image.convert("RGB")
-        except Refused:
-            raise
-        except Image.DecompressionBombError as error:
-            raise bad("image_too_large", f"{where}: {one_line(error)}; make it smaller", where) from error
-        # Pillow's decoders raise nearly anything for a broken file, struct.error and KeyError among it.
-        except Exception as error:
+            return SentImages(self.limits.max_pixels).decode(io.BytesIO(content), f"{where}: the image")
+        except TooLarge as error:
+            raise bad("image_too_large", one_line(error), where) from error
+        except DataError as error:
+            why = one_line(error.__cause__ or error)
             raise bad(
-                "invalid_image",
-                f"{where}: the image can't be decoded ({one_line(error)}); send {', '.join(FORMATS)}",
-                where,
+                "invalid_image", f"{where}: the image can't be decoded ({why}); send {', '.join(FORMATS)}", where
             ) from error
-
-    def _check_size(self, image: Image.Image, where: str) -> None:
-        pixels = image.width * image.height
-        if pixels > self.limits.max_pixels:
-            raise bad(
-                "image_too_large",
-                f"{where}: the image has {image.width:,} x {image.height:,} = {pixels:,} pixels, at most "
-                f"{self.limits.max_pixels:,} are decoded; make it smaller",
-                where,
-            )
 
     def _file(self, url: str, where: str) -> bytes:
         """Return a file's content, if it lies below the folder that may be read."""
@@ -87,11 +94,16 @@ class ImageReader:
         refused = bad("image_url_refused", f"{where}: file: URLs are not read here; send a data: URL", where)
         if root is None:
             raise refused
-        parts = urlsplit(url)
-        path = Path(unquote(parts.path)).resolve()  # links are followed before it is compared
+        parts = split(url, where)
+        try:
+            path = Path(unquote(parts.path)).resolve()  # links are followed before it is compared
+        except (ValueError, RuntimeError):  # a NUL, or links in a circle
+            raise refused from None
         if parts.netloc not in ("", "localhost") or not path.is_relative_to(Path(root).resolve()):
             raise refused
         try:
+            if not path.is_file():  # of a pipe the end would be waited for
+                raise bad("invalid_image", f"{where}: there is no such file", where)
             if path.stat().st_size > self.limits.max_body:
                 raise bad("image_too_large", f"{where}: the file is above {self.limits.max_body:,} bytes", where)
             return path.read_bytes()

@@ -21,8 +21,9 @@ from prunetune.serving.backends.base import Backend
 from prunetune.serving.backends.embedded import Embedded
 from prunetune.serving.backends.vllm import VllmEmbeds
 from prunetune.serving.errors import ServingError
+from prunetune.serving.heads import heads_within
 from prunetune.serving.preflight import check_same_answers
-from prunetune.serving.references import drawn, read_references
+from prunetune.serving.references import answers, drawn, read_references
 from prunetune.serving.service import Service
 
 
@@ -39,10 +40,15 @@ def serve(config: ServeConfig, arm: Arm | None = None) -> None:
     listening = listen(config)  # before minutes of loading
     if arm is None:
         arm = Arm.load(config.model, config.pruning, config.adapter, config.device)
-    server = Server(Service(config, arm, backend_of(config, arm)))
+    backend = backend_of(config, arm)
+    warm_up(backend)
+    server = Server(Service(config, arm, backend))
     address = f"http://{config.host}:{listening.getsockname()[1]}/v1"
     print(f"serving {config.served_name} on {address} ({config.engine})", flush=True)  # who started it may read a pipe
-    server.run(sockets=[listening])
+    try:
+        server.run(sockets=[listening])
+    except OSError as error:  # two servers may have waited for one port while they loaded
+        raise _taken(config, error) from None
 
 
 def listen(config: ServeConfig) -> socket.socket:
@@ -52,14 +58,31 @@ def listen(config: ServeConfig) -> socket.socket:
         ServingError: if it is taken.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
+    # Named, or asyncio leaves out TCP_NODELAY, and every answer to an open connection waits 40 ms.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((config.host, config.port))
     except OSError as error:
         found.close()
-        raise ServingError(f"{config.host}:{config.port} can't be listened on ({one_line(error)}); set port") from None
+        raise _taken(config, error) from None
     return found
+
+
+def _taken(config: ServeConfig, error: OSError) -> ServingError:
+    return ServingError(f"{config.host}:{config.port} can't be listened on ({one_line(error)}); set port")
+
+
+def warm_up(backend: Backend) -> None:
+    """Answer a question before the port opens: the first one takes longer, and a model that can't answer says so here.
+
+    Raises:
+        ServingError: if there is no answer.
+    """
+    try:
+        answers(backend, drawn(1))
+    except Exception as error:  # whatever it is, every request would meet it
+        raise ServingError(f"the model can't answer a first question: {one_line(error)}") from error
 
 
 def backend_of(config: ServeConfig, arm: Arm) -> Backend:
@@ -99,6 +122,7 @@ class Server(uvicorn.Server):
         self._ends_by: float | None = None
         config = uvicorn.Config(
             build_app(service),
+            http=heads_within(service.config.limits.body_seconds),
             log_level="warning",
             timeout_graceful_shutdown=5,
             timeout_keep_alive=15,
@@ -127,8 +151,9 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End connections, then the model's thread."""
-        await super().shutdown(sockets)
         left = self.service.in_flight
+        self.service.give_up()  # nothing is left, or the stop waits no longer
+        await super().shutdown(sockets)
         if left:
             print(f"stopped with {left} requests unanswered after {self.service.config.grace:g} s", file=sys.stderr)
         await asyncio.get_running_loop().run_in_executor(None, self.service.close)

@@ -106,6 +106,8 @@ def test_correlations_agree_with_scipy_and_intervals_with_resampling_by_hand():
         ends = np.percentile([theirs(one[own], other[own]).statistic for own in drawn], [2.5, 97.5])
         np.testing.assert_allclose([found.low, found.high], ends, atol=0.03)
     assert pearson(np.ones(9), np.arange(9)) is None and spearman(np.arange(2), np.arange(2)) is None
+    rounding = 5 * (1 + 1e-8 * random.normal(size=9))  # of equal images in batches of other sizes
+    assert pearson(rounding, np.arange(9)) is None and spearman(np.arange(9), rounding) is None
     assert pearson(np.arange(9), -np.arange(9)).value == pytest.approx(-1)
 
 
@@ -122,9 +124,12 @@ def test_an_even_map_is_flat_and_a_fixed_one_is_not():
     assert unevenness(np.full((4, 4), 7)) == 0 and unevenness(np.zeros((3, 3))) == 0
     assert unevenness(np.eye(4)) == pytest.approx(0.75)  # 4 of 16 cells hold all: 12 / 16 would have to move
     random = np.random.default_rng(5)
-    kept = [16] * 300
-    blind = [sum(np.isin(np.arange(144), random.permutation(144)[:16]).astype(int) for _ in kept) for _ in range(20)]
-    assert chance_unevenness(144, kept) == pytest.approx(np.mean([unevenness(own) for own in blind]), rel=0.05)
+    # Of one image every choice has 1 - kept / cells; few tokens of few images are far from normal.
+    assert chance_unevenness(144, [16]) == pytest.approx(1 - 16 / 144, abs=0.01)
+    for cells, kept in ((144, [16] * 300), (576, [16] * 10), (144, [4, 40, 144])):
+        blind = [sum(random.permutation(cells) < number for number in kept) for _ in range(40)]
+        expected = np.mean([unevenness(own) for own in blind])
+        assert chance_unevenness(cells, kept) == pytest.approx(expected, rel=0.03)
 
 
 def test_a_grid_on_another_raster_keeps_its_places():

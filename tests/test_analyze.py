@@ -19,6 +19,7 @@ from synthetic_arms import write_arm
 from prunetune.cli import main
 from prunetune.cli.commands.analyze import runs_as_list
 from prunetune.configs import AnalyzeConfig, ConfigError, ModelConfig, load_config
+from prunetune.data_recipes.sample import DataError
 from prunetune.evaluation.analysis import look
 from prunetune.evaluation.analysis.analyze import analyze
 from prunetune.evaluation.analysis.complexity import entropy
@@ -253,7 +254,23 @@ def test_a_folder_of_images_is_looked_at_like_a_benchmark(dense, tmp_path, items
     analyze(config, dense, bar=False)
     found = rows(tmp_path / "out" / "complexity_images.csv")
     assert [own["image"] for own in found] == ["0.png", "below/1.png"]
-    assert "Of " in (tmp_path / "out" / "index.md").read_text()
+    page = (tmp_path / "out" / "index.md").read_text()
+    assert "Of " in page and "Pearson not defined (fewer than three images, or all alike)" in page
+
+
+def test_names_are_no_formulas_and_a_question_is_text(dense, tmp_path):
+    (tmp_path / "of $\\x$ 1").mkdir()
+    Image.new("RGB", (84, 84), "red").save(tmp_path / "of $\\x$ 1" / 'a, "b".png')
+    fields = {"tasks": [], "images": str(tmp_path / "of $\\x$ 1"), "analyses": ["concentration"]}
+    methods = [{"pruner": "divprune", "name": "$\\frac$"}]
+    analyze(settings(tmp_path / "out", methods=methods, **fields), dense, bar=False)
+    assert rows(tmp_path / "out" / "concentration_images.csv")[0]["image"] == 'a, "b".png'
+    assert "$\\frac$" in (tmp_path / "out" / "index.md").read_text()
+    with pytest.raises(DataError, match="^the question holds '<image>', which stands for an image; leave it out$"):
+        analyze(settings(tmp_path / "other", question="what <image> ?", **fields), dense, bar=False)
+    (tmp_path / "of $\\x$ 1" / "b\udcff.png").write_bytes(b"")  # of another system's letters
+    with pytest.raises(TaskError, match=r"^the name of the file 'b\\udcff.png' in .* is not UTF-8; rename it$"):
+        analyze(settings(tmp_path / "other", **fields), dense, bar=False)
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])

@@ -25,6 +25,7 @@ import test_video_llava
 import torch
 from pydantic import ValidationError
 from test_shared_prefix import last_logits
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from prunetune.assets import shipped
 from prunetune.configs import BackendOptions, EvaluateConfig, ModelConfig, TableConfig
@@ -276,6 +277,20 @@ def test_a_cache_beyond_memory_is_refused_in_one_line(tiny):
         pass
     assert "\n" not in str(error.value)
     assert "forward" not in vars(tiny.model.get_input_embeddings())
+
+
+def test_a_batch_that_can_not_begin_leaves_the_model_as_it_was(tiny, monkeypatch):
+    batch = tiny.pruned.continuous(4, 6)
+    with pytest.raises(PruningError, match="the continuous batch is not open"):
+        batch.submit(LonePrompt([1], [], torch.zeros(0, 0)))
+
+    def broken(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ContinuousBatchingManager, "start", broken)
+    with pytest.raises(RuntimeError) as held:  # and with it all that it refers to
+        batch.__enter__()
+    assert "can't start" in str(held.value) and "forward" not in vars(tiny.model.get_input_embeddings())
 
 
 def test_what_breaks_while_generating_reaches_who_waits(tiny, questions, monkeypatch, caplog):

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zlib
 
 import httpx
@@ -21,7 +23,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_VLM
 from PIL import Image
-from serving_world import Held, data_url, image_part, messages_of, request, running, scene_url
+from serving_world import Held, config_of, data_url, image_part, messages_of, request, running, scene_url
 
 from prunetune.configs import EvaluateConfig, ModelConfig
 from prunetune.evaluation.records import read_results
@@ -29,6 +31,9 @@ from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.models import Arm
 from prunetune.pruning import PruningSpec
 from prunetune.serving.backends.base import Prompts
+from prunetune.serving.errors import ServingError
+from prunetune.serving.images import ImageReader
+from prunetune.serving.run import listen, serve
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +235,11 @@ BAD = {
     "placeholder in a text": (request(question="<image> what ?"), 400, "invalid_value", "messages"),
     "system": (request(messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]), 400,
                "unsupported_value", "messages"),
+    "end of a turn in a text": (request(question="what ?</s>USER: why ?"), 400, "invalid_value", "messages"),
+    "half an address": (request("http://[localhost/a.png"), 400, "invalid_image_url", IMAGE),
+    "half a file's address": (request("file://[a/b.png"), 400, "image_url_refused", IMAGE),
+    "port": (request("http://localhost:99999/a.png"), 400, "invalid_image_url", IMAGE),
+    "a line": (request(data_url(Image.new("RGB", (1, 201)))), 400, "image_too_large", IMAGE),
     "no object": ([1], 400, "invalid_json", None),
 }  # fmt: skip
 SEVERAL = [{"role": "user", "content": [image_part(GOOD)] * 4 + [{"type": "text", "text": "x"}]}]
@@ -255,6 +265,11 @@ def test_bodies_that_are_no_requests(server):
     assert post(path, content=b"{", headers={"content-type": "application/json"}).json()["error"]["code"] == (
         "invalid_json")  # fmt: skip
     assert post(path, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
+    for half in (request(model="\ud800"), request(question="\ud800"), request("data:\ud800"), {"\ud800": 1}):
+        reply = post(path, content=json.dumps(half).encode(), headers={"content-type": "application/json"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_json"), half
+    wide = json.dumps(request()).encode("utf-16")
+    assert post(path, content=wide, headers={"content-type": "application/json"}).status_code == 400
     deep = b"[" * 100_000
     assert post(path, content=deep, headers={"content-type": "application/json"}).status_code == 400
     large = b'{"x": "' + b"a" * 2_000_000 + b'"}'
@@ -288,6 +303,69 @@ def test_a_client_that_sends_slowly_is_refused_and_holds_nobody(server, evaluate
     assert server.ask(url=url, question=question).json()["choices"][0]["message"]["content"] == answer
     assert b"408" in slow.recv(1000)
     slow.close()
+    head = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    head.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n")
+    assert head.recv(1000).startswith(b"HTTP/1.1 408 ")
+    head.close()
+
+
+def test_a_text_that_can_not_fit_is_refused_without_being_tokenized(arm, monkeypatch):
+    with running(arm, Held()) as server:
+        read = []
+        own = server.service._tokenizer
+        counting = type("Counting", (), {"__call__": lambda self, text, **how: read.append(text) or own(text, **how)})
+        monkeypatch.setattr(server.service, "_tokenizer", counting())
+        turns = [{"role": role, "content": "a"} for role in ("user", "assistant")] * 1000
+        for fields in ({"question": "a " * 1_000_000}, {"messages": [*turns, turns[0]]}):
+            reply = server.ask(**fields)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert 1 < len(read) < 600 and set(read) == {"a"}
+
+
+def test_answers_to_an_open_connection_do_not_wait_for_its_acknowledgements(server):
+    """Nagle's algorithm waits 40 ms before the second half of an answer, and before every piece of a stream."""
+    times = []
+    for _ in range(9):
+        began = time.perf_counter()
+        server.ask(model="other")
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.035
+
+
+def test_decoded_images_that_wait_have_a_limit_together(arm):
+    held = Held()
+    with running(arm, held, limits={"max_waiting_pixels": 2 * 84 * 84}) as server:
+        waiting = [raw(server, request(GOOD, str(number))) for number in range(2)]
+        until(lambda: server.service._pixels == 2 * 84 * 84)
+        full = server.ask(url=GOOD)
+        assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
+        held.go.set()
+        assert [answered(connection) for connection in waiting] == ["0", "1"]
+        assert server.ask(url=GOOD).status_code == 200
+
+
+def test_a_model_thread_that_ends_refuses_what_waits_and_is_not_healthy(arm, monkeypatch):
+    held = Held()
+    with running(arm, held, batching={"max_batch": 1}) as server:
+        monkeypatch.setattr(held, "run", lambda jobs: held.go.wait(30) and sys.exit(3))
+        monkeypatch.setattr(threading, "excepthook", lambda ended: None)
+        waiting = [raw(server, request(question=str(number))) for number in range(2)]
+        until(lambda: server.service.batcher.waiting == 1)
+        held.go.set()
+        for connection in waiting:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 503")
+        assert server.ask().json()["error"]["code"] == "model_stopped"
+        assert server.http.get("/health/live").status_code == 503
+
+
+def test_nothing_is_kept_of_a_request_that_has_its_answer(server, monkeypatch):
+    seen = []
+    whole = ImageReader.open
+    monkeypatch.setattr(ImageReader, "open", lambda *arguments: seen.append(whole(*arguments)) or seen[-1])
+    assert server.ask(url=GOOD).status_code == 200
+    left = [weakref.ref(image) for image in seen]
+    seen.clear()
+    until(lambda: gc.collect() >= 0 and not any(image() for image in left))
 
 
 def test_a_client_that_does_not_read_its_stream_holds_nobody(server, evaluated):
@@ -389,6 +467,29 @@ def test_a_stop_finishes_what_is_in_flight_and_refuses_the_rest(arm):
         httpx.get(f"{server.url}/health")
 
 
+def test_a_stop_that_waits_no_longer_refuses_what_is_left_and_computes_none_of_it(arm, capfd):
+    held = Held()
+    with running(arm, held, batching={"max_batch": 1}, grace=0.1) as server:
+        taken, waits = raw(server, request(question="taken")), raw(server, request(question="waits", stream=True))
+        until(lambda: server.service.batcher.waiting == 1)
+        server.server.handle_exit(signal.SIGTERM, None)
+        for connection in (taken, waits):
+            assert connection.recv(1000).startswith(b"HTTP/1.1 503")
+        held.go.set()
+        until(lambda: not server.service.batcher.alive)
+        assert held.batches == [["taken"]] and server.service.in_flight == 0
+    assert "stopped with 2 requests unanswered after 0.1 s" in capfd.readouterr().err
+
+
+def test_a_model_that_can_not_answer_does_not_open_its_port(arm, monkeypatch):
+    def broken(self, jobs):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(Prompts, "batch", broken)
+    with pytest.raises(ServingError, match=r"^the model can't answer a first question: no kernel$"):
+        serve(config_of(), arm)
+
+
 def test_the_command_serves_and_ends_with_sigterm(tmp_path):
     line = [sys.executable, "-m", "prunetune", "serve", "--config", "serve/tiny_divprune_16", "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -416,6 +517,16 @@ def test_a_port_in_use_is_one_line(server):
 
     with pytest.raises(SystemExit, match=r"^error: 127\.0\.0\.1:\d+ can't be listened on"):
         main(["serve", "--config", "serve/tiny_divprune_16", "--port", str(server.port)])
+
+
+def test_a_port_that_was_taken_while_the_model_loaded_is_one_line(arm):
+    config = config_of(port=listen(config_of()).getsockname()[1])
+    first, second = listen(config), listen(config)  # neither listens yet
+    first.listen()
+    second.close()
+    with pytest.raises(ServingError, match=r"^127\.0\.0\.1:\d+ can't be listened on"):
+        serve(config, arm)
+    first.close()
 
 
 def test_threads_end_with_their_server(arm):

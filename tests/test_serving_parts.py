@@ -1,11 +1,16 @@
 """Parts of the server by themselves: where images come from, text as it comes, sampling, prompts, requests."""
 
 import base64
+import contextlib
 import io
 import json
+import os
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_VLM
@@ -14,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from prunetune.configs.serving import LimitsConfig
-from prunetune.data_recipes.images import Dialogue
+from prunetune.data_recipes.images import Dialogue, FolderImages
 from prunetune.data_recipes.sample import Sample, Turn
 from prunetune.models import load_processor
 from prunetune.serving import remote
@@ -81,7 +86,8 @@ def test_images_of_allowed_hosts_are_fetched_but_of_no_private_address(site, mon
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "::1", "fd00::1", "fe80::1",
-     "::ffff:127.0.0.1", "100.64.0.1"],
+     "::ffff:127.0.0.1", "100.64.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2002:a00:1::", "fec0::1",
+     "2001:0:7f00:1::", "224.0.0.1", "ff0e::1", "240.0.0.1", "::", "::7f00:1"],
 )  # fmt: skip
 def test_addresses_that_are_not_public_are_refused_whatever_the_name(address, monkeypatch):
     found = [(None, None, None, "", ("93.184.216.34", 80)), (None, None, None, "", (address, 80))]
@@ -109,6 +115,59 @@ def test_files_are_read_below_the_folder_that_may_be_read(tmp_path):
         assert code(reader.open, f"file://{path}", "x") == "image_url_refused"
     assert code(reader.open, f"file://other{root}/a.png", "x") == "image_url_refused"
     assert code(reader.open, f"file://{root}/none.png", "x") == "invalid_image"
+    assert code(reader.open, f"file://{root}/%00.png", "x") == "image_url_refused"
+    assert code(reader.open, "file://[a/b.png", "x") == "invalid_image_url"
+    os.mkfifo(root / "pipe.png")  # whose end nobody writes
+    assert code(reader.open, f"file://{root}/pipe.png", "x") == "invalid_image"
+
+
+def odd_pictures():
+    """Pictures that readers may open in different ways."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(256, size=(12, 20, 4), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a camera held upright
+    frames = [Image.fromarray(pixels[:, :, :3]), Image.new("RGB", (20, 12), "blue")]
+    return {
+        "EXIF": (frames[0], "JPEG", {"exif": turned}),
+        "palette": (frames[0].quantize(8), "PNG", {"transparency": 0}),
+        "alpha": (Image.fromarray(pixels), "PNG", {}),
+        "16 bits": (Image.fromarray(random.integers(2**16, size=(12, 20), dtype=np.uint16)), "PNG", {}),
+        "grey with alpha": (Image.fromarray(pixels).convert("LA"), "PNG", {}),
+        "CMYK": (frames[0].convert("CMYK"), "JPEG", {}),
+        "animated": (frames[0], "GIF", {"save_all": True, "append_images": frames[1:]}),
+    }
+
+
+@pytest.mark.parametrize("name", odd_pictures())
+def test_odd_pictures_are_what_an_evaluation_sees(name, tmp_path):
+    image, kind, options = odd_pictures()[name]
+    path = tmp_path / f"odd.{kind.lower()}"
+    image.save(path, kind, **options)
+    seen = FolderImages(tmp_path).open(path.name, "x")
+    assert ImageReader(LimitsConfig()).decode(path.read_bytes(), "x").tobytes() == seen.tobytes()
+
+
+def test_a_host_that_trickles_is_hung_up_on(monkeypatch):
+    """A byte now and then, of the head as of the image, keeps every single read short."""
+    monkeypatch.setattr(remote, "SECONDS", 0.4)
+    monkeypatch.setattr(remote, "public_address", lambda host, port, where: "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def trickle():
+            line, _ = listening.accept()
+            with line, contextlib.suppress(OSError):
+                for letter in b"HTTP/1.1 200 OK\r\nX: " + b"a" * 60:
+                    line.sendall(bytes([letter]))
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        began = time.monotonic()
+        reader = ImageReader(LimitsConfig(image_hosts=["localhost"]))
+        assert code(reader.open, f"http://localhost:{listening.getsockname()[1]}/a.png", "x") == "image_not_fetched"
+        assert time.monotonic() - began < 2.5
+        thread.join()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])

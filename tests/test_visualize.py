@@ -20,6 +20,7 @@ from prunetune.cli import main
 from prunetune.configs import ConfigError, EvaluateConfig, VisualizeConfig, load_config
 from prunetune.configs.visualize import with_adapters, with_options
 from prunetune.data_recipes import Sample, Turn
+from prunetune.data_recipes.sample import DataError
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.records import read_results
 from prunetune.evaluation.run.evaluate import evaluate
@@ -657,6 +658,18 @@ def test_text_from_elsewhere_stays_text(hostile):
     page = (hostile / "kept.html").read_text()
     assert page.count("<script>") == 1 and "<img" not in page and "{{ 7 * 7 }}" in page
     assert HOSTILE in "".join(ElementTree.parse(hostile / "kept_00.svg").getroot().find(f"{SVG}title").itertext())
+
+
+def test_a_file_of_another_systems_letters_is_drawn_and_a_question_is_text(loaded, tmp_path):
+    visual_world.gradient(40, 60).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "b\udcff.png")
+    config = settings(tmp_path / "out", "--images", f"[{tmp_path}]", "--question", "what ?", "--methods", "[fps]")
+    visualize(config.model_copy(update={"formats": ["html", "svg"]}), loaded)
+    assert "b?.png" in (tmp_path / "out" / "kept.html").read_text()
+    for question, said in (("what <image> ?", "holds '<image>', which stands for an image"), ("\udcff ?", "not UTF-8")):
+        asked = config.model_copy(update={"question": question, "output": str(tmp_path / "other")})
+        with pytest.raises(DataError, match=said):
+            visualize(asked, loaded)
 
 
 def test_control_characters_of_an_answer_leave_the_figure_readable(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from prunetune.configs import AnalyzeConfig, to_yaml
+from prunetune.data_recipes.placeholders import check_question
 from prunetune.evaluation.analysis.complexity import Complexity
 from prunetune.evaluation.analysis.concentration import Concentration
 from prunetune.evaluation.analysis.corruption import Corruption, check_names, library
@@ -70,6 +71,8 @@ def analyze(config: AnalyzeConfig, arm: Arm | None = None, bar: bool = True) -> 
             if arm is None:
                 arm = Arm.load(config.model, adapter=config.adapter)
             _check_is_configured(arm, config)
+            if config.images is not None:
+                check_question(arm.processor, config.question)
             eye = Eye(arm, {label: arm.with_pruning(spec) for label, spec in config.specs.items()})
             parts += _of_images(config, eye, datasets, new, bar)
             looked = _about_images(arm, eye, datasets)

@@ -218,7 +218,7 @@ def _pairs(own: _Measured) -> np.ndarray:
 
 def _told(estimate: Estimate | None) -> str:
     if estimate is None:
-        return "not defined"
+        return "not defined (fewer than three images, or all alike)"
     ends = "" if estimate.low is None else f" [{estimate.low:.2f}, {estimate.high:.2f}]"
     return f"{estimate.value:.2f}{ends}"
 

@@ -9,22 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from prunetune.evaluation.report.plot import pyplot
+
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8A7A00")
 """Okabe and Ito's, whose yellow is darkened: it can't be seen on white."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 SEQUENTIAL = "cividis"
 """From dark to light for every reader, and in grey."""
-
-
-def pyplot() -> Any:
-    """Return matplotlib's plotting, imported when something is drawn: reading results never waits for it."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # a server has no display, and the default backend would look for one
-    from matplotlib import pyplot as plotting
-
-    return plotting
 
 
 @contextmanager
@@ -43,7 +35,9 @@ def drawn(
     """
     plt = pyplot()
     # The same figure is the same file: ids of an SVG are random otherwise, and its date is today's.
-    with plt.rc_context({"svg.hashsalt": "prunetune", "font.size": 8, "axes.titlesize": 9}):
+    # And names are names: what stands between two dollars would be read as a formula, and fail as one.
+    options = {"svg.hashsalt": "prunetune", "font.size": 8, "axes.titlesize": 9, "text.parse_math": False}
+    with plt.rc_context(options):
         figure, axes = plt.subplots(rows, columns, figsize=size, dpi=130, squeeze=False, layout="constrained")
         try:
             figure.suptitle(title, fontsize=10)

@@ -93,6 +93,10 @@ def _of_folder(folder: Path, config: AnalyzeConfig) -> Dataset:
     items = []
     for path in paths[: config.limit]:
         reference = path.relative_to(folder).as_posix()
+        try:
+            reference.encode()
+        except UnicodeEncodeError:  # tables could not name it, after all images were looked at
+            raise TaskError(f"the name of the file {reference!r} in {folder} is not UTF-8; rename it") from None
         items.append(Item(reference, name, reference, config.question, None))
     images = limited(FolderImages(folder), config.max_pixels)
     return Dataset(name, items, images, {str(item.image): (name,) for item in items})

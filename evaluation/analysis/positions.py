@@ -46,14 +46,13 @@ def chance_unevenness(cells: int, kept: Sequence[int], seed: int = 0) -> float:
         seed: of the draws.
     """
     random = np.random.default_rng(seed)
+    numbers, images = np.unique(np.asarray(kept), return_counts=True)
     found = []
     for _ in range(DRAWS):
-        # A cell of an image is kept with probability kept / cells; over many images the sum is nearly normal, and cells
-        # of one image, whose number is fixed, are correlated by the little that the mean takes out again.
-        shares = np.asarray(kept) / cells
-        counts = random.normal(shares.sum(), np.sqrt((shares * (1 - shares)).sum()), size=cells)
-        counts += (shares.sum() * cells - counts.sum()) / cells
-        found.append(unevenness(np.clip(counts, 0, None)))
+        # In how many images a cell is kept is binomial, of each number of tokens for itself. Cells of one image, whose
+        # number is fixed, hang together by the little that the total takes out again.
+        counts = random.binomial(images[:, None], (numbers / cells)[:, None], size=(len(numbers), cells))
+        found.append(unevenness(counts.sum(axis=0)))
     return float(np.mean(found))
 
 

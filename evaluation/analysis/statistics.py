@@ -32,7 +32,10 @@ def mean_of(values: np.ndarray, seed: int = 0) -> Estimate:
 
 
 def pearson(one: np.ndarray, other: np.ndarray, seed: int = 0) -> Estimate | None:
-    """Return Pearson's correlation of two measures (n,) of the same images; None of constants or fewer than three."""
+    """Return Pearson's correlation of two measures (n,) of the same images.
+
+    None of fewer than three, and of constants: equal images differ in the last digits from batch to batch.
+    """
     return _correlated(one, other, lambda values, times: np.broadcast_to(values, times.shape), seed)
 
 
@@ -58,7 +61,7 @@ Prepared = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def _correlated(one: np.ndarray, other: np.ndarray, prepared: Prepared, seed: int) -> Estimate | None:
     one, other = np.asarray(one, dtype=float), np.asarray(other, dtype=float)
-    if len(one) < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
+    if len(one) < 3 or _constant(one) or _constant(other):
         return None
     whole = np.ones((1, len(one)))
     value = float(_weighted(prepared(one, whole), prepared(other, whole), whole)[0])
@@ -69,6 +72,10 @@ def _correlated(one: np.ndarray, other: np.ndarray, prepared: Prepared, seed: in
     # Of few images a resample may be one image alone, of which nothing correlates.
     ends = interval(drawn[np.isfinite(drawn)])
     return Estimate(value, *(ends or (None, None)))
+
+
+def _constant(values: np.ndarray) -> bool:
+    return bool(np.ptp(values) <= 1e-6 * np.abs(values).max())
 
 
 def _draws(count: int, seed: int) -> Iterator[np.ndarray]:

@@ -18,14 +18,14 @@ _MARKS = (("D", 7), ("X", 9), ("P", 9), ("v", 8), ("s", 7))
 
 
 @lru_cache(maxsize=1)
-def _pyplot() -> Any:
+def pyplot() -> Any:
     """Return matplotlib's plotting, imported when something is drawn: reading results never waits for it."""
     import matplotlib
 
     matplotlib.use("Agg")  # a server has no display, and the default backend would look for one
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plotting
 
-    return pyplot
+    return plotting
 
 
 def plot_table(table: Table, path: Path) -> None:
@@ -34,7 +34,7 @@ def plot_table(table: Table, path: Path) -> None:
     Its height is the metric of a single benchmark, of several the relative average, without a dense arm the pooled
     accuracy. Nothing is drawn where all answers are hidden.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130)
     name, values = _heights(table)
     rows = [row for row in table.rows if values[row.id].value is not None]
@@ -88,7 +88,7 @@ def _heights(table: Table) -> tuple[str, dict[str, Value]]:
 
 def _colors(labels: list[str]) -> dict[str, Any]:
     """Return a colour for each label; a tuned arm has its method's."""
-    palette = _pyplot().get_cmap("tab10").colors
+    palette = pyplot().get_cmap("tab10").colors
     by_method: dict[str, Any] = {}
     colors = {}
     for label in labels:
@@ -156,7 +156,7 @@ def answers_figure(rows: Sequence[tuple[str, str, np.ndarray, tuple[int, int], S
         rows: question, right answer, pixels (H, W, 3), rows and columns of the patch grid, and the arms.
         path: of the PNG file.
     """
-    plt = _pyplot()
+    plt = pyplot()
     columns = 1 + len(rows[0][-1])
     figure, axes = plt.subplots(len(rows), columns, figsize=(1.9 * columns, 2.35 * len(rows)), dpi=130, squeeze=False)
     for number, (own, (question, answer, pixels, grid, panels)) in enumerate(zip(axes, rows, strict=True)):

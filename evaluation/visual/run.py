@@ -17,6 +17,7 @@ from torch import Tensor
 from prunetune.configs import VisualizeConfig, to_yaml
 from prunetune.data_recipes import Formatter
 from prunetune.data_recipes.images import HERE, ImageOpener
+from prunetune.data_recipes.placeholders import check_question
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.files import file_hash
 from prunetune.evaluation.run.examples import told_answer
@@ -107,7 +108,9 @@ def _write(
 
 
 def _check_takes(arm: Arm, asked: Sequence[Asked]) -> None:
-    """Check that a model which takes no videos is not asked about any."""
+    """Check that a model which takes no videos is not asked about any, and that one's own question is text."""
+    for question in {one.question for one in asked if one.task is None}:
+        check_question(arm.processor, question)
     family = arm.pruned.family
     if any(one.video for one in asked) and "video" not in family.pixels:
         takes = "gets their frames as images, which is not done here" if family.frames_are_images else "takes none"

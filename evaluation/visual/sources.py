@@ -121,7 +121,8 @@ def _own(images: list[str], videos: list[str], question: str, max_pixels: int, s
         if not opener.exists(reference):
             kind = "video" if video else "image"
             raise TaskError(f"{kind} {reference.removeprefix(VIDEO)} is missing; check the path")
-        name = Path(reference.removeprefix(VIDEO)).name
+        # A name that is no UTF-8 stays readable, and can be written.
+        name = Path(reference.removeprefix(VIDEO)).name.encode(errors="replace").decode()
         asked.append(Asked(Sample(name, "own", reference, (Turn(question, None),)), opener, video))
     return asked
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from urllib.parse import urlsplit
 
 from prunetune.reading import one_line, shown
 from prunetune.serving.errors import Refused, ServingError
+from prunetune.serving.remote import hang_up
 
 
 class EngineClient:
@@ -80,7 +80,7 @@ class EngineClient:
                 raise Refused(502, "engine_unreachable", f"the engine does not answer: {one_line(error)}") from error
             if reply.status != 200:
                 raise _refusal(reply.status, reply.read(10_000))
-            yield _events(reply), lambda: _hang_up(line)
+            yield _events(reply), lambda: hang_up(line)
         finally:
             connection.close()
 
@@ -92,15 +92,6 @@ def _events(reply: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             return
         if text.startswith("data:"):
             yield json.loads(text[len("data:") :])
-
-
-def _hang_up(line: socket.socket | None) -> None:
-    """End a connection that another thread reads from."""
-    if line is not None:
-        try:
-            line.shutdown(socket.SHUT_RDWR)
-        except OSError:  # it has ended by itself
-            return
 
 
 def _refusal(status: int, content: bytes) -> Refused:
