@@ -26,7 +26,6 @@ class Heard:
     Attributes:
         visual: (B, n) which slots hold visual tokens, merged ones included.
         question: (B, n) which slots hold text of the prompt behind the first visual token, up to the last prompt token.
-        counts: of each row how many visual slots there are; empty where nobody counted.
         attention: (B, H, Q, n) float32, softmax of the query rows in each head; zeros in rows that do not exist. What
             is multiplied are the layer's own queries and keys, in the model's precision.
         rows: (B, Q) which query rows exist.
@@ -34,17 +33,18 @@ class Heard:
         states: (B, n, D) float32, output of the layer below the boundary.
         normed: (B, n, D) float32, the same through the model's final norm.
         unit_scores: (B, Q, n) float32, what queries and keys of ones alone would score before the softmax.
+        counts: of each row how many visual slots there are; empty where nobody counted.
     """
 
     visual: Bool[Tensor, "B n"]
     question: Bool[Tensor, "B n"]
-    counts: Sequence[int] = ()
     attention: Float[Tensor, "B H Q n"] | None = None
     rows: Bool[Tensor, "B Q"] | None = None
     keys: Float[Tensor, "B n C"] | None = None
     states: Float[Tensor, "B n D"] | None = None
     normed: Float[Tensor, "B n D"] | None = None
     unit_scores: Float[Tensor, "B Q n"] | None = None
+    counts: Sequence[int] = ()
 
 
 def heard(value: Tensor | None, name: str) -> Tensor:

@@ -320,9 +320,8 @@ class Stages:
     @torch.no_grad()
     def _find_raters(self, plan: Plan, embeddings: Tensor) -> None:
         """Let stages that choose their query rows themselves do so, by what enters the first layer."""
-        found: dict[
-            int, tuple[Tensor, tuple[Tensor, Tensor]]
-        ] = {}  # of each stage once, however many boundaries it has
+        # Of each stage once, however many boundaries it has.
+        found: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
         for point in self.schedule.points:
             if point.stage.queries != "raters":
                 continue
@@ -401,7 +400,7 @@ class Stages:
         with self.around(), exact_float32(hidden.device):
             if "normed" in point.stage.wants:
                 found["normed"] = self.decoder.final_norm(hidden.detach()).float()
-            heard = Heard(plan.visual_slots(segment), question, plan.entering(number), **found)
+            heard = Heard(plan.visual_slots(segment), question, **found, counts=plan.entering(number))
             choice = point.stage.choose(heard, [counts.keep[number] for counts in plan.counts])
         plan.decide(number, choice, point.stage.dense)
 
