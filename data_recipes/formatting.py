@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -16,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from prunetune.data_recipes.chat_templates import V1, check_marks, template_text
-from prunetune.data_recipes.images import HERE, Album, Counted, Dialogue, ImageOpener, pad_to_square
+from prunetune.data_recipes.images import HERE, Album, Counted, Dialogue, ImageOpener
 from prunetune.data_recipes.pixels import PIXELS, Pictures, look_up, mean_color
 from prunetune.data_recipes.sample import DataError, Sample
 from prunetune.data_recipes.segments import MODELS_TOKENS, Row, Segments, Tokens, first_difference, segments_of
 from prunetune.data_recipes.templated import for_text_alone, with_fast_masks
-from prunetune.data_recipes.videos import VIDEO, Clip
+from prunetune.data_recipes.videos import VIDEO, Clip, squared
 from prunetune.reading import one_line
 
 IGNORE_INDEX = -100
@@ -360,12 +359,7 @@ class Formatter:
         """Return a picture, or those of an album or a clip, padded to a square if that is asked for."""
         if self.square != "pad" or opened is None:
             return opened
-        color = mean_color(self.processor)
-        if isinstance(opened, Clip):
-            return replace(opened, frames=tuple(pad_to_square(frame, color) for frame in opened.frames))
-        if isinstance(opened, Album):
-            return replace(opened, images=tuple(pad_to_square(image, color) for image in opened.images))
-        return pad_to_square(opened, color)
+        return squared(opened, mean_color(self.processor))
 
     def _truncate(self, batch: dict[str, Tensor], samples: Sequence[Sample]) -> None:
         limit = self.max_length

@@ -6,14 +6,23 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from prunetune.data_recipes.images import FolderImages, ImageOpener, StoredImages, TooLarge, check_inside, leaves_root
+from prunetune.data_recipes.images import (
+    Album,
+    FolderImages,
+    ImageOpener,
+    StoredImages,
+    TooLarge,
+    check_inside,
+    leaves_root,
+    pad_to_square,
+)
 from prunetune.data_recipes.presence import missing_files
 from prunetune.data_recipes.sample import DataError
 from prunetune.data_recipes.sampling import VideoSampling
@@ -333,3 +342,17 @@ def sampled(images: ImageOpener, sampling: VideoSampling) -> ImageOpener:
     own = copy.copy(images)
     own.sampling = sampling
     return own
+
+
+def squared(opened: Image.Image | Album | Clip, color: tuple[int, int, int]) -> Image.Image | Album | Clip:
+    """Return a picture, or those of an album or a clip, padded to a square.
+
+    Args:
+        opened: what a sample is about.
+        color: of the padding.
+    """
+    if isinstance(opened, Clip):
+        return replace(opened, frames=tuple(pad_to_square(frame, color) for frame in opened.frames))
+    if isinstance(opened, Album):
+        return replace(opened, images=tuple(pad_to_square(image, color) for image in opened.images))
+    return pad_to_square(opened, color)

@@ -48,6 +48,7 @@ def serve(config: ServeConfig, arm: Arm | None = None) -> None:
     try:
         server.run(sockets=[listening])
     except OSError as error:  # two servers may have waited for one port while they loaded
+        server.service.close()
         raise _taken(config, error) from None
 
 

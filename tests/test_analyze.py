@@ -23,6 +23,7 @@ from prunetune.data_recipes.sample import DataError
 from prunetune.evaluation.analysis import look
 from prunetune.evaluation.analysis.analyze import analyze
 from prunetune.evaluation.analysis.complexity import entropy
+from prunetune.evaluation.analysis.figures import drawn, legend_below, named
 from prunetune.evaluation.analysis.images import datasets_of
 from prunetune.evaluation.analysis.look import Eye
 from prunetune.evaluation.errors import TaskError
@@ -266,6 +267,11 @@ def test_names_are_no_formulas_and_a_question_is_text(dense, tmp_path):
     analyze(settings(tmp_path / "out", methods=methods, **fields), dense, bar=False)
     assert rows(tmp_path / "out" / "concentration_images.csv")[0]["image"] == 'a, "b".png'
     assert "$\\frac$" in (tmp_path / "out" / "index.md").read_text()
+    with drawn(tmp_path, "named", "_a", (2, 2)) as axes:  # the legend names what begins with an underscore as well
+        axes[0][0].plot([0, 1], label=named("_b"))
+        legend_below(axes)
+        (legend,) = axes[0][0].figure.legends
+        assert [text.get_text().strip() for text in legend.get_texts()] == ["_b"]
     with pytest.raises(DataError, match="^the question holds '<image>', which stands for an image; leave it out$"):
         analyze(settings(tmp_path / "other", question="what <image> ?", **fields), dense, bar=False)
     (tmp_path / "of $\\x$ 1" / "b\udcff.png").write_bytes(b"")  # of another system's letters

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from prunetune.evaluation.analysis.figures import COLORS, LINES, MARKERS, drawn, legend_below, whiskers
+from prunetune.evaluation.analysis.figures import COLORS, LINES, MARKERS, drawn, legend_below, named, whiskers
 from prunetune.evaluation.analysis.images import Dataset
 from prunetune.evaluation.analysis.look import SIGNALS, Looked
 from prunetune.evaluation.analysis.pages import Figure, Part, Table, write_table
@@ -121,7 +121,9 @@ class Complexity:
                 edges = np.histogram_bin_edges(np.concatenate(values), bins=20)
                 for number, (name, own) in enumerate(zip(self._datasets, values, strict=True)):
                     how: dict[str, Any] = {"color": COLORS[number % 8], "linestyle": LINES[number % 4]}
-                    place.hist(own, edges, histtype="step", linewidth=1.6, label=f"{name} (n = {len(own)})", **how)
+                    place.hist(
+                        own, edges, histtype="step", linewidth=1.6, label=named(f"{name} (n = {len(own)})"), **how
+                    )
                     place.axvline(own.mean(), linewidth=0.8, **how)
                 place.set_xlabel(MEASURES[measure])
                 place.set_ylabel("images")
@@ -193,7 +195,7 @@ class Complexity:
                 pearsons = correlations[name][1]
                 label = f"{name} (n = {len(ranks)}" + (f", r = {pearsons.value:.2f})" if pearsons else ")")
                 how = {"marker": MARKERS[number % 8], "color": COLORS[number % 8], "alpha": 0.6}
-                place.scatter(entropies, ranks, s=14, linewidths=0, label=label, **how)
+                place.scatter(entropies, ranks, s=14, linewidths=0, label=named(label), **how)
             place.set_xlabel(MEASURES["entropy"])
             place.set_ylabel(MEASURES["erank"])
             place.grid(alpha=0.3)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prunetune.evaluation.analysis.figures import COLORS, LINES, drawn, legend_below, style
+from prunetune.evaluation.analysis.figures import COLORS, LINES, drawn, legend_below, named, style
 from prunetune.evaluation.analysis.images import Dataset
 from prunetune.evaluation.analysis.look import SIGNALS, Looked
 from prunetune.evaluation.analysis.pages import Figure, Part, Table, write_table
@@ -103,7 +103,7 @@ class Concentration:
                 mean = np.mean(self._ginis[name])
                 label = f"{name}: largest first (n = {len(curves)}, Gini {mean:.2f})"
                 how = {"color": COLORS[6], "linestyle": LINES[number % 4], "linewidth": 1.2}
-                place.plot(100 * SHARES, 100 * np.mean(curves, axis=0), label=label, **how)
+                place.plot(100 * SHARES, 100 * np.mean(curves, axis=0), label=named(label), **how)
             place.plot([0, 100], [0, 100], color="0.6", linewidth=0.8, label="equal attention")
             for number, label in enumerate(self.labels):
                 points = []
@@ -113,7 +113,7 @@ class Concentration:
                 x, y = np.array(points).T
                 # Methods with one budget lie above one another: hollow, so that none hides another.
                 how = {**style(number), "linestyle": "none", "markersize": 7, "fillstyle": "none"}
-                place.plot(x, y, label=label, markeredgewidth=1.6, **how)
+                place.plot(x, y, label=named(label), markeredgewidth=1.6, **how)
             place.set_xlabel("share of the visual tokens (%)")
             place.set_ylabel("share of the attention (%)")
             place.grid(alpha=0.3)

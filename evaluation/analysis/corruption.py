@@ -18,7 +18,7 @@ from PIL import Image
 
 from prunetune.configs import CorruptionConfig
 from prunetune.data_recipes.images import ImageOpener
-from prunetune.evaluation.analysis.figures import COLORS, MARKERS, drawn, legend_below, matrix, style, whiskers
+from prunetune.evaluation.analysis.figures import COLORS, MARKERS, drawn, legend_below, matrix, named, style, whiskers
 from prunetune.evaluation.analysis.images import Dataset
 from prunetune.evaluation.analysis.look import Batch, Eye, Looked
 from prunetune.evaluation.analysis.pages import Figure, Part, write_table
@@ -333,7 +333,7 @@ class Corruption:
                             places.append(severity + 0.05 * (number - len(self.arms) / 2))
                             estimates.append(mean_of(own * (100 if what == "accuracy" else 1)))
                     if estimates:
-                        whiskers(place, places, estimates, upright=True, label=label, **style(number))
+                        whiskers(place, places, estimates, upright=True, label=named(label), **style(number))
                 place.set_xlabel("severity (0 is the clean image)" if what == "accuracy" else "severity")
                 place.set_ylabel(name)
                 place.set_xticks([0, *self.config.severities] if what == "accuracy" else self.config.severities)

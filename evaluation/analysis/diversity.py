@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunetune.evaluation.analysis.figures import drawn, legend_below, style, whiskers
+from prunetune.evaluation.analysis.figures import drawn, legend_below, named, style, whiskers
 from prunetune.evaluation.analysis.images import Dataset
 from prunetune.evaluation.analysis.look import Looked
 from prunetune.evaluation.analysis.pages import Figure, Part, Table, write_table
@@ -96,7 +96,7 @@ class Diversity:
                     own = [found[dataset, self.labels[row], measure] for row in at]
                     how = {**style(number), "linestyle": "none"}
                     label = f"{dataset} (n = {len(self._values[dataset]['dense'])})"
-                    whiskers(place, [row + shift for row in at], own, label=label, **how)
+                    whiskers(place, [row + shift for row in at], own, label=named(label), **how)
                 place.set_yticks(
                     range(len(self.labels)), self.labels if measure == "erank" else [""] * len(self.labels)
                 )

@@ -61,6 +61,11 @@ def legend_below(axes: Any, columns: int = 2, source: Any = None) -> None:
     source.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7)
 
 
+def named(name: str) -> str:
+    """Return a name of a series for the legend, which leaves out those that begin with an underscore."""
+    return f"\u200a{name}" if name.startswith("_") else name
+
+
 def style(number: int) -> dict[str, Any]:
     """Return colour, marker and line of the ``number``-th series; each of the three tells it from its neighbours."""
     return {

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prunetune.data_recipes.images import Album, pad_to_square
+from prunetune.data_recipes.images import Album
 from prunetune.data_recipes.pixels import mean_color
-from prunetune.data_recipes.videos import Clip
+from prunetune.data_recipes.videos import Clip, squared
 from prunetune.evaluation.errors import TaskError
 from prunetune.models import Arm
 from prunetune.pruning.families.tiling import WHOLE, Tiling
@@ -135,13 +135,7 @@ def _images(opened: Any) -> Sequence[Image.Image]:
 
 def _squared(arm: Arm, opened: Any) -> Any:
     """Return pictures padded as the formatter pads them."""
-    if arm.base.config.square != "pad":
-        return opened
-    color = mean_color(arm.processor)
-    images = tuple(pad_to_square(image, color) for image in _images(opened))
-    if isinstance(opened, Clip):
-        return replace(opened, frames=images)
-    return Album(images) if isinstance(opened, Album) else images[0]
+    return squared(opened, mean_color(arm.processor)) if arm.base.config.square == "pad" else opened
 
 
 def _pictures(
