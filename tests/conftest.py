@@ -17,6 +17,7 @@ import hypothesis
 import pytest
 import shapes  # noqa: F401 - checks shape types; before anything of ours is imported
 import torch
+from PIL import ImageFile
 
 from prunetune.data_recipes import Formatter, Sample, Turn
 from prunetune.pruning import PruningSpec
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _threads():
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _whole_pictures():
+    """lmms-eval, once imported, makes Pillow take files that are cut short, in the whole process."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import csv
 import pytest
 from PIL import Image
 
-from prunetune.models import adapter, arm
+from prunetune.models import adapter, arm, peft_adapter
 from prunetune.outputs import OutputError
 from prunetune.scripts import demo
 
@@ -17,13 +17,13 @@ def recalibrated(monkeypatch):
     def instead(folder, world, size):
         base = demo.Arm.load(demo.load_config(demo.RecalibrateConfig, demo.TINY.one).model, device="cpu")
         tensors = {name: tensor.clone() for name, tensor in adapter.projector_state(base.model).items()}
-        wrapped = adapter.wrap_projector(base.model)
+        wrapped = peft_adapter.wrap_projector(base.model)
         for name in (*size.methods, demo.ELASTIC, demo.CONTROL):
             pruning = demo.PruningSpec(name, demo.KEEP) if name in size.methods else demo.PruningSpec()
             record = {**base.base.hashes.record(), "pruning": pruning.model_dump()}
             if name == demo.ELASTIC:
                 record["elastic"] = {"budgets": [8, 16]}
-            adapter.write_adapter(folder.path / "recalibrate" / name / "adapter", tensors, wrapped, record)
+            peft_adapter.write_adapter(folder.path / "recalibrate" / name / "adapter", tensors, wrapped, record)
 
     monkeypatch.setattr(demo, "_recalibrate", instead)
     monkeypatch.setattr(demo, "QUICK", demo.Size(8, 1, 1, 1, 1, methods=("divprune",)))

@@ -14,7 +14,7 @@ from prunetune.cli import main
 from prunetune.configs import ConfigError, ModelConfig, RecalibrateConfig, load_config
 from prunetune.data_recipes import load_recipe
 from prunetune.models import Arm, CheckpointError, wrap_projector
-from prunetune.models.adapter import start_projector
+from prunetune.models.peft_adapter import start_projector
 from prunetune.models.stored import base_hashes
 from prunetune.scripts.verify import verify
 from prunetune.train.checkpoints import Mark
