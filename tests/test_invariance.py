@@ -51,16 +51,14 @@ def test_llava_keeps_the_same_alone_in_batches_in_training_and_with_other_thread
     pruned = PrunedModel(model, spec_of(name), processor.tokenizer)
     together = kept(pruned, placed(reading.training_batch(samples), model))
     for size, make in ((1, reading.prompt_batch), (2, reading.training_batch)):
-        for first in range(0, 8, size):
+        for first in range(0, 4 * size, size):
             part = samples[first : first + size]
             for one, other in zip(kept(pruned, placed(make(part), model)), together[first:], strict=False):
                 assert torch.equal(one, other), (size, first, make.__name__)
-    turned = kept(pruned, placed(reading.prompt_batch(samples[::-1]), model))
-    assert all(torch.equal(one, other) for one, other in zip(turned[::-1], together, strict=True))
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         torch.set_num_threads(threads)
-        alone = kept(pruned, placed(reading.prompt_batch(samples), model))
-        assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True)), threads
+        turned = kept(pruned, placed(reading.prompt_batch(samples[::-1]), model))
+        assert all(torch.equal(one, other) for one, other in zip(turned[::-1], together, strict=True)), threads
     model.train()
     try:
         trained = kept(pruned, placed(reading.training_batch(samples), model))
