@@ -35,6 +35,12 @@ def ended(process, status=0):
     return printed
 
 
+def rank_words(folder):
+    """What the one rank of a torchrun node printed, from the node's log folder."""
+    out, error = sorted([*folder.rglob("stdout.log"), *folder.rglob("stderr.log")], reverse=True)
+    return out.read_text() + error.read_text()
+
+
 def adapter_bytes(output):
     return (output / "adapter" / "adapter_model.safetensors").read_bytes()
 
@@ -93,9 +99,14 @@ def test_sigterm_takes_a_checkpoint_and_two_nodes_go_on_from_it_to_the_same_proj
     nodes = []
     for node in ("0", "1"):
         line = [*TORCHRUN, "--nnodes", "2", "--node_rank", node, "--nproc_per_node", "1", "--master_addr", "127.0.0.1",
-                "--master_port", port, *MODULE, *options]  # fmt: skip
+                "--master_port", port, "--log-dir", str(tmp_path / node), "--redirects", "3",
+                *MODULE, *options]  # fmt: skip
         nodes.append(launched(line))
-    printed = [ended(node) for node in nodes]
+    for node in nodes:  # torchrun itself may mourn the other node's end, which is not ours to judge
+        said = node.communicate(timeout=600)[0]
+        assert node.returncode == 0, said[-6000:]
+    printed = [rank_words(tmp_path / node) for node in ("0", "1")]
+    assert not any("Traceback" in words for words in printed)
     assert f"resuming from {checkpoint}" in printed[0] and "resuming" not in printed[1]
     assert losses(output) == losses(whole) and adapter_bytes(output) == adapter_bytes(whole)
 
