@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from prunetune.configs.schema import ModelConfig, PluggedConfig, Section
+from prunetune.configs.schema import ModelConfig, NamedMethod, PluggedConfig, Section
 from prunetune.pruning.spec import PruningSpec
 
 Kind = Literal["attention", "diversity", "other"]
@@ -14,23 +14,10 @@ Analysis = Literal["complexity", "diversity", "concentration", "positions", "ove
 OF_CLEAN_IMAGES: tuple[Analysis, ...] = ("complexity", "diversity", "concentration", "positions", "overlap")
 
 
-class AnalyzedMethod(Section):
+class AnalyzedMethod(NamedMethod):
     """One of the methods that are compared."""
 
-    pruner: str = Field(description="a name from `prunetune list pruners`")
     keep: int | float | str | None = Field(None, description="its own budget; None is everybody's")
-    options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
-    name: str | None = Field(None, description="what figures and tables call it; None is the pruner's name")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, values: Any) -> Any:
-        return {"pruner": values} if isinstance(values, str) else values
-
-    @property
-    def label(self) -> str:
-        """What figures and tables call it."""
-        return self.name or self.pruner
 
     def spec(self, keep: int | float | str, text_tower: str | None) -> PruningSpec:
         """Return its pruning, with what all methods share."""

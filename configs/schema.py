@@ -19,6 +19,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class NamedMethod(Section):
+    """One of several methods that are looked at together; a bare name is the method with its defaults."""
+
+    pruner: str = Field(description="a name from `prunetune list pruners`")
+    options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
+    name: str | None = Field(None, description="tells two rows of one pruner apart; None is the pruner's")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, values: Any) -> Any:
+        return {"pruner": values} if isinstance(values, str) else values
+
+    @property
+    def label(self) -> str:
+        """What its row is called."""
+        return self.name or self.pruner
+
+
 class ModelConfig(Section):
     """Which model, and how it is loaded."""
 

@@ -10,6 +10,7 @@ from prunetune.configs.schema import (
     Backend,
     BackendOptions,
     ModelConfig,
+    NamedMethod,
     PluggedConfig,
     Section,
     TrackingConfig,
@@ -38,11 +39,10 @@ class TableModel(Section):
         return self
 
 
-class TableMethod(Section):
+class TableMethod(NamedMethod):
     """One of the table's methods."""
 
     pruner: str = Field("identity", description="a name from `prunetune list pruners`")
-    options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
     pruning: dict[str, Any] = Field(
         default_factory=dict, description="other fields of `pruning` for this method, such as profile or scope"
     )
@@ -53,14 +53,8 @@ class TableMethod(Section):
         "it is the pruner's, and without a pruner there is one row",
         exclude_if=lambda stages: not stages,  # tables without any stay, to the byte
     )
-    name: str | None = Field(None, description="tells two rows of one pruner apart; None is the pruner's")
     budgets: list[int | float | str] | None = Field(None, description="its own budgets; None are the table's")
     projectors: list[ProjectorKind] | None = Field(None, description="its own projectors; None are the table's")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, values: Any) -> Any:
-        return {"pruner": values} if isinstance(values, str) else values
 
     @model_validator(mode="after")
     def _something(self) -> TableMethod:

@@ -7,35 +7,22 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from prunetune.configs.load import ConfigError, value_of
-from prunetune.configs.schema import ModelConfig, PluggedConfig, Section
+from prunetune.configs.schema import ModelConfig, NamedMethod, PluggedConfig
 from prunetune.data_recipes.sampling import VideoSampling
 
 Format = Literal["png", "svg", "html"]
 
 
-class ShownMethod(Section):
+class ShownMethod(NamedMethod):
     """One of the methods that are drawn, a row of the grid; with an adapter two rows."""
 
-    pruner: str = Field(description="a name from `prunetune list pruners`")
-    options: dict[str, Any] = Field(default_factory=dict, description="the method's own hyperparameters")
     pruning: dict[str, Any] = Field(
         default_factory=dict, description="other fields of `pruning` for this method, such as scope, profile or stages"
     )
-    name: str | None = Field(None, description="tells two rows of one pruner apart; None is the pruner's")
     budgets: list[int | float | str] | None = Field(None, description="its own budgets; None are the figure's")
     adapter: str | None = Field(
         None, description="folder of a projector recalibrated for it, which is drawn below the base's own"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, values: Any) -> Any:
-        return {"pruner": values} if isinstance(values, str) else values
-
-    @property
-    def label(self) -> str:
-        """What its row is called."""
-        return self.name or self.pruner
 
 
 def _usual() -> list[Any]:

@@ -17,6 +17,9 @@ from prunetune.reading import one_line, shown
 MAX_PIXELS = 50_000_000
 """Largest image that is decoded where nothing else is asked for: as RGB it takes 150 MB."""
 
+IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+"""Files of a user's folder that count as images; a ``.gif`` is a video here."""
+
 
 class ImageOpener(Protocol):
     """Turns a sample's image reference into an image."""

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from prunetune.data_recipes.images import IMAGE_FILES
 from prunetune.data_recipes.sample import DataError, Sample, Turn
 
 GENERAL = (
@@ -41,8 +42,6 @@ ASKING = (
 )
 """Prompts that a model answers with a question; each asks for another kind, since greedy answers to one are one."""
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-
 
 def images_below(folder: str | Path) -> list[str]:
     """Return the images below a folder by their names, as paths relative to it.
@@ -53,9 +52,9 @@ def images_below(folder: str | Path) -> list[str]:
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{folder} is not a folder; name one with images")
-    found = [path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    found = [path for path in root.rglob("*") if path.suffix.lower() in IMAGE_FILES and path.is_file()]
     if not found:
-        raise DataError(f"{folder} has no image; {', '.join(SUFFIXES)} are looked for")
+        raise DataError(f"{folder} has no image; {', '.join(IMAGE_FILES)} are looked for")
     return sorted(path.relative_to(root).as_posix() for path in found)
 
 

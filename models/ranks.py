@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -107,6 +108,19 @@ def first_on_rank_zero(ranks: Ranks) -> Iterator[None]:
     yield
     if together and ranks.is_zero:
         torch.distributed.barrier()
+
+
+def leave_at_exit() -> None:
+    """Leave, when the process ends, a group that somebody else began and may not leave.
+
+    A thread of gloo that is still there when the interpreter is gone ends the process with SIGABRT, after all its work.
+    """
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def join_ranks() -> Ranks:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prunetune.reading import Kind, read_json
+from prunetune.reading import Kind, read_json, shown
 
 SEAL = "seal"
 CHAIN = {
@@ -72,7 +72,10 @@ def read_sealed(path: Path, what: str, again: str, error: Kind, **marks: object)
     if not path.is_file():
         raise error(f"{path} is missing; {again}")
     values = read_json(path, error)
-    if not isinstance(values, dict) or any(values.get(name) != value for name, value in marks.items()):
+    other = [name for name in marks if not isinstance(values, dict) or values.get(name) != marks[name]]
+    if other == ["format"] and "format" in values:
+        raise error(f"{path} has format {shown(values['format'])}, this version reads {marks['format']}; {again}")
+    if not isinstance(values, dict) or other:
         raise error(f"{path} is no {what} that this version reads; {again}")
     wrong = why_unsealed(values)
     if wrong is not None:

@@ -26,8 +26,6 @@ from prunetune.pruning.hooks import stood_in
 from prunetune.pruning.prefix import features_by_image
 from prunetune.pruning.rewrite import Pruned
 
-TODO = "; set backend: plain"
-
 _LAST_ID = 2**31 - 1
 """Ids are 32 bits wide in stock paged generation."""
 
@@ -63,6 +61,10 @@ class LonePrompt:
     ids: list[int]
     visual: list[int]
     features: Float[Tensor, "K D"]
+
+
+def _refused(why: str) -> PruningError:
+    return PruningError(f"backend: continuous {why}; set backend: plain")
 
 
 def why_not_continuous(family: Family) -> str | None:
@@ -103,9 +105,9 @@ def check_continuous(
     name = model.config.model_type if family.unproven else family.name
     why = why_not_continuous(family)
     if why is not None:
-        raise PruningError(f"backend: continuous can't run {name!r}, which {why}{TODO}")
+        raise _refused(f"can't run {name!r}, which {why}")
     if has_stages:
-        raise PruningError(f"backend: continuous can't run pruning.stages, whose layers have other lengths{TODO}")
+        raise _refused("can't run pruning.stages, whose layers have other lengths")
     if position_policy != "compact":
         raise PruningError(
             f"backend: continuous numbers tokens anew, and position_policy is {position_policy}; set it to compact, or "
@@ -129,16 +131,15 @@ def _settings(model: Any, options: Mapping[str, Any] | None = None) -> Any:
     for name, only in _ONE_ANSWER.items():
         value = getattr(settings, name, None)
         if value is not None and value != only:
-            raise PruningError(f"backend: continuous can't run {name}: {value}, only {only}{TODO}")
+            raise _refused(f"can't run {name}: {value}, only {only}")
     for name in _UNREAD:
         if getattr(settings, name, None) is not None:
-            raise PruningError(f"backend: continuous does not read {name}, which the model's generation has set{TODO}")
+            raise _refused(f"does not read {name}, which the model's generation has set")
     for processor in model._get_logits_processor(settings):
         kind = type(processor).__name__
         if kind not in _SCORES_ALONE and getattr(processor, "supports_continuous_batching", None) is not True:
-            raise PruningError(
-                f"backend: continuous can't run {kind}, which the model's generation options ask "
-                f"for: it reads the ids before a token{TODO}"
+            raise _refused(
+                f"can't run {kind}, which the model's generation options ask for: it reads the ids before a token"
             )
     return settings
 
@@ -152,12 +153,12 @@ def lone_prompts(model: PreTrainedModel, family: Family, pruned: Pruned) -> list
     ids, mask = pruned.inputs["input_ids"].cpu(), pruned.inputs["attention_mask"].bool().cpu()
     positions = pruned.inputs.get("position_ids")
     if positions is not None and not torch.equal(positions.cpu()[mask], (mask.cumsum(1) - 1)[mask]):
-        raise PruningError(f"backend: continuous numbers tokens 0, 1, 2, ..., and the batch has other positions{TODO}")
+        raise _refused("numbers tokens 0, 1, 2, ..., and the batch has other positions")
     tokens = {modality: family.token_id(model, modality) for modality in family.pixels}
     found: list[dict[str, list[Tensor]]] = [{} for _ in ids]
     for modality, output in (pruned.inputs.get("mm_encoder_outputs") or {}).items():
         if output.deepstack_features:
-            raise PruningError(f"backend: continuous can't hand deepstack features on{TODO}")
+            raise _refused("can't hand deepstack features on")
         for row, features in zip(pruned.rows[modality], features_by_image(output, pruned.kept[modality]), strict=True):
             found[row].setdefault(modality, []).append(features)
     prompts = []
@@ -213,7 +214,7 @@ class FeatureRows:
         if not count:
             return range(0)
         if count > len(self.rows):
-            raise PruningError(f"a prompt has {count} visual tokens, and {len(self.rows)} rows are kept for all{TODO}")
+            raise _refused(f"keeps {len(self.rows)} rows for all prompts, and one has {count} visual tokens")
         with self._changed:
             while self._next + count - min(self._live, default=self._next) > len(self.rows):
                 if not wait:

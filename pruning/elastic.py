@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunetune.pruning.budget import Budget, BudgetRule
+from prunetune.pruning.choosing import Choosing
 from prunetune.pruning.errors import PruningError
 from prunetune.pruning.plug import PrunedModel
 from prunetune.pruning.rewrite import Chosen
@@ -110,7 +111,7 @@ class ElasticModel(PrunedModel):
 
     def _settings_of(
         self, rows: Sequence[int], keep: Budget, cells: Sequence[int] | None
-    ) -> list[tuple[PrunedModel, Budget]]:
+    ) -> list[tuple[Choosing, Budget]]:
         """Return the part of each image's setting, and its budget."""
         if cells is None:
             return super()._settings_of(rows, keep, None)

@@ -384,13 +384,9 @@ def _arms_projector(manifest: Manifest) -> str:
 
 
 def _comparison(folder: Path) -> list[Check]:
-    checks = [_check("seal", lambda: f"{COMPARISON} is as it was written" if read_comparison(folder) else "")]
-    try:
-        values = read_comparison(folder)
-    except PrunetuneError:
+    values, checks = _sealed(folder, COMPARISON, read_comparison, "tables")
+    if values is None:
         return checks
-    for name, expected in values["tables"].items():
-        checks.append(_check(name, partial(_table, folder / name, expected)))
     arms = [*values["arms"], *([values["hard_for"]] if values["hard_for"] else [])]
     for arm in arms:
         place = Path(arm["folder"])
@@ -402,13 +398,9 @@ def _comparison(folder: Path) -> list[Check]:
 
 
 def _analysis(folder: Path, base: str | None) -> list[Check]:
-    checks = [_check("seal", lambda: f"{ANALYSIS} is as it was written" if read_analysis(folder) else "")]
-    try:
-        values = read_analysis(folder)
-    except PrunetuneError:
+    values, checks = _sealed(folder, ANALYSIS, read_analysis, "files")
+    if values is None:
         return checks
-    for name, expected in values["files"].items():
-        checks.append(_check(name, partial(_table, folder / name, expected)))
     for run in values.get("runs", ()):
         checks.append(_check(f"run {run['folder']}", partial(_read, run)))
     if "frozen_hash" in values:
@@ -418,16 +410,31 @@ def _analysis(folder: Path, base: str | None) -> list[Check]:
 
 
 def _drawn(folder: Path, base: str | None) -> list[Check]:
-    checks = [_check("seal", lambda: f"{DRAWN} is as it was written" if read_drawn(folder) else "")]
-    try:
-        values = read_drawn(folder)
-    except PrunetuneError:
+    values, checks = _sealed(folder, DRAWN, read_drawn, "files")
+    if values is None:
         return checks
-    for name, expected in values["files"].items():
-        checks.append(_check(name, partial(_table, folder / name, expected)))
     model = values["model"]
     checks += _base(values, base or model["path"], model["revision"], None)
     return [*checks, *_code(values["prunetune"], values["plugins"])]
+
+
+def _sealed(
+    folder: Path, record: str, read: Callable[[Path], dict[str, Any]], files: str
+) -> tuple[dict[str, Any] | None, list[Check]]:
+    """Return what a sealed record says, None if it can't be trusted, and the checks of it and of its files.
+
+    Args:
+        folder: of the record and its files.
+        record: the record's file.
+        read: returns its values, or raises.
+        files: under which of them the hashes of the files stand.
+    """
+    try:
+        values = read(folder)
+    except PrunetuneError as error:
+        return None, [Check("seal", False, str(error))]
+    written = [_check(name, partial(_table, folder / name, expected)) for name, expected in values[files].items()]
+    return values, [Check("seal", True, f"{record} is as it was written"), *written]
 
 
 def _read(run: dict[str, str]) -> str:

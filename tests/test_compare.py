@@ -78,7 +78,7 @@ def test_a_table_with_other_numbers_than_its_arms_is_found(arms):
     assert "table.json is no table of this version" in told and "\n" not in told
     values = json.loads((out / "comparison.json").read_text()) | {"format": 1}
     (out / "comparison.json").write_text(json.dumps(sealed(values)))
-    with pytest.raises(TaskError, match="is no comparison that this version reads"):
+    with pytest.raises(TaskError, match="has format 1, this version reads"):
         read_comparison(out)
 
 

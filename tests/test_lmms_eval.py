@@ -210,6 +210,18 @@ def test_of_several_choices_lmms_eval_takes_the_likeliest(one_process, config, r
         assert sample["acc"] == float(max(range(4), key=expected.__getitem__) == number % 4)
 
 
+def test_a_group_that_lmms_eval_began_is_left_before_the_process_ends(tmp_path):
+    script = f"""
+import atexit, torch
+from prunetune.models.ranks import leave_at_exit
+atexit.register(lambda: print("in a group:", torch.distributed.is_initialized()))  # runs after what is registered later
+leave_at_exit()
+torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=0, world_size=1)
+"""
+    line = [sys.executable, "-c", script]
+    assert subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True).stdout == "in a group: False\n"
+
+
 def test_two_processes_give_what_one_gives(config, tasks, one_process, tmp_path):
     done, samples = command(config, tasks, ["asked", "chosen", "likely"], tmp_path / "out", processes=2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -270,7 +270,7 @@ def test_lengths_and_positions_of_another_shape_are_refused_in_a_line(plug):
 
 def test_ranks_of_zero3_read_text_and_project_in_one_order(model, monkeypatch):
     """Images and videos, images alone, and neither: the text is read for each modality before tokens are projected."""
-    monkeypatch.setattr("prunetune.pruning.plug.is_partitioned", lambda _: True)
+    monkeypatch.setattr("prunetune.pruning.preparing.is_partitioned", lambda _: True)
     pruned = PrunedModel(model, PruningSpec("tome", 8))
     calls = []
     add, project = pruned.text.add, type(pruned.family).project
@@ -290,7 +290,7 @@ def test_stored_images_are_refused_in_training_under_zero3(model, plug, monkeypa
     inputs, pruned = batch(ROWS), plug("divprune", 4)
     stored = pruned.encode(inputs)
     without = {name: value for name, value in inputs.items() if not name.startswith("pixel_values")}
-    monkeypatch.setattr("prunetune.pruning.plug.is_partitioned", lambda _: True)
+    monkeypatch.setattr("prunetune.pruning.preparing.is_partitioned", lambda _: True)
     pruned.prepare(without, vision=stored)  # at rest nobody waits
     model.train()
     with pytest.raises(PruningError, match="stored images can't be trained on under ZeRO-3.*zero2"):

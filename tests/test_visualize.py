@@ -364,13 +364,13 @@ def test_every_figure_reads_in_grey(drawn):
 def test_your_own_images_and_question(loaded, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    for number in range(3):
-        visual_world.gradient(60 + number, 90).save(folder / f"{number}.png")
+    for number, suffix in enumerate(("png", "tiff", "png")):
+        visual_world.gradient(60 + number, 90).save(folder / f"{number}.{suffix}")
     line = ("--images", f"[{folder}]", "--question", "what is shown ?", "--methods", "[divprune]", "--count", "2")
     paths = visualize(settings(tmp_path / "out", *line, "--formats", "[svg]"), loaded)
     assert [path.name for path in paths] == ["kept_00.svg", "kept_01.svg", "kept.json"]
     record = record_of(tmp_path / "out")
-    assert [own["id"] for own in record["drawings"]] == ["0.png", "1.png"]
+    assert [own["id"] for own in record["drawings"]] == ["0.png", "1.tiff"]
     assert record["drawings"][0]["answer"] is None and record["drawings"][0]["cells"][0]["score"] is None
 
 

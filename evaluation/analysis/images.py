@@ -8,14 +8,11 @@ from pathlib import Path
 
 from prunetune.configs import AnalyzeConfig
 from prunetune.data_recipes import Sample
-from prunetune.data_recipes.images import FolderImages, ImageOpener, limited
+from prunetune.data_recipes.images import IMAGE_FILES, FolderImages, ImageOpener, limited
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.run.features import sample_of
 from prunetune.evaluation.tasks import Benchmark, Item, get_task
 from prunetune.evaluation.tasks.base import items_hash, task_folder
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-"""Files of a folder that count as images."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,9 @@ def _of_task(name: str, config: AnalyzeConfig) -> Dataset:
 def _of_folder(folder: Path, config: AnalyzeConfig) -> Dataset:
     if not folder.is_dir():
         raise TaskError(f"images {str(folder)!r} is no folder; set images to a folder of image files")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES and path.is_file())
     if not paths:
-        known = ", ".join(sorted(SUFFIXES))
-        raise TaskError(f"{folder} holds no image; expected files that end in {known}")
+        raise TaskError(f"{folder} holds no image; expected files that end in {', '.join(IMAGE_FILES)}")
     name = folder.resolve().name
     items = []
     for path in paths[: config.limit]:

@@ -29,7 +29,7 @@ from prunetune.data_recipes.images import HERE
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.run.bridge import Batches, Bridge, Question
-from prunetune.models.ranks import launched_ranks
+from prunetune.models.ranks import launched_ranks, leave_at_exit
 from prunetune.reading import one_line
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -113,6 +113,7 @@ class PrunetuneModel(lmms):
         **others: Any,
     ) -> None:
         super().__init__()
+        leave_at_exit()  # lmms-eval begins a group for several processes, and does not leave it
         ranks = launched_ranks()
         self._rank, self._world_size = ranks.rank, ranks.world
         self.config = load_config(EvaluateConfig, config)

@@ -10,9 +10,9 @@ from PIL import Image
 
 from prunetune.configs import VisualizeConfig
 from prunetune.data_recipes import Sample, Turn
-from prunetune.data_recipes.images import HERE, ImageOpener, StoredImages, limited
+from prunetune.data_recipes.images import HERE, IMAGE_FILES, ImageOpener, StoredImages, limited
 from prunetune.data_recipes.sampling import VideoSampling
-from prunetune.data_recipes.videos import ANIMATIONS, FILES, FRAMES, VIDEO, read_clip, sampled
+from prunetune.data_recipes.videos import ANIMATIONS, FILES, VIDEO, read_clip, sampled
 from prunetune.evaluation.errors import TaskError
 from prunetune.evaluation.run.features import sample_of
 from prunetune.evaluation.tasks import Benchmark, Item, get_task
@@ -138,7 +138,7 @@ def _files(name: str) -> list[Path]:
         if path.suffix.lower() in (*FILES, *ANIMATIONS[:1]):
             raise TaskError(f"image {name} is a video; give it as a video (--video {name})")
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in FRAMES)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_FILES)
     if not files:
-        raise TaskError(f"folder {name} holds no images ({', '.join(FRAMES)}); give files, or another folder")
+        raise TaskError(f"folder {name} holds no images ({', '.join(IMAGE_FILES)}); give files, or another folder")
     return files

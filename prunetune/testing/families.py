@@ -467,7 +467,7 @@ class FamilyIdentity:
         self, model: Any, some_methods: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Under ZeRO-3: text alone, as a rank trains on it whose weights are in pieces."""
-        monkeypatch.setattr("prunetune.pruning.plug.is_partitioned", lambda _: True)
+        monkeypatch.setattr("prunetune.pruning.preparing.is_partitioned", lambda _: True)
         rows = self.texts()
         self.forget(model)
         expected = model(**self.batch(rows, "right", True)).loss

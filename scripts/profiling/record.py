@@ -12,9 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prunetune.configs import ConfigError, ModelConfig
-from prunetune.models.seal import SEAL, sealed, why_unsealed
+from prunetune.models.seal import SEAL, read_sealed, sealed
 from prunetune.pruning.spec import PruningSpec
-from prunetune.reading import read_json, shown
 
 PROFILE, PAGE = "profile.json", "profile.md"
 KIND: Literal["prunetune costs"] = "prunetune costs"
@@ -213,16 +212,8 @@ def read_costs(path: Path) -> Costs:
     Raises:
         ConfigError: if it can't be read, is none, or was edited.
     """
-    values = read_json(path, ConfigError)
-    if not isinstance(values, dict) or values.get("kind") != KIND:
-        raise ConfigError(f"{path} is no profile as `prunetune profile` writes it; name another file")
-    if values.get("format") != FORMAT:
-        raise ConfigError(
-            f"{path} has format {shown(values.get('format'))}, this version reads {FORMAT}; run prunetune profile again"
-        )
-    wrong = why_unsealed(values)
-    if wrong is not None:
-        raise ConfigError(f"{path} can't be trusted: {wrong}; run prunetune profile again")
+    again = "name a file that `prunetune profile` wrote, or run it again"
+    values = read_sealed(path, "profile", again, ConfigError, kind=KIND, format=FORMAT)
     del values[SEAL]
     try:
         return Costs.model_validate(values)
