@@ -66,9 +66,11 @@ def test_ray_gives_the_same_results(tmp_path, here):
 
 
 @pytest.mark.usefixtures("_registry")
-def test_a_share_that_dies_loses_the_cell_that_kills_it_alone(tmp_path, here):
+def test_a_share_that_dies_loses_the_cell_that_kills_it_alone(tmp_path, here, monkeypatch):
     """And what it had finished is neither failed nor done again."""
-    pytest.importorskip("submitit")
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit.Job, "_results_timeout_s", 1)  # for a result on a shared disk: 15, and here is none
+    monkeypatch.setattr(engines, "POLL", 0.2)
     plugin = tmp_path / "mortal.py"
     plugin.write_text(MORTAL.format(mark=str(tmp_path / "mark")))
     always = {"pruner": "mortal", "options": {"always": True}, "name": "always"}

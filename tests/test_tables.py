@@ -9,7 +9,6 @@ import pytest
 from conftest import ROOT
 from rich.console import Console
 
-from prunetune import plugins
 from prunetune.configs import ConfigError, TableConfig, load_config
 from prunetune.evaluation.run.evaluate import evaluate
 from prunetune.pruning import PruningSpec, registered_methods, registry
@@ -318,7 +317,6 @@ def _registry(monkeypatch):
     """What a test registers goes with it."""
     registered_methods()
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    monkeypatch.setattr(plugins, "_LOADED", dict(plugins._LOADED))
 
 
 def test_an_arm_that_fails_does_not_stop_the_others_and_is_told(tmp_path, _registry, capsys):
