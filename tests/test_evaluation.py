@@ -306,6 +306,14 @@ def test_the_plot_shows_every_arm(arms, tmp_path):
     assert picture.shape[0] > 300 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
 
 
+def test_a_name_in_the_plot_is_no_formula(arms, tmp_path):
+    table = compare(list(arms.values()))
+    rows = [row.model_copy(update={"label": row.label.replace("divprune", "a$_{$ b")}) for row in table.rows]
+    assert any("$" in row.label for row in rows)
+    plot_table(table.model_copy(update={"rows": rows}), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
 def test_the_plot_names_a_projector_tuned_for_another_budget(arms, settings, adapter, tmp_path, monkeypatch):
     from matplotlib import pyplot as plt
 

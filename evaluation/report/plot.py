@@ -35,7 +35,15 @@ def plot_table(table: Table, path: Path) -> None:
     accuracy. Nothing is drawn where all answers are hidden.
     """
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130)
+    with plt.rc_context({"text.parse_math": False}):  # what stands between two dollars of a name is no formula
+        figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130)
+        _draw(table, axes)
+        figure.tight_layout()
+        figure.savefig(path)
+    plt.close(figure)  # pyplot keeps every figure that is not closed
+
+
+def _draw(table: Table, axes: Any) -> None:
     name, values = _heights(table)
     rows = [row for row in table.rows if values[row.id].value is not None]
     labels = sorted({row.label for row in rows if not _dense(row)})  # so that a method's colour stays what it is
@@ -64,9 +72,6 @@ def plot_table(table: Table, path: Path) -> None:
     axes.grid(alpha=0.3)
     if labels:
         axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)  # pyplot keeps every figure that is not closed
 
 
 def _dense(row: Row) -> bool:
