@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import ipaddress
+import queue
 import socket
 import ssl
 import threading
@@ -95,13 +96,34 @@ def is_public(address: str) -> bool:
     return found.is_global and not found.is_multicast and not found.is_reserved
 
 
+def _looked_up(host: str, port: int, where: str) -> str:
+    """Return a host's address, found in time: nothing can interrupt the system's own look-up, so a thread does it."""
+    found: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            found.put(public_address(host, port, where))
+        except Exception as error:
+            found.put(error)
+
+    threading.Thread(target=look_up, daemon=True).start()
+    try:
+        address = found.get(timeout=SECONDS)
+    except queue.Empty:
+        raise OSError(f"its address was not found within {SECONDS:g} s") from None
+    if isinstance(address, Exception):
+        raise address
+    return address
+
+
 def _read(scheme: str, host: str, port: int | None, target: str, most: int, where: str) -> bytes:
     secure = scheme == "https"
     port = port or (443 if secure else 80)
     until = time.monotonic() + SECONDS
-    address = public_address(host, port, where)
-    connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
-    line = socket.create_connection((address, port), timeout=SECONDS)
+    address = _looked_up(host, port, where)
+    left = max(until - time.monotonic(), 0.01)
+    connection = http.client.HTTPConnection(host, port, timeout=left)
+    line = socket.create_connection((address, port), timeout=left)
     # A host that sends a byte now and then, its head's among them, would never be too slow for one reading.
     late = threading.Timer(until - time.monotonic(), lambda: hang_up(line))
     late.daemon = True

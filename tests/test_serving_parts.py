@@ -170,6 +170,19 @@ def test_a_host_that_trickles_is_hung_up_on(monkeypatch):
         thread.join()
 
 
+def test_a_name_server_that_does_not_answer_holds_nobody(monkeypatch):
+    answers = threading.Event()
+    monkeypatch.setattr(remote, "SECONDS", 0.2)
+    monkeypatch.setattr(remote.socket, "getaddrinfo", lambda *arguments, **options: answers.wait(30) and [])
+    reader = ImageReader(LimitsConfig(image_hosts=["slow.example.com"]))
+    try:
+        with pytest.raises(Refused, match="its address was not found within 0.2 s") as refused:
+            reader.open("http://slow.example.com/a.png", "x")
+        assert refused.value.status == 502 and not answers.is_set()
+    finally:
+        answers.set()
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_pictures_of_every_kind_are_opened_and_others_are_not(kind):
     file = io.BytesIO()
