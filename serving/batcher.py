@@ -7,6 +7,8 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from prunetune.configs.serving import BatchingConfig
 from prunetune.errors import PrunetuneError
 from prunetune.reading import one_line
@@ -94,7 +96,7 @@ class MicroBatcher:
                 # Nothing holds a request's images until the next one comes.
                 batch.clear()
                 del job
-        except BaseException:  # such as SystemExit of a plugin: nobody would ever be answered
+        except BaseException:  # a GPU that failed, or SystemExit of a plug-in: nobody would ever be answered
             with self._changed:
                 self._failed = True
                 left = [*batch, *self._waiting]
@@ -129,7 +131,10 @@ class MicroBatcher:
             self.backend.run(jobs)
         except RowsRefused as refused:
             self._without(jobs, refused.rows)
-        # Anything: a bug in one request's path must end neither the thread nor the other requests.
+        except torch.AcceleratorError as error:  # after one, a process has no GPU that computes anything
+            say(f"the GPU failed: {one_line(error)}")
+            raise
+        # Anything else: a bug in one request's path must end neither the thread nor the other requests.
         except Exception as error:
             alone = [job for job in jobs if not job.ended and not job.told_text and not job.cancelled.is_set()]
             if len(jobs) > 1 and alone:

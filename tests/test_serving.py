@@ -342,10 +342,15 @@ def test_decoded_images_that_wait_have_a_limit_together(arm):
         assert server.ask(url=GOOD).status_code == 200
 
 
-def test_a_model_thread_that_ends_refuses_what_waits_and_is_not_healthy(arm, monkeypatch):
+def failed_gpu():
+    raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+
+@pytest.mark.parametrize("end", [lambda: sys.exit(3), failed_gpu])
+def test_a_model_thread_that_ends_refuses_what_waits_and_is_not_healthy(arm, monkeypatch, end):
     held = Held()
     with running(arm, held, batching={"max_batch": 1}) as server:
-        monkeypatch.setattr(held, "run", lambda jobs: held.go.wait(30) and sys.exit(3))
+        monkeypatch.setattr(held, "run", lambda jobs: held.go.wait(30) and end())
         monkeypatch.setattr(threading, "excepthook", lambda ended: None)
         waiting = [raw(server, request(question=str(number))) for number in range(2)]
         until(lambda: server.service.batcher.waiting == 1)
