@@ -8,7 +8,8 @@ import shutil
 import pytest
 import torch
 from conftest import TINY_VLM
-from launches import arguments, losses, run, run_several
+from launched import left
+from launches import arguments, call, losses, run, run_several
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -97,6 +98,12 @@ def test_grouped_sampling_resumes_into_its_second_epoch(untrained_folder, mixed_
     assert losses(output) == whole
     again = load_file(output / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(tensor, again[name]) for name, tensor in projector.items())
+
+
+def test_data_loading_processes_end_with_the_run(untrained_folder, mixed_recipe, tmp_path):
+    """The next run of the same process would wait ten seconds for each that is left."""
+    printed = call(left.main, arguments(untrained_folder, tmp_path / "out", *mixed_recipe), world=1)
+    assert "data loading processes left: 0" in printed and len(losses(tmp_path / "out")) == 5
 
 
 def test_a_corrupt_picture_on_any_rank_stops_with_its_name(untrained_folder, mixed_recipe, tmp_path):

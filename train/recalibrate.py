@@ -219,6 +219,7 @@ def train(
     drop_frozen_from_state_dict(peft_model)
     with aim.attached(settings.device):
         take_steps(trainer, run.found.folder)
+    trainer.end_loading()
     if frozen_tensors_hash(peft_model) != before:
         raise RuntimeError("a frozen weight changed during training; the adapter is not written. Please report this")
     lost = trainer.unsupervised_samples()

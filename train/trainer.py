@@ -108,6 +108,7 @@ class RecalibrationTrainer(Trainer):
         # A sum of steps over steps per epoch: 1e-6 lifts 0.9999... over the epoch's end.
         order.epoch = lambda: int((self.state.epoch or 0) + 1e-6)
         self.unsupervised = 0
+        self._loader: DataLoader | None = None
         self._terms: dict[str, Tensor] = {}  # of the updates since the last row of the log
         self._updates = 0
         collator: Any = StepCollator(formatter)
@@ -117,7 +118,7 @@ class RecalibrationTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of this rank's updates; one whose processes are stuck ends in an error, not in a wait."""
         workers = self.args.dataloader_num_workers
-        return DataLoader(
+        self._loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type] # indexed by micro-batches
             batch_sampler=self.sampler,
             collate_fn=self.data_collator,
@@ -128,6 +129,16 @@ class RecalibrationTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
             timeout=PATIENCE if workers else 0,
         )
+        return self._loader
+
+    def end_loading(self) -> None:
+        """End the data loading processes, once no more batches are asked for.
+
+        Left to the garbage collector, each is waited for in vain, for ten seconds: it takes the queue that would tell
+        them before the loader that would ask it to.
+        """
+        if self._loader is not None:
+            self._loader._iterator = None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
         """Return the next update; what it is divided by, the training step counts."""
