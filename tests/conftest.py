@@ -39,12 +39,6 @@ GOLDEN_NEWER = ROOT.parent / "shared" / "golden2"
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
-def pytest_xdist_auto_num_workers():
-    """Half as many workers again as there are cores: a quarter of the time a core would wait for launched ranks."""
-    cores = os.cpu_count() or 1
-    return cores + cores // 2
-
-
 # Each of them is one worker's alone; begun last, it would leave the others with nothing to do.
 LONGEST = ("test_recalibrate_cluster", "test_layout", "test_recalibrate", "test_canaries", "test_recalibrate_mixed",
            "test_plugins", "test_screen", "test_launched_selections", "test_tiny_vlm", "test_invariance")  # fmt: skip
