@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
-from prunetune.pruning.errors import PruningError
+from prunetune.pruning.errors import PruningError, not_in
 from prunetune.pruning.families.base import Family
 from prunetune.pruning.hooks import stood_in
 from prunetune.pruning.prefix import features_by_image
@@ -63,10 +63,6 @@ class LonePrompt:
     features: Float[Tensor, "K D"]
 
 
-def _refused(why: str) -> PruningError:
-    return PruningError(f"backend: continuous {why}; set backend: plain")
-
-
 def why_not_continuous(family: Family) -> str | None:
     """Return why paged generation would not give a family's answers; None if it does.
 
@@ -105,9 +101,9 @@ def check_continuous(
     name = model.config.model_type if family.unproven else family.name
     why = why_not_continuous(family)
     if why is not None:
-        raise _refused(f"can't run {name!r}, which {why}")
+        raise not_in("continuous", f"can't run {name!r}, which {why}")
     if has_stages:
-        raise _refused("can't run pruning.stages, whose layers have other lengths")
+        raise not_in("continuous", "can't run pruning.stages, whose layers have other lengths")
     if position_policy != "compact":
         raise PruningError(
             f"backend: continuous numbers tokens anew, and position_policy is {position_policy}; set it to compact, or "
@@ -131,15 +127,16 @@ def _settings(model: Any, options: Mapping[str, Any] | None = None) -> Any:
     for name, only in _ONE_ANSWER.items():
         value = getattr(settings, name, None)
         if value is not None and value != only:
-            raise _refused(f"can't run {name}: {value}, only {only}")
+            raise not_in("continuous", f"can't run {name}: {value}, only {only}")
     for name in _UNREAD:
         if getattr(settings, name, None) is not None:
-            raise _refused(f"does not read {name}, which the model's generation has set")
+            raise not_in("continuous", f"does not read {name}, which the model's generation has set")
     for processor in model._get_logits_processor(settings):
         kind = type(processor).__name__
         if kind not in _SCORES_ALONE and getattr(processor, "supports_continuous_batching", None) is not True:
-            raise _refused(
-                f"can't run {kind}, which the model's generation options ask for: it reads the ids before a token"
+            raise not_in(
+                "continuous",
+                f"can't run {kind}, which the model's generation options ask for: it reads the ids before a token",
             )
     return settings
 
@@ -153,12 +150,12 @@ def lone_prompts(model: PreTrainedModel, family: Family, pruned: Pruned) -> list
     ids, mask = pruned.inputs["input_ids"].cpu(), pruned.inputs["attention_mask"].bool().cpu()
     positions = pruned.inputs.get("position_ids")
     if positions is not None and not torch.equal(positions.cpu()[mask], (mask.cumsum(1) - 1)[mask]):
-        raise _refused("numbers tokens 0, 1, 2, ..., and the batch has other positions")
+        raise not_in("continuous", "numbers tokens 0, 1, 2, ..., and the batch has other positions")
     tokens = {modality: family.token_id(model, modality) for modality in family.pixels}
     found: list[dict[str, list[Tensor]]] = [{} for _ in ids]
     for modality, output in (pruned.inputs.get("mm_encoder_outputs") or {}).items():
         if output.deepstack_features:
-            raise _refused("can't hand deepstack features on")
+            raise not_in("continuous", "can't hand deepstack features on")
         for row, features in zip(pruned.rows[modality], features_by_image(output, pruned.kept[modality]), strict=True):
             found[row].setdefault(modality, []).append(features)
     prompts = []
@@ -214,7 +211,8 @@ class FeatureRows:
         if not count:
             return range(0)
         if count > len(self.rows):
-            raise _refused(f"keeps {len(self.rows)} rows for all prompts, and one has {count} visual tokens")
+            why = f"a prompt has {count} visual tokens, and {len(self.rows)} rows are kept for all"
+            raise PruningError(f"{why}; set backend: plain")
         with self._changed:
             while self._next + count - min(self._live, default=self._next) > len(self.rows):
                 if not wait:

@@ -6,10 +6,8 @@ from typing import Any
 
 from transformers import CompileConfig, PreTrainedModel
 
-from prunetune.pruning.errors import PruningError
+from prunetune.pruning.errors import PruningError, not_in
 from prunetune.pruning.families.base import Family
-
-TODO = "; set backend: plain"
 
 _ROUND = 128
 """Tokens that the cache's length is rounded up to: each length is compiled for itself."""
@@ -30,20 +28,20 @@ def check_static(model: PreTrainedModel, family: Family, has_stages: bool) -> No
         PruningError: in one line, with what stands in the way.
     """
     if has_stages:
-        raise PruningError(f"backend: static can't run pruning.stages: its cache's layers have one length{TODO}")
+        raise not_in("static", "can't run pruning.stages: its cache's layers have one length")
     if family.unproven:
         raise PruningError(
             f"model_type {model.config.model_type!r} has no family of its own, and nobody has looked whether it "
-            f"answers the same from a static cache{TODO}"
+            "answers the same from a static cache; set backend: plain"
         )
     options: Any = model.generation_config
     if getattr(options, "use_cache", True) is False:
-        raise PruningError(f"backend: static needs a cache, and the model's generation has use_cache: False{TODO}")
+        raise not_in("static", "needs a cache, and the model's generation has use_cache: False")
     kind = getattr(options, "cache_implementation", None)
     if kind not in (None, "dynamic", "hybrid", "static"):
-        raise PruningError(f"backend: static, and the model's generation asks for a {kind!r} cache{TODO}")
+        raise PruningError(f"backend: static, and the model's generation asks for a {kind!r} cache; set backend: plain")
     if getattr(options, "prompt_lookup_num_tokens", None) is not None:
-        raise PruningError(f"backend: static can't look answers up in prompts (prompt_lookup_num_tokens){TODO}")
+        raise not_in("static", "can't look answers up in prompts (prompt_lookup_num_tokens)")
 
 
 def static_options(model: PreTrainedModel, length: int, compiled: bool) -> dict[str, Any]:

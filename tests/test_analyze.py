@@ -249,12 +249,13 @@ def test_a_folder_of_images_is_looked_at_like_a_benchmark(dense, tmp_path, items
     images = get_task("tiny_world").open(UNSET).open_images()
     (tmp_path / "mine" / "below").mkdir(parents=True)
     for number, item in enumerate(items[:2]):
-        images.open(item.image, "x").save(tmp_path / "mine" / ("below" if number else ".") / f"{number}.png")
+        name = "below/1.gif" if number else "0.png"
+        images.open(item.image, "x").save(tmp_path / "mine" / name)
     (tmp_path / "mine" / "notes.txt").write_text("no image")
     config = settings(tmp_path / "out", tasks=[], images=str(tmp_path / "mine"), analyses=["complexity", "overlap"])
     analyze(config, dense, bar=False)
     found = rows(tmp_path / "out" / "complexity_images.csv")
-    assert [own["image"] for own in found] == ["0.png", "below/1.png"]
+    assert [own["image"] for own in found] == ["0.png", "below/1.gif"]
     page = (tmp_path / "out" / "index.md").read_text()
     assert "Of " in page and "Pearson not defined (fewer than three images, or all alike)" in page
 

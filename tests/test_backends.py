@@ -188,7 +188,7 @@ def test_ids_are_never_given_twice_and_rows_are():
     rows.drop(range(10, 13))
     assert rows.put(second) == range(15, 17) and torch.equal(rows.embed(torch.tensor([15, 16])), second)
     assert rows.put(torch.zeros(0, 2)) == range(0)
-    with pytest.raises(PruningError, match="5 rows for all prompts, and one has 6"):
+    with pytest.raises(PruningError, match="6 visual tokens, and 5 rows"):
         rows.put(torch.zeros(6, 2))
     rows.drop(range(15, 17))
     rows._next = 2**31 - 12

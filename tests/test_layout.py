@@ -163,13 +163,13 @@ main(["demo", "--quick", "--output", "demo"])
 
 
 def test_the_quick_demo_from_the_wheel_recovers_what_pruning_lost(installed, foreign):
-    """The main job end to end, where nothing but the wheel is: 5 points back at 16 tokens, all above zero."""
+    """The main job end to end, where nothing but the wheel is: 8 points back at 16 tokens, all above zero."""
     done = python("-c", QUICK_DEMO, cwd=foreign, path=f"{installed}{os.pathsep}.")
     rows = list(csv.DictReader((foreign / "demo" / "comparison" / "table.csv").open()))
     assert len(rows) == 1 + 2 + (1 + 2 + 2) + 1
     tuned = next(row for row in rows if row["arm"] == "divprune + tuned projector")
     assert rows[0]["arm"] == "dense" and float(rows[0]["tiny_world/accuracy"]) >= 90
-    assert float(tuned["tiny_world/accuracy gain"]) >= 5 and float(tuned["tiny_world/accuracy gain low"]) > 0
+    assert float(tuned["tiny_world/accuracy gain"]) >= 8 and float(tuned["tiny_world/accuracy gain low"]) > 0
     for name in ("comparison/plot.png", "comparison/table.md", "answers/answers.png", "recalibrate/elastic/log.jsonl",
                  "recalibrate/divprune/adapter/adapter_model.safetensors"):  # fmt: skip
         assert (foreign / "demo" / name).stat().st_size > 0

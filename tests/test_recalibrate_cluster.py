@@ -122,14 +122,14 @@ def test_a_scheduler_that_signals_every_process_gets_its_checkpoint(untrained_fo
 
 
 def test_ranks_do_not_train_on_without_the_command_that_launched_them(untrained_folder, tmp_path):
-    process = launched(prunetune(untrained_folder, tmp_path, "--devices", "1", "--train.max_steps", "100000"))
+    process = launched(prunetune(untrained_folder, tmp_path, "--train.max_steps", "100000"))
     processes = after_step(process, tmp_path, 1)
     process.kill()
     assert none_left(processes)
 
 
 def test_torchrun_hands_sigterm_on(untrained_folder, tmp_path):
-    process = launched([*TORCHRUN, "--nproc_per_node", "1", "--master_port", str(free_port()), *MODULE,
+    process = launched([*TORCHRUN, "--nproc_per_node", "2", "--master_port", str(free_port()), *MODULE,
                         *arguments(untrained_folder, tmp_path, *LONG)])  # fmt: skip
     processes = after_step(process, tmp_path, 1)
     process.send_signal(signal.SIGTERM)

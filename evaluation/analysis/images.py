@@ -82,9 +82,10 @@ def _of_task(name: str, config: AnalyzeConfig) -> Dataset:
 def _of_folder(folder: Path, config: AnalyzeConfig) -> Dataset:
     if not folder.is_dir():
         raise TaskError(f"images {str(folder)!r} is no folder; set images to a folder of image files")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES and path.is_file())
+    kinds = (*IMAGE_FILES, ".gif")  # of which the first picture is looked at
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds and path.is_file())
     if not paths:
-        raise TaskError(f"{folder} holds no image; expected files that end in {', '.join(IMAGE_FILES)}")
+        raise TaskError(f"{folder} holds no image; expected files that end in {', '.join(kinds)}")
     name = folder.resolve().name
     items = []
     for path in paths[: config.limit]:
